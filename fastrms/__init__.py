@@ -1,0 +1,24 @@
+"""RMSProp for people who train with plain NumPy: one flat buffer, one compiled pass, the reference's bits."""
+
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.dialects import dialect
+from fastrms.errors import DtypeError, FastrmsError, OptionError, OptionTypeError, StructureError
+from fastrms.functional import rmsprop_update
+from fastrms.optimizer import RMSProp
+from fastrms.options import ParamGroup
+
+__all__ = [
+    "DtypeError",
+    "FastrmsError",
+    "FlatBuffer",
+    "Layout",
+    "OptionError",
+    "OptionTypeError",
+    "ParamGroup",
+    "RMSProp",
+    "StructureError",
+    "dialect",
+    "rmsprop_update",
+]
+
+__version__ = "0.1.0"

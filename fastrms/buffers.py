@@ -1,0 +1,445 @@
+"""Many arrays in one block of memory: `Layout` says where each one lies, `FlatBuffer` is the block with its views."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.errors import DtypeError, StructureError
+
+__all__ = ["FlatBuffer", "Layout", "Leaf", "Segment", "find_overlap"]
+
+Array = NDArray[Any]
+
+# A cache line, and the widest vector register of x86-64.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a layout: elements [start, stop) of segment number `segment`."""
+
+    path: str  # as one would index it: "[0]['W']", "" for a single array
+    shape: tuple[int, ...]
+    segment: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """All arrays of one dtype, without gaps: `size` elements from byte `offset` of the block."""
+
+    dtype: np.dtype[Any]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A list, tuple, namedtuple or dict of the nesting, with a node for each child; a leaf is None."""
+
+    kind: type
+    keys: tuple[Any, ...] | None  # of a dict, else None
+    children: tuple["_Node | None", ...]
+
+    def build(self, items: list[Any]) -> Any:
+        if self.keys is not None:
+            return dict(zip(self.keys, items, strict=True))
+        # A namedtuple takes its items one by one.
+        return self.kind(*items) if hasattr(self.kind, "_fields") else self.kind(items)
+
+
+class Layout:
+    """Where each array of a nesting of lists, tuples and dicts lies in one block of memory.
+
+    Arrays of one dtype follow one another without gaps, each in C order, in the order of the nesting (dicts: of
+    insertion); each dtype starts on a multiple of 64 bytes, dtypes in the order of their first array.
+
+    Parameters
+    ----------
+    arrays : list, tuple, dict or array, or any nesting of these
+        Only structure, shapes and dtypes are kept. A dict may be any Mapping and comes back as a dict.
+    name : str
+        What error messages call `arrays`.
+
+    Attributes
+    ----------
+    leaves : tuple of Leaf
+        One for each array, in the order of the nesting.
+    segments : tuple of Segment
+        One for each dtype.
+    nbytes : int
+        Size of the block.
+    """
+
+    leaves: tuple[Leaf, ...]
+    segments: tuple[Segment, ...]
+    nbytes: int
+
+    def __init__(self, arrays: Any, name: str = "arrays") -> None:
+        found: list[tuple[str, Array]] = []
+        self._root = _analyse(arrays, name, "", found)
+        if not found:
+            raise StructureError(f"{name}: expected at least one array, got {_describe(arrays)} without any")
+        dtypes: list[np.dtype[Any]] = []
+        sizes: list[int] = []
+        leaves: list[Leaf] = []
+        for path, array in found:
+            dtype = array.dtype.newbyteorder("=")
+            if dtype not in dtypes:
+                dtypes.append(dtype)
+                sizes.append(0)
+            segment = dtypes.index(dtype)
+            start = sizes[segment]
+            sizes[segment] += array.size
+            leaves.append(Leaf(path, array.shape, segment, start, sizes[segment]))
+        self.leaves = tuple(leaves)
+        segments: list[Segment] = []
+        offset = 0
+        for dtype, size in zip(dtypes, sizes, strict=True):
+            segments.append(Segment(dtype, offset, size))
+            offset += -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.segments = tuple(segments)
+        self.nbytes = offset
+        self.is_flat_sequence = self._root is not None and self._root.keys is None and not any(self._root.children)
+
+    def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
+        """The dtype of an array of this layout."""
+        return self.segments[leaf.segment].dtype
+
+    def child_sizes(self) -> list[int]:
+        """How many arrays lie below each item of the outermost list, tuple or dict; [1] for a single array."""
+        return [1] if self._root is None else [_count(child) for child in self._root.children]
+
+    def structure(self, items: Iterable[Any]) -> Any:
+        """Arrange one item for each array, in the order of `leaves`, in the structure of this layout."""
+        return _build(self._root, iter(items))
+
+    def flatten(self, tree: Any, name: str) -> Sequence[Any]:
+        """The items of `tree`, which must have this structure, in the order of `leaves`; the items are not looked at.
+
+        Lists and tuples stand for one another. A dict may have its keys in another order.
+
+        Raises
+        ------
+        StructureError
+            Wrong count, missing or unknown key, or another kind of container.
+        """
+        if self.is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):
+            return tree  # type: ignore[no-any-return]
+        items: list[Any] = []
+        _flatten_like(self._root, tree, name, items)
+        return items
+
+
+class FlatBuffer:
+    """Arrays packed into one contiguous block of memory, and views of it in the structure of those arrays.
+
+    Writing to a view writes to the block, and the other way round; nothing is ever reallocated. One loop, one
+    ``np.savez`` or one MPI call over `flat` then does for all arrays.
+
+    Parameters
+    ----------
+    arrays : list, tuple, dict or array, or any nesting of these
+        Copied. Any dtype of NumPy's bool, integer, float and complex kinds, any shape (0-d and empty too), any
+        strides and byte order; views come out in C order and native byte order. Objects with ``__array__`` and
+        Python numbers are taken as NumPy takes them.
+    name : str, default "arrays"
+        What error messages call `arrays`.
+
+    Attributes
+    ----------
+    views : the structure of `arrays`, with an ndarray for each
+        Stable for the buffer's life.
+    flat : ndarray, or tuple of ndarray
+        The dense 1-D array behind all views, 64-byte aligned. Arrays of several dtypes cannot be one array: then a
+        tuple with one dense array for each dtype, in the order of first appearance, all in the one block.
+    segments : tuple of ndarray
+        As `flat`, and a tuple also for a single dtype.
+    leaves : list of ndarray
+        The views in order, without the structure.
+    block : ndarray of uint8
+        The whole memory, gaps between segments included.
+    layout : Layout
+    size, nbytes : int
+        Elements of all arrays; bytes of the block.
+
+    Raises
+    ------
+    StructureError
+        There is no array in `arrays`.
+    DtypeError
+        Something is not an array of numbers: text, None, objects, ragged lists, masked arrays, generators, sets.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import FlatBuffer
+    >>> buffer = FlatBuffer({"W": np.ones((2, 2)), "b": np.zeros(2)})
+    >>> buffer.flat
+    array([1., 1., 1., 1., 0., 0.])
+    >>> buffer.flat *= 3
+    >>> buffer.views["W"]
+    array([[3., 3.],
+           [3., 3.]])
+    """
+
+    def __init__(self, arrays: Any, name: str = "arrays") -> None:
+        self._allocate(Layout(arrays, name))
+        self.gather(arrays, name)
+
+    def _allocate(self, layout: Layout) -> None:
+        self.layout = layout
+        # NumPy aligns to 16 bytes at least; take enough to start on a cache line.
+        memory = np.zeros(layout.nbytes + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        self._memory = memory
+        self.block: NDArray[np.uint8] = memory[start : start + layout.nbytes]
+        self.segments: tuple[Array, ...] = tuple(
+            self.block[s.offset : s.offset + s.size * s.dtype.itemsize].view(s.dtype) for s in layout.segments
+        )
+        self.leaves: list[Array] = self._views_of(self.segments)
+        self.views: Any = layout.structure(self.leaves)
+
+    def _views_of(self, segments: Sequence[Array]) -> list[Array]:
+        return [segments[leaf.segment][leaf.start : leaf.stop].reshape(leaf.shape) for leaf in self.layout.leaves]
+
+    @property
+    def flat(self) -> Any:
+        """The dense 1-D array behind all views, or a tuple of one for each dtype where there are several."""
+        return self.segments[0] if len(self.segments) == 1 else self.segments
+
+    @property
+    def size(self) -> int:
+        """The number of elements of all arrays."""
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of the block, padding between segments included."""
+        return self.layout.nbytes
+
+    def like(self, fill: float = 0) -> "FlatBuffer":
+        """Return a new buffer of the same layout in new memory, every element set to `fill`."""
+        other = _empty(self.layout)
+        for segment in other.segments:
+            segment[...] = fill
+        return other
+
+    def unflatten(self, vector: Any) -> Any:
+        """Views of `vector` in this structure: what `views` is for `flat`. Nothing is copied.
+
+        Parameters
+        ----------
+        vector : ndarray, shape (size,)
+            Of any dtype and stride. For a buffer of several dtypes a sequence of one such vector for each segment.
+
+        Raises
+        ------
+        StructureError
+            Wrong number of vectors, or a vector of another shape.
+        DtypeError
+            A vector is no ndarray, so that views of it cannot be had.
+        """
+        vectors = [vector] if len(self.segments) == 1 else list(vector)
+        if len(vectors) != len(self.segments):
+            raise StructureError(f"vector: expected {len(self.segments)} vectors, one a dtype, got {len(vectors)}")
+        for one, segment in zip(vectors, self.segments, strict=True):
+            if not isinstance(one, np.ndarray):
+                raise DtypeError(f"vector: expected a 1-D ndarray of {segment.size} elements, got {_describe(one)}")
+            if one.shape != segment.shape:
+                raise StructureError(f"vector: expected shape {segment.shape}, got {one.shape}")
+        return self.layout.structure(self._views_of(vectors))
+
+    def gather(self, arrays: Any, name: str = "arrays") -> None:
+        """Copy `arrays`, which must have this structure and these shapes, into the block.
+
+        Everything is checked before the first write. Values are cast as ``np.copyto`` does with
+        ``casting="same_kind"``: float64 and integers go into a float32 buffer, complex numbers do not.
+
+        Raises
+        ------
+        StructureError
+            Wrong structure or shape.
+        DtypeError
+            Not an array of numbers, or of a kind that cannot be cast.
+        """
+        self.store(*self.check(arrays, name))
+
+    def check(self, arrays: Any, name: str, skip_none: bool = False) -> tuple[list[Any], bool]:
+        """The arrays of `arrays` in order, checked to fit this buffer, and whether they can be copied all at once.
+
+        With `skip_none`, None may stand for any array.
+        """
+        checked: list[Any] = []
+        at_once = len(self.segments) == 1
+        for item, view, leaf in zip(self.layout.flatten(arrays, name), self.leaves, self.layout.leaves, strict=True):
+            if type(item) is np.ndarray:
+                array = item
+            elif item is None and skip_none:
+                checked.append(None)
+                at_once = False
+                continue
+            else:
+                array = _as_array(item, name + leaf.path)
+            if array.shape != view.shape:
+                raise StructureError(f"{name}{leaf.path}: expected shape {view.shape}, got {array.shape}")
+            if array.dtype is not view.dtype and not _can_store(array.dtype, view.dtype):
+                raise DtypeError(f"{name}{leaf.path}: expected {_castable_to(view.dtype)}, got {array.dtype}")
+            if array.base is self._memory:
+                at_once = False
+                if array is not view:  # of another place in this block, which may be written before it is read
+                    array = array.copy()
+            checked.append(array)
+        return checked, at_once
+
+    def store(self, arrays: Sequence[Any], at_once: bool) -> None:
+        """Copy what `check` returned into the block; where it has None, the block stays as it is."""
+        if at_once:
+            # Up to three times faster than one call for each.
+            np.concatenate(arrays, axis=None, out=self.segments[0], casting="same_kind")
+            return
+        for array, view in zip(arrays, self.leaves, strict=True):
+            if array is not None and array is not view:
+                np.copyto(view, array, casting="same_kind")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would pickle views as arrays of their own.
+        return _restore, (self.layout, self.block)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{segment.size} {segment.dtype}" for segment in self.segments)
+        return f"FlatBuffer({len(self.leaves)} arrays, {parts})"
+
+
+def _empty(layout: Layout) -> FlatBuffer:
+    buffer = FlatBuffer.__new__(FlatBuffer)
+    buffer._allocate(layout)
+    return buffer
+
+
+def _restore(layout: Layout, block: NDArray[np.uint8]) -> FlatBuffer:
+    buffer = _empty(layout)
+    buffer.block[...] = block
+    return buffer
+
+
+def find_overlap(buffer: FlatBuffer, arrays: Any) -> tuple[str, str] | None:
+    """The paths of two of the arrays that `buffer` was made from that share memory, or None.
+
+    Two views that lie within one another's bounds without sharing an element, such as ``a[::2]`` and ``a[1::2]``, do
+    not overlap.
+    """
+    spans = []
+    for item, leaf in zip(buffer.layout.flatten(arrays, "arrays"), buffer.layout.leaves, strict=True):
+        if isinstance(item, np.ndarray) and item.size:
+            low, high = np.lib.array_utils.byte_bounds(item)
+            spans.append((low, high, leaf.path, item))
+    spans.sort(key=lambda span: span[0])
+    reach: list[tuple[int, int, str, Any]] = []  # those that may still overlap what comes
+    for span in spans:
+        reach = [other for other in reach if other[1] > span[0]]
+        for other in reach:
+            try:
+                shared = np.shares_memory(other[3], span[3], max_work=100_000)
+            except np.exceptions.TooHardError:
+                shared = True
+            if shared:
+                return other[2], span[2]
+        reach.append(span)
+    return None
+
+
+def _analyse(tree: Any, name: str, path: str, found: list[tuple[str, Array]]) -> _Node | None:
+    """The structure of `tree`; its arrays, with their paths, are appended to `found`."""
+    if isinstance(tree, Mapping):
+        keys = tuple(tree)
+        return _Node(dict, keys, tuple(_analyse(tree[key], name, f"{path}[{key!r}]", found) for key in keys))
+    if isinstance(tree, list | tuple):
+        kind = list if isinstance(tree, list) else type(tree) if hasattr(tree, "_fields") else tuple
+        return _Node(kind, None, tuple(_analyse(item, name, f"{path}[{i}]", found) for i, item in enumerate(tree)))
+    found.append((path, _as_array(tree, name + path)))
+    return None
+
+
+def _count(node: _Node | None) -> int:
+    return 1 if node is None else sum(_count(child) for child in node.children)
+
+
+def _build(node: _Node | None, items: Any) -> Any:
+    if node is None:
+        return next(items)
+    return node.build([_build(child, items) for child in node.children])
+
+
+def _flatten_like(node: _Node | None, tree: Any, name: str, items: list[Any]) -> None:
+    if node is None:
+        if isinstance(tree, Mapping):
+            raise StructureError(f"{name}: expected an array, got {_describe(tree)}")
+        items.append(tree)
+    elif node.keys is not None:
+        if not isinstance(tree, Mapping):
+            raise StructureError(f"{name}: expected a dict with the keys {_list(node.keys)}, got {_describe(tree)}")
+        if missing := [key for key in node.keys if key not in tree]:
+            raise StructureError(f"{name}: missing {_list(missing)}; expected the keys {_list(node.keys)}")
+        if len(tree) > len(node.keys):
+            extra = [key for key in tree if key not in node.keys]
+            raise StructureError(f"{name}: unknown {_list(extra)}; expected the keys {_list(node.keys)}")
+        for key, child in zip(node.keys, node.children, strict=True):
+            _flatten_like(child, tree[key], f"{name}[{key!r}]", items)
+    else:
+        if not isinstance(tree, list | tuple):
+            raise StructureError(
+                f"{name}: expected a list or tuple of {len(node.children)} items, got {_describe(tree)}"
+            )
+        if len(tree) != len(node.children):
+            raise StructureError(f"{name}: expected {len(node.children)} items, got {len(tree)}")
+        for i, child in enumerate(node.children):
+            _flatten_like(child, tree[i], f"{name}[{i}]", items)
+
+
+def _as_array(item: Any, name: str) -> Array:
+    """`item` as an ndarray of numbers, or DtypeError."""
+    if isinstance(item, np.ma.MaskedArray):
+        raise DtypeError(f"{name}: expected an array, got a masked array; use .filled(value), the mask would be lost")
+    if isinstance(item, np.matrix):
+        raise DtypeError(f"{name}: expected an array, got a np.matrix; use np.asarray(...), for which * is elementwise")
+    if not (hasattr(item, "__array__") or isinstance(item, int | float | complex | list | tuple)):
+        raise DtypeError(f"{name}: expected an array, got {_describe(item)}")
+    try:
+        array = np.asarray(item)
+    except Exception as error:  # whatever __array__ raises
+        raise DtypeError(f"{name}: expected an array, got {_describe(item)}: {error}") from None
+    if array.dtype.kind not in "biufc":
+        raise DtypeError(f"{name}: expected an array of numbers, got dtype {array.dtype}")
+    return array
+
+
+def _can_store(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    # A mask among gradients is a slip, so bool goes only into bool.
+    return (source.kind != "b" or target.kind == "b") and np.can_cast(source, target, casting="same_kind")
+
+
+def _castable_to(dtype: np.dtype[Any]) -> str:
+    kinds = {"b": "bool", "i": "an integer dtype", "u": "an unsigned integer dtype", "c": "a numeric dtype"}
+    return f"a dtype that can be cast to {dtype} ({kinds.get(dtype.kind, 'a float or integer dtype')})"
+
+
+def _describe(thing: Any) -> str:
+    if thing is None:
+        return "None"
+    if isinstance(thing, Mapping):
+        return f"a dict of {len(thing)} items"
+    if isinstance(thing, list | tuple):
+        return f"a {type(thing).__name__} of {len(thing)} items"
+    if isinstance(thing, np.ndarray):
+        return f"an array of shape {thing.shape}"
+    return f"{type(thing).__name__} object"
+
+
+def _list(keys: Iterable[Any]) -> str:
+    keys = list(keys)
+    return ", ".join(repr(key) for key in keys[:10]) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")

@@ -1,0 +1,165 @@
+"""The RMSProp of other projects in terms of this one's options: their argument names, defaults and conventions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from fastrms.errors import OptionError
+
+__all__ = ["DIALECTS", "dialect"]
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """One peer: `names` maps its arguments to options, `fixed` is what its update rule implies, `required` has no
+    default there, `ignored` changes nothing in the numbers."""
+
+    names: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    required: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+# eps under the root, and the learning rate inside the momentum buffer: TensorFlow's form, which many follow.
+_INSIDE = {"eps_in_sqrt": True, "lr_in_momentum": True}
+
+# docs/options.md names the source of each.
+DIALECTS: Mapping[str, _Dialect] = {
+    "reference": _Dialect(
+        {"lr": "lr", "decay_rate": "decay_rate", "epsilon": "epsilon"},
+        {"lr": 1e-3, "decay_rate": 0.9, "epsilon": 1e-8},
+    ),
+    "sorix": _Dialect(
+        {"lr": "lr", "decay": "decay_rate", "eps": "epsilon", "weight_decay": "weight_decay"},
+        {"lr": 1e-3, "decay": 0.99, "eps": 1e-8},
+    ),
+    "torch": _Dialect(
+        {
+            "lr": "lr",
+            "alpha": "decay_rate",
+            "eps": "epsilon",
+            "weight_decay": "weight_decay",
+            "momentum": "momentum",
+            "centered": "centered",
+            "maximize": "maximize",
+        },
+        {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8},
+        ignored=("foreach", "capturable", "differentiable"),
+    ),
+    "keras": _Dialect(
+        {
+            "learning_rate": "lr",
+            "rho": "decay_rate",
+            "momentum": "momentum",
+            "epsilon": "epsilon",
+            "centered": "centered",
+            "weight_decay": "weight_decay",
+            "clipnorm": "clip_norm",
+            "clipvalue": "clip_value",
+            "global_clipnorm": "global_clip_norm",
+        },
+        {"learning_rate": 1e-3, "rho": 0.9, "epsilon": 1e-7},
+        fixed=_INSIDE | {"decoupled_weight_decay": True},
+        ignored=("name",),
+    ),
+    "tensorflow": _Dialect(
+        {
+            "learning_rate": "lr",
+            "decay": "decay_rate",
+            "momentum": "momentum",
+            "epsilon": "epsilon",
+            "centered": "centered",
+        },
+        {"decay": 0.9, "epsilon": 1e-10},
+        fixed=_INSIDE | {"initial_scale": 1.0},
+        required=("learning_rate",),
+        ignored=("use_locking", "name"),
+    ),
+    "optax": _Dialect(
+        {
+            "learning_rate": "lr",
+            "decay": "decay_rate",
+            "eps": "epsilon",
+            "initial_scale": "initial_scale",
+            "eps_in_sqrt": "eps_in_sqrt",
+            "centered": "centered",
+            "momentum": "momentum",
+            "nesterov": "nesterov",
+            "bias_correction": "bias_correction",
+        },
+        {"decay": 0.9, "eps": 1e-8, "eps_in_sqrt": True},
+        fixed={"lr_in_momentum": True},
+        required=("learning_rate",),
+    ),
+    "mlx": _Dialect(
+        {"learning_rate": "lr", "alpha": "decay_rate", "eps": "epsilon"},
+        {"alpha": 0.99, "eps": 1e-8},
+        required=("learning_rate",),
+    ),
+    "lasagne": _Dialect(
+        {"learning_rate": "lr", "rho": "decay_rate", "epsilon": "epsilon"},
+        {"learning_rate": 1.0, "rho": 0.9, "epsilon": 1e-6},
+        fixed={"eps_in_sqrt": True},
+    ),
+    "graves": _Dialect(
+        {"lr": "lr", "alpha": "decay_rate", "momentum": "momentum", "eps": "epsilon"},
+        {"lr": 1e-4, "alpha": 0.95, "momentum": 0.9, "eps": 1e-4},
+        fixed=_INSIDE | {"centered": True},
+    ),
+}
+
+
+def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
+    """Keyword arguments with which `RMSProp` behaves as another project's optimizer does.
+
+    Parameters
+    ----------
+    name : {"reference", "sorix", "torch", "keras", "tensorflow", "optax", "mlx", "lasagne", "graves"}
+        The project, or for "graves" the variant of A. Graves (2013) as Chainer has it. "tensorflow" is the optimizer
+        of TensorFlow 1, "keras" that of Keras 3.
+    **arguments
+        That project's own arguments under its own names. What is not given has that project's default. None where
+        that project takes None for "off" (optax's momentum, Keras' weight_decay and clipping).
+
+    Returns
+    -------
+    options : dict
+        For ``RMSProp(params, **options)``, or for one parameter group.
+
+    Raises
+    ------
+    OptionError
+        Unknown project or argument, or one missing that has no default there.
+
+    Notes
+    -----
+    PyTorch's ``foreach``, ``capturable`` and ``differentiable`` and others that do not change the numbers are
+    accepted and dropped.
+
+    Examples
+    --------
+    >>> import fastrms
+    >>> fastrms.dialect("mlx", learning_rate=0.01)
+    {'lr': 0.01, 'decay_rate': 0.99, 'epsilon': 1e-08}
+    """
+    if name not in DIALECTS:
+        raise OptionError(f"name: expected one of {', '.join(DIALECTS)}; got {name!r}")
+    peer = DIALECTS[name]
+    for argument in arguments:
+        if argument not in peer.names and argument not in peer.ignored:
+            raise OptionError(f"{name}: unknown argument {argument!r}; it takes {', '.join(peer.names)}")
+    for argument in peer.required:
+        if argument not in arguments:
+            raise OptionError(f"{name}: {argument!r} is required, as it is there")
+    options: dict[str, Any] = {}
+    for argument, option in peer.names.items():
+        value = arguments.get(argument, peer.defaults.get(argument))
+        if value is not None:
+            options[option] = value
+    options |= peer.fixed
+    if not options.get("momentum"):
+        # Ignored there without momentum; here it is an error, which someone bringing their settings has no use for.
+        options.pop("nesterov", None)
+    return options

@@ -1,0 +1,58 @@
+"""`rmsprop_update`: one step as a pure function."""
+
+from typing import Any
+
+from fastrms.optimizer import RMSProp
+
+__all__ = ["rmsprop_update"]
+
+
+def rmsprop_update(
+    params: Any,
+    gradients: Any,
+    cache: Any,
+    lr: float = 1e-3,
+    decay_rate: float = 0.9,
+    epsilon: float = 1e-8,
+) -> tuple[Any, Any]:
+    """Return parameters and cache after one step of RMSProp; nothing that is passed in is changed.
+
+    ``cache = decay_rate * cache + (1 - decay_rate) * gradients**2`` and
+    ``params = params - lr * gradients / (sqrt(cache) + epsilon)``, bit for bit as NumPy computes them.
+
+    Parameters
+    ----------
+    params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
+    gradients : the structure of `params`
+        Where an item is None, its parameter and cache come back as they are.
+    cache : the structure of `params`, or None
+        The running mean of squared gradients, cast to the dtypes of the parameters. None stands for zeros, as at the
+        start.
+    lr, decay_rate, epsilon : float
+        As for `RMSProp`.
+
+    Returns
+    -------
+    new_params, new_cache : the structure of `params`
+        New arrays; those of one tuple item are views of one flat buffer.
+
+    Raises
+    ------
+    StructureError, DtypeError, OptionError, OptionTypeError
+        As `RMSProp` and its `step` raise them.
+
+    Notes
+    -----
+    Each call packs everything anew: for a training loop, `RMSProp` is many times faster.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import rmsprop_update
+    >>> rmsprop_update(np.array([1.0]), np.array([0.1]), np.array([1.0]), lr=0.01)
+    (array([0.99894652]), array([0.901]))
+    """
+    optimizer = RMSProp(params, lr, decay_rate, epsilon)
+    if cache is not None:
+        optimizer.buffers["cache"].gather(cache, "cache")
+    return optimizer.step(gradients), optimizer.cache

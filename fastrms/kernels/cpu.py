@@ -1,0 +1,197 @@
+"""The compiled kernels: the update rule of one element, and the serial and the parallel loop over it.
+
+Rule and loops share this one file because Numba's disk cache notices an edit only in the file of the function that
+was compiled: with the rule elsewhere, a stale loop would be loaded after the rule changed.
+
+How options reach the rule
+--------------------------
+Only what changes the memory that is touched is decided at compile time: the momentum buffer and the mean gradient,
+each an array or ``None`` (Numba prunes ``is not None`` branches). Every other option is a number in ``hyper``, and off
+is the number that leaves the bits alone (a factor of 1, a bound of inf, a threshold of 0), so that changing an option
+compiles nothing. One compiled function holds the loop twice, with and without the ``extended`` terms, and picks one
+at run time: always carrying the extended terms made a step of 1e5 float32 with momentum a third slower (57 us against
+43), and two loops in one function cost 0.3 s more of compiling, once.
+
+What keeps the bits equal to NumPy's: ``fastmath`` is off and nothing is contracted into fused multiply-adds, every
+scalar has the dtype of the arrays, and the operations stand in the reference's order. ``error_model="numpy"`` is
+needed for speed: Python's check for division by zero keeps the loop from being vectorised.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+
+__all__ = ["BLOCK", "NoAlias", "inner", "jit", "parallel", "rule", "serial"]
+
+
+# Elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough that finding
+# its spans (some 30 ns) does not show, and a multiple of a cache line, so that threads never write to the same one.
+BLOCK = 4096
+
+
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """``numba.njit`` for what Python calls: cached on disk where a place is writable.
+
+    Numba looks for a place when it decorates, that is at import, and raises RuntimeError when it finds none (a
+    read-only installation without a home folder): such a process compiles for itself.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(error_model="numpy", cache=True, **options)(function)
+        except RuntimeError:
+            return numba.njit(error_model="numpy", **options)(function)
+
+    return decorate
+
+
+# For what only compiled code calls: it is cached inside its caller, and files of its own would be written for nothing.
+inner = numba.njit(error_model="numpy")
+
+
+class NoAlias(CompilerBase):  # type: ignore[misc]
+    """Tell LLVM that the arrays of a function do not overlap.
+
+    Else it guards the vectorised loop with a test of each pair, and gives up above eight tests: parameters, gradients
+    and three states make ten, and that loop ran 50 times slower. The optimizer owns all of these arrays, and they are
+    distinct blocks.
+    """
+
+    def define_pipelines(self) -> list[Any]:
+        self.state.flags.noalias = True
+        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+
+def rule(p, g, c, b, m, h, scale, correction, extended):  # type: ignore[no-untyped-def]
+    """One step of one element: takes parameter, gradient and state, returns parameter and state, ``(p, c, b, m)``.
+
+    `c` is the cache, `b` the momentum buffer and `m` the mean gradient; the last two are None where unused, and then
+    returned as None. `h` is the tuple of `fastrms.options.HYPER_FIELDS`; `scale` multiplies the gradient (norm
+    clipping, and -1 to maximize), `correction` is 1/(1 - decay^t) or 1. `extended` is None to leave out all that
+    default options do not need. `docs/options.md` has the equations; `reference.update` is the same in plain NumPy.
+
+    Selections are written ``0 if x < bound else x`` so that NaN falls through unchanged.
+    """
+    (lr_inside, lr_outside, decay, rest, eps_inside, eps_outside, l2, decoupled, momentum, nesterov, clip,
+     gradient_floor, mean_floor, state_floor, zero) = h  # fmt: skip
+
+    if extended is not None:
+        g = clip if g > clip else g
+        g = -clip if g < -clip else g
+        g = g * scale
+        g = g + l2 * p if l2 != zero else g  # not `g + 0 * p`, which is NaN where p is inf
+
+    # Subnormal numbers make a vector of arithmetic up to 30 times slower, so they are kept from arising, not just
+    # from being stored. The floors are 0, hence without effect, when flush_subnormals is off.
+    g_squarable = zero if abs(g) < gradient_floor else g
+    c = decay * c + rest * (g_squarable * g_squarable)
+    c = zero if c < state_floor else c
+
+    v = c * correction if extended is not None else c
+    if m is not None:
+        m = decay * m + rest * g
+        m = zero if abs(m) < state_floor else m
+        mean = m * correction if extended is not None else m
+        mean = zero if abs(mean) < mean_floor else mean
+        v = v - mean * mean
+        # Rounding can make the variance negative, and its root NaN: clamp, below the floor or below 0.
+        v = zero if v < state_floor else v
+        v = zero if v < zero else v
+
+    if extended is not None:
+        step = lr_inside * g / (np.sqrt(v + eps_inside) + eps_outside)
+        p = p - decoupled * p if decoupled != zero else p
+    else:
+        step = lr_inside * g / (np.sqrt(v) + eps_outside)
+
+    if b is not None:
+        b = momentum * b + step
+        b = zero if abs(b) < state_floor else b
+        step = step + momentum * b if nesterov != zero else b
+        step = lr_outside * step
+    return p - step, c, b, m
+
+
+_rule = numba.njit(error_model="numpy", forceinline=True)(rule)
+
+
+@inner
+def _unpack(hyper):  # type: ignore[no-untyped-def]
+    # Into locals ahead of the loop: inside it, a store to cache could alias `hyper`, and each number would be read
+    # again for each element.
+    return (hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5], hyper[6], hyper[7], hyper[8], hyper[9],
+            hyper[10], hyper[11], hyper[12], hyper[13], hyper[14])  # fmt: skip
+
+
+@inner
+def _part(array, start, stop):  # type: ignore[no-untyped-def]
+    if array is not None:
+        return array[start:stop]
+    return None
+
+
+@numba.njit(error_model="numpy", pipeline_class=NoAlias)
+def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended):  # type: ignore[no-untyped-def]
+    for i in range(params.size):
+        b = None
+        if momentum_buffer is not None:
+            b = momentum_buffer[i]
+        m = None
+        if grad_avg is not None:
+            m = grad_avg[i]
+        p, c, b_new, m_new = _rule(params[i], grads[i], cache[i], b, m, h, scale, correction, extended)
+        params[i] = p
+        cache[i] = c
+        if momentum_buffer is not None:
+            momentum_buffer[i] = b_new
+        if grad_avg is not None:
+            grad_avg[i] = m_new
+
+
+@inner
+def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):  # type: ignore[no-untyped-def]
+    """Update those elements of `spans` that lie in [low, high)."""
+    h = _unpack(hyper)
+    # Bisect for the first span that ends after `low`; spans are sorted and disjoint. (np.searchsorted would add a
+    # quarter to the time that compiling takes.)
+    first = 0
+    last = spans.shape[0]
+    while first < last:
+        middle = (first + last) // 2
+        if spans[middle, 1] <= low:
+            first = middle + 1
+        else:
+            last = middle
+    for k in range(first, spans.shape[0]):
+        if spans[k, 0] >= high:
+            break
+        start = max(low, spans[k, 0])
+        stop = min(high, spans[k, 1])
+        # Slices with a loop from 0: a loop from start to stop over the whole arrays is not vectorised in a prange.
+        p = params[start:stop]
+        g = grads[start:stop]
+        c = cache[start:stop]
+        b = _part(momentum_buffer, start, stop)
+        m = _part(grad_avg, start, stop)
+        if extended:
+            _update(p, g, c, b, m, h, factors[k, 0], factors[k, 1], True)
+        else:
+            _update(p, g, c, b, m, h, factors[k, 0], factors[k, 1], None)
+
+
+@jit()
+def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):  # type: ignore[no-untyped-def]
+    """Update `params` and the state in place on the calling thread. Arguments as for `reference.update`."""
+    _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended)
+
+
+@jit(parallel=True)
+def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):  # type: ignore[no-untyped-def]
+    """The same as `serial` on Numba's threads, block by block; no bit depends on how many there are."""
+    for block in numba.prange((params.size + BLOCK - 1) // BLOCK):
+        low = block * BLOCK
+        high = min(params.size, low + BLOCK)
+        _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended)

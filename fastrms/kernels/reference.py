@@ -1,0 +1,137 @@
+"""RMSProp in plain NumPy, three times: the class everyone learns from, and the oracles for the compiled kernels.
+
+Nothing here is shared with the compiled code, so that an error in one shows as a difference.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.options import HYPER_FIELDS
+
+__all__ = ["ReferenceRMSProp", "sum_squares", "update"]
+
+Array = NDArray[Any]
+
+
+class ReferenceRMSProp:
+    """RMSProp as it is taught: a Python loop over parameters, new arrays for each. What fastrms is compared with.
+
+    ``cache = decay_rate * cache + (1 - decay_rate) * grad**2`` and
+    ``param = param - lr * grad / (sqrt(cache) + epsilon)`` (G. Hinton, Neural Networks for Machine Learning,
+    lecture 6e, 2012).
+
+    Parameters
+    ----------
+    params : sequence of ndarray
+        Copied.
+    lr, decay_rate, epsilon : float
+        Learning rate, decay rate of the mean square, and the constant added to its root.
+    """
+
+    def __init__(
+        self, params: Sequence[Array], lr: float = 1e-3, decay_rate: float = 0.9, epsilon: float = 1e-8
+    ) -> None:
+        self.lr = lr
+        self.decay_rate = decay_rate
+        self.epsilon = epsilon
+        self.params = [np.array(param) for param in params]
+        self.cache = [np.zeros_like(param) for param in self.params]
+
+    def step(self, gradients: Sequence[Array]) -> list[Array]:
+        """Take one step; return the new parameters, a list of new arrays."""
+        for i, grad in enumerate(gradients):
+            self.cache[i] = self.decay_rate * self.cache[i] + (1 - self.decay_rate) * grad**2
+            self.params[i] = self.params[i] - self.lr * grad / (np.sqrt(self.cache[i]) + self.epsilon)
+        return self.params
+
+
+def update(
+    params: Array,
+    grads: Array,
+    cache: Array,
+    momentum_buffer: Array | None,
+    grad_avg: Array | None,
+    hyper: Array,
+    spans: NDArray[np.int64],
+    factors: Array,
+    extended: bool,
+) -> None:
+    """Take one step on 1-D arrays in place; the kernel ``"numpy"``, and the oracle of the compiled ones.
+
+    Parameters
+    ----------
+    params, cache : ndarray, shape (n,), float32 or float64
+        Read and written.
+    grads : ndarray, shape (n,), the same dtype
+        Read.
+    momentum_buffer, grad_avg : ndarray, shape (n,), the same dtype, or None
+        Read and written; None where the options need none.
+    hyper : ndarray, shape (len(HYPER_FIELDS),), the same dtype
+        The options as numbers.
+    spans : ndarray of int64, shape (k, 2)
+        Which elements to update: [start, stop) each, sorted and disjoint. The rest is left alone.
+    factors : ndarray, shape (k, 2), the same dtype
+        For each span, the factor on the gradient and the factor of the bias correction on the state.
+    extended : bool
+        For the compiled kernels, which have a shorter loop where it is False. Here every option is looked at anyway.
+    """
+    h = dict(zip(HYPER_FIELDS, hyper, strict=True))
+    tiny = h["state_floor"]  # 0 when subnormals are not flushed, so that nothing is below
+    with np.errstate(all="ignore"):
+        for (start, stop), (scale, correction) in zip(spans, factors, strict=True):
+            p, g, c = params[start:stop], grads[start:stop], cache[start:stop]
+            if np.isfinite(h["clip"]):
+                g = np.clip(g, -h["clip"], h["clip"])
+            g = scale * g
+            if h["l2"] > 0:
+                g = g + h["l2"] * p
+
+            square = h["rest"] * g**2
+            square[square < tiny] = 0
+            c[:] = h["decay"] * c + square
+            c[c < tiny] = 0
+            v = correction * c
+
+            if grad_avg is not None:
+                m = grad_avg[start:stop]
+                m[:] = h["decay"] * m + h["rest"] * g
+                m[np.abs(m) < tiny] = 0
+                mean_square = (correction * m) ** 2
+                mean_square[mean_square < tiny] = 0
+                v = v - mean_square
+                v[(v < tiny) | (v < 0)] = 0
+
+            step = h["lr_inside"] * g / (np.sqrt(v + h["eps_inside"]) + h["eps_outside"])
+            if momentum_buffer is not None:
+                b = momentum_buffer[start:stop]
+                b[:] = h["momentum"] * b + step
+                b[np.abs(b) < tiny] = 0
+                step = h["lr_outside"] * (step + h["momentum"] * b if h["nesterov"] else b)
+            if h["decoupled"] > 0:
+                p[:] = p - h["decoupled"] * p
+            p[:] = p - step
+
+
+def sum_squares(
+    grads: Array, spans: NDArray[np.int64], clip: float, prescale: float, chunk: int, lanes: int
+) -> NDArray[np.float64]:
+    """The sum of squares of each span, in the order of `fastrms.kernels.norms`, which describes the arguments."""
+    sums = np.zeros(len(spans))
+    with np.errstate(all="ignore"):
+        for k, (start, stop) in enumerate(spans):
+            values = np.clip(grads[start:stop], -clip, clip).astype(np.float64) * prescale
+            chunks = -(-len(values) // chunk)
+            padded = np.zeros(chunks * chunk)
+            padded[: len(values)] = values
+            squares = np.square(padded.reshape(chunks, chunk // lanes, lanes))
+            lane = np.zeros((chunks, lanes))
+            for row in range(chunk // lanes):
+                lane += squares[:, row]
+            while lane.shape[1] > 1:  # neighbours, then pairs of neighbours, and so on
+                lane = lane[:, 0::2] + lane[:, 1::2]
+            for partial in lane[:, 0]:
+                sums[k] += partial
+    return sums

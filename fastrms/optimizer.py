@@ -1,0 +1,523 @@
+"""`RMSProp`: holds the buffers and the options, checks a step, and hands runs of elements to a kernel."""
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms import kernels
+from fastrms.buffers import FlatBuffer, Layout, find_overlap
+from fastrms.errors import DtypeError, OptionError, StructureError
+from fastrms.kernels.norms import SpanNorms, combine
+from fastrms.options import (
+    HYPER_FIELDS,
+    LearningRate,
+    ParamGroup,
+    check_option,
+    check_threads,
+    hyper_values,
+    needs_extended_rule,
+    resolve_lr,
+)
+
+__all__ = ["RMSProp"]
+
+_Call = tuple[kernels.Kernel, tuple[Any, ...]]
+
+
+def _option_of_all_groups(name: str, meaning: str) -> property:
+    def get(self: "RMSProp") -> Any:
+        values = [group[name] for group in self.param_groups]
+        if any(value != values[0] for value in values):
+            # A number that holds for one group only would be a trap: `opt.lr *= 0.5` would level all groups.
+            raise OptionError(f"{name}: differs between groups, {values}; use opt.param_groups[i][{name!r}]")
+        return values[0]
+
+    def set_all(self: "RMSProp", value: Any) -> None:
+        before = [group[name] for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                group[name] = value
+        except Exception:
+            for group, old in zip(self.param_groups, before, strict=True):
+                group[name] = old
+            raise
+
+    return property(get, set_all, doc=f"{meaning} Setting it sets it for all groups.")
+
+
+class RMSProp:
+    r"""RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
+
+    With default options each step computes, element by element,
+
+    .. math::
+        v &\leftarrow d\,v + (1 - d)\,g^2 \\
+        p &\leftarrow p - \mathrm{lr}\; g / (\sqrt{v} + \epsilon)
+
+    (G. Hinton, Neural Networks for Machine Learning, lecture 6e, 2012). ``docs/options.md`` has the equations of
+    every option and the order in which they apply.
+
+    Parameters
+    ----------
+    params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
+        Initial values; copied, never written. Any shape (0-d and empty too), strides and byte order. Or parameter
+        groups as in PyTorch: a list of dicts, each with its parameters under ``"params"`` and options that differ
+        from those given here.
+    lr : float or callable, default 0.001
+        Learning rate, >= 0. A callable gets the number of steps taken so far (0 at the first) and returns the rate.
+    decay_rate : float, default 0.9
+        Decay rate d of the mean square, in [0, 1). It remembers about 1/(1 - d) steps.
+    epsilon : float, default 1e-8
+        Added to the denominator, > 0 also after rounding to the dtype of the parameters.
+    momentum : float, default 0.0
+        Decay rate of a momentum buffer, in [0, 1); 0 for none.
+    nesterov : bool, default False
+        Look one step ahead along the momentum buffer. Needs momentum > 0.
+    centered : bool, default False
+        Divide by the root of the variance v - m^2, with m the mean gradient, instead of the mean square. The variance
+        is clamped at 0, below which rounding can bring it.
+    weight_decay : float, default 0.0
+        Coefficient of weight decay, >= 0. Added to the gradient (L2) unless `decoupled_weight_decay`.
+    decoupled_weight_decay : bool, default False
+        Take ``lr * weight_decay * p`` off the parameter itself, ahead of the step.
+    maximize : bool, default False
+        Climb instead of descend.
+    eps_in_sqrt : bool, default False
+        Divide by sqrt(v + epsilon) instead of sqrt(v) + epsilon.
+    initial_scale : float, default 0.0
+        What the cache starts from, >= 0.
+    bias_correction : bool, default False
+        Divide v (and m) by 1 - d^t at the t-th step of a parameter, which makes up for the start from 0.
+    lr_in_momentum : bool, default False
+        Multiply by lr ahead of the momentum buffer, as Keras, TensorFlow and optax do. False is PyTorch's form. They
+        differ only when lr changes.
+    clip_value : float or None, default None
+        Limit each gradient element to [-clip_value, clip_value].
+    clip_norm : float or None, default None
+        Scale the gradient of each parameter down to this Euclidean norm where it is longer.
+    global_clip_norm : float or None, default None
+        Scale all gradients together down to this norm; for all groups, after the other two.
+    flush_subnormals : bool, default True
+        Count weighted squares and state below the smallest normal number as 0: subnormal numbers make a vector of
+        arithmetic many times slower and arise in ordinary training. Elements in which none arises keep their bits;
+        the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
+    kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
+        What runs the update. All give the same bits. "auto" takes the faster of serial and parallel by size.
+    num_threads : int or None, default None
+        Threads of the parallel kernel, up to those that Numba started with; None for all of them.
+
+    Attributes
+    ----------
+    params, grads, cache : the structure of `params`
+        Views of flat buffers, the same arrays for the optimizer's life. With parameter groups a list with the
+        structure of each group. Write gradients straight into `grads` and call `step()`, and nothing is copied.
+    momentum_buffer, grad_avg : the structure of `params`, or None
+        State of `momentum` and `centered`, where a group uses them.
+    param_groups : list of ParamGroup
+        One mapping of options for each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
+    buffers : dict of str to FlatBuffer
+        The flat buffers behind the views: ``opt.buffers["grads"].flat`` is one dense vector.
+    steps : int
+        Steps taken.
+
+    Raises
+    ------
+    StructureError
+        No parameters; the same array, or overlapping memory, given twice; a group without ``"params"``.
+    DtypeError
+        Parameters that are not float32 or float64 arrays.
+    OptionError, OptionTypeError
+        An option out of range or of the wrong kind, unknown in a group, or of no use in the dtype of a parameter.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import RMSProp
+    >>> opt = RMSProp([np.array([1.0, 2.0]), np.array(3.0)], lr=0.1)
+    >>> opt.step([np.array([0.5, -0.5]), np.array(0.0)])
+    [array([0.68377225, 2.31622775]), array(3.)]
+    >>> opt.grads[0][...] = 0.0
+    >>> _ = opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        decay_rate: float = 0.9,
+        epsilon: float = 1e-8,
+        *,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        centered: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        eps_in_sqrt: bool = False,
+        initial_scale: float = 0.0,
+        bias_correction: bool = False,
+        lr_in_momentum: bool = False,
+        clip_value: float | None = None,
+        clip_norm: float | None = None,
+        global_clip_norm: float | None = None,
+        flush_subnormals: bool = True,
+        kernel: str = "auto",
+        num_threads: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "decay_rate": decay_rate,
+            "epsilon": epsilon,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "eps_in_sqrt": eps_in_sqrt,
+            "initial_scale": initial_scale,
+            "bias_correction": bias_correction,
+            "lr_in_momentum": lr_in_momentum,
+            "clip_value": clip_value,
+            "clip_norm": clip_norm,
+            "flush_subnormals": flush_subnormals,
+        }
+        self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
+        self._kernel = kernels.check_kernel(kernel)
+        self._num_threads = check_threads(num_threads, numba.config.NUMBA_NUM_THREADS)
+
+        groups = _parameter_groups(params)
+        self._grouped = groups is not None
+        arrays = params if groups is None else [group["params"] for group in groups]
+        values = FlatBuffer(arrays, "params")
+        layout = values.layout
+        for leaf in layout.leaves:
+            if (dtype := layout.dtype_of(leaf)) not in (np.float32, np.float64):
+                raise DtypeError(
+                    f"params{leaf.path}: expected float32 or float64, got {dtype}; convert it with .astype(np.float32)"
+                )
+        if overlap := find_overlap(values, arrays):
+            raise StructureError(
+                f"params{overlap[0]} and params{overlap[1]} share memory; give tied parameters once and add up their "
+                "gradients, or copy one of them"
+            )
+
+        # With groups, the outermost list of the structure is the list of groups.
+        sizes = layout.child_sizes() if self._grouped else [len(layout.leaves)]
+        self._group_of = np.repeat(np.arange(len(sizes)), sizes)
+        self.param_groups: list[ParamGroup] = []
+        for k, group in enumerate(groups or [{}]):
+            own = {name: value for name, value in group.items() if name != "params"}
+            dtypes = {layout.dtype_of(layout.leaves[i]) for i in np.flatnonzero(self._group_of == k)}
+            self.param_groups.append(ParamGroup(defaults | own, f"param_groups[{k}]", dtypes))
+
+        self.buffers: dict[str, FlatBuffer] = {"params": values, "grads": values.like(), "cache": values.like()}
+        for cache, k in zip(self.buffers["cache"].leaves, self._group_of, strict=True):
+            cache[...] = self.param_groups[k]["initial_scale"]
+        self.steps = 0
+        self._skipped = np.zeros(len(layout.leaves), np.int64)  # steps that each parameter sat out
+        self._connect()
+
+    def _connect(self) -> None:
+        """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
+        self._grads = self.buffers["grads"]
+        self._views = self.buffers["params"].views
+        layout = self._grads.layout
+        segment_of = np.array([leaf.segment for leaf in layout.leaves])
+        self._runs: list[_Run] = []
+        for segment in range(len(layout.segments)):
+            for k, group in enumerate(self.param_groups):
+                numbers = np.flatnonzero((segment_of == segment) & (self._group_of == k))
+                if len(numbers):
+                    self._runs.append(_Run(k, group, layout, numbers))
+        for k, group in enumerate(self.param_groups):
+            group.bind(self._views[k] if self._grouped else self._views, self._options_changed)
+        self._options_changed()
+
+    def _options_changed(self) -> None:
+        # The calls of a step where none differs from the last; None: they have to be made again.
+        self._steady_calls: list[_Call] | None = None
+
+    @property
+    def params(self) -> Any:
+        """The parameters: views of the flat buffer, in the structure that was given."""
+        return self._views
+
+    @property
+    def grads(self) -> Any:
+        """Where a gradient for each parameter can be written, for `step()` without arguments.
+
+        `step(gradients)` may use this memory too: what it holds afterwards is not defined.
+        """
+        return self._grads.views
+
+    @property
+    def cache(self) -> Any:
+        """The running mean of squared gradients, v in the equations."""
+        return self.buffers["cache"].views
+
+    @property
+    def momentum_buffer(self) -> Any:
+        """The momentum buffer, or None where no group uses momentum."""
+        return self.buffers["momentum_buffer"].views if "momentum_buffer" in self.buffers else None
+
+    @property
+    def grad_avg(self) -> Any:
+        """The running mean of gradients, or None where no group is centered."""
+        return self.buffers["grad_avg"].views if "grad_avg" in self.buffers else None
+
+    lr: Any = _option_of_all_groups("lr", "Learning rate, or the function that gives it.")
+    decay_rate: Any = _option_of_all_groups("decay_rate", "Decay rate of the mean square.")
+    epsilon: Any = _option_of_all_groups("epsilon", "Constant added to the denominator.")
+
+    @property
+    def global_clip_norm(self) -> float | None:
+        """Bound on the Euclidean norm of all gradients together, or None."""
+        return self._global_clip_norm
+
+    @global_clip_norm.setter
+    def global_clip_norm(self, value: float | None) -> None:
+        self._global_clip_norm = check_option("global_clip_norm", value)
+        self._options_changed()
+
+    @property
+    def kernel(self) -> str:
+        """What runs the update: "auto", "numpy", "serial" or "parallel"."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, value: str) -> None:
+        self._kernel = kernels.check_kernel(value)
+        self._options_changed()
+
+    @property
+    def num_threads(self) -> int | None:
+        """Threads of the parallel kernel, or None for all that Numba started with."""
+        return self._num_threads
+
+    @num_threads.setter
+    def num_threads(self, value: int | None) -> None:
+        self._num_threads = check_threads(value, numba.config.NUMBA_NUM_THREADS)
+        self._options_changed()
+
+    def step(self, gradients: Any = None) -> Any:
+        """Take one step and return the updated parameters, which are the same views as before.
+
+        Parameters
+        ----------
+        gradients : the structure of the parameters, or None
+            An array for each parameter, of the same shape and any float or integer dtype (cast to the parameter's);
+            never written. Lists and tuples stand for one another; the keys of a dict may come in any order. Where an
+            item is None, its parameter is skipped: neither value nor state changes. Without an argument the step
+            uses what was written to `grads`.
+
+        Returns
+        -------
+        params : the structure of the parameters
+            `self.params`.
+
+        Raises
+        ------
+        StructureError
+            Wrong count, missing or unknown key, wrong shape.
+        DtypeError
+            Something that is no array, or of complex, bool or object dtype.
+        OptionError, OptionTypeError
+            The function given as lr returned no usable rate.
+
+        Notes
+        -----
+        All errors come before the first write to parameters and state.
+        """
+        if self._num_threads is None:
+            return self._step(gradients)
+        with kernels.limit_threads(self._num_threads):
+            return self._step(gradients)
+
+    def _step(self, gradients: Any) -> Any:
+        calls = self._steady_calls
+        rates = None if calls is not None else self._rates()
+        if gradients is not None and gradients is not self._grads.views:
+            arrays, at_once = self._grads.check(gradients, "gradients", skip_none=True)
+            self._grads.store(arrays, at_once)
+            if not at_once and any(array is None for array in arrays):
+                present = np.array([array is not None for array in arrays])
+                calls = self._make_calls(rates or self._rates(), present)
+                self._skipped[~present] += 1
+        if calls is None:
+            calls = self._make_calls(rates or self._rates(), None)
+        for update, arguments in calls:
+            update(*arguments)
+        self.steps += 1
+        return self._views
+
+    def _rates(self) -> list[float]:
+        return [resolve_lr(group, self.steps) for group in self.param_groups]
+
+    def _make_calls(self, rates: list[float], present: NDArray[np.bool_] | None) -> list[_Call]:
+        """The kernel calls of the next step, for those parameters that are present (None: all)."""
+        for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
+            if name not in self.buffers and any(group[option] for group in self.param_groups):
+                self.buffers[name] = self._grads.like()
+        scales = self._clip_scales(present)
+        steady = scales is None and present is None
+        calls: list[_Call] = []
+        for run in self._runs:
+            options = run.group
+            kernel = kernels.choose(self._kernel, run.size, self._num_threads)
+            corrections = None
+            if options["bias_correction"]:
+                own_steps = self.steps + 1 - self._skipped[run.numbers]
+                corrections = 1.0 / (1.0 - options["decay_rate"] ** own_steps)
+            steady = steady and not callable(options["lr"]) and corrections is None
+            arguments = run.arguments(
+                self.buffers,
+                rates[run.group_number],
+                None if present is None else present[run.numbers],
+                None if scales is None else scales[run.numbers],
+                corrections,
+            )
+            calls.append((kernels.UPDATES[kernel], arguments))
+        if steady:
+            self._steady_calls = calls
+        return calls
+
+    def _clip_scales(self, present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
+        """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""
+        if self._global_clip_norm is None and all(group["clip_norm"] is None for group in self.param_groups):
+            return None
+        scales = np.ones(len(self._skipped))
+        norms = np.zeros(len(self._skipped))
+        for run in self._runs:
+            options = run.group
+            grads = run.part_of(self._grads)
+            bound = np.inf if options["clip_value"] is None else options["clip_value"]
+            kernel = kernels.choose(self._kernel, run.size, self._num_threads)
+            own = run.norms(grads, bound, kernel)
+            if options["clip_norm"] is not None:
+                scales[run.numbers] = _scale_to(options["clip_norm"], own)
+                own = np.minimum(own, options["clip_norm"])
+            norms[run.numbers] = own
+        if self._global_clip_norm is not None:
+            if present is not None:
+                norms[~present] = 0.0  # what lies in their place is of an earlier step
+            scales *= _scale_to(self._global_clip_norm, np.array(combine(norms)))
+        return scales
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
+
+    def __copy__(self) -> "RMSProp":
+        # A shallow copy would step the same memory with a count of steps of its own.
+        return copy.deepcopy(self)
+
+    def __repr__(self) -> str:
+        buffer = self.buffers["params"]
+        return f"RMSProp({buffer!r}, groups={self.param_groups!r}, kernel={self._kernel!r}, steps={self.steps})"
+
+
+# What `_connect` makes, and pickles and copies leave out.
+_DERIVED = ("_grads", "_views", "_runs", "_steady_calls")
+
+
+class _Run:
+    """The parameters of one group and one dtype, neighbours in memory: what one call of a kernel updates.
+
+    Parameters
+    ----------
+    group_number : int
+    group : ParamGroup
+    layout : Layout
+    numbers : ndarray of int
+        Which leaves of the layout.
+    """
+
+    def __init__(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> None:
+        leaves = [layout.leaves[i] for i in numbers]
+        self.group_number = group_number
+        self.group = group
+        self.numbers = numbers
+        self._segment = leaves[0].segment
+        self._start, self._stop = leaves[0].start, leaves[-1].stop
+        self.size = self._stop - self._start
+        self._dtype = layout.dtype_of(leaves[0])
+        # Spans are counted from the start of the run.
+        self._spans = np.array([(leaf.start, leaf.stop) for leaf in leaves], np.int64) - self._start
+        self._whole = np.array([(0, self.size)], np.int64)
+        # Kernels read these; they are written in place, so that a step without changes makes no array.
+        self._hyper = np.empty(len(HYPER_FIELDS), self._dtype)
+        self._factors = np.empty((len(leaves), 2), self._dtype)
+        self._whole_factors = np.empty((1, 2), self._dtype)
+
+    @cached_property
+    def norms(self) -> SpanNorms:
+        """The norm of each parameter's gradient."""
+        return SpanNorms(self._spans)
+
+    def part_of(self, buffer: FlatBuffer) -> NDArray[Any]:
+        """The elements of this run in `buffer`, 1-D."""
+        return buffer.segments[self._segment][self._start : self._stop]
+
+    def arguments(
+        self,
+        buffers: Mapping[str, FlatBuffer],
+        lr: float,
+        present: NDArray[np.bool_] | None,
+        scales: NDArray[np.float64] | None,
+        corrections: NDArray[np.float64] | None,
+    ) -> tuple[Any, ...]:
+        """What a kernel gets (see `kernels.reference.update`); the last three have one item a parameter, or are None.
+
+        Parameters that have the same factors are updated as one span.
+        """
+        options = self.group
+        alike = present is None and scales is None
+        alike = alike and (corrections is None or bool(np.all(corrections == corrections[0])))
+        spans, factors = (self._whole, self._whole_factors) if alike else (self._spans, self._factors)
+        sign = -1.0 if options["maximize"] else 1.0
+        factors[:, 0] = sign if scales is None else sign * scales
+        factors[:, 1] = 1.0 if corrections is None else corrections[: len(factors)]
+        if present is not None:
+            spans, factors = spans[present], factors[present]
+        self._hyper[:] = hyper_values(options, lr, self._dtype)
+        return (
+            self.part_of(buffers["params"]),
+            self.part_of(buffers["grads"]),
+            self.part_of(buffers["cache"]),
+            self.part_of(buffers["momentum_buffer"]) if options["momentum"] > 0 else None,
+            self.part_of(buffers["grad_avg"]) if options["centered"] else None,
+            self._hyper,
+            spans,
+            factors,
+            needs_extended_rule(options) or scales is not None,
+        )
+
+
+def _scale_to(limit: float, norms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The factors that bring `norms` down to `limit`: 1 where they are within it, NaN where they are NaN."""
+    with np.errstate(divide="ignore"):
+        return np.where(norms <= limit, 1.0, limit / norms)
+
+
+def _parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:
+    """`params` as a list of groups, or None if it is something else: a list of dicts with "params" is a list of groups.
+
+    A list of dicts without that key is a list of layers.
+    """
+    if not isinstance(params, list | tuple) or not any(isinstance(p, Mapping) and "params" in p for p in params):
+        return None
+    for k, group in enumerate(params):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise StructureError(
+                f"params[{k}]: expected a parameter group with the key 'params', as others in the list have, got {group!r}"
+            )
+    return list(params)

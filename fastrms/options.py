@@ -1,0 +1,283 @@
+"""Hyper-parameters: their ranges, the parameter group that holds them, and the numbers that a kernel gets for them."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import cache
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from fastrms.errors import OptionError, OptionTypeError
+
+__all__ = [
+    "GROUP_DEFAULTS",
+    "HYPER_FIELDS",
+    "ParamGroup",
+    "check_for_dtype",
+    "check_option",
+    "check_threads",
+    "hyper_values",
+    "needs_extended_rule",
+    "resolve_lr",
+]
+
+LearningRate = float | Callable[[int], float]
+
+# What can be set per parameter group, with the default and, for numbers, the range: (default, low, high, may be low,
+# may be None). The upper end is never included. The defaults of the first three are the reference's; the others are
+# off, because the reference has none of them, except flush_subnormals (docs/options.md says why).
+_NUMBERS: dict[str, tuple[float | None, float, float, bool, bool]] = {
+    "lr": (1e-3, 0.0, math.inf, True, False),
+    "decay_rate": (0.9, 0.0, 1.0, True, False),
+    "epsilon": (1e-8, 0.0, math.inf, False, False),
+    "momentum": (0.0, 0.0, 1.0, True, False),
+    "weight_decay": (0.0, 0.0, math.inf, True, False),
+    "initial_scale": (0.0, 0.0, math.inf, True, False),
+    "clip_value": (None, 0.0, math.inf, False, True),
+    "clip_norm": (None, 0.0, math.inf, False, True),
+}
+_FLAGS: dict[str, bool] = {
+    "nesterov": False,
+    "centered": False,
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "eps_in_sqrt": False,
+    "bias_correction": False,
+    "lr_in_momentum": False,
+    "flush_subnormals": True,
+}
+GROUP_DEFAULTS: dict[str, Any] = {name: spec[0] for name, spec in _NUMBERS.items()} | _FLAGS
+
+# For the optimizer as a whole: one norm over all groups.
+_GLOBAL_NUMBERS = {"global_clip_norm": (None, 0.0, math.inf, False, True)}
+
+
+def check_option(name: str, value: Any) -> Any:
+    """Return `value` as a plain float, bool, None or callable if option `name` may have it, and raise if not.
+
+    Raises
+    ------
+    OptionTypeError
+        `value` is of the wrong kind.
+    OptionError
+        `value` is NaN, infinite or out of range.
+    """
+    if name in _FLAGS:
+        if not isinstance(value, bool | np.bool_):
+            raise OptionTypeError(f"{name}: expected True or False, got {value!r} ({type(value).__name__})")
+        return bool(value)
+    if name == "lr" and callable(value):
+        return value
+    _, low, high, may_be_low, may_be_none = (_NUMBERS | _GLOBAL_NUMBERS)[name]
+    if value is None and may_be_none:
+        return None
+    kinds = "a number" + (" or a function of the step" if name == "lr" else "") + (" or None" if may_be_none else "")
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    # bool is a Real to Python, but lr=True is a slip.
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+        raise OptionTypeError(f"{name}: expected {kinds}, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    if not (low <= number < high) or (number == low and not may_be_low):
+        limits = f"{name} {'>=' if may_be_low else '>'} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
+        raise OptionError(f"{name}: expected {kinds} with {limits}, finite; got {value!r}")
+    return number
+
+
+def check_threads(value: Any, available: int) -> int | None:
+    """Return `value` if it is None or a number of threads from 1 to `available`."""
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise OptionTypeError(f"num_threads: expected an integer or None, got {value!r} ({type(value).__name__})")
+    if not 1 <= value <= available:
+        raise OptionError(
+            f"num_threads: expected 1 to {available}, got {value}; Numba started with {available} threads, and the "
+            "environment variable NUMBA_NUM_THREADS, set before it is imported, can raise that"
+        )
+    return int(value)
+
+
+def check_for_dtype(name: str, value: float, dtype: np.dtype[Any]) -> None:
+    """Raise OptionError if `value` has no useful counterpart in `dtype`: inf for a finite one, or 0 for epsilon."""
+    with np.errstate(over="ignore", under="ignore"):
+        there = dtype.type(value)
+    if not np.isfinite(there):
+        raise OptionError(f"{name}: {value!r} is too large for {dtype} parameters (at most {np.finfo(dtype).max})")
+    if there == 0 and name in ("epsilon", "clip_value"):
+        raise OptionError(
+            f"{name}: {value!r} is 0 in {dtype}, the dtype of some parameters; use at least "
+            f"{float(np.finfo(dtype).tiny):.2g}, the smallest normal {dtype}, or float64 parameters"
+        )
+
+
+class ParamGroup(MutableMapping[str, Any]):
+    """The options of one parameter group, under ``"params"`` the parameters themselves; an item of `param_groups`.
+
+    Behaves like PyTorch's dict: ``group["lr"] = 1e-2`` holds from the next step on. Unlike a dict, it checks each
+    value when it is set, so that a bad one raises there and the old one stays.
+
+    Raises
+    ------
+    OptionError
+        Unknown name, value out of range, a name that cannot change (``"params"``, ``"initial_scale"``), or deletion.
+    OptionTypeError
+        A value of the wrong kind.
+    """
+
+    def __init__(self, options: Mapping[str, Any], label: str, dtypes: set[np.dtype[Any]]) -> None:
+        self._label = label
+        self.dtypes = dtypes
+        self._values: dict[str, Any] = {}
+        self._params: Any = None
+        self._changed: Callable[[], None] = lambda: None
+        for name in options:
+            if name not in GROUP_DEFAULTS:
+                raise OptionError(f"{label}: {name!r} is no option of a parameter group; {_known()}")
+        self._values = self._checked(GROUP_DEFAULTS | dict(options))
+
+    def _checked(self, values: dict[str, Any]) -> dict[str, Any]:
+        checked = {name: check_option(name, value) for name, value in values.items()}
+        for dtype in sorted(self.dtypes, key=str):
+            for name in _NUMBERS:
+                if isinstance(checked[name], float):
+                    check_for_dtype(name, checked[name], dtype)
+        if checked["nesterov"] and checked["momentum"] == 0:
+            raise OptionError(
+                "nesterov: True needs momentum > 0, got momentum 0; it looks ahead along the momentum buffer"
+            )
+        return checked
+
+    def bind(self, params: Any, changed: Callable[[], None]) -> None:
+        """Show `params` under "params", and call `changed` after each assignment."""
+        self._params = params
+        self._changed = changed
+
+    def __getitem__(self, name: str) -> Any:
+        return self._params if name == "params" else self._values[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in GROUP_DEFAULTS:
+            raise OptionError(f"{self._label}: {name!r} cannot be set; {_known()}")
+        if name == "initial_scale" and value != self._values[name]:
+            raise OptionError(
+                f"initial_scale: set at construction only, got {value!r} later; it is what the cache started from. "
+                "To change the cache now, write to it: opt.cache[0][...] = value"
+            )
+        self._values = self._checked(self._values | {name: value})
+        self._changed()
+
+    def __delitem__(self, name: str) -> None:
+        raise OptionError(f"{name}: an option cannot be deleted; set it to {GROUP_DEFAULTS.get(name)!r} to turn it off")
+
+    def __iter__(self) -> Iterator[str]:
+        yield "params"
+        yield from self._values
+
+    def __len__(self) -> int:
+        return 1 + len(self._values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_params": None, "_changed": None}  # the optimizer binds it again
+
+    def __repr__(self) -> str:
+        changed = ", ".join(f"{k}={v!r}" for k, v in self._values.items() if v != GROUP_DEFAULTS[k] or k == "lr")
+        return f"ParamGroup({changed})"
+
+
+def _known() -> str:
+    return "the options are " + ", ".join(GROUP_DEFAULTS)
+
+
+def resolve_lr(group: "ParamGroup", step: int) -> float:
+    """The learning rate of a group at step number `step`, counted from 0: a number, or what its function returns."""
+    lr: LearningRate = group["lr"]
+    if not callable(lr):
+        return lr
+    value = lr(step)
+    try:
+        if callable(value):
+            raise OptionTypeError(f"lr: expected a number, got {value!r}")
+        number: float = check_option("lr", value)
+        for dtype in group.dtypes:
+            check_for_dtype("lr", number, dtype)
+    except (OptionError, OptionTypeError) as error:
+        raise type(error)(f"the function given as lr returned, at step {step}: {error}") from None
+    return number
+
+
+# The numbers that a kernel gets, in this order, in the dtype of the arrays. docs/options.md has the equations.
+HYPER_FIELDS = (
+    "lr_inside",  # multiplies the gradient: ahead of the momentum buffer where there is one
+    "lr_outside",  # multiplies the momentum buffer
+    "decay",
+    "rest",  # 1 - decay, rounded once from float64 as NumPy does
+    "eps_inside",  # added under the root
+    "eps_outside",  # added to the root
+    "l2",  # weight decay added to the gradient
+    "decoupled",  # lr times weight decay, taken off the parameter
+    "momentum",
+    "nesterov",  # 1 or 0
+    "clip",  # bound on the absolute gradient, inf for none
+    "gradient_floor",  # below this, a gradient's weighted square would be subnormal; it squares to 0
+    "mean_floor",  # below this, a mean gradient's square would be subnormal; it squares to 0
+    "state_floor",  # state below this is 0: the smallest normal number
+    "zero",  # 0 in the dtype of the arrays: a literal 0.0 would turn a float32 loop into float64 arithmetic
+)
+
+
+def hyper_values(options: Mapping[str, Any], lr: float, dtype: np.dtype[Any]) -> list[float]:
+    """The values of `HYPER_FIELDS` for a group with `options` at learning rate `lr`; the floors depend on `dtype`."""
+    eps = options["epsilon"]
+    rest = 1.0 - options["decay_rate"]
+    lr_goes_outside = options["momentum"] > 0 and not options["lr_in_momentum"]
+    flush = options["flush_subnormals"]
+    decoupled = options["decoupled_weight_decay"]
+    return [
+        1.0 if lr_goes_outside else lr,
+        lr if lr_goes_outside else 1.0,
+        options["decay_rate"],
+        rest,
+        eps if options["eps_in_sqrt"] else 0.0,
+        0.0 if options["eps_in_sqrt"] else eps,
+        0.0 if decoupled else options["weight_decay"],
+        lr * options["weight_decay"] if decoupled else 0.0,
+        options["momentum"],
+        float(options["nesterov"]),
+        math.inf if options["clip_value"] is None else options["clip_value"],
+        _smallest_with_normal_square(dtype, rest) if flush else 0.0,
+        _smallest_with_normal_square(dtype, 1.0) if flush else 0.0,
+        float(np.finfo(dtype).tiny) if flush else 0.0,
+        0.0,
+    ]
+
+
+def needs_extended_rule(options: Mapping[str, Any]) -> bool:
+    """Whether `options` use a term that the short form of the compiled rule leaves out."""
+    return bool(
+        options["weight_decay"] > 0
+        or options["maximize"]
+        or options["eps_in_sqrt"]
+        or options["bias_correction"]
+        or options["clip_value"] is not None
+    )
+
+
+@cache
+def _smallest_with_normal_square(dtype: np.dtype[Any], weight: float) -> float:
+    """The smallest positive x for which ``weight * (x * x)``, rounded twice in `dtype`, is a normal number.
+
+    The product grows with x, so comparing x with this bound decides exactly as comparing the product would, without
+    ever computing the subnormal.
+    """
+    tiny = np.finfo(dtype).tiny
+    factor = dtype.type(weight)
+    x = dtype.type(math.sqrt(float(tiny) / float(factor)))
+    zero, infinity = dtype.type(0), dtype.type(math.inf)
+    with np.errstate(under="ignore"):
+        while factor * (x * x) >= tiny:
+            x = np.nextafter(x, zero)
+        while factor * (x * x) < tiny:
+            x = np.nextafter(x, infinity)
+    return float(x)
