@@ -344,7 +344,7 @@ def find_overlap(buffer: FlatBuffer, arrays: Any) -> tuple[str, str] | None:
         reach = [other for other in reach if other[1] > span[0]]
         for other in reach:
             try:
-                shared = np.shares_memory(other[3], span[3], max_work=100_000)
+                shared = np.shares_memory(other[3], span[3], max_work=100_000)  # type: ignore[arg-type]
             except np.exceptions.TooHardError:
                 shared = True
             if shared:

@@ -12,8 +12,11 @@ __all__ = ["DIALECTS", "dialect"]
 
 @dataclass(frozen=True)
 class _Dialect:
-    """One peer: `names` maps its arguments to options, `fixed` is what its update rule implies, `required` has no
-    default there, `ignored` changes nothing in the numbers."""
+    """One peer.
+
+    `names` maps its arguments to options, `defaults` are those of its defaults that differ from ours, `fixed` is what
+    its update rule implies, `required` arguments have no default there, `ignored` ones change nothing in the numbers.
+    """
 
     names: Mapping[str, str]
     defaults: Mapping[str, Any]

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -189,7 +188,7 @@ class RMSProp:
         }
         self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
         self._kernel = kernels.check_kernel(kernel)
-        self._num_threads = check_threads(num_threads, numba.config.NUMBA_NUM_THREADS)
+        self._num_threads = check_threads(num_threads, kernels.max_threads())
 
         groups = _parameter_groups(params)
         self._grouped = groups is not None
@@ -211,10 +210,10 @@ class RMSProp:
         sizes = layout.child_sizes() if self._grouped else [len(layout.leaves)]
         self._group_of = np.repeat(np.arange(len(sizes)), sizes)
         self.param_groups: list[ParamGroup] = []
-        for k, group in enumerate(groups or [{}]):
+        for number, group in enumerate(groups or [{}]):
             own = {name: value for name, value in group.items() if name != "params"}
-            dtypes = {layout.dtype_of(layout.leaves[i]) for i in np.flatnonzero(self._group_of == k)}
-            self.param_groups.append(ParamGroup(defaults | own, f"param_groups[{k}]", dtypes))
+            dtypes = {layout.dtype_of(layout.leaves[i]) for i in np.flatnonzero(self._group_of == number)}
+            self.param_groups.append(ParamGroup(defaults | own, f"param_groups[{number}]", dtypes))
 
         self.buffers: dict[str, FlatBuffer] = {"params": values, "grads": values.like(), "cache": values.like()}
         for cache, k in zip(self.buffers["cache"].leaves, self._group_of, strict=True):
@@ -302,7 +301,7 @@ class RMSProp:
 
     @num_threads.setter
     def num_threads(self, value: int | None) -> None:
-        self._num_threads = check_threads(value, numba.config.NUMBA_NUM_THREADS)
+        self._num_threads = check_threads(value, kernels.max_threads())
         self._options_changed()
 
     def step(self, gradients: Any = None) -> Any:
@@ -465,7 +464,8 @@ class _Run:
 
     def part_of(self, buffer: FlatBuffer) -> NDArray[Any]:
         """The elements of this run in `buffer`, 1-D."""
-        return buffer.segments[self._segment][self._start : self._stop]
+        part: NDArray[Any] = buffer.segments[self._segment][self._start : self._stop]
+        return part
 
     def arguments(
         self,
@@ -518,6 +518,7 @@ def _parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:
     for k, group in enumerate(params):
         if not isinstance(group, Mapping) or "params" not in group:
             raise StructureError(
-                f"params[{k}]: expected a parameter group with the key 'params', as others in the list have, got {group!r}"
+                f"params[{k}]: expected a parameter group with the key 'params', as another item of the list has, "
+                f"got {group!r}"
             )
     return list(params)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cache
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def check_option(name: str, value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     # bool is a Real to Python, but lr=True is a slip.
-    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise OptionTypeError(f"{name}: expected {kinds}, got {value!r} ({type(value).__name__})")
     number = float(value)
     if not (low <= number < high) or (number == low and not may_be_low):
@@ -89,7 +89,7 @@ def check_threads(value: Any, available: int) -> int | None:
     """Return `value` if it is None or a number of threads from 1 to `available`."""
     if value is None:
         return None
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise OptionTypeError(f"num_threads: expected an integer or None, got {value!r} ({type(value).__name__})")
     if not 1 <= value <= available:
         raise OptionError(

@@ -12,7 +12,7 @@ import numba
 from fastrms.errors import OptionError, OptionTypeError
 from fastrms.kernels import cpu, reference
 
-__all__ = ["KERNELS", "PARALLEL_FROM", "UPDATES", "check_kernel", "choose", "limit_threads"]
+__all__ = ["KERNELS", "PARALLEL_FROM", "UPDATES", "check_kernel", "choose", "limit_threads", "max_threads"]
 
 Kernel = Callable[..., None]
 
@@ -24,6 +24,11 @@ UPDATES: dict[str, Kernel] = {"numpy": reference.update, "serial": cpu.serial, "
 # not alone: the threads of the matrix products still spin when the step begins, and below some millions of
 # parameters the launch costs more than it brings (docs/kernels.md has the measurement).
 PARALLEL_FROM = 1 << 22
+
+
+def max_threads() -> int:
+    """How many threads Numba started with: NUMBA_NUM_THREADS, or the processor's cores."""
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def check_kernel(kernel: Any) -> str:

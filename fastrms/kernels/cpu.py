@@ -22,9 +22,8 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
-__all__ = ["BLOCK", "NoAlias", "inner", "jit", "parallel", "rule", "serial"]
+__all__ = ["BLOCK", "inner", "jit", "parallel", "rule", "serial"]
 
 
 # Elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough that finding
@@ -50,19 +49,6 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 # For what only compiled code calls: it is cached inside its caller, and files of its own would be written for nothing.
 inner = numba.njit(error_model="numpy")
-
-
-class NoAlias(CompilerBase):  # type: ignore[misc]
-    """Tell LLVM that the arrays of a function do not overlap.
-
-    Else it guards the vectorised loop with a test of each pair, and gives up above eight tests: parameters, gradients
-    and three states make ten, and that loop ran 50 times slower. The optimizer owns all of these arrays, and they are
-    distinct blocks.
-    """
-
-    def define_pipelines(self) -> list[Any]:
-        self.state.flags.noalias = True
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
 
 
 def rule(p, g, c, b, m, h, scale, correction, extended):  # type: ignore[no-untyped-def]
@@ -133,7 +119,7 @@ def _part(array, start, stop):  # type: ignore[no-untyped-def]
     return None
 
 
-@numba.njit(error_model="numpy", pipeline_class=NoAlias)
+@inner
 def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended):  # type: ignore[no-untyped-def]
     for i in range(params.size):
         b = None

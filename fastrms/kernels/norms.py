@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.kernels import reference
-from fastrms.kernels.cpu import NoAlias, inner, jit
+from fastrms.kernels.cpu import inner, jit
 
 __all__ = ["CHUNK", "LANES", "SpanNorms", "combine"]
 
@@ -36,9 +36,8 @@ def _square(x, clip, prescale):  # type: ignore[no-untyped-def]
     return x * x
 
 
-@numba.njit(error_model="numpy", pipeline_class=NoAlias)
+@inner
 def _add_squares(grads, clip, prescale, lanes):  # type: ignore[no-untyped-def]
-    # Without NoAlias, a write to lanes could change grads, and the lanes would not stay in registers.
     whole = grads.size // LANES * LANES
     for i in range(0, whole, LANES):
         for j in range(LANES):
