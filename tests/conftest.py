@@ -1,0 +1,26 @@
+"""What all tests share: two threads at least, and one set of NumPy error settings."""
+
+import os
+
+# Before Numba is imported: the parallel kernel is tested on one and on two threads, also on a machine with one core.
+os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, os.cpu_count() or 1)))
+
+import numpy as np
+import pytest
+from helpers import JIT
+
+
+@pytest.fixture(autouse=True)
+def _scalars_as_compiled():
+    """With the JIT off the kernels run on NumPy scalars, which warn where compiled code and NumPy's oracle do not."""
+    if JIT:
+        yield
+    else:
+        with np.errstate(all="ignore"):
+            yield
+
+
+@pytest.fixture
+def rng(request):
+    """A generator seeded by the test's own name, so that adding a test does not change another's numbers."""
+    return np.random.default_rng(list(request.node.name.encode()))

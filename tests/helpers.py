@@ -1,0 +1,54 @@
+"""What several test files use."""
+
+import numba
+import numpy as np
+
+JIT = not numba.config.DISABLE_JIT
+
+
+def steps(many):
+    """A number of steps that the interpreter can do where the JIT is off."""
+    return many if JIT else max(2, many // 200)
+
+
+def wide(rng, size, dtype, low=-18, high=18):
+    """Numbers of both signs with magnitudes from 10**low to 10**high."""
+    return (rng.choice([-1.0, 1.0], size) * 10.0 ** rng.uniform(low, high, size)).astype(dtype)
+
+
+def bits(array):
+    """The bits of an array, with one bit pattern for NaN: which of its many an operation returns is not specified."""
+    array = np.array(array)
+    array[np.isnan(array)] = np.nan
+    return array.tobytes()
+
+
+def assert_same_bits(ours, theirs, what=""):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    if bits(ours) != bits(theirs):
+        bad = np.flatnonzero(~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs))).ravel())
+        raise AssertionError(f"{what}: {bad.size} of {ours.size} elements differ, first at {bad[:3]}")
+
+
+def leaves(tree):
+    """The arrays of a nesting of lists, tuples and dicts, in order."""
+    if isinstance(tree, dict):
+        return [leaf for item in tree.values() for leaf in leaves(item)]
+    if isinstance(tree, list | tuple):
+        return [leaf for item in tree for leaf in leaves(item)]
+    return [np.asarray(tree)]
+
+
+def same_structure(given, ours):
+    """Whether `ours` has arrays where `given` has items, in the same lists, tuples and dicts."""
+    if isinstance(given, dict):
+        return (
+            isinstance(ours, dict)
+            and list(given) == list(ours)
+            and all(map(same_structure, given.values(), ours.values()))
+        )
+    if isinstance(given, list | tuple):
+        return type(given) is type(ours) and len(given) == len(ours) and all(map(same_structure, given, ours))
+    return isinstance(ours, np.ndarray)

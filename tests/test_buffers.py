@@ -1,0 +1,234 @@
+"""FlatBuffer: packing, views, structure, and what it refuses."""
+
+import copy
+import pickle
+from collections import OrderedDict, namedtuple
+
+import numpy as np
+import pytest
+from helpers import leaves, same_structure
+
+from fastrms import DtypeError, FlatBuffer, StructureError
+
+Pair = namedtuple("Pair", "W b")
+
+
+def structures():
+    W, b = np.arange(6.0).reshape(2, 3), np.array([1.0, 2.0])
+    return {
+        "array": W,
+        "list": [W, b],
+        "tuple": (W, b),
+        "namedtuple": Pair(W, b),
+        "dict": {"W": W, "b": b},
+        "ordered-dict": OrderedDict(b=b, W=W),
+        "nested": {"layers": [{"W": W, "b": b}, (W + 1,)], "head": [], "scale": np.float64(3)},
+        "0-d-and-empty": [np.array(5.0), np.zeros((0, 3)), b],
+        "mixed": [W.astype(np.float32), b, {"i": np.arange(3), "c": np.array([1j])}, W.astype(np.float32) + 1],
+    }
+
+
+@pytest.mark.parametrize("name", structures())
+def test_views_have_the_structure_and_values_and_share_one_aligned_block(name):
+    tree = structures()[name]
+    buffer = FlatBuffer(tree)
+    assert same_structure(tree, buffer.views)
+    assert buffer.block.ctypes.data % 64 == 0
+    for segment in buffer.segments:
+        assert segment.ctypes.data % 64 == 0
+        assert segment.flags.c_contiguous
+    for given, view in zip(leaves(tree), buffer.leaves, strict=True):
+        np.testing.assert_array_equal(view, given, strict=True)
+        assert np.shares_memory(view, buffer.block) or view.size == 0
+        assert not np.shares_memory(view, given)
+    assert buffer.size == sum(leaf.size for leaf in leaves(tree))
+
+
+def test_flat_is_dense_and_in_order():
+    buffer = FlatBuffer([np.array([[1.0, 2], [3, 4]]), np.array(5.0), np.array([6.0])])
+    assert buffer.flat.tolist() == [1, 2, 3, 4, 5, 6]
+    buffer.flat[:] = 0
+    assert buffer.views[1] == 0
+    buffer.views[2][0] = 7
+    assert buffer.flat.tolist() == [0, 0, 0, 0, 0, 7]
+
+
+def test_several_dtypes_have_one_dense_segment_each_in_one_block():
+    a32, a64 = np.arange(3, dtype=np.float32), np.arange(5.0)
+    buffer = FlatBuffer([a32, a64, a32 + 10])
+    first, second = buffer.flat
+    assert first.dtype == np.float32
+    assert first.tolist() == [0, 1, 2, 10, 11, 12]
+    assert second.tolist() == [0, 1, 2, 3, 4]
+    assert first.base is second.base is buffer.views[0].base
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(12.0)[::2],
+        np.arange(6.0)[::-1],
+        np.arange(6.0).astype(">f8"),
+        np.broadcast_to(np.float32(2), (3, 2)),
+        np.frombuffer(np.arange(4.0).tobytes()),
+        np.frombuffer(b"\0" + np.arange(4.0).tobytes(), dtype=np.uint8)[1:].view(np.float64),
+    ],
+    ids=["fortran", "strided", "reversed", "byte-swapped", "broadcast", "read-only", "misaligned"],
+)
+def test_any_memory_layout_is_copied_in_and_comes_out_native(array):
+    before = array.copy()
+    view = FlatBuffer([array]).views[0]
+    np.testing.assert_array_equal(view, before)
+    assert view.dtype.isnative
+    assert view.flags.c_contiguous
+    assert view.flags.writeable
+    assert view.flags.aligned
+
+
+def test_like_has_the_layout_and_its_own_memory():
+    buffer = FlatBuffer({"a": np.ones(3), "b": np.ones(2, np.float32)})
+    other = buffer.like(7)
+    assert other.layout is buffer.layout
+    assert other.views["a"].tolist() == [7, 7, 7]
+    assert not np.shares_memory(other.block, buffer.block)
+    assert buffer.like().views["b"].tolist() == [0, 0]
+
+
+def test_unflatten_gives_views_of_any_vector():
+    buffer = FlatBuffer({"W": np.zeros((2, 3)), "b": np.zeros(2)})
+    for vector in (np.arange(8.0), np.arange(8, dtype=np.int16), np.arange(16.0)[::2]):
+        tree = buffer.unflatten(vector)
+        assert tree["W"].shape == (2, 3)
+        assert tree["W"].dtype == vector.dtype
+        assert np.concatenate([tree["W"].ravel(), tree["b"]]).tolist() == vector.tolist()
+        tree["b"][1] = -1
+        assert vector[-1] == -1
+
+
+def test_unflatten_of_several_dtypes_takes_a_vector_each():
+    buffer = FlatBuffer([np.zeros(2, np.float32), np.zeros(3)])
+    tree = buffer.unflatten([np.arange(2), np.arange(3)])
+    assert [leaf.tolist() for leaf in tree] == [[0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("vector", "error", "message"),
+    [
+        (np.zeros(7), StructureError, r"vector: expected shape \(8,\), got \(7,\)"),
+        (np.zeros((2, 4)), StructureError, r"vector: expected shape \(8,\), got \(2, 4\)"),
+        ([0.0] * 8, DtypeError, "vector: expected a 1-D ndarray of 8 elements, got a list of 8 items"),
+    ],
+    ids=["length", "2-d", "list"],
+)
+def test_unflatten_refuses(vector, error, message):
+    with pytest.raises(error, match=message):
+        FlatBuffer([np.zeros((2, 3)), np.zeros(2)]).unflatten(vector)
+
+
+def test_unflatten_refuses_one_vector_for_two_segments():
+    with pytest.raises(StructureError, match="expected 2 vectors, one a dtype, got 3"):
+        FlatBuffer([np.zeros(2, np.float32), np.zeros(3)]).unflatten(np.zeros((3, 5)))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.longdouble, ">f4"])
+def test_gather_casts_numbers(dtype):
+    buffer = FlatBuffer([np.zeros((2, 2), np.float32), np.zeros(3, np.float32)])
+    buffer.gather([np.arange(4).reshape(2, 2).T.astype(dtype), np.arange(3).astype(dtype)])
+    assert buffer.flat.tolist() == [0, 2, 1, 3, 0, 1, 2]
+
+
+def test_gather_copies_from_its_own_views_in_another_order():
+    buffer = FlatBuffer([np.array([1.0, 2]), np.array([3.0, 4])])
+    buffer.gather(buffer.views)
+    assert buffer.flat.tolist() == [1, 2, 3, 4]
+    buffer.gather([buffer.views[1], buffer.views[0]])
+    assert buffer.flat.tolist() == [3, 4, 1, 2]
+    buffer.gather([buffer.flat[1:3], buffer.flat[2:]])
+    assert buffer.flat.tolist() == [4, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error", "message"),
+    [
+        ([np.ones(2)], StructureError, "arrays: expected 2 items, got 1"),
+        ([np.ones(2), np.ones(2)], StructureError, r"arrays\[1\]: expected shape \(3,\), got \(2,\)"),
+        ([np.ones(2), None], DtypeError, r"arrays\[1\]: expected an array, got None"),
+        ([np.ones(2), np.ones(3, complex)], DtypeError, r"arrays\[1\]: expected a dtype .* float64 .* got complex128"),
+        ([np.ones(2), np.ones(3, bool)], DtypeError, r"arrays\[1\]: .* got bool"),
+        ({"a": np.ones(2)}, StructureError, "arrays: expected a list or tuple of 2 items, got a dict of 1 items"),
+        (np.ones(5), StructureError, r"arrays: expected a list or tuple of 2 items, got an array of shape \(5,\)"),
+        ((a for a in "ab"), StructureError, "arrays: expected a list or tuple of 2 items, got generator object"),
+    ],
+    ids=["count", "shape", "none", "complex", "bool", "dict", "array", "generator"],
+)
+def test_gather_refuses_and_writes_nothing(arrays, error, message):
+    buffer = FlatBuffer([np.zeros(2), np.zeros(3)])
+    with pytest.raises(error, match=message):
+        buffer.gather(arrays)
+    assert not buffer.flat.any()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"W": np.zeros(2)}, "arrays: missing 'b'; expected the keys 'W', 'b'"),
+        ({"W": np.zeros(2), "b": np.zeros(1), "c": np.zeros(1)}, "arrays: unknown 'c'; expected the keys 'W', 'b'"),
+        ([np.zeros(2), np.zeros(1)], "arrays: expected a dict with the keys 'W', 'b', got a list of 2 items"),
+        ({"W": np.zeros(2), "b": {}}, r"arrays\['b'\]: expected an array, got a dict of 0 items"),
+    ],
+    ids=["missing", "unknown", "list", "deeper"],
+)
+def test_gather_names_keys(arrays, message):
+    with pytest.raises(StructureError, match=message):
+        FlatBuffer({"W": np.zeros(2), "b": np.zeros(1)}).gather(arrays)
+
+
+def test_gather_takes_a_dict_in_any_order():
+    buffer = FlatBuffer({"W": np.zeros(2), "b": np.zeros(1)})
+    buffer.gather({"b": np.array([3]), "W": np.array([1, 2])})
+    assert buffer.flat.tolist() == [1, 2, 3]
+
+
+class Misbehaves:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("no array today")
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (None, "got None"),
+        ("text", "got str object"),
+        (b"bytes", "got bytes object"),
+        ({1.0}, "got set object"),
+        (iter([1.0]), "got list_iterator object"),
+        (object(), "got object object"),
+        (np.array(["a"]), "expected an array of numbers, got dtype <U1"),
+        (np.array([None]), "expected an array of numbers, got dtype object"),
+        (np.array(["2020-01-01"], "M8[D]"), "expected an array of numbers, got dtype datetime64"),
+        (np.ma.masked_array([1.0], [True]), "masked array; use .filled"),
+        (np.ones((1, 1)).view(np.matrix), "np.matrix; use np.asarray"),
+        (Misbehaves(), "got Misbehaves object: no array today"),
+    ],
+    ids=str,
+)
+def test_what_is_no_array_is_refused(item, message):
+    with pytest.raises(DtypeError, match=rf"arrays\[1\]: .*{message}"):
+        FlatBuffer([np.zeros(2), item])
+
+
+@pytest.mark.parametrize("empty", [[], {}, (), [[], {}]], ids=str)
+def test_nothing_to_pack_is_refused(empty):
+    with pytest.raises(StructureError, match="expected at least one array"):
+        FlatBuffer(empty)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+def test_copies_and_pickles_have_views_of_their_own_block(again):
+    buffer = FlatBuffer({"W": np.ones((2, 2)), "b": np.zeros(3, np.float32)})
+    other = again(buffer)
+    other.views["W"][...] = 5
+    assert other.segments[0].tolist() == [5, 5, 5, 5]
+    assert buffer.views["W"].tolist() == [[1, 1], [1, 1]]
+    assert other.block.ctypes.data % 64 == 0

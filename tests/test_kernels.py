@@ -1,0 +1,186 @@
+"""The choice of kernel, when something is compiled, where it is cached, and what is imported."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from helpers import JIT
+from numba.core import event
+
+import fastrms
+from fastrms import RMSProp, kernels
+from fastrms.kernels import cpu, reference
+from fastrms.options import HYPER_FIELDS
+
+PACKAGE = Path(fastrms.__file__).parent
+
+
+def kernels_used(opt):
+    opt.step()
+    return [update for update, _ in opt._steady_calls]
+
+
+def test_auto_takes_serial_for_small_and_parallel_for_large(monkeypatch):
+    monkeypatch.setattr(kernels, "PARALLEL_FROM", 1000)
+    sizes = [np.zeros(999), np.zeros(1000, np.float32)]
+    assert kernels_used(RMSProp(sizes)) == [cpu.serial, cpu.parallel]
+    assert kernels_used(RMSProp(sizes, num_threads=1)) == [cpu.serial, cpu.serial]
+    assert kernels_used(RMSProp(sizes, kernel="numpy")) == [reference.update] * 2
+    assert kernels_used(RMSProp(sizes, kernel="parallel")) == [cpu.parallel] * 2
+    opt = RMSProp(sizes, kernel="serial")
+    assert kernels_used(opt) == [cpu.serial] * 2
+    opt.kernel = "parallel"
+    assert kernels_used(opt) == [cpu.parallel] * 2
+
+
+def test_num_threads_holds_during_the_step_only(monkeypatch):
+    seen = []
+    monkeypatch.setitem(kernels.UPDATES, "parallel", lambda *_: seen.append(numba.get_num_threads()))
+    before = numba.get_num_threads()
+    opt = RMSProp([np.zeros(10)], kernel="parallel", num_threads=1)
+    opt.step()
+    opt.num_threads = 2
+    opt.step()
+    opt.num_threads = None
+    opt.step()
+    assert seen == [1, 2, before]
+    assert numba.get_num_threads() == before
+
+
+def test_num_threads_is_given_back_after_an_error(monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(kernels.UPDATES, "parallel", fail)
+    before = numba.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        RMSProp([np.zeros(10)], kernel="parallel", num_threads=1).step()
+    assert numba.get_num_threads() == before
+
+
+@pytest.mark.skipif(not JIT, reason="nothing is compiled with the JIT off")
+@pytest.mark.parametrize("kernel", ["serial", "parallel"])
+def test_nothing_is_compiled_for_new_shapes_rates_and_groups(kernel, rng):
+    def train(groups, options):
+        opt = RMSProp(groups, kernel=kernel, **options)
+        for _ in range(2):
+            opt.step([[np.ones(p.shape) for p in group["params"]] for group in groups])
+            for group in opt.param_groups:
+                group["lr"] = rng.random()
+                group["weight_decay"] = rng.choice([0.0, rng.random()])
+                group["clip_value"] = rng.choice([None, rng.random() + 0.1])
+                group["clip_norm"] = rng.choice([None, rng.random() + 0.1])
+                group["epsilon"] = 10.0 ** rng.integers(-12, 0)
+                group["decay_rate"] = 0.99 * rng.random()
+                if group["momentum"]:
+                    group["momentum"] = 0.01 + 0.9 * rng.random()
+        return opt
+
+    variants = [{}, {"momentum": 0.9}, {"centered": True}, {"momentum": 0.9, "centered": True}]
+    for options in variants:
+        for dtype in (np.float32, np.float64):
+            train([{"params": [np.ones(3, dtype)]}], options | {"clip_norm": 1.0})
+    with event.install_recorder("numba:compile") as compiled:
+        for i in range(1000):
+            shapes = [tuple(rng.integers(0, 5, rng.integers(0, 4))) for _ in range(rng.integers(1, 6))]
+            params = [np.ones(shape, rng.choice([np.float32, np.float64])) for shape in shapes]
+            cut = int(rng.integers(0, len(params)))
+            groups = [{"params": params[cut:], "lr": rng.random()}]
+            if cut:
+                groups.append({"params": params[:cut], "maximize": bool(rng.integers(2))})
+            train(groups, variants[i % 4] | {"global_clip_norm": rng.choice([None, 1.0])})
+    assert [item.data for _, item in compiled.buffer] == []
+
+
+@pytest.mark.skipif(not JIT, reason="nothing is compiled with the JIT off")
+def test_a_second_process_loads_the_kernel_from_disk(tmp_path):
+    program = """if True:
+        import numpy as np, sys
+        from numba.core import event
+        from fastrms import RMSProp
+        with event.install_recorder("numba:compile") as compiled:
+            RMSProp([np.ones(3)], kernel=sys.argv[1]).step()
+        print(len(compiled.buffer))
+    """
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for kernel in ("serial", "parallel"):
+        runs = [
+            subprocess.run(
+                [sys.executable, "-W", "error", "-c", program, kernel],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for _ in range(2)
+        ]
+        assert int(runs[0]) > 0
+        assert int(runs[1]) == 0
+
+
+def test_without_a_writable_place_the_kernels_work_uncached(monkeypatch):
+    def no_locator(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
+        return numba_njit(*args, **options)
+
+    numba_njit = numba.njit
+    monkeypatch.setattr(numba, "njit", no_locator)
+
+    @cpu.jit()
+    def double(x):
+        return x + x
+
+    assert double(2.0) == 4.0
+
+
+def test_the_compiled_rule_unpacks_as_many_numbers_as_there_are():
+    assert len(cpu._unpack(np.zeros(len(HYPER_FIELDS)))) == len(HYPER_FIELDS)
+
+
+# Who may import whom inside the package; tests/ holds the arrows of docs/design.md.
+ARROWS = {
+    "errors": set(),
+    "options": {"errors"},
+    "dialects": {"errors"},
+    "buffers": {"errors"},
+    "kernels.cpu": set(),
+    "kernels.reference": {"options"},
+    "kernels.norms": {"kernels.reference", "kernels.cpu", "kernels"},
+    "kernels": {"errors", "kernels.cpu", "kernels.reference", "kernels"},
+    "optimizer": {"errors", "options", "buffers", "kernels", "kernels.norms"},
+    "functional": {"optimizer"},
+}
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_imports_run_in_one_direction(module):
+    path = PACKAGE / (module.replace(".", "/") + ".py")
+    if not path.exists():
+        path = PACKAGE / module.replace(".", "/") / "__init__.py"
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastrms":
+            inner = node.module.removeprefix("fastrms").lstrip(".")
+            # `from fastrms import kernels` imports the package's module of that name.
+            names = {inner} if inner else {alias.name for alias in node.names}
+            found |= names
+    assert found <= ARROWS[module]
+
+
+def test_importing_fastrms_loads_numpy_and_numba_and_nothing_else():
+    program = """if True:
+        import sys, sysconfig
+        import numpy, numba
+        before = set(sys.modules)
+        import fastrms
+        new = {name.split(".")[0] for name in set(sys.modules) - before}
+        print(sorted(new - set(sys.stdlib_module_names) - {"fastrms", "numpy", "numba", "llvmlite"}))
+    """
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,141 @@
+"""Hyper-parameters: their ranges, when they are checked, and what the numbers for a kernel are."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fastrms import OptionError, OptionTypeError, RMSProp
+from fastrms.options import GROUP_DEFAULTS, HYPER_FIELDS, hyper_values
+
+NAN, INF = math.nan, math.inf
+
+# Option: values that are taken, values out of range, values of the wrong kind.
+RANGES = {
+    "lr": ([0, 1e-3, 5.0, np.float32(0.1), np.array(0.1)], [-1e-9, NAN, INF], ["0.1", True, 1j, None, [0.1]]),
+    "decay_rate": ([0, 0.9, 0.999999], [-0.1, 1, 1.5, NAN], ["a", None, False]),
+    "epsilon": ([1e-30, 1, np.int64(2)], [0, -1e-8, NAN, INF, 1e-50, 1e39], ["a", None, True]),
+    "momentum": ([0, 0.9], [-0.1, 1, NAN], ["a", None, True]),
+    "weight_decay": ([0, 0.1, 2], [-0.1, NAN, INF, 1e39], ["a", None, True]),
+    "initial_scale": ([0, 1.0], [-1, NAN, INF, 1e39], ["a", None, True]),
+    "clip_value": ([None, 0.1], [0, -1, NAN, INF, 1e-50], ["a", True]),
+    "clip_norm": ([None, 0.1], [0, -1, NAN, INF], ["a", True]),
+    "global_clip_norm": ([None, 0.1], [0, -1, NAN, INF], ["a", True]),
+    "nesterov": ([False, np.False_], [], [1, 0, None, "yes"]),
+    "centered": ([True, np.True_], [], [1, 0, None, "yes"]),
+    "decoupled_weight_decay": ([True], [], [1, None]),
+    "maximize": ([True], [], [1, None]),
+    "eps_in_sqrt": ([True], [], [1, None]),
+    "bias_correction": ([True], [], [1, None]),
+    "lr_in_momentum": ([True], [], [1, None]),
+    "flush_subnormals": ([False], [], [1, None]),
+    "kernel": (["auto", "numpy", "serial", "parallel"], ["gpu", ""], [None, 1]),
+    "num_threads": ([None, 1, 2, np.int64(1)], [0, -1, 10_000], [1.0, "2", True]),
+}
+
+
+def cases(which):
+    return [pytest.param(name, value, id=f"{name}={value}") for name, row in RANGES.items() for value in row[which]]
+
+
+def test_the_table_has_every_option():
+    assert RANGES.keys() == GROUP_DEFAULTS.keys() | {"global_clip_norm", "kernel", "num_threads"}
+
+
+@pytest.mark.parametrize(("name", "value"), cases(0))
+def test_good_values_are_taken(name, value):
+    opt = RMSProp([np.ones(2, np.float32)], **{name: value})
+    opt.step([np.ones(2)])
+    assert np.isfinite(opt.params[0]).all()
+    if name in GROUP_DEFAULTS:
+        assert opt.param_groups[0][name] == value
+
+
+@pytest.mark.parametrize(("name", "value"), cases(1))
+def test_values_out_of_range_raise_and_the_error_names_option_and_value(name, value):
+    with pytest.raises(OptionError, match=f"^{name}: .*{value!r}".replace("+", r"\+")):
+        RMSProp([np.ones(2, np.float32)], **{name: value})
+    if name in GROUP_DEFAULTS:
+        with pytest.raises(OptionError, match=name):
+            RMSProp([{"params": np.ones(2, np.float32), name: value}])
+
+
+@pytest.mark.parametrize(("name", "value"), cases(2))
+def test_values_of_the_wrong_kind_raise(name, value):
+    with pytest.raises(OptionTypeError, match=f"^{name}: expected "):
+        RMSProp([np.ones(2)], **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), cases(1) + cases(2))
+def test_a_bad_assignment_raises_and_the_old_value_stays(name, value):
+    opt = RMSProp([np.ones(2, np.float32)])
+    if name in GROUP_DEFAULTS:
+        before = opt.param_groups[0][name]
+        with pytest.raises((OptionError, OptionTypeError), match=name):
+            opt.param_groups[0][name] = value
+        assert opt.param_groups[0][name] == before
+    else:
+        before = getattr(opt, name)
+        with pytest.raises((OptionError, OptionTypeError), match=name):
+            setattr(opt, name, value)
+        assert getattr(opt, name) == before
+
+
+def test_an_epsilon_too_small_for_float32_is_fine_for_float64_alone():
+    RMSProp([np.ones(2)], epsilon=1e-60)
+    with pytest.raises(OptionError, match="epsilon: 1e-60 is 0 in float32"):
+        RMSProp([np.ones(2), np.ones(2, np.float32)], epsilon=1e-60)
+    with pytest.raises(OptionError, match="epsilon: 1e-60 is 0 in float32"):
+        RMSProp([{"params": np.ones(2), "epsilon": 1e-60}, {"params": np.ones(2, np.float32), "epsilon": 1e-60}])
+    RMSProp([{"params": np.ones(2), "epsilon": 1e-60}, {"params": np.ones(2, np.float32)}])
+
+
+def test_nesterov_needs_momentum_wherever_it_is_set():
+    with pytest.raises(OptionError, match="nesterov: True needs momentum > 0"):
+        RMSProp([np.ones(2)], nesterov=True)
+    opt = RMSProp([np.ones(2)], nesterov=True, momentum=0.9)
+    with pytest.raises(OptionError, match="nesterov"):
+        opt.param_groups[0]["momentum"] = 0.0
+    assert opt.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_group_is_a_mapping_that_refuses_what_it_cannot_do():
+    group = RMSProp([np.ones(2)]).param_groups[0]
+    assert set(group) == {"params", *GROUP_DEFAULTS}
+    assert len(group) == len(list(group))
+    with pytest.raises(OptionError, match="'alpha' cannot be set; the options are lr, "):
+        group["alpha"] = 0.9
+    with pytest.raises(OptionError, match="'params' cannot be set"):
+        group["params"] = []
+    with pytest.raises(OptionError, match="initial_scale: set at construction only"):
+        group["initial_scale"] = 1.0
+    with pytest.raises(OptionError, match="cannot be deleted"):
+        del group["lr"]
+    with pytest.raises(KeyError):
+        group["alpha"]
+    group.update(lr=0.5, weight_decay=0.1)
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.1)
+
+
+def test_positional_order_is_the_references():
+    opt = RMSProp([np.ones(2)], 0.5, 0.25, 0.125)
+    assert (opt.lr, opt.decay_rate, opt.epsilon) == (0.5, 0.25, 0.125)
+    with pytest.raises(TypeError):
+        RMSProp([np.ones(2)], 0.5, 0.25, 0.125, 0.9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("decay_rate", [0.0, 0.5, 0.9, 0.99, 0.999999])
+def test_floors_decide_exactly_as_the_product_would(dtype, decay_rate):
+    values = dict(
+        zip(HYPER_FIELDS, hyper_values(GROUP_DEFAULTS | {"decay_rate": decay_rate}, 0.1, np.dtype(dtype)), strict=True)
+    )
+    tiny = np.finfo(dtype).tiny
+    for floor, weight in ((values["gradient_floor"], values["rest"]), (values["mean_floor"], 1.0)):
+        x = dtype(floor)
+        below = np.nextafter(x, dtype(0))
+        with np.errstate(under="ignore"):
+            assert dtype(weight) * (x * x) >= tiny
+            assert dtype(weight) * (below * below) < tiny
+    off = hyper_values(GROUP_DEFAULTS | {"flush_subnormals": False}, 0.1, np.dtype(dtype))
+    assert [off[HYPER_FIELDS.index(name)] for name in ("gradient_floor", "mean_floor", "state_floor")] == [0, 0, 0]
