@@ -342,9 +342,9 @@ class RMSProp:
         calls = self._steady_calls
         rates = None if calls is not None else self._rates()
         if gradients is not None and gradients is not self._grads.views:
-            arrays, at_once = self._grads.check(gradients, "gradients", skip_none=True)
-            self._grads.store(arrays, at_once)
-            if not at_once and any(array is None for array in arrays):
+            arrays = self._grads.check(gradients, "gradients", skip_none=True)
+            self._grads.store(arrays)
+            if any(array is None for array in arrays):
                 present = np.array([array is not None for array in arrays])
                 calls = self._make_calls(rates or self._rates(), present)
                 self._skipped[~present] += 1

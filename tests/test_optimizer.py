@@ -150,7 +150,7 @@ def test_gradients_in_any_layout_and_plain_numbers(rng):
         ([np.ones(2), np.ones(2)], StructureError, r"gradients\[1\]: expected shape \(3,\), got \(2,\)"),
         ([np.ones(2), np.ones((3, 1))], StructureError, r"gradients\[1\]: expected shape \(3,\), got \(3, 1\)"),
         ([np.ones(2), np.ones(3, complex)], DtypeError, r"gradients\[1\]: .* got complex128"),
-        ([np.ones(2), np.ones(3, object)], DtypeError, r"gradients\[1\]: .* got object"),
+        ([np.ones(2), np.ones(3, object)], DtypeError, r"gradients\[1\]: .* got dtype object"),
         ([np.ones(2), np.ones(3, bool)], DtypeError, r"gradients\[1\]: .* got bool"),
         ([np.ones(2), "abc"], DtypeError, r"gradients\[1\]: expected an array, got str object"),
         ({"a": np.ones(2)}, StructureError, "gradients: expected a list or tuple of 2 items"),

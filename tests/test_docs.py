@@ -1,0 +1,43 @@
+"""Every Python block of README and docs/ runs, block after block of a page in one namespace."""
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastrms
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# Names that a page may take for granted, because it shows a formula and not a program.
+GIVEN = {
+    "kernels.md": {"np": np, "d": 0.9, "lr": 0.1, "eps": 1e-8, "cache": np.ones(2), "grad": np.ones(2), "param": 1.0}
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page):
+    names = dict(GIVEN.get(page.name, {}))
+    for code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exec(compile(code, str(page), "exec"), names)
+
+
+def test_there_are_blocks_to_run():
+    assert sum(len(BLOCK.findall(page.read_text(encoding="utf-8"))) for page in PAGES) >= 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", fastrms.__all__)
+def test_every_public_name_is_documented(name):
+    assert getattr(fastrms, name).__doc__
