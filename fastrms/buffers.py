@@ -210,8 +210,21 @@ class FlatBuffer:
 
     @property
     def flat(self) -> Any:
-        """The dense 1-D array behind all views, or a tuple of one for each dtype where there are several."""
+        """The dense 1-D array behind all views, or a tuple of one for each dtype where there are several.
+
+        Assigning to it copies in, so that ``buffer.flat *= 2`` and ``buffer.flat = vector`` do what they say.
+        """
         return self.segments[0] if len(self.segments) == 1 else self.segments
+
+    @flat.setter
+    def flat(self, value: Any) -> None:
+        if value is self.flat:
+            return
+        if len(self.segments) > 1:
+            raise StructureError(f"flat: there are {len(self.segments)} dtypes; write to each of buffer.segments")
+        if np.shape(value) not in ((), self.segments[0].shape):
+            raise StructureError(f"flat: expected shape {self.segments[0].shape}, got {np.shape(value)}")
+        self.segments[0][...] = value
 
     @property
     def size(self) -> int:

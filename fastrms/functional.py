@@ -50,7 +50,7 @@ def rmsprop_update(
     >>> import numpy as np
     >>> from fastrms import rmsprop_update
     >>> rmsprop_update(np.array([1.0]), np.array([0.1]), np.array([1.0]), lr=0.01)
-    (array([0.99894652]), array([0.901]))
+    (array([0.99894649]), array([0.901]))
     """
     optimizer = RMSProp(params, lr, decay_rate, epsilon)
     if cache is not None:

@@ -28,6 +28,19 @@ __all__ = ["RMSProp"]
 _Call = tuple[kernels.Kernel, tuple[Any, ...]]
 
 
+def _views(name: str, meaning: str) -> property:
+    def get(self: "RMSProp") -> Any:
+        buffer = self.buffers.get(name)
+        return None if buffer is None else buffer.views
+
+    def refuse_another(self: "RMSProp", value: Any) -> None:
+        # What `opt.grads *= 0.5` assigns, for a single array, is the same array.
+        if value is not get(self):
+            raise AttributeError(f"{name}: these views cannot be replaced; write into them: opt.{name}[...] = value")
+
+    return property(get, refuse_another, doc=f"{meaning} Views of a flat buffer.")
+
+
 def _option_of_all_groups(name: str, meaning: str) -> property:
     def get(self: "RMSProp") -> Any:
         values = [group[name] for group in self.param_groups]
@@ -242,34 +255,15 @@ class RMSProp:
         # The calls of a step where none differs from the last; None: they have to be made again.
         self._steady_calls: list[_Call] | None = None
 
-    @property
-    def params(self) -> Any:
-        """The parameters: views of the flat buffer, in the structure that was given."""
-        return self._views
-
-    @property
-    def grads(self) -> Any:
-        """Where a gradient for each parameter can be written, for `step()` without arguments.
-
-        `step(gradients)` may use this memory too: what it holds afterwards is not defined.
-        """
-        return self._grads.views
-
-    @property
-    def cache(self) -> Any:
-        """The running mean of squared gradients, v in the equations."""
-        return self.buffers["cache"].views
-
-    @property
-    def momentum_buffer(self) -> Any:
-        """The momentum buffer, or None where no group uses momentum."""
-        return self.buffers["momentum_buffer"].views if "momentum_buffer" in self.buffers else None
-
-    @property
-    def grad_avg(self) -> Any:
-        """The running mean of gradients, or None where no group is centered."""
-        return self.buffers["grad_avg"].views if "grad_avg" in self.buffers else None
-
+    params: Any = _views("params", "The parameters, in the structure that was given.")
+    grads: Any = _views(
+        "grads",
+        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` may use "
+        "this memory too: what it holds afterwards is not defined.",
+    )
+    cache: Any = _views("cache", "The running mean of squared gradients, v in the equations.")
+    momentum_buffer: Any = _views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
+    grad_avg: Any = _views("grad_avg", "The running mean of gradients, or None where no group is centered.")
     lr: Any = _option_of_all_groups("lr", "Learning rate, or the function that gives it.")
     decay_rate: Any = _option_of_all_groups("decay_rate", "Decay rate of the mean square.")
     epsilon: Any = _option_of_all_groups("epsilon", "Constant added to the denominator.")

@@ -53,6 +53,21 @@ def test_flat_is_dense_and_in_order():
     assert buffer.flat.tolist() == [0, 0, 0, 0, 0, 7]
 
 
+def test_assigning_to_flat_copies_in():
+    buffer = FlatBuffer([np.ones(2), np.ones(1)])
+    view = buffer.views[0]
+    buffer.flat *= 3
+    buffer.flat += [1, 2, 3]
+    assert view.tolist() == [4, 5]
+    buffer.flat = np.arange(3)
+    assert view.tolist() == [0, 1]
+    for bad in (np.ones(2), np.ones((1, 3))):
+        with pytest.raises(StructureError, match=r"flat: expected shape \(3,\), got"):
+            buffer.flat = bad
+    with pytest.raises(StructureError, match="flat: there are 2 dtypes"):
+        FlatBuffer([np.ones(2), np.ones(1, int)]).flat = 0
+
+
 def test_several_dtypes_have_one_dense_segment_each_in_one_block():
     a32, a64 = np.arange(3, dtype=np.float32), np.arange(5.0)
     buffer = FlatBuffer([a32, a64, a32 + 10])

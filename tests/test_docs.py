@@ -14,9 +14,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Names that a page may take for granted, because it shows a formula and not a program.
-GIVEN = {
-    "kernels.md": {"np": np, "d": 0.9, "lr": 0.1, "eps": 1e-8, "cache": np.ones(2), "grad": np.ones(2), "param": 1.0}
-}
+FORMULA = {"d": 0.9, "lr": 0.1, "eps": 1e-8, "cache": np.ones(2), "grad": np.ones(2), "param": np.ones(2)}
+GIVEN = {"kernels.md": {"np": np, **FORMULA}}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -81,6 +81,18 @@ def test_gradients_in_the_buffer_are_not_written_by_a_step():
     assert opt.grads[0].tolist() == [1, 2, 3]
 
 
+def test_views_can_be_changed_in_place_and_not_replaced():
+    opt = RMSProp(np.ones(3))
+    opt.grads[:] = 2
+    opt.grads *= 2
+    opt.params += 1
+    assert opt.buffers["grads"].flat.tolist() == [4, 4, 4]
+    assert opt.buffers["params"].flat.tolist() == [2, 2, 2]
+    for name in ("params", "grads", "cache", "momentum_buffer"):
+        with pytest.raises(AttributeError, match=f"{name}: these views cannot be replaced"):
+            setattr(opt, name, np.zeros(3))
+
+
 def test_passing_the_gradient_buffer_itself_is_the_same_as_passing_nothing():
     a, b, c = (RMSProp([np.ones(3), np.ones(2)]) for _ in range(3))
     for opt in (a, b, c):
