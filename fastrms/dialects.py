@@ -14,14 +14,16 @@ __all__ = ["DIALECTS", "dialect"]
 class _Dialect:
     """One peer.
 
-    `names` maps its arguments to options, `defaults` are those of its defaults that differ from ours, `fixed` is what
-    its update rule implies, `required` arguments have no default there, `ignored` ones change nothing in the numbers.
+    `names` maps its arguments to options, `defaults` are its defaults (where it has none here, ours is the same),
+    `fixed` is what its update rule implies, `required` arguments have no default there, None turns those of
+    `none_is_off` off, and `ignored` ones change nothing in the numbers.
     """
 
     names: Mapping[str, str]
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     required: tuple[str, ...] = ()
+    none_is_off: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -35,8 +37,10 @@ DIALECTS: Mapping[str, _Dialect] = {
         {"lr": 1e-3, "decay_rate": 0.9, "epsilon": 1e-8},
     ),
     "sorix": _Dialect(
-        {"lr": "lr", "decay": "decay_rate", "eps": "epsilon", "weight_decay": "weight_decay"},
-        {"lr": 1e-3, "decay": 0.99, "eps": 1e-8},
+        # `decay` is the older name of `alpha`, and goes ahead of it.
+        {"lr": "lr", "alpha": "decay_rate", "decay": "decay_rate", "eps": "epsilon", "weight_decay": "weight_decay"},
+        {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8},
+        none_is_off=("decay",),
     ),
     "torch": _Dialect(
         {
@@ -65,6 +69,7 @@ DIALECTS: Mapping[str, _Dialect] = {
         },
         {"learning_rate": 1e-3, "rho": 0.9, "epsilon": 1e-7},
         fixed=_INSIDE | {"decoupled_weight_decay": True},
+        none_is_off=("weight_decay", "clipnorm", "clipvalue", "global_clipnorm"),
         ignored=("name",),
     ),
     "tensorflow": _Dialect(
@@ -95,6 +100,7 @@ DIALECTS: Mapping[str, _Dialect] = {
         {"decay": 0.9, "eps": 1e-8, "eps_in_sqrt": True},
         fixed={"lr_in_momentum": True},
         required=("learning_rate",),
+        none_is_off=("momentum",),
     ),
     "mlx": _Dialect(
         {"learning_rate": "lr", "alpha": "decay_rate", "eps": "epsilon"},
@@ -129,7 +135,7 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
     Returns
     -------
     options : dict
-        For ``RMSProp(params, **options)``, or for one parameter group.
+        For ``RMSProp(params, **options)``, or for one parameter group (Keras' ``global_clipnorm`` excepted).
 
     Raises
     ------
@@ -139,7 +145,8 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
     Notes
     -----
     PyTorch's ``foreach``, ``capturable`` and ``differentiable`` and others that do not change the numbers are
-    accepted and dropped.
+    accepted and dropped. A learning rate may be a function of the step, as optax has it; those of Keras and TensorFlow
+    1 take no argument and need a wrapper. What `RMSProp` refuses stays refused, such as PyTorch's ``eps=0``.
 
     Examples
     --------
@@ -158,9 +165,11 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
             raise OptionError(f"{name}: {argument!r} is required, as it is there")
     options: dict[str, Any] = {}
     for argument, option in peer.names.items():
-        value = arguments.get(argument, peer.defaults.get(argument))
-        if value is not None:
-            options[option] = value
+        if argument in arguments:
+            if arguments[argument] is not None or argument not in peer.none_is_off:
+                options[option] = arguments[argument]
+        elif argument in peer.defaults:
+            options[option] = peer.defaults[argument]
     options |= peer.fixed
     if not options.get("momentum"):
         # Ignored there without momentum; here it is an error, which someone bringing their settings has no use for.

@@ -237,3 +237,45 @@ def test_options_have_the_same_bits_at_every_size(options, dtype, rng):
             for buffer in optimizer.buffers.keys() - {"grads"}:
                 oracle = optimizers["numpy"].buffers[buffer]
                 assert_same_bits(optimizer.buffers[buffer].flat, oracle.flat, f"{buffer} of {name} at {size}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flush", [True, False])
+def test_all_state_decays_to_zero_and_not_into_subnormals(flush, dtype, rng):
+    """Dead units: gradients end, and every average decays by half a step."""
+    options = {"momentum": 0.5, "centered": True, "decay_rate": 0.5, "flush_subnormals": flush}
+    optimizers = {name: RMSProp([np.ones(40, dtype)], **options, **way) for name, way in WAYS.items()}
+    grad = wide(rng, 40, dtype, -3, 3)
+    subnormal = dict.fromkeys(("cache", "momentum_buffer", "grad_avg"), 0)
+    for _ in range(1200 if dtype is np.float64 else 200):
+        for optimizer in optimizers.values():
+            optimizer.step([grad])
+        grad = np.zeros_like(grad)
+        for buffer in subnormal:
+            values = [np.abs(optimizer.buffers[buffer].flat) for optimizer in optimizers.values()]
+            for other in values[1:]:
+                assert_same_bits(other, values[0], buffer)
+            subnormal[buffer] += np.count_nonzero((values[0] > 0) & (values[0] < np.finfo(dtype).tiny))
+    for buffer, count in subnormal.items():
+        assert (count == 0) == flush, buffer
+        assert not flush or not optimizers["serial"].buffers[buffer].flat.any()
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_the_variance_is_clamped_where_rounding_makes_it_negative(flush):
+    # Constant float32 gradients near 1e3: many differences v - m^2 are below 0 (apache/mxnet issue 6235).
+    grad = np.linspace(900, 1100, 2000, dtype=np.float32)
+    optimizers = {
+        name: RMSProp([np.ones(2000, np.float32)], centered=True, flush_subnormals=flush, **way)
+        for name, way in WAYS.items()
+    }
+    negative = 0
+    for _ in range(steps(200)):
+        for optimizer in optimizers.values():
+            optimizer.step([grad])
+        oracle = optimizers["numpy"]
+        negative += np.count_nonzero(oracle.cache[0] - oracle.grad_avg[0] ** 2 < 0)
+        assert np.isfinite(oracle.params[0]).all()
+        for name, optimizer in optimizers.items():
+            assert_same_bits(optimizer.params[0], oracle.params[0], name)
+    assert negative > 0 or not JIT

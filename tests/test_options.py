@@ -1,5 +1,6 @@
 """Hyper-parameters: their ranges, when they are checked, and what the numbers for a kernel are."""
 
+import inspect
 import math
 
 import numpy as np
@@ -115,6 +116,11 @@ def test_a_group_is_a_mapping_that_refuses_what_it_cannot_do():
         group["alpha"]
     group.update(lr=0.5, weight_decay=0.1)
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.1)
+
+
+def test_the_signature_has_the_defaults_of_the_table():
+    signature = inspect.signature(RMSProp).parameters
+    assert {name: signature[name].default for name in GROUP_DEFAULTS} == GROUP_DEFAULTS
 
 
 def test_positional_order_is_the_references():

@@ -83,9 +83,8 @@ def rule(p, g, c, b, m, h, scale, correction, extended):  # type: ignore[no-unty
         mean = m * correction if extended is not None else m
         mean = zero if abs(mean) < mean_floor else mean
         v = v - mean * mean
-        # Rounding can make the variance negative, and its root NaN: clamp, below the floor or below 0.
+        # Rounding can make the variance negative, and its root NaN: clamp. Where nothing is flushed, the floor is 0.
         v = zero if v < state_floor else v
-        v = zero if v < zero else v
 
     if extended is not None:
         step = lr_inside * g / (np.sqrt(v + eps_inside) + eps_outside)
