@@ -15,6 +15,9 @@ __all__ = ["ReferenceRMSProp", "sum_squares", "update"]
 
 Array = NDArray[Any]
 
+# Elements that `update` works on at a time.
+_PART = 16_384
+
 
 class ReferenceRMSProp:
     """RMSProp as it is taught: a Python loop over parameters, new arrays for each. What fastrms is compared with.
@@ -81,38 +84,41 @@ def update(
     h = dict(zip(HYPER_FIELDS, hyper, strict=True))
     tiny = h["state_floor"]  # 0 when subnormals are not flushed, so that nothing is below
     with np.errstate(all="ignore"):
-        for (start, stop), (scale, correction) in zip(spans, factors, strict=True):
-            p, g, c = params[start:stop], grads[start:stop], cache[start:stop]
-            if np.isfinite(h["clip"]):
-                g = np.clip(g, -h["clip"], h["clip"])
-            g = scale * g
-            if h["l2"] > 0:
-                g = g + h["l2"] * p
+        for (first, last), (scale, correction) in zip(spans, factors, strict=True):
+            # In parts, so that what is computed in between stays in the cache.
+            for start in range(first, last, _PART):
+                stop = min(start + _PART, last)
+                p, g, c = params[start:stop], grads[start:stop], cache[start:stop]
+                if np.isfinite(h["clip"]):
+                    g = np.clip(g, -h["clip"], h["clip"])
+                g = scale * g
+                if h["l2"] > 0:
+                    g = g + h["l2"] * p
 
-            square = h["rest"] * g**2
-            square[square < tiny] = 0
-            c[:] = h["decay"] * c + square
-            c[c < tiny] = 0
-            v = correction * c
+                square = h["rest"] * g**2
+                np.putmask(square, square < tiny, 0)
+                c[:] = h["decay"] * c + square
+                np.putmask(c, c < tiny, 0)
+                v = correction * c
 
-            if grad_avg is not None:
-                m = grad_avg[start:stop]
-                m[:] = h["decay"] * m + h["rest"] * g
-                m[np.abs(m) < tiny] = 0
-                mean_square = (correction * m) ** 2
-                mean_square[mean_square < tiny] = 0
-                v = v - mean_square
-                v[(v < tiny) | (v < 0)] = 0
+                if grad_avg is not None:
+                    m = grad_avg[start:stop]
+                    m[:] = h["decay"] * m + h["rest"] * g
+                    np.putmask(m, np.abs(m) < tiny, 0)
+                    mean_square = (correction * m) ** 2
+                    np.putmask(mean_square, mean_square < tiny, 0)
+                    v = v - mean_square
+                    np.putmask(v, (v < tiny) | (v < 0), 0)
 
-            step = h["lr_inside"] * g / (np.sqrt(v + h["eps_inside"]) + h["eps_outside"])
-            if momentum_buffer is not None:
-                b = momentum_buffer[start:stop]
-                b[:] = h["momentum"] * b + step
-                b[np.abs(b) < tiny] = 0
-                step = h["lr_outside"] * (step + h["momentum"] * b if h["nesterov"] else b)
-            if h["decoupled"] > 0:
-                p[:] = p - h["decoupled"] * p
-            p[:] = p - step
+                step = h["lr_inside"] * g / (np.sqrt(v + h["eps_inside"]) + h["eps_outside"])
+                if momentum_buffer is not None:
+                    b = momentum_buffer[start:stop]
+                    b[:] = h["momentum"] * b + step
+                    np.putmask(b, np.abs(b) < tiny, 0)
+                    step = h["lr_outside"] * (step + h["momentum"] * b if h["nesterov"] else b)
+                if h["decoupled"] > 0:
+                    p[:] = p - h["decoupled"] * p
+                p[:] = p - step
 
 
 def sum_squares(

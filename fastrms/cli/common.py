@@ -1,0 +1,94 @@
+"""What the subcommands share: their error, a check for optional packages, types of arguments, and output."""
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["CommandError", "is_plain", "make_console", "make_table", "positive", "require", "say", "whole_number"]
+
+# Where the name to install is not the name to import.
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
+
+class CommandError(Exception):
+    """A command cannot go on, for a reason that its message tells in one line."""
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise CommandError if one of `modules`, which the optional dependencies `extra` bring, is not installed.
+
+    Nothing is imported: a missing package shows at once, ahead of seconds of importing the others.
+    """
+    missing = [_DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise CommandError(f'{names} {verb} not installed; install with: python -m pip install "fastrms[{extra}]"')
+
+
+def make_console() -> "Console":
+    """A rich console for standard output that prints text as it is given."""
+    from rich.console import Console
+
+    # Paths and numbers are no markup: "[0]" has to stay "[0]".
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        # A file has no edge, and a table that is squeezed is no longer aligned.
+        console.width = max(console.width, 120)
+    return console
+
+
+def is_plain(console: "Console") -> bool:
+    """Whether output has to be plain ASCII: it goes to a file or pipe, or to a terminal that knows no Unicode."""
+    return not console.is_terminal or not console.encoding.lower().startswith("utf")
+
+
+def make_table(console: "Console", *headers: str) -> "Table":
+    """An empty table: the first column flush left, the others, which hold numbers, flush right."""
+    from rich import box
+    from rich.table import Table
+
+    plain = is_plain(console)
+    table = Table(box=None if plain else box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if plain else (0, 1), pad_edge=not plain)
+    for k, header in enumerate(headers):
+        table.add_column(header, justify="right" if k else "left", overflow="fold")
+    return table
+
+
+def say(console: "Console", text: str = "", style: str | None = None) -> None:
+    """Print one line, however long; characters that the output cannot encode come as escapes."""
+    safe = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(safe, style=style, soft_wrap=True)
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `low` to `high`, both included."""
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"expected a whole number {limits}, got {text!r}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """A type for argparse: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+    return value

@@ -1,0 +1,210 @@
+"""The demo: the two trainings, and what it says of them."""
+
+import re
+
+import numpy as np
+import pytest
+from helpers import bits
+
+from fastrms import RMSProp
+from fastrms.cli import data, demo, main, mlp
+from fastrms.cli.training import Training, first_difference, train_both
+from fastrms.kernels.reference import ReferenceRMSProp
+
+DTYPES = ("float32", "float64")
+TINY = ["--hidden", "4", "--epochs", "1", "--batch-size", "512"]
+
+
+def run(tmp_path, *arguments):
+    return main(["demo", *TINY, "--output", str(tmp_path), *arguments])
+
+
+def batch(rng, rows, sizes, dtype="float64"):
+    return rng.normal(size=(rows, sizes[0])).astype(dtype), rng.integers(0, sizes[-1], rows)
+
+
+@pytest.mark.parametrize("gradients", ["list", "buffer"])
+@pytest.mark.parametrize("kernel", ["auto", "numpy", "serial", "parallel"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits(capsys, tmp_path, dtype, kernel, gradients):
+    hidden = ["--hidden", "9", "5", "--batch-size", "128", "--seed", "3"]
+    assert run(tmp_path, *hidden, "--dtype", dtype, "--kernel", kernel, "--gradients", gradients) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"64-9-5-10, 695 parameters, {dtype}" in out
+    assert f"kernel {'serial (auto)' if kernel == 'auto' else kernel}, " in out
+    assert f"gradients {'as a list' if gradients == 'list' else 'written into its buffer'}" in out
+    assert "Losses of all 12 steps: the same bits; final parameters too." in out
+    losses = re.search(r"final training loss +(\S+) +(\S+)", out).groups()
+    assert losses[0] == losses[1]
+
+
+def test_learns_the_digits(capsys, tmp_path):
+    assert run(tmp_path, "--hidden", "32", "--epochs", "4", "--batch-size", "32", "--lr", "0.003") == 0
+    out = capsys.readouterr().out
+    accuracies = [float(number) for number in re.findall(r"(\S+)%", re.search("test accuracy.*", out).group())]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 85
+
+
+def test_batch_larger_than_the_training_set(capsys, tmp_path):
+    assert run(tmp_path, "--batch-size", "5000", "--epochs", "2") == 0
+    assert "2 epochs of 1 step, 1,437 rows a batch" in capsys.readouterr().out
+
+
+def tampered_step(at, change):
+    real = RMSProp.step
+
+    def step(self, *arguments):
+        result = real(self, *arguments)
+        if self.steps == at:
+            change(self.params)
+        return result
+
+    return step
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_fails_when_losses_differ(monkeypatch, capsys, tmp_path, quiet):
+    def change(params):
+        params[-2][...] *= 1.001
+
+    monkeypatch.setattr(RMSProp, "step", tampered_step(2, change))
+    assert run(tmp_path, *quiet) == 1
+    out, err = capsys.readouterr()
+    message = r"fastrms demo: error: the two trainings are not the same: the losses differ first at step 3 of 3, "
+    gap = re.fullmatch(message + r"(\S+) with the reference and (\S+) with fastrms, by (\S+)\n", err).groups()
+    reference, fast, difference = map(float, gap)
+    assert abs(reference - fast) == pytest.approx(difference, rel=0.01)
+    assert "the same bits" not in out
+    assert ("speed-up" in out) == (not quiet)
+    assert (tmp_path / demo.PLOT_NAME).exists()
+
+
+def test_fails_when_one_bit_of_the_final_parameters_differs(monkeypatch, capsys, tmp_path):
+    def change(params):
+        params[3][4] = np.nextafter(params[3][4], np.float32(np.inf))
+
+    # The last step: no loss comes after it.
+    monkeypatch.setattr(RMSProp, "step", tampered_step(3, change))
+    assert run(tmp_path) == 1
+    err = capsys.readouterr().err
+    assert (
+        "the losses of all 3 steps are the same bits, but the final parameters differ, first in b2 (flat index 4)"
+        in err
+    )
+
+
+def test_fails_when_only_one_diverges(monkeypatch, capsys, tmp_path):
+    def change(params):
+        params[0][...] = np.nan
+
+    monkeypatch.setattr(RMSProp, "step", tampered_step(2, change))
+    assert run(tmp_path) == 1
+    assert re.search(r"the loss at step 3 is \d\S+ with the reference and nan with fastrms", capsys.readouterr().err)
+
+
+def test_diverging_training_is_an_error(capsys, tmp_path):
+    assert run(tmp_path, "--lr", "1e38", "--epochs", "50") == 1
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"fastrms demo: error: the training diverged: the loss is \w+ at step \d+; use a smaller --lr than 1e\+38\n",
+        err,
+    )
+    assert "speed-up" not in out
+
+
+def test_trainings_take_turns_on_the_same_batches(rng):
+    sizes = [5, 4, 3]
+    start = mlp.init_params(sizes, "float32", rng)
+    before = [bits(param) for param in start]
+    x, y = batch(rng, 10, sizes, "float32")
+    order = []
+    pair = train_both(
+        start, x, y, epochs=3, batch_size=4, lr=0.1, kernel="serial", into_buffer=False, rng=rng, on_step=order.append
+    )
+    reference, fast = pair
+    assert isinstance(reference.optimizer, ReferenceRMSProp)
+    assert isinstance(fast.optimizer, RMSProp)
+    r, f = [id(reference)] * 3, [id(fast)] * 3
+    assert [id(training) for training in order] == r + f + f + r + r + f
+    assert [bits(param) for param in start] == before
+    for training in pair:
+        assert len(training.losses) == len(training.step_seconds) == len(training.optimizer_seconds) == 9
+        for whole, part in zip(training.step_seconds, training.optimizer_seconds, strict=True):
+            assert whole > part > 0
+    # The step that compiles is not among them.
+    assert fast.optimizer.steps == 9
+    assert bits(reference.losses) == bits(fast.losses)
+
+
+def test_each_epoch_has_all_rows_in_a_new_order(rng):
+    sizes = [5, 4, 3]
+    x, y = batch(rng, 12, sizes)
+    start = mlp.init_params(sizes, "float64", rng)
+    # Steps too small to change the parameters: what a loss is depends on the rows of its batch alone.
+    reference, _ = train_both(
+        start, x, y, epochs=4, batch_size=4, lr=1e-30, kernel="serial", into_buffer=False, rng=rng
+    )
+    epochs = np.reshape(reference.losses, (4, 3))
+    np.testing.assert_allclose(epochs.mean(axis=1), mlp.evaluate(start, x, y)[0])
+    assert len(np.unique(epochs.round(9))) == 12
+
+
+def test_buffer_is_written_without_a_copy(rng):
+    sizes = [5, 4, 3]
+    x, y = batch(rng, 8, sizes)
+    given = []
+    real = RMSProp.step
+
+    class Recording(RMSProp):
+        def step(self, *arguments):
+            given.append(arguments)
+            return real(self, *arguments)
+
+    optimizer = Recording(mlp.init_params(sizes, "float64", rng))
+    Training(optimizer, optimizer.grads).step(x, y)
+    Training(optimizer).step(x, y)
+    assert given[0] == ()
+    assert len(given[1][0]) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_difference(dtype):
+    a = np.array([[1.0, 0.0], [np.nan, 2.0]], dtype)
+    b = a.copy()
+    assert first_difference(a, b) is None
+    b[1, 1] = np.nextafter(b[1, 1], 3, dtype=dtype)
+    assert first_difference(a, b) == 3
+    b[0, 1] = -0.0
+    assert first_difference(a, b) == 1
+
+
+def trained(steps, optimizers, params):
+    return Training(ReferenceRMSProp(params), None, [np.float32(1)] * len(steps), steps, optimizers)
+
+
+def test_table_of_known_times(capsys, rng):
+    x = np.arange(40.0).reshape(20, 2)
+    dataset = data.split(x, np.arange(20) % 2, "float32", 0, "data")
+    params = mlp.init_params([2, 2], "float32", rng)
+    reference = trained([1e-3, 2e-3, 30e-3], [0.5e-3, 0.6e-3, 0.7e-3], params)
+    fast = trained([4e-3, 4e-3, 4e-3], [0.1e-3, 0.2e-3, 0.3e-3], params)
+    demo._print_results(demo.make_console(), dataset, reference, fast)
+    rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert ["training step", "2.00 ms", "4.00 ms", "0.50x"] in rows  # medians; slower is said as it is
+    assert ["of which optimizer", "600 us", "200 us", "3.00x"] in rows
+    assert ["optimizer's share", "5.5%", "5.0%"] in rows  # of the sums
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([64, 10], "64-10"),
+        ([64, 512, 512, 10], "64-512-512-10"),
+        ([64, *[32] * 50, 10], "64-[32]*50-10"),
+        ([2, 3, 3, 3, 3, 4, 5], "2-[3]*4-4-5"),
+    ],
+)
+def test_network_in_words(sizes, expected):
+    assert demo._network(sizes) == expected
