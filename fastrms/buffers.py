@@ -1,7 +1,9 @@
 """Many arrays in one block of memory: `Layout` says where each one lies, `FlatBuffer` is the block with its views."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -105,7 +107,11 @@ class Layout:
             offset += -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.segments = tuple(segments)
         self.nbytes = offset
-        self.is_flat_sequence = self._root is not None and self._root.keys is None and not any(self._root.children)
+        # A plain list or dict of arrays, as most are, is taken apart without a walk over the structure.
+        flat = self._root is not None and not any(self._root.children)
+        keys = self._root.keys if flat and self._root is not None else None
+        self._is_flat_sequence = flat and keys is None
+        self._values = itemgetter(*keys) if keys is not None and len(keys) > 1 else None
 
     def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
         """The dtype of an array of this layout."""
@@ -119,7 +125,7 @@ class Layout:
         """Arrange one item for each array, in the order of `leaves`, in the structure of this layout."""
         return _build(self._root, iter(items))
 
-    def flatten(self, tree: Any, name: str) -> Sequence[Any]:
+    def flatten(self, tree: Any, name: str) -> tuple[Any, ...]:
         """The items of `tree`, which must have this structure, in the order of `leaves`; the items are not looked at.
 
         Lists and tuples stand for one another. A dict may have its keys in another order.
@@ -129,11 +135,14 @@ class Layout:
         StructureError
             Wrong count, missing or unknown key, or another kind of container.
         """
-        if self.is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):
-            return tree  # type: ignore[no-any-return]
+        if self._is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):
+            return tuple(tree)
+        if self._values is not None and type(tree) is dict and len(tree) == len(self.leaves):
+            with suppress(KeyError):  # the walk below says which
+                return self._values(tree)  # type: ignore[no-any-return]
         items: list[Any] = []
         _flatten_like(self._root, tree, name, items)
-        return items
+        return tuple(items)
 
 
 class FlatBuffer:
@@ -281,12 +290,12 @@ class FlatBuffer:
         DtypeError
             Not an array of numbers, or of a kind that cannot be cast.
         """
-        self.store(self.check(arrays, name))
+        self.store(self.check(self.layout.flatten(arrays, name), name))
 
-    def check(self, arrays: Any, name: str, skip_none: bool = False) -> list[Any]:
-        """The arrays of `arrays` in order, checked to fit this buffer; with `skip_none`, None may stand for any."""
+    def check(self, items: Sequence[Any], name: str, skip_none: bool = False) -> list[Any]:
+        """`items`, one for each array, as arrays that fit this buffer; with `skip_none`, None may stand for any."""
         checked = []
-        for item, view, leaf in zip(self.layout.flatten(arrays, name), self.leaves, self.layout.leaves, strict=True):
+        for item, view, leaf in zip(items, self.leaves, self.layout.leaves, strict=True):
             # What nearly all items are, in as few steps as can be: this is the cost of each array of each step.
             usual = type(item) is np.ndarray and item.shape == leaf.shape and item.dtype is view.dtype
             if not usual and not (item is None and skip_none):
@@ -381,8 +390,6 @@ def _build(node: _Node | None, items: Any) -> Any:
 
 def _flatten_like(node: _Node | None, tree: Any, name: str, items: list[Any]) -> None:
     if node is None:
-        if isinstance(tree, Mapping):
-            raise StructureError(f"{name}: expected an array, got {_describe(tree)}")
         items.append(tree)
     elif node.keys is not None:
         if not isinstance(tree, Mapping):

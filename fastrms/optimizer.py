@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastrms import kernels
 from fastrms.buffers import FlatBuffer, Layout, find_overlap
 from fastrms.errors import DtypeError, OptionError, StructureError
+from fastrms.kernels import pointers
 from fastrms.kernels.norms import SpanNorms, combine
 from fastrms.options import (
     HYPER_FIELDS,
@@ -247,19 +248,21 @@ class RMSProp:
                 numbers = np.flatnonzero((segment_of == segment) & (self._group_of == k))
                 if len(numbers):
                     self._runs.append(_Run(k, group, layout, numbers))
+        self._written = self._written_memory()
         for k, group in enumerate(self.param_groups):
             group.bind(self._views[k] if self._grouped else self._views, self._options_changed)
         self._options_changed()
 
     def _options_changed(self) -> None:
-        # The calls of a step where none differs from the last; None: they have to be made again.
-        self._steady_calls: list[_Call] | None = None
+        # The calls of a step, if they are the same from one to the next: for gradients in the buffer, and elsewhere.
+        self._steady_calls: dict[bool, list[_Call]] = {}
+        self._zero_copy = self._kernel != "numpy" and pointers.available()
 
     params: Any = _views("params", "The parameters, in the structure that was given.")
     grads: Any = _views(
         "grads",
-        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` may use "
-        "this memory too: what it holds afterwards is not defined.",
+        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses this "
+        "memory where it has to cast or rearrange: what it holds afterwards is not defined.",
     )
     cache: Any = _views("cache", "The running mean of squared gradients, v in the equations.")
     momentum_buffer: Any = _views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
@@ -333,30 +336,48 @@ class RMSProp:
             return self._step(gradients)
 
     def _step(self, gradients: Any) -> Any:
-        calls = self._steady_calls
-        rates = None if calls is not None else self._rates()
+        arrays, in_place = None, False
         if gradients is not None and gradients is not self._grads.views:
-            arrays = self._grads.check(gradients, "gradients", skip_none=True)
+            items = self._grads.layout.flatten(gradients, "gradients")
+            # `items` keeps the arrays alive until the kernels have read them.
+            in_place = self._zero_copy and self._point_to(items)
+            if not in_place:
+                arrays = self._grads.check(items, "gradients", skip_none=True)
+        calls = self._steady_calls.get(in_place)
+        rates = self._rates() if calls is None else None
+        if arrays is not None:
             self._grads.store(arrays)
             if any(array is None for array in arrays):
                 present = np.array([array is not None for array in arrays])
-                calls = self._make_calls(rates or self._rates(), present)
+                calls = self._make_calls(rates or self._rates(), present, False)
                 self._skipped[~present] += 1
         if calls is None:
-            calls = self._make_calls(rates or self._rates(), None)
+            calls = self._make_calls(rates or self._rates(), None, in_place)
         for update, arguments in calls:
             update(*arguments)
         self.steps += 1
         return self._views
 
+    def _point_to(self, items: tuple[Any, ...]) -> bool:
+        """Let every run read its gradients from `items`; False if one of them is not an ordinary array for it."""
+        address = pointers.items_of(items)
+        return all(run.point_to(address, self._written) for run in self._runs)
+
     def _rates(self) -> list[float]:
         return [resolve_lr(group, self.steps) for group in self.param_groups]
 
-    def _make_calls(self, rates: list[float], present: NDArray[np.bool_] | None) -> list[_Call]:
-        """The kernel calls of the next step, for those parameters that are present (None: all)."""
+    def _make_calls(self, rates: list[float], present: NDArray[np.bool_] | None, in_place: bool) -> list[_Call]:
+        """The kernel calls of the next step, for those parameters that are present (None: all).
+
+        With `in_place`, gradients are read where `_point_to` found them, otherwise from the gradient buffer.
+        """
         for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
             if name not in self.buffers and any(group[option] for group in self.param_groups):
                 self.buffers[name] = self._grads.like()
+                self._written = self._written_memory()
+        if not in_place:
+            for run in self._runs:
+                run.point_to_buffer()
         scales = self._clip_scales(present)
         steady = scales is None and present is None
         calls: list[_Call] = []
@@ -371,14 +392,20 @@ class RMSProp:
             arguments = run.arguments(
                 self.buffers,
                 rates[run.group_number],
+                in_place,
                 None if present is None else present[run.numbers],
                 None if scales is None else scales[run.numbers],
                 corrections,
             )
             calls.append((kernels.UPDATES[kernel], arguments))
         if steady:
-            self._steady_calls = calls
+            self._steady_calls[in_place] = calls
         return calls
+
+    def _written_memory(self) -> NDArray[np.int64]:
+        """The addresses [low, high) of each block that a step writes."""
+        blocks = [buffer.block for name, buffer in self.buffers.items() if name != "grads"]
+        return np.array([(block.ctypes.data, block.ctypes.data + block.nbytes) for block in blocks], np.int64)
 
     def _clip_scales(self, present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
         """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""
@@ -419,7 +446,7 @@ class RMSProp:
 
 
 # What `_connect` makes, and pickles and copies leave out.
-_DERIVED = ("_grads", "_views", "_runs", "_steady_calls")
+_DERIVED = ("_grads", "_views", "_runs", "_written", "_steady_calls", "_zero_copy")
 
 
 class _Run:
@@ -443,9 +470,14 @@ class _Run:
         self._start, self._stop = leaves[0].start, leaves[-1].stop
         self.size = self._stop - self._start
         self._dtype = layout.dtype_of(leaves[0])
-        # Spans are counted from the start of the run.
-        self._spans = np.array([(leaf.start, leaf.stop) for leaf in leaves], np.int64) - self._start
-        self._whole = np.array([(0, self.size)], np.int64)
+        # Spans are counted from the start of the run; the third number is where the gradient is, 0 for the buffer.
+        self._spans = np.array([(leaf.start - self._start, leaf.stop - self._start, 0) for leaf in leaves], np.int64)
+        self._whole = np.array([(0, self.size, 0)], np.int64)
+        self._shapes = np.zeros((len(leaves), 2 + max(len(leaf.shape) for leaf in leaves)), np.int64)
+        for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
+            row[0], row[1] = number, len(leaf.shape)
+            row[2 : 2 + len(leaf.shape)] = leaf.shape
+        self._identity = pointers.identity(self._dtype)
         # Kernels read these; they are written in place, so that a step without changes makes no array.
         self._hyper = np.empty(len(HYPER_FIELDS), self._dtype)
         self._factors = np.empty((len(leaves), 2), self._dtype)
@@ -456,6 +488,14 @@ class _Run:
         """The norm of each parameter's gradient."""
         return SpanNorms(self._spans)
 
+    def point_to(self, items: int, written: NDArray[np.int64]) -> bool:
+        """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary."""
+        return bool(pointers.find_sources(items, self._identity, self._shapes, written, self._spans) < 0)
+
+    def point_to_buffer(self) -> None:
+        """Take the gradients from the gradient buffer."""
+        self._spans[:, 2] = 0
+
     def part_of(self, buffer: FlatBuffer) -> NDArray[Any]:
         """The elements of this run in `buffer`, 1-D."""
         part: NDArray[Any] = buffer.segments[self._segment][self._start : self._stop]
@@ -465,16 +505,17 @@ class _Run:
         self,
         buffers: Mapping[str, FlatBuffer],
         lr: float,
+        in_place: bool,
         present: NDArray[np.bool_] | None,
         scales: NDArray[np.float64] | None,
         corrections: NDArray[np.float64] | None,
     ) -> tuple[Any, ...]:
         """What a kernel gets (see `kernels.reference.update`); the last three have one item a parameter, or are None.
 
-        Parameters that have the same factors are updated as one span.
+        Parameters whose gradients are neighbours and that have the same factors are updated as one span.
         """
         options = self.group
-        alike = present is None and scales is None
+        alike = not in_place and present is None and scales is None
         alike = alike and (corrections is None or bool(np.all(corrections == corrections[0])))
         spans, factors = (self._whole, self._whole_factors) if alike else (self._spans, self._factors)
         sign = -1.0 if options["maximize"] else 1.0

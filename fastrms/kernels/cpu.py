@@ -22,8 +22,11 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import carray
+from numba.core import types
+from numba.extending import intrinsic
 
-__all__ = ["BLOCK", "inner", "jit", "parallel", "rule", "serial"]
+__all__ = ["BLOCK", "gradient_part", "inner", "jit", "parallel", "rule", "serial"]
 
 
 # Elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough that finding
@@ -51,7 +54,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 inner = numba.njit(error_model="numpy")
 
 
-def rule(p, g, c, b, m, h, scale, correction, extended):  # type: ignore[no-untyped-def]
+def rule(p, g, c, b, m, h, scale, correction, extended):
     """One step of one element: takes parameter, gradient and state, returns parameter and state, ``(p, c, b, m)``.
 
     `c` is the cache, `b` the momentum buffer and `m` the mean gradient; the last two are None where unused, and then
@@ -103,8 +106,28 @@ def rule(p, g, c, b, m, h, scale, correction, extended):  # type: ignore[no-unty
 _rule = numba.njit(error_model="numpy", forceinline=True)(rule)
 
 
+@intrinsic
+def _pointer_at(typingctx, address, like):
+    """`address` as a pointer to what the array `like` has."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), codegen
+
+
 @inner
-def _unpack(hyper):  # type: ignore[no-untyped-def]
+def gradient_part(grads, spans, k, start, stop):
+    """Elements [start, stop) of the run, which lie in span k: of `grads`, or of an array elsewhere in memory."""
+    address = spans[k, 2]
+    if address == 0:
+        return grads[start:stop]
+    there = _pointer_at(address + (start - spans[k, 0]) * grads.itemsize, grads)
+    return carray(there, (stop - start,))
+
+
+@inner
+def _unpack(hyper):
     # Into locals ahead of the loop: inside it, a store to cache could alias `hyper`, and each number would be read
     # again for each element.
     return (hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5], hyper[6], hyper[7], hyper[8], hyper[9],
@@ -112,14 +135,14 @@ def _unpack(hyper):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _part(array, start, stop):  # type: ignore[no-untyped-def]
+def _part(array, start, stop):
     if array is not None:
         return array[start:stop]
     return None
 
 
 @inner
-def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended):  # type: ignore[no-untyped-def]
+def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended):
     for i in range(params.size):
         b = None
         if momentum_buffer is not None:
@@ -137,7 +160,7 @@ def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correctio
 
 
 @inner
-def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):  # type: ignore[no-untyped-def]
+def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):
     """Update those elements of `spans` that lie in [low, high)."""
     h = _unpack(hyper)
     # Bisect for the first span that ends after `low`; spans are sorted and disjoint. (np.searchsorted would add a
@@ -157,7 +180,7 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
         stop = min(high, spans[k, 1])
         # Slices with a loop from 0: a loop from start to stop over the whole arrays is not vectorised in a prange.
         p = params[start:stop]
-        g = grads[start:stop]
+        g = gradient_part(grads, spans, k, start, stop)
         c = cache[start:stop]
         b = _part(momentum_buffer, start, stop)
         m = _part(grad_avg, start, stop)
@@ -168,13 +191,13 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
 
 
 @jit()
-def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):  # type: ignore[no-untyped-def]
+def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):
     """Update `params` and the state in place on the calling thread. Arguments as for `reference.update`."""
     _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended)
 
 
 @jit(parallel=True)
-def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):  # type: ignore[no-untyped-def]
+def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):
     """The same as `serial` on Numba's threads, block by block; no bit depends on how many there are."""
     for block in numba.prange((params.size + BLOCK - 1) // BLOCK):
         low = block * BLOCK

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.kernels import reference
-from fastrms.kernels.cpu import inner, jit
+from fastrms.kernels.cpu import gradient_part, inner, jit
 
 __all__ = ["CHUNK", "LANES", "SpanNorms", "combine"]
 
@@ -29,7 +29,7 @@ _PRESCALE = 2.0**600
 
 
 @inner
-def _square(x, clip, prescale):  # type: ignore[no-untyped-def]
+def _square(x, clip, prescale):
     x = clip if x > clip else x
     x = -clip if x < -clip else x
     x = np.float64(x) * prescale
@@ -37,7 +37,7 @@ def _square(x, clip, prescale):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _add_squares(grads, clip, prescale, lanes):  # type: ignore[no-untyped-def]
+def _add_squares(grads, clip, prescale, lanes):
     whole = grads.size // LANES * LANES
     for i in range(0, whole, LANES):
         for j in range(LANES):
@@ -47,11 +47,12 @@ def _add_squares(grads, clip, prescale, lanes):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _chunk_sum(j, grads, spans, first_chunk, clip, prescale):  # type: ignore[no-untyped-def]
+def _chunk_sum(j, grads, spans, first_chunk, clip, prescale):
     k = np.searchsorted(first_chunk, j, side="right") - 1
     start = spans[k, 0] + (j - first_chunk[k]) * CHUNK
     lanes = np.zeros(LANES)
-    _add_squares(grads[start : min(start + CHUNK, spans[k, 1])], clip, prescale, lanes)
+    part = gradient_part(grads, spans, k, start, min(start + CHUNK, spans[k, 1]))
+    _add_squares(part, clip, prescale, lanes)
     width = LANES
     while width > 1:
         width //= 2
@@ -61,7 +62,7 @@ def _chunk_sum(j, grads, spans, first_chunk, clip, prescale):  # type: ignore[no
 
 
 @inner
-def _add_up(partials, first_chunk, sums):  # type: ignore[no-untyped-def]
+def _add_up(partials, first_chunk, sums):
     for k in range(sums.size):
         sums[k] = 0.0
         for j in range(first_chunk[k], first_chunk[k + 1]):
@@ -69,14 +70,14 @@ def _add_up(partials, first_chunk, sums):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _serial(grads, spans, first_chunk, clip, prescale, partials, sums):  # type: ignore[no-untyped-def]
+def _serial(grads, spans, first_chunk, clip, prescale, partials, sums):
     for j in range(partials.size):
         partials[j] = _chunk_sum(j, grads, spans, first_chunk, clip, prescale)
     _add_up(partials, first_chunk, sums)
 
 
 @jit(parallel=True)
-def _parallel(grads, spans, first_chunk, clip, prescale, partials, sums):  # type: ignore[no-untyped-def]
+def _parallel(grads, spans, first_chunk, clip, prescale, partials, sums):
     for j in numba.prange(partials.size):
         partials[j] = _chunk_sum(j, grads, spans, first_chunk, clip, prescale)
     _add_up(partials, first_chunk, sums)
@@ -87,8 +88,8 @@ class SpanNorms:
 
     Parameters
     ----------
-    spans : ndarray of int64, shape (k, 2)
-        Elements [start, stop) each.
+    spans : ndarray of int64, shape (k, 3)
+        Elements [start, stop) each, and where they lie, as for `reference.update`.
     """
 
     def __init__(self, spans: NDArray[np.int64]) -> None:

@@ -74,8 +74,9 @@ def update(
         Read and written; None where the options need none.
     hyper : ndarray, shape (len(HYPER_FIELDS),), the same dtype
         The options as numbers.
-    spans : ndarray of int64, shape (k, 2)
-        Which elements to update: [start, stop) each, sorted and disjoint. The rest is left alone.
+    spans : ndarray of int64, shape (k, 3)
+        Which elements to update: [start, stop) each, sorted and disjoint. The rest is left alone. The third number is
+        0, or for the compiled kernels the address of the gradient of this span, if it does not lie in `grads`.
     factors : ndarray, shape (k, 2), the same dtype
         For each span, the factor on the gradient and the factor of the bias correction on the state.
     extended : bool
@@ -84,7 +85,7 @@ def update(
     h = dict(zip(HYPER_FIELDS, hyper, strict=True))
     tiny = h["state_floor"]  # 0 when subnormals are not flushed, so that nothing is below
     with np.errstate(all="ignore"):
-        for (first, last), (scale, correction) in zip(spans, factors, strict=True):
+        for (first, last, _), (scale, correction) in zip(spans, factors, strict=True):
             # In parts, so that what is computed in between stays in the cache.
             for start in range(first, last, _PART):
                 stop = min(start + _PART, last)
@@ -127,7 +128,7 @@ def sum_squares(
     """The sum of squares of each span, in the order of `fastrms.kernels.norms`, which describes the arguments."""
     sums = np.zeros(len(spans))
     with np.errstate(all="ignore"):
-        for k, (start, stop) in enumerate(spans):
+        for k, (start, stop, _) in enumerate(spans):
             values = np.clip(grads[start:stop], -clip, clip).astype(np.float64) * prescale
             chunks = -(-len(values) // chunk)
             padded = np.zeros(chunks * chunk)

@@ -1,0 +1,254 @@
+"""Gradients read where they lie: taken when all is ordinary, the same bits or the same error when it is not."""
+
+import ctypes
+import mmap
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from helpers import JIT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastrms import RMSProp
+from fastrms.buffers import FlatBuffer
+from fastrms.kernels import pointers
+
+needs_jit = pytest.mark.skipif(not JIT, reason="only compiled code reads gradients where they lie")
+
+SHAPES = [(3, 4), (5,), (), (0, 2), (70,)]
+
+
+def state(opt):
+    return {name: b.block.tobytes() for name, b in opt.buffers.items() if name != "grads"} | {"steps": opt.steps}
+
+
+def copying(opt):
+    """The same optimizer, made to copy gradients."""
+    opt._zero_copy = False
+    return opt
+
+
+@needs_jit
+def test_it_is_available_where_ci_runs():
+    assert pointers.available() == (platform.python_implementation() == "CPython" and sys.maxsize > 2**32)
+
+
+@needs_jit
+@pytest.mark.parametrize("kernel", ["serial", "parallel"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": 0.9, "centered": True, "weight_decay": 0.1}, {"clip_norm": 0.5, "global_clip_norm": 0.7},
+     {"bias_correction": True}, {"lr": lambda step: 0.1 / (1 + step)}],
+    ids=["default", "momentum", "norms", "bias", "schedule"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "one", "nested", "mixed", "groups"])
+def test_ordinary_gradients_are_never_copied(kind, options, kernel, rng, monkeypatch):
+    def tree(values):
+        a, b, c = values
+        nested = {"x": [a, {"y": b}], "z": (c,)}
+        groups = [{"params": [a, c]}, {"params": b, "lr": 0.3}]
+        forms = {"list": [a, b, c], "tuple": (a, b, c), "dict": {"a": a, "b": b, "c": c}, "one": a, "nested": nested}
+        return (forms | {"mixed": [a, b.astype(np.float32), c], "groups": groups})[kind]
+
+    def values():
+        return [rng.standard_normal(shape) for shape in ((3, 4), (5,), (2, 1, 300))]
+
+    params = tree(values())
+    opt = RMSProp(params, kernel=kernel, **options)
+    other = copying(RMSProp(params, kernel=kernel, **options))
+    steps = [tree(values()) for _ in range(3)]
+    if kind == "groups":
+        steps = [[first["params"], second["params"]] for first, second in steps]
+    for gradients in steps:
+        other.step(gradients)
+    monkeypatch.setattr(FlatBuffer, "store", lambda *_: pytest.fail("gradients were copied"))
+    for gradients in steps:
+        opt.step(gradients)
+    assert state(opt) == state(other)
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
+def test_steps_with_and_without_arguments_take_turns(kernel, rng):
+    params = [rng.standard_normal((3, 4)), rng.standard_normal(5)]
+    opt, other = RMSProp(params, kernel=kernel), copying(RMSProp(params, kernel=kernel))
+    for t in range(12):
+        gradients = [rng.standard_normal((3, 4)), rng.standard_normal(5)]
+        if t % 3 == 0:
+            for o in (opt, other):
+                o.grads[0][...], o.grads[1][...] = gradients
+                o.step()
+        elif t % 3 == 1:
+            opt.step(gradients)
+            other.step(gradients)
+        else:
+            opt.step([gradients[0], None])
+            other.step([gradients[0], None])
+        assert state(opt) == state(other)
+
+
+class Derived(np.ndarray):
+    """A subclass, which may mean something else by its memory."""
+
+
+def unusual(kind, array, rng):
+    """`array` in a form that is not ordinary; most of them valid, some of them errors."""
+    forms = {
+        "ordinary": lambda: array,
+        "read-only": lambda: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape),
+        "fortran": lambda: np.asfortranarray(array),
+        "strided": lambda: np.repeat(array[..., None], 2, -1)[..., 0],
+        "swapped": lambda: array.astype(array.dtype.newbyteorder()),
+        "misaligned": lambda: (
+            np.frombuffer(b"\0" + array.tobytes(), np.uint8)[1:].view(array.dtype).reshape(array.shape)
+        ),
+        "other float": lambda: array.astype(np.float32 if array.dtype == np.float64 else np.float64),
+        "half": lambda: array.astype(np.float16),
+        "int": lambda: array.astype(np.int32),
+        "subclass": lambda: array.view(Derived),
+        "scalar": lambda: array[()],
+        "list": lambda: array.tolist(),
+        "none": lambda: None,
+        "complex": lambda: array.astype(complex),
+        "object": lambda: array.astype(object),
+        "text": lambda: "text",
+        "shape": lambda: np.zeros((*array.shape, 1), array.dtype),
+        "transposed": lambda: np.ascontiguousarray(array.T),
+    }
+    return forms[kind]()
+
+
+KINDS = ["ordinary", "read-only", "fortran", "strided", "swapped", "misaligned", "other float", "half", "int",
+         "subclass", "scalar", "list", "none", "complex", "object", "text", "shape", "transposed"]  # fmt: skip
+
+
+@settings(max_examples=400 if JIT else 40, deadline=None, derandomize=True)
+@given(
+    kinds=st.lists(st.sampled_from(KINDS + ["ordinary"] * 30), min_size=len(SHAPES), max_size=len(SHAPES)),
+    double=st.lists(st.booleans(), min_size=len(SHAPES), max_size=len(SHAPES)),
+    momentum=st.sampled_from([0.0, 0.9]),
+    norm=st.sampled_from([None, 0.5]),
+    kernel=st.sampled_from(["serial", "parallel"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_fuzz_same_bits_or_same_error_and_nothing_else_is_touched(kinds, double, momentum, norm, kernel, seed):
+    rng = np.random.default_rng(seed)
+    dtypes = [np.float64 if d else np.float32 for d in double]
+    params = [np.asarray(rng.standard_normal(s)).astype(d) for s, d in zip(SHAPES, dtypes, strict=True)]
+    opt = RMSProp(params, momentum=momentum, clip_norm=norm, kernel=kernel)
+    other = copying(RMSProp(params, momentum=momentum, clip_norm=norm, kernel=kernel))
+    for _ in range(2):
+        # Each gradient lies between canaries.
+        spaces = [np.full(64 + p.size, 12345.0, p.dtype) for p in params]
+        plain = [space[32 : 32 + p.size].reshape(p.shape) for space, p in zip(spaces, params, strict=True)]
+        for array in plain:
+            array[...] = rng.standard_normal(array.shape)
+        spaces_before = [space.tobytes() for space in spaces]
+        gradients = [unusual(kind, array, rng) for kind, array in zip(kinds, plain, strict=True)]
+        before, outcomes = state(opt), []
+        for o in (opt, other):
+            try:
+                o.step(gradients)
+                outcomes.append(None)
+            except (ValueError, TypeError) as error:
+                outcomes.append((type(error), str(error)))
+        assert outcomes[0] == outcomes[1]
+        assert state(opt) == state(other)
+        assert outcomes[0] is None or state(opt) == before
+        assert [space.tobytes() for space in spaces] == spaces_before
+
+
+@pytest.mark.parametrize("where", ["params", "cache", "momentum_buffer", "grads"])
+def test_gradients_that_lie_in_the_optimizers_own_memory(where, rng):
+    params = [rng.standard_normal(100), rng.standard_normal(100)]
+    opt, other = (RMSProp(params, momentum=0.9, weight_decay=0.1) for _ in range(2))
+    opt.step(params)
+    other.step(params)
+    flat, other_flat = opt.buffers[where].flat, other.buffers[where].flat
+    # Shifted by some elements, so that a step that reads while it writes would see what it has written.
+    opt.step([flat[3:103], flat[50:150]])
+    other.step([other_flat[3:103].copy(), other_flat[50:150].copy()])
+    assert state(opt) == state(other)
+
+
+@needs_jit
+@pytest.mark.parametrize("kernel", ["serial", "parallel"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nothing_is_read_beyond_the_end_of_a_gradient(dtype, kernel):
+    """The page behind the gradient may not be read: the process would die."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 4 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for guarded in (0, 3):
+        assert libc.mprotect(address + guarded * page, page, 0) == 0
+    inside = np.frombuffer(memory, np.uint8)[page : 3 * page].view(dtype)
+    for size in (1, 7, 16, 31, 33, 100, inside.size):
+        for array in (inside[:size], inside[inside.size - size :]):
+            array[:] = 1
+            opt = RMSProp([np.zeros(size, dtype)], kernel=kernel, clip_norm=10.0)
+            opt.step([array])
+            assert np.unique(opt.params[0]).size == 1
+    for guarded in (0, 3):
+        assert libc.mprotect(address + guarded * page, page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+
+
+@needs_jit
+def test_it_can_be_switched_off():
+    program = "from fastrms.kernels import pointers; print(pointers.available())"
+    for value, expected in (("0", "False"), ("1", "True")):
+        environment = os.environ | {"FASTRMS_ZERO_COPY": value}
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == expected
+
+
+def test_another_layout_of_arrays_turns_it_off(monkeypatch):
+    assert pointers.available() or not JIT
+    for name in ("_DATA", "_NDIM", "_SHAPE", "_DTYPE", "_FLAGS", "_ITEMS"):
+        with monkeypatch.context() as patch:
+            # One field further on: still inside the object, so that the check can look.
+            patch.setattr(pointers, name, getattr(pointers, name) - 8 if name != "_DATA" else 24)
+            pointers.available.cache_clear()
+            assert not pointers.available(), name
+    pointers.available.cache_clear()
+
+
+@pytest.mark.skipif(not JIT, reason="the interpreter's own objects come and go")
+@pytest.mark.parametrize("way", ["buffer", "list"])
+def test_a_steady_step_allocates_nothing_that_grows_with_the_parameters(way):
+    peaks = []
+    for count in (10, 1000):
+        params = [np.ones((10, 100), np.float32) for _ in range(count)]
+        opt, gradients = RMSProp(params), [np.ones((10, 100), np.float32) for _ in range(count)]
+        step = (lambda: opt.step()) if way == "buffer" else (lambda: opt.step(gradients))  # noqa: B023
+        step()
+        step()
+        tracemalloc.start()
+        for _ in range(3):
+            step()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # A list costs a tuple of as many pointers; the arrays have 4,000 bytes each.
+    assert peaks[1] - peaks[0] <= (9 * 1000 if way == "list" else 0) + 500
+
+
+@pytest.mark.skipif(not JIT, reason="100,000 steps take the interpreter long")
+def test_100_000_steps_do_not_grow_the_process():
+    opt = RMSProp([np.ones((10, 10), np.float32), np.ones(10, np.float32)])
+    gradients = [np.ones((10, 10), np.float32), np.ones(10, np.float32)]
+    for _ in range(1000):
+        opt.step(gradients)
+        opt.step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(50_000):
+        opt.step(gradients)
+        opt.step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024
