@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fastrms import kernels
 from fastrms.buffers import FlatBuffer, Layout, find_overlap
 from fastrms.errors import DtypeError, OptionError, StructureError
-from fastrms.kernels import pointers
+from fastrms.kernels import choice, pointers
 from fastrms.kernels.norms import SpanNorms, combine
 from fastrms.options import (
     HYPER_FIELDS,
@@ -120,7 +120,8 @@ class RMSProp:
         arithmetic many times slower and arise in ordinary training. Elements in which none arises keep their bits;
         the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
     kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
-        What runs the update. All give the same bits. "auto" takes the faster of serial and parallel by size.
+        What runs the update. All give the same bits. "auto" begins with serial; in a training of some seconds with
+        many parameters it tries parallel, and keeps what makes whole training steps faster (`explain` says which).
     num_threads : int or None, default None
         Threads of the parallel kernel, up to those that Numba started with; None for all of them.
 
@@ -201,8 +202,8 @@ class RMSProp:
             "flush_subnormals": flush_subnormals,
         }
         self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
-        self._kernel = kernels.check_kernel(kernel)
-        self._num_threads = check_threads(num_threads, kernels.max_threads())
+        self._kernel = choice.check_kernel(kernel)
+        self._num_threads = check_threads(num_threads, choice.max_threads())
 
         groups = _parameter_groups(params)
         self._grouped = groups is not None
@@ -251,18 +252,25 @@ class RMSProp:
         self._written = self._written_memory()
         for k, group in enumerate(self.param_groups):
             group.bind(self._views[k] if self._grouped else self._views, self._options_changed)
+        self._kernel_changed()
+
+    def _kernel_changed(self) -> None:
+        large = any(run.size >= choice.TRY_PARALLEL_FROM for run in self._runs)
+        watch = self._kernel == "auto" and large and self._threads() > 1
+        self._chooser = choice.Chooser() if watch else None
         self._options_changed()
 
     def _options_changed(self) -> None:
-        # The calls of a step, if they are the same from one to the next: for gradients in the buffer, and elsewhere.
-        self._steady_calls: dict[bool, list[_Call]] = {}
+        # The calls of a step, if they are the same from one to the next, by whether gradients lie elsewhere than in
+        # the buffer, and by kernel.
+        self._steady_calls: dict[tuple[bool, str], list[_Call]] = {}
         self._zero_copy = self._kernel != "numpy" and pointers.available()
 
     params: Any = _views("params", "The parameters, in the structure that was given.")
     grads: Any = _views(
         "grads",
-        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses this "
-        "memory where it has to cast or rearrange: what it holds afterwards is not defined.",
+        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses "
+        "this memory where it has to cast or rearrange: what it holds afterwards is not defined.",
     )
     cache: Any = _views("cache", "The running mean of squared gradients, v in the equations.")
     momentum_buffer: Any = _views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
@@ -288,8 +296,8 @@ class RMSProp:
 
     @kernel.setter
     def kernel(self, value: str) -> None:
-        self._kernel = kernels.check_kernel(value)
-        self._options_changed()
+        self._kernel = choice.check_kernel(value)
+        self._kernel_changed()
 
     @property
     def num_threads(self) -> int | None:
@@ -298,8 +306,8 @@ class RMSProp:
 
     @num_threads.setter
     def num_threads(self, value: int | None) -> None:
-        self._num_threads = check_threads(value, kernels.max_threads())
-        self._options_changed()
+        self._num_threads = check_threads(value, choice.max_threads())
+        self._kernel_changed()
 
     def step(self, gradients: Any = None) -> Any:
         """Take one step and return the updated parameters, which are the same views as before.
@@ -332,7 +340,7 @@ class RMSProp:
         """
         if self._num_threads is None:
             return self._step(gradients)
-        with kernels.limit_threads(self._num_threads):
+        with choice.limit_threads(self._num_threads):
             return self._step(gradients)
 
     def _step(self, gradients: Any) -> Any:
@@ -343,19 +351,22 @@ class RMSProp:
             in_place = self._zero_copy and self._point_to(items)
             if not in_place:
                 arrays = self._grads.check(items, "gradients", skip_none=True)
-        calls = self._steady_calls.get(in_place)
+        kernel = self._kernel if self._chooser is None else self._chooser.kernel
+        calls = self._steady_calls.get((in_place, kernel))
         rates = self._rates() if calls is None else None
         if arrays is not None:
             self._grads.store(arrays)
             if any(array is None for array in arrays):
                 present = np.array([array is not None for array in arrays])
-                calls = self._make_calls(rates or self._rates(), present, False)
+                calls = self._make_calls(rates or self._rates(), kernel, present, False)
                 self._skipped[~present] += 1
         if calls is None:
-            calls = self._make_calls(rates or self._rates(), None, in_place)
+            calls = self._make_calls(rates or self._rates(), kernel, None, in_place)
         for update, arguments in calls:
             update(*arguments)
         self.steps += 1
+        if self._chooser is not None:
+            self._chooser.step_done()
         return self._views
 
     def _point_to(self, items: tuple[Any, ...]) -> bool:
@@ -366,10 +377,13 @@ class RMSProp:
     def _rates(self) -> list[float]:
         return [resolve_lr(group, self.steps) for group in self.param_groups]
 
-    def _make_calls(self, rates: list[float], present: NDArray[np.bool_] | None, in_place: bool) -> list[_Call]:
+    def _make_calls(
+        self, rates: list[float], kernel: str, present: NDArray[np.bool_] | None, in_place: bool
+    ) -> list[_Call]:
         """The kernel calls of the next step, for those parameters that are present (None: all).
 
-        With `in_place`, gradients are read where `_point_to` found them, otherwise from the gradient buffer.
+        `kernel` is the one for large runs; "auto" stands for serial. With `in_place`, gradients are read where
+        `_point_to` found them, otherwise from the gradient buffer.
         """
         for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
             if name not in self.buffers and any(group[option] for group in self.param_groups):
@@ -378,12 +392,14 @@ class RMSProp:
         if not in_place:
             for run in self._runs:
                 run.point_to_buffer()
-        scales = self._clip_scales(present)
+        of_run = [self._kernel_of(run, kernel) for run in self._runs]
+        if "parallel" in of_run:
+            choice.start_threads()
+        scales = self._clip_scales(of_run, present)
         steady = scales is None and present is None
         calls: list[_Call] = []
-        for run in self._runs:
+        for run, name in zip(self._runs, of_run, strict=True):
             options = run.group
-            kernel = kernels.choose(self._kernel, run.size, self._num_threads)
             corrections = None
             if options["bias_correction"]:
                 own_steps = self.steps + 1 - self._skipped[run.numbers]
@@ -397,27 +413,49 @@ class RMSProp:
                 None if scales is None else scales[run.numbers],
                 corrections,
             )
-            calls.append((kernels.UPDATES[kernel], arguments))
+            calls.append((kernels.UPDATES[name], arguments))
         if steady:
-            self._steady_calls[in_place] = calls
+            self._steady_calls[in_place, kernel] = calls
         return calls
+
+    def _kernel_of(self, run: "_Run", kernel: str) -> str:
+        """The kernel for a run where `kernel` is the one for large runs."""
+        if self._kernel != "auto":
+            return kernel
+        return kernel if kernel == "parallel" and run.size >= choice.TRY_PARALLEL_FROM else "serial"
+
+    def explain(self) -> list[str]:
+        """Say which kernel updates which parameters, and why: one line for each group and dtype."""
+        lines = []
+        for run in self._runs:
+            what = f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays"
+            if self._kernel != "auto":
+                lines.append(f"{what}: {self._kernel}, as asked for")
+            elif self._chooser is None or run.size < choice.TRY_PARALLEL_FROM:
+                few = f"{choice.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
+                lines.append(f"{what}: serial; " + (few if self._threads() > 1 else "there is one thread"))
+            else:
+                lines.append(f"{what}: {self._chooser.kernel}; {self._chooser.reason}")
+        return lines
+
+    def _threads(self) -> int:
+        return self._num_threads or choice.max_threads()
 
     def _written_memory(self) -> NDArray[np.int64]:
         """The addresses [low, high) of each block that a step writes."""
         blocks = [buffer.block for name, buffer in self.buffers.items() if name != "grads"]
         return np.array([(block.ctypes.data, block.ctypes.data + block.nbytes) for block in blocks], np.int64)
 
-    def _clip_scales(self, present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
+    def _clip_scales(self, of_run: list[str], present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
         """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""
         if self._global_clip_norm is None and all(group["clip_norm"] is None for group in self.param_groups):
             return None
         scales = np.ones(len(self._skipped))
         norms = np.zeros(len(self._skipped))
-        for run in self._runs:
+        for run, kernel in zip(self._runs, of_run, strict=True):
             options = run.group
             grads = run.part_of(self._grads)
             bound = np.inf if options["clip_value"] is None else options["clip_value"]
-            kernel = kernels.choose(self._kernel, run.size, self._num_threads)
             own = run.norms(grads, bound, kernel)
             if options["clip_norm"] is not None:
                 scales[run.numbers] = _scale_to(options["clip_norm"], own)
@@ -446,7 +484,7 @@ class RMSProp:
 
 
 # What `_connect` makes, and pickles and copies leave out.
-_DERIVED = ("_grads", "_views", "_runs", "_written", "_steady_calls", "_zero_copy")
+_DERIVED = ("_grads", "_views", "_runs", "_written", "_steady_calls", "_zero_copy", "_chooser")
 
 
 class _Run:
@@ -469,7 +507,7 @@ class _Run:
         self._segment = leaves[0].segment
         self._start, self._stop = leaves[0].start, leaves[-1].stop
         self.size = self._stop - self._start
-        self._dtype = layout.dtype_of(leaves[0])
+        self.dtype = layout.dtype_of(leaves[0])
         # Spans are counted from the start of the run; the third number is where the gradient is, 0 for the buffer.
         self._spans = np.array([(leaf.start - self._start, leaf.stop - self._start, 0) for leaf in leaves], np.int64)
         self._whole = np.array([(0, self.size, 0)], np.int64)
@@ -477,11 +515,11 @@ class _Run:
         for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
             row[0], row[1] = number, len(leaf.shape)
             row[2 : 2 + len(leaf.shape)] = leaf.shape
-        self._identity = pointers.identity(self._dtype)
+        self._identity = pointers.identity(self.dtype)
         # Kernels read these; they are written in place, so that a step without changes makes no array.
-        self._hyper = np.empty(len(HYPER_FIELDS), self._dtype)
-        self._factors = np.empty((len(leaves), 2), self._dtype)
-        self._whole_factors = np.empty((1, 2), self._dtype)
+        self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
+        self._factors = np.empty((len(leaves), 2), self.dtype)
+        self._whole_factors = np.empty((1, 2), self.dtype)
 
     @cached_property
     def norms(self) -> SpanNorms:
@@ -523,7 +561,7 @@ class _Run:
         factors[:, 1] = 1.0 if corrections is None else corrections[: len(factors)]
         if present is not None:
             spans, factors = spans[present], factors[present]
-        self._hyper[:] = hyper_values(options, lr, self._dtype)
+        self._hyper[:] = hyper_values(options, lr, self.dtype)
         return (
             self.part_of(buffers["params"]),
             self.part_of(buffers["grads"]),

@@ -13,54 +13,11 @@ from helpers import JIT
 from numba.core import event
 
 import fastrms
-from fastrms import RMSProp, kernels
-from fastrms.kernels import cpu, reference
+from fastrms import RMSProp
+from fastrms.kernels import cpu
 from fastrms.options import HYPER_FIELDS
 
 PACKAGE = Path(fastrms.__file__).parent
-
-
-def kernels_used(opt):
-    opt.step()
-    return [update for update, _ in opt._steady_calls[False]]
-
-
-def test_auto_takes_serial_for_small_and_parallel_for_large(monkeypatch):
-    monkeypatch.setattr(kernels, "PARALLEL_FROM", 1000)
-    sizes = [np.zeros(999), np.zeros(1000, np.float32)]
-    assert kernels_used(RMSProp(sizes)) == [cpu.serial, cpu.parallel]
-    assert kernels_used(RMSProp(sizes, num_threads=1)) == [cpu.serial, cpu.serial]
-    assert kernels_used(RMSProp(sizes, kernel="numpy")) == [reference.update] * 2
-    assert kernels_used(RMSProp(sizes, kernel="parallel")) == [cpu.parallel] * 2
-    opt = RMSProp(sizes, kernel="serial")
-    assert kernels_used(opt) == [cpu.serial] * 2
-    opt.kernel = "parallel"
-    assert kernels_used(opt) == [cpu.parallel] * 2
-
-
-def test_num_threads_holds_during_the_step_only(monkeypatch):
-    seen = []
-    monkeypatch.setitem(kernels.UPDATES, "parallel", lambda *_: seen.append(numba.get_num_threads()))
-    before = numba.get_num_threads()
-    opt = RMSProp([np.zeros(10)], kernel="parallel", num_threads=1)
-    opt.step()
-    opt.num_threads = 2
-    opt.step()
-    opt.num_threads = None
-    opt.step()
-    assert seen == [1, 2, before]
-    assert numba.get_num_threads() == before
-
-
-def test_num_threads_is_given_back_after_an_error(monkeypatch):
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(kernels.UPDATES, "parallel", fail)
-    before = numba.get_num_threads()
-    with pytest.raises(KeyboardInterrupt):
-        RMSProp([np.zeros(10)], kernel="parallel", num_threads=1).step()
-    assert numba.get_num_threads() == before
 
 
 @pytest.mark.skipif(not JIT, reason="nothing is compiled with the JIT off")
@@ -153,7 +110,8 @@ ARROWS = {
     "kernels.reference": {"options"},
     "kernels.norms": {"kernels.reference", "kernels.cpu", "kernels"},
     "kernels.pointers": {"kernels.cpu"},
-    "kernels": {"errors", "kernels.cpu", "kernels.reference", "kernels"},
+    "kernels.choice": {"errors"},
+    "kernels": {"kernels.cpu", "kernels.reference", "kernels"},
     "optimizer": {"errors", "options", "buffers", "kernels", "kernels.norms"},
     "functional": {"optimizer"},
 }

@@ -8,14 +8,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 
 import fastrms
-from fastrms import kernels
 from fastrms.cli import data, mlp
 from fastrms.cli.common import CommandError, is_plain, make_console, make_table, positive, require, say, whole_number
 from fastrms.cli.training import Training, first_difference, train_both
+from fastrms.kernels import choice
+from fastrms.optimizer import RMSProp
 from fastrms.plots import format_seconds, plot_training
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help=f"of the split, the start and the batches {default}",
     )
     add("--dtype", choices=("float32", "float64"), default="float32", help=f"of parameters and data {default}")
-    add("--kernel", choices=kernels.KERNELS, default="auto", help=f"what runs the update of fastrms {default}")
+    add("--kernel", choices=choice.KERNELS, default="auto", help=f"what runs the update of fastrms {default}")
     add(
         "--gradients",
         choices=("list", "buffer"),
@@ -148,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if not args.quiet:
         _print_results(console, dataset, reference, fast)
+        if isinstance(fast.optimizer, RMSProp):
+            say(console, f"Kernel: {fast.optimizer.explain()[0]}")
     path = args.output / PLOT_NAME
     _save_plot(path, f"RMSProp on a network of {_network(sizes)}, {args.dtype}", reference, fast)
     if not args.quiet:
@@ -163,8 +165,6 @@ def _describe(
     args: argparse.Namespace, dataset: data.Dataset, sizes: list[int], batch_size: int, batches: int
 ) -> Iterator[str]:
     size = mlp.count_params(sizes)
-    kernel = kernels.choose(args.kernel, size, None)
-    threads = numba.get_num_threads() if kernel == "parallel" else 1
     source = "handwritten digits" if args.data is None else str(args.data)
     yield f"RMSProp, NumPy reference and fastrms {fastrms.__version__}"
     yield (
@@ -174,7 +174,7 @@ def _describe(
     yield f"Network: {_network(sizes)}, {size:,} parameters, {args.dtype}"
     yield f"Training: {_count(args.epochs, 'epoch')} of {_count(batches, 'step')}, {batch_size:,} rows a batch"
     yield (
-        f"fastrms: kernel {kernel}{' (auto)' if args.kernel == 'auto' else ''}, {_count(threads, 'thread')}, "
+        f"fastrms: kernel {args.kernel}, up to {_count(choice.max_threads(), 'thread')}, "
         f"gradients {'as a list' if args.gradients == 'list' else 'written into its buffer'}"
     )
 

@@ -1,0 +1,137 @@
+"""Which kernel to run: what the user asked for, or what makes whole training steps fastest.
+
+An isolated kernel time misleads. In a training loop the threads of the matrix products (OpenBLAS) still spin when the
+optimizer's turn comes, and threads of an OpenMP region spin when the next product begins: each starves the other, and
+the second cost is outside the optimizer's own time. So "auto" measures what counts, the time from the end of one step
+to the end of the next, over real steps, first with the serial and then with the parallel kernel, and keeps the faster.
+Bits do not depend on the kernel, so trying is harmless.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+
+import numba
+
+from fastrms.errors import OptionError, OptionTypeError
+
+__all__ = ["KERNELS", "Chooser", "check_kernel", "limit_threads", "max_threads", "start_threads"]
+
+KERNELS = ("auto", "numpy", "serial", "parallel")
+
+# Below this many elements of one dtype and group nothing is tried: the serial pass takes some 25 us, and a second
+# thread saves less than the two take to meet when both cores are busy.
+TRY_PARALLEL_FROM = 65_536
+
+
+def max_threads() -> int:
+    """How many threads Numba started with: NUMBA_NUM_THREADS, or the processor's cores."""
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+def check_kernel(kernel: object) -> str:
+    """Return `kernel` if it is one of `KERNELS`."""
+    if not isinstance(kernel, str):
+        raise OptionTypeError(f"kernel: expected one of {KERNELS}, got {kernel!r} ({type(kernel).__name__})")
+    if kernel not in KERNELS:
+        raise OptionError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
+    return kernel
+
+
+@contextmanager
+def limit_threads(num_threads: int) -> Iterator[None]:
+    """Let parallel kernels use `num_threads` threads inside the block."""
+    start_threads()
+    before = numba.get_num_threads()
+    numba.set_num_threads(num_threads)
+    try:
+        yield
+    finally:  # the setting is the calling thread's, and the user's own parallel code reads it
+        numba.set_num_threads(before)
+
+
+def start_threads() -> None:
+    """Start Numba's threads, if they are not running, such that they wait without spinning.
+
+    GNU OpenMP reads its environment when it is loaded, which is now, unless something else has loaded it: for that
+    moment OMP_WAIT_POLICY is "passive". A setting of the user's own stays as it is. Spinning threads made training
+    with the parallel kernel two to four times slower (`fastrms bench --in-situ` with OMP_WAIT_POLICY=active).
+    """
+    settings = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    try:
+        numba.threading_layer()  # type: ignore[attr-defined]
+    except ValueError:  # not started yet
+        if settings & os.environ.keys():
+            numba.get_num_threads()
+            return
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        try:
+            numba.get_num_threads()
+        finally:
+            del os.environ["OMP_WAIT_POLICY"]
+
+
+class Chooser:
+    """Finds out in the course of training whether the serial or the parallel kernel makes whole steps faster.
+
+    Parameters
+    ----------
+    clock : callable, default time.perf_counter
+        Seconds.
+
+    Attributes
+    ----------
+    kernel : {"serial", "parallel"}
+        What to use for the next step.
+    reason : str
+        Why.
+    """
+
+    # The first look comes after this many seconds of training, so that a short one never pays for compiling the
+    # parallel kernel; each later one after twice as long, as the machine may have become busier or less so.
+    FIRST_LOOK, LAST_LOOK = 2.0, 600.0
+    # A trial: rounds of steps with the one and the other, of which the first ones show what was before.
+    ROUNDS, STEPS, DROPPED = 3, 8, 3
+    # How much faster parallel has to be to be kept, and how much slower to stop a trial after its first round.
+    GAIN, GIVE_UP = 0.97, 1.15
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._best = "serial"
+        self.reason = f"serial until {self.FIRST_LOOK:g} s of training have passed; then parallel is tried"
+        self._plan = self._make_plan()
+        self.kernel = next(self._plan)
+        self._last: float | None = None
+
+    def step_done(self) -> None:
+        """Tell the chooser that a step has ended. The time since the last one is that of a whole training step."""
+        now = self._clock()
+        if self._last is not None:
+            self.kernel = self._plan.send(now - self._last)
+        self._last = now
+
+    def _make_plan(self) -> Generator[str, float, None]:
+        """Yields the kernel for the next step, and is sent how long the training step took that it ended."""
+        patience = self.FIRST_LOOK
+        while True:
+            spent = 0.0
+            while spent < patience:
+                spent += yield self._best
+            times: dict[str, list[float]] = {"serial": [], "parallel": []}
+            for _ in range(self.ROUNDS):
+                for kernel, taken in times.items():
+                    for i in range(self.STEPS):
+                        period = yield kernel
+                        if i >= self.DROPPED:
+                            taken.append(period)
+                serial, parallel = (statistics.median(taken) for taken in times.values())
+                if parallel > self.GIVE_UP * serial:
+                    break
+            self._best = "parallel" if parallel < self.GAIN * serial else "serial"
+            self.reason = (
+                f"a training step took {1e3 * serial:.3g} ms with the serial kernel, {1e3 * parallel:.3g} ms with the "
+                "parallel one"
+            )
+            patience = min(2 * patience, self.LAST_LOOK)

@@ -1,0 +1,169 @@
+"""Which kernel runs: as asked for, or what a trial during training finds; and how threads wait."""
+
+import os
+import subprocess
+import sys
+
+import numba
+import numpy as np
+import pytest
+
+from fastrms import RMSProp
+from fastrms.kernels import UPDATES, choice
+from fastrms.kernels.choice import Chooser
+
+
+class Training:
+    """A training whose steps take as long as `seconds` says for each kernel, by a clock of its own."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.now, self.used = seconds, 0.0, []
+        self.chooser = Chooser(lambda: self.now)
+        self.chooser.step_done()
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.used.append(self.chooser.kernel)
+            self.now += self.seconds[self.chooser.kernel]
+            self.chooser.step_done()
+        return self
+
+
+TRIAL = Chooser.ROUNDS * Chooser.STEPS
+
+
+def test_nothing_is_tried_in_the_first_seconds():
+    training = Training(serial=0.01, parallel=0.001).run(190)
+    assert set(training.used) == {"serial"}
+    assert "until 2 s of training" in training.chooser.reason
+
+
+def test_the_faster_one_is_kept():
+    training = Training(serial=0.01, parallel=0.006).run(700)
+    assert training.used[-400:] == ["parallel"] * 400
+    assert training.used.count("serial") < 201 + TRIAL
+    assert "10 ms with the serial kernel, 6 ms with the parallel one" in training.chooser.reason
+    training = Training(serial=0.01, parallel=0.01).run(600)
+    assert training.used[-300:] == ["serial"] * 300
+
+
+def test_a_trial_of_a_much_slower_kernel_ends_after_its_first_round():
+    training = Training(serial=0.01, parallel=0.1).run(500)
+    assert training.used.count("parallel") == Chooser.STEPS
+    assert training.used[-1] == "serial"
+
+
+def test_it_looks_again_after_twice_as_long_and_finds_what_has_changed():
+    training = Training(serial=0.01, parallel=0.1).run(500)
+    training.seconds = {"serial": 0.01, "parallel": 0.005}
+    training.run(2000)
+    assert training.used[-1] == "parallel"
+    training.seconds = {"serial": 0.01, "parallel": 0.02}
+    training.run(5000)
+    assert training.used[-1] == "serial"
+    trials = sum(a == "serial" and b == "parallel" for a, b in zip(training.used, training.used[1:], strict=False))
+    assert trials < 20
+
+
+def test_single_slow_steps_do_not_decide():
+    training = Training(serial=0.01, parallel=0.006)
+    for _ in range(1000):
+        training.run(1)
+        if len(training.used) % 7 == 0:
+            training.now += 5.0  # an evaluation of the user's
+            training.chooser.step_done()
+    assert training.used[-1] == "parallel"
+
+
+@pytest.fixture
+def small_trials(monkeypatch):
+    """Trials begin at once, and with few elements."""
+    monkeypatch.setattr(Chooser, "FIRST_LOOK", 0.0)
+    monkeypatch.setattr(Chooser, "LAST_LOOK", 0.0)
+    monkeypatch.setattr(choice, "TRY_PARALLEL_FROM", 50)
+
+
+def test_bits_do_not_depend_on_trials(small_trials, rng, monkeypatch):
+    used = set()
+    for name, update in list(UPDATES.items()):
+        monkeypatch.setitem(UPDATES, name, lambda *args, name=name, update=update: (used.add(name), update(*args)))
+    params = [rng.standard_normal(70), rng.standard_normal((5, 5)).astype(np.float32)]
+    opt, serial = RMSProp(params, momentum=0.9), RMSProp(params, momentum=0.9, kernel="serial")
+    for t in range(3 * TRIAL):
+        gradients = [rng.standard_normal(70), None if t % 5 == 0 else rng.standard_normal((5, 5))]
+        opt.step(gradients)
+        serial.step(gradients)
+        assert [leaf.tobytes() for leaf in opt.params] == [leaf.tobytes() for leaf in serial.params]
+    assert used == {"serial", "parallel"}
+
+
+def test_explain_says_what_runs_and_why(small_trials):
+    opt = RMSProp([np.zeros(60), np.zeros(3, np.float32)], num_threads=2)
+    opt.step()
+    large, small = opt.explain()
+    assert large.startswith("group 0, 60 float64 in 1 arrays: ")
+    assert "small" not in large
+    assert small == "group 0, 3 float32 in 1 arrays: serial; 50 elements are too few for threads to gain"
+    opt.kernel = "numpy"
+    assert opt.explain()[0].endswith("numpy, as asked for")
+    one = RMSProp([np.zeros(60)], num_threads=1)
+    assert one.explain() == ["group 0, 60 float64 in 1 arrays: serial; there is one thread"]
+    assert one._chooser is None
+
+
+def test_only_auto_with_many_elements_and_threads_is_watched():
+    many = [np.zeros(choice.TRY_PARALLEL_FROM)]
+    assert RMSProp(many)._chooser is not None
+    assert RMSProp([np.zeros(choice.TRY_PARALLEL_FROM - 1)])._chooser is None
+    for kernel in ("numpy", "serial", "parallel"):
+        opt = RMSProp(many, kernel=kernel)
+        assert opt._chooser is None
+        opt.kernel = "auto"
+        assert opt._chooser is not None
+        opt.num_threads = 1
+        assert opt._chooser is None
+
+
+def test_num_threads_holds_during_the_step_only(monkeypatch):
+    seen = []
+    monkeypatch.setitem(UPDATES, "parallel", lambda *_: seen.append(numba.get_num_threads()))
+    before = numba.get_num_threads()
+    opt = RMSProp([np.zeros(10)], kernel="parallel", num_threads=1)
+    opt.step()
+    opt.num_threads = 2
+    opt.step()
+    opt.num_threads = None
+    opt.step()
+    assert seen == [1, 2, before]
+    assert numba.get_num_threads() == before
+
+
+def test_num_threads_is_given_back_after_an_error(monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(UPDATES, "parallel", fail)
+    before = numba.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        RMSProp([np.zeros(10)], kernel="parallel", num_threads=1).step()
+    assert numba.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("users_own", "expected"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_the_user_says_otherwise(users_own, expected):
+    """GNU OpenMP prints at its start what it took from the environment."""
+    program = """if True:
+        import os
+        before = dict(os.environ)
+        import numba, numpy as np
+        from fastrms import RMSProp
+        RMSProp([np.ones(3)], kernel="parallel").step()
+        assert dict(os.environ) == before
+        print(numba.threading_layer())
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE", "NUMBA_THREADING_LAYER": "omp", "NUMBA_DISABLE_JIT": "0"}
+    environment |= {} if users_own is None else {"OMP_WAIT_POLICY": users_own}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "omp"
+    assert f"OMP_WAIT_POLICY = '{expected}'" in run.stderr
