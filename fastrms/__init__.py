@@ -3,7 +3,8 @@
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.dialects import dialect
 from fastrms.errors import DtypeError, FastrmsError, OptionError, OptionTypeError, StructureError
-from fastrms.functional import rmsprop_update
+from fastrms.functional import rmsprop_update, warmup
+from fastrms.kernels.reference import from_bfloat16
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
 
@@ -18,7 +19,9 @@ __all__ = [
     "RMSProp",
     "StructureError",
     "dialect",
+    "from_bfloat16",
     "rmsprop_update",
+    "warmup",
 ]
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from fastrms.errors import DtypeError, StructureError
 
@@ -112,6 +112,10 @@ class Layout:
         keys = self._root.keys if flat and self._root is not None else None
         self._is_flat_sequence = flat and keys is None
         self._values = itemgetter(*keys) if keys is not None and len(keys) > 1 else None
+
+    def with_dtype(self, dtype: DTypeLike) -> "Layout":
+        """The layout of arrays of the same structure and shapes, all of `dtype`."""
+        return Layout(self.structure(np.broadcast_to(np.zeros((), dtype), leaf.shape) for leaf in self.leaves))
 
     def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
         """The dtype of an array of this layout."""
@@ -245,9 +249,17 @@ class FlatBuffer:
         """The number of bytes of the block, padding between segments included."""
         return self.layout.nbytes
 
-    def like(self, fill: float = 0) -> "FlatBuffer":
-        """Return a new buffer of the same layout in new memory, every element set to `fill`."""
-        other = _empty(self.layout)
+    def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "FlatBuffer":
+        """Return a new buffer of the same structure and shapes in new memory.
+
+        Parameters
+        ----------
+        fill : float, default 0
+            What every element is set to.
+        dtype : dtype or None, default None
+            Of all its arrays; None for the dtypes of this one.
+        """
+        other = _empty(self.layout if dtype is None else self.layout.with_dtype(dtype))
         for segment in other.segments:
             segment[...] = fill
         return other

@@ -1,10 +1,14 @@
-"""`rmsprop_update`: one step as a pure function."""
+"""Functions over `RMSProp`: one step as a pure function, and compiling ahead."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
 
 from fastrms.optimizer import RMSProp
 
-__all__ = ["rmsprop_update"]
+__all__ = ["rmsprop_update", "warmup"]
 
 
 def rmsprop_update(
@@ -56,3 +60,36 @@ def rmsprop_update(
     if cache is not None:
         optimizer.buffers["cache"].gather(cache, "cache")
     return optimizer.step(gradients), optimizer.cache
+
+
+def warmup(
+    dtypes: Sequence[DTypeLike] = (np.float32, np.float64),
+    kernels: Sequence[str] = ("serial", "parallel"),
+    **options: Any,
+) -> None:
+    """Compile, or load from disk, what steps will need, so that the first one of a training does not wait for it.
+
+    Parameters
+    ----------
+    dtypes : sequence of dtype, default float32 and float64
+        Of the parameters to come.
+    kernels : sequence of str, default ("serial", "parallel")
+        Those that "auto" chooses from.
+    **options
+        Of the `RMSProp` to come. Only whether there is momentum, centering, clipping by norm and a 16-bit cache makes
+        a difference to what is compiled.
+
+    Raises
+    ------
+    OptionError, OptionTypeError, DtypeError
+        As `RMSProp` raises them.
+
+    Examples
+    --------
+    >>> import fastrms
+    >>> fastrms.warmup(["float32"], momentum=0.9)
+    """
+    for dtype in dtypes:
+        for kernel in kernels:
+            optimizer = RMSProp([np.zeros(1, dtype)], **(options | {"kernel": kernel}))
+            optimizer.step([np.zeros(1, dtype)])

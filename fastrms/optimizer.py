@@ -13,10 +13,12 @@ from fastrms.buffers import FlatBuffer, Layout, find_overlap
 from fastrms.errors import DtypeError, OptionError, StructureError
 from fastrms.kernels import choice, pointers
 from fastrms.kernels.norms import SpanNorms, combine
+from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
     HYPER_FIELDS,
     LearningRate,
     ParamGroup,
+    check_cache_dtype,
     check_option,
     check_threads,
     hyper_values,
@@ -125,6 +127,12 @@ class RMSProp:
     num_threads : int or None, default None
         Threads of the parallel kernel, up to those that Numba started with; None for all of them.
 
+    cache_dtype : {"bfloat16"} or None, default None
+        "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
+        bytes move through memory for each parameter. Steps compute in float32; what is stored is rounded to nearest.
+        `cache` then has uint16 arrays, which `from_bfloat16` turns into numbers. decay_rate and momentum must be
+        less than 255/256, as nothing decays any more from there on. ``docs/options.md`` has the arithmetic.
+
     Attributes
     ----------
     params, grads, cache : the structure of `params`
@@ -182,6 +190,7 @@ class RMSProp:
         flush_subnormals: bool = True,
         kernel: str = "auto",
         num_threads: int | None = None,
+        cache_dtype: str | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -221,6 +230,8 @@ class RMSProp:
                 "gradients, or copy one of them"
             )
 
+        self._cache_dtype = check_cache_dtype(cache_dtype, {segment.dtype for segment in layout.segments})
+
         # With groups, the outermost list of the structure is the list of groups.
         sizes = layout.child_sizes() if self._grouped else [len(layout.leaves)]
         self._group_of = np.repeat(np.arange(len(sizes)), sizes)
@@ -228,14 +239,19 @@ class RMSProp:
         for number, group in enumerate(groups or [{}]):
             own = {name: value for name, value in group.items() if name != "params"}
             dtypes = {layout.dtype_of(layout.leaves[i]) for i in np.flatnonzero(self._group_of == number)}
-            self.param_groups.append(ParamGroup(defaults | own, f"param_groups[{number}]", dtypes))
+            self.param_groups.append(ParamGroup(defaults | own, f"param_groups[{number}]", dtypes, self._cache_dtype))
 
-        self.buffers: dict[str, FlatBuffer] = {"params": values, "grads": values.like(), "cache": values.like()}
+        self.buffers: dict[str, FlatBuffer] = {"params": values, "grads": values.like()}
+        self.buffers["cache"] = self._new_state()
         for cache, k in zip(self.buffers["cache"].leaves, self._group_of, strict=True):
-            cache[...] = self.param_groups[k]["initial_scale"]
+            start = self.param_groups[k]["initial_scale"]
+            cache[...] = start if self._cache_dtype is None else to_bfloat16(start)
         self.steps = 0
         self._skipped = np.zeros(len(layout.leaves), np.int64)  # steps that each parameter sat out
         self._connect()
+
+    def _new_state(self) -> FlatBuffer:
+        return self.buffers["params"].like(dtype=None if self._cache_dtype is None else np.uint16)
 
     def _connect(self) -> None:
         """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
@@ -387,7 +403,7 @@ class RMSProp:
         """
         for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
             if name not in self.buffers and any(group[option] for group in self.param_groups):
-                self.buffers[name] = self._grads.like()
+                self.buffers[name] = self._new_state()
                 self._written = self._written_memory()
         if not in_place:
             for run in self._runs:

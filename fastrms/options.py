@@ -14,6 +14,7 @@ __all__ = [
     "GROUP_DEFAULTS",
     "HYPER_FIELDS",
     "ParamGroup",
+    "check_cache_dtype",
     "check_for_dtype",
     "check_option",
     "check_threads",
@@ -99,6 +100,25 @@ def check_threads(value: Any, available: int) -> int | None:
     return int(value)
 
 
+# bfloat16 keeps 8 bits of a number, so that a change by less than 2**-8 of it can round back to the same number.
+_BFLOAT16_STEP = 2.0**-8
+
+
+def check_cache_dtype(value: Any, dtypes: set[np.dtype[Any]]) -> str | None:
+    """Return `value` if it is None or "bfloat16" and parameters of `dtypes` can have such state."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise OptionTypeError(f'cache_dtype: expected "bfloat16" or None, got {value!r} ({type(value).__name__})')
+    if value != "bfloat16":
+        raise OptionError(f'cache_dtype: expected "bfloat16" or None, got {value!r}')
+    if dtypes != {np.dtype(np.float32)}:
+        raise OptionError(
+            "cache_dtype: bfloat16 goes with float32 parameters, got float64 ones; use .astype(np.float32)"
+        )
+    return value
+
+
 def check_for_dtype(name: str, value: float, dtype: np.dtype[Any]) -> None:
     """Raise OptionError if `value` has no useful counterpart in `dtype`: inf for a finite one, or 0 for epsilon."""
     with np.errstate(over="ignore", under="ignore"):
@@ -126,8 +146,11 @@ class ParamGroup(MutableMapping[str, Any]):
         A value of the wrong kind.
     """
 
-    def __init__(self, options: Mapping[str, Any], label: str, dtypes: set[np.dtype[Any]]) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], label: str, dtypes: set[np.dtype[Any]], cache_dtype: str | None = None
+    ) -> None:
         self._label = label
+        self._cache_dtype = cache_dtype
         self.dtypes = dtypes
         self._values: dict[str, Any] = {}
         self._params: Any = None
@@ -143,6 +166,12 @@ class ParamGroup(MutableMapping[str, Any]):
             for name in _NUMBERS:
                 if isinstance(checked[name], float):
                     check_for_dtype(name, checked[name], dtype)
+        for name in ("decay_rate", "momentum") if self._cache_dtype == "bfloat16" else ():
+            if 1 - checked[name] <= _BFLOAT16_STEP:
+                raise OptionError(
+                    f"{name}: {checked[name]!r} would not decay in bfloat16, where a change by less than 1/256 can be "
+                    f"rounded away; use less than {1 - _BFLOAT16_STEP:.4f}, or cache_dtype=None"
+                )
         if checked["nesterov"] and checked["momentum"] == 0:
             raise OptionError(
                 "nesterov: True needs momentum > 0, got momentum 0; it looks ahead along the momentum buffer"

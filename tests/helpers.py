@@ -19,7 +19,8 @@ def wide(rng, size, dtype, low=-18, high=18):
 def bits(array):
     """The bits of an array, with one bit pattern for NaN: which of its many an operation returns is not specified."""
     array = np.array(array)
-    array[np.isnan(array)] = np.nan
+    if array.dtype.kind == "f":
+        array[np.isnan(array)] = np.nan
     return array.tobytes()
 
 

@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from numba.core import event
 
-from fastrms import OptionError, OptionTypeError, RMSProp
+from fastrms import OptionError, OptionTypeError, RMSProp, warmup
 from fastrms.options import GROUP_DEFAULTS, HYPER_FIELDS, hyper_values
 
 NAN, INF = math.nan, math.inf
@@ -116,6 +117,18 @@ def test_a_group_is_a_mapping_that_refuses_what_it_cannot_do():
         group["alpha"]
     group.update(lr=0.5, weight_decay=0.1)
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.1)
+
+
+def test_warmup_leaves_nothing_to_compile_and_refuses_what_the_class_refuses():
+    warmup(["float32"], momentum=0.9, clip_norm=1.0)
+    with event.install_recorder("numba:compile") as compiled:
+        for kernel in ("serial", "parallel"):
+            opt = RMSProp([np.ones((3, 2), np.float32)], kernel=kernel, momentum=0.5, clip_norm=0.1)
+            opt.step([np.ones((3, 2), np.float32)])
+            opt.step()
+    assert len(compiled.buffer) == 0
+    with pytest.raises(OptionError, match="momentum"):
+        warmup(momentum=2.0)
 
 
 def test_the_signature_has_the_defaults_of_the_table():

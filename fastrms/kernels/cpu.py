@@ -24,7 +24,7 @@ import numba
 import numpy as np
 from numba import carray
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 __all__ = ["BLOCK", "gradient_part", "inner", "jit", "parallel", "rule", "serial"]
 
@@ -103,6 +103,83 @@ def rule(p, g, c, b, m, h, scale, correction, extended):
     return p - step, c, b, m
 
 
+# A state array holds numbers of the parameters' dtype, or bfloat16 numbers as uint16, or there is none. Which function
+# is meant is known with the type: the compiler takes that one (`overload`), the interpreter looks each time.
+
+
+def _load_nothing(state, i):
+    return None
+
+
+def _load_number(state, i):
+    return state[i]
+
+
+def _load_bfloat16(state, i):
+    # Numba computes uint32 << uint32 in uint64.
+    return np.uint32(np.uint32(state[i]) << np.uint32(16)).view(np.float32)
+
+
+def _store_nothing(state, i, x):
+    pass
+
+
+def _store_number(state, i, x):
+    state[i] = x
+
+
+def _store_bfloat16(state, i, x):
+    """Round to nearest, ties to even."""
+    bits = np.float32(x).view(np.uint32)
+    # Just under half of the last place that stays, and that place itself, carry where it has to be rounded up.
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    carried = np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd))
+    # NaN must not carry, which could make it inf.
+    state[i] = np.uint16(0x7FC0) if x != x else np.uint16(carried >> np.uint32(16))
+
+
+def _part_of_nothing(state, start, stop):
+    return None
+
+
+def _part_of_array(state, start, stop):
+    return state[start:stop]
+
+
+def _load(state, i):
+    return _form(state, _load_nothing, _load_bfloat16, _load_number)(state, i)
+
+
+def _store(state, i, x):
+    _form(state, _store_nothing, _store_bfloat16, _store_number)(state, i, x)
+
+
+def _part(state, start, stop):
+    return _form(state, _part_of_nothing, _part_of_array, _part_of_array)(state, start, stop)
+
+
+def _form(state, for_nothing, for_bfloat16, for_numbers):
+    """One of three functions by what `state` is, a value or a type of Numba's."""
+    if state is None or state == types.none:
+        return for_nothing
+    return for_bfloat16 if state.dtype in (np.uint16, types.uint16) else for_numbers
+
+
+@overload(_load, jit_options={"error_model": "numpy"})
+def _typed_load(state, i):
+    return _form(state, _load_nothing, _load_bfloat16, _load_number)
+
+
+@overload(_store, jit_options={"error_model": "numpy"})
+def _typed_store(state, i, x):
+    return _form(state, _store_nothing, _store_bfloat16, _store_number)
+
+
+@overload(_part, jit_options={"error_model": "numpy"})
+def _typed_part(state, start, stop):
+    return _form(state, _part_of_nothing, _part_of_array, _part_of_array)
+
+
 _rule = numba.njit(error_model="numpy", forceinline=True)(rule)
 
 
@@ -135,28 +212,14 @@ def _unpack(hyper):
 
 
 @inner
-def _part(array, start, stop):
-    if array is not None:
-        return array[start:stop]
-    return None
-
-
-@inner
 def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended):
     for i in range(params.size):
-        b = None
-        if momentum_buffer is not None:
-            b = momentum_buffer[i]
-        m = None
-        if grad_avg is not None:
-            m = grad_avg[i]
-        p, c, b_new, m_new = _rule(params[i], grads[i], cache[i], b, m, h, scale, correction, extended)
+        b, m = _load(momentum_buffer, i), _load(grad_avg, i)
+        p, c, b, m = _rule(params[i], grads[i], _load(cache, i), b, m, h, scale, correction, extended)
         params[i] = p
-        cache[i] = c
-        if momentum_buffer is not None:
-            momentum_buffer[i] = b_new
-        if grad_avg is not None:
-            grad_avg[i] = m_new
+        _store(cache, i, c)
+        _store(momentum_buffer, i, b)
+        _store(grad_avg, i, m)
 
 
 @inner

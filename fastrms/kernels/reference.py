@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastrms.options import HYPER_FIELDS
 
-__all__ = ["ReferenceRMSProp", "sum_squares", "update"]
+__all__ = ["ReferenceRMSProp", "from_bfloat16", "sum_squares", "to_bfloat16", "update"]
 
 Array = NDArray[Any]
 
@@ -66,11 +66,13 @@ def update(
 
     Parameters
     ----------
-    params, cache : ndarray, shape (n,), float32 or float64
+    params : ndarray, shape (n,), float32 or float64
         Read and written.
+    cache : ndarray, shape (n,), the same dtype, or uint16
+        Read and written. uint16 holds bfloat16 numbers: the step computes in float32 and rounds what it stores.
     grads : ndarray, shape (n,), the same dtype
         Read.
-    momentum_buffer, grad_avg : ndarray, shape (n,), the same dtype, or None
+    momentum_buffer, grad_avg : ndarray, shape (n,), the dtype of the cache, or None
         Read and written; None where the options need none.
     hyper : ndarray, shape (len(HYPER_FIELDS),), the same dtype
         The options as numbers.
@@ -83,13 +85,14 @@ def update(
         For the compiled kernels, which have a shorter loop where it is False. Here every option is looked at anyway.
     """
     h = dict(zip(HYPER_FIELDS, hyper, strict=True))
+    m = b = None
     tiny = h["state_floor"]  # 0 when subnormals are not flushed, so that nothing is below
     with np.errstate(all="ignore"):
         for (first, last, _), (scale, correction) in zip(spans, factors, strict=True):
             # In parts, so that what is computed in between stays in the cache.
             for start in range(first, last, _PART):
                 stop = min(start + _PART, last)
-                p, g, c = params[start:stop], grads[start:stop], cache[start:stop]
+                p, g, c = params[start:stop], grads[start:stop], _state(cache, start, stop)
                 if np.isfinite(h["clip"]):
                     g = np.clip(g, -h["clip"], h["clip"])
                 g = scale * g
@@ -103,7 +106,7 @@ def update(
                 v = correction * c
 
                 if grad_avg is not None:
-                    m = grad_avg[start:stop]
+                    m = _state(grad_avg, start, stop)
                     m[:] = h["decay"] * m + h["rest"] * g
                     np.putmask(m, np.abs(m) < tiny, 0)
                     mean_square = (correction * m) ** 2
@@ -113,13 +116,56 @@ def update(
 
                 step = h["lr_inside"] * g / (np.sqrt(v + h["eps_inside"]) + h["eps_outside"])
                 if momentum_buffer is not None:
-                    b = momentum_buffer[start:stop]
+                    b = _state(momentum_buffer, start, stop)
                     b[:] = h["momentum"] * b + step
                     np.putmask(b, np.abs(b) < tiny, 0)
                     step = h["lr_outside"] * (step + h["momentum"] * b if h["nesterov"] else b)
                 if h["decoupled"] > 0:
                     p[:] = p - h["decoupled"] * p
                 p[:] = p - step
+
+                for state, values in ((cache, c), (grad_avg, m), (momentum_buffer, b)):
+                    if values is not None and state is not None and state.dtype == np.uint16:
+                        state[start:stop] = to_bfloat16(values)
+
+
+def _state(state: Array, start: int, stop: int) -> Array:
+    """A part of a state array to compute with: itself, or what its bfloat16 numbers are."""
+    return from_bfloat16(state[start:stop]) if state.dtype == np.uint16 else state[start:stop]
+
+
+def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
+    """Round float32 numbers to bfloat16, to nearest and ties to even, as the uint16 that has their bits.
+
+    Parameters
+    ----------
+    array : array-like of numbers
+        Rounded to float32 first.
+
+    Returns
+    -------
+    bits : ndarray of uint16
+        The upper half of the bits of the float32 that each number rounds to; 0x7FC0 for NaN.
+    """
+    array = np.asarray(array, np.float32, order="C")
+    bits = array.view(np.uint32)
+    lower, upper = bits & 0xFFFF, bits >> 16
+    up = (lower > 0x8000) | ((lower == 0x8000) & (upper & 1 == 1))
+    return np.where(np.isnan(array), 0x7FC0, upper + up).astype(np.uint16)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The bfloat16 numbers that uint16 arrays such as `RMSProp.cache` hold, as float32, exactly.
+
+    Parameters
+    ----------
+    bits : ndarray of uint16
+
+    Returns
+    -------
+    array : ndarray of float32
+    """
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 def sum_squares(
