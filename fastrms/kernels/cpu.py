@@ -85,9 +85,11 @@ def rule(p, g, c, b, m, h, scale, correction, extended):
         m = zero if abs(m) < state_floor else m
         mean = m * correction if extended is not None else m
         mean = zero if abs(mean) < mean_floor else mean
-        v = v - mean * mean
-        # Rounding can make the variance negative, and its root NaN: clamp. Where nothing is flushed, the floor is 0.
-        v = zero if v < state_floor else v
+        square = mean * mean
+        # Rounding can make the variance negative, and its root NaN: clamp it at 0. Where it would be subnormal it is
+        # 0 too, by taking v from itself: a difference that is computed first and dropped then is slow all the same.
+        square = v if v < square + state_floor else square
+        v = v - square
 
     if extended is not None:
         step = lr_inside * g / (np.sqrt(v + eps_inside) + eps_outside)
