@@ -388,7 +388,7 @@ class RMSProp:
     def _point_to(self, items: tuple[Any, ...]) -> bool:
         """Let every run read its gradients from `items`; False if one of them is not an ordinary array for it."""
         address = pointers.items_of(items)
-        return all(run.point_to(address, self._written) for run in self._runs)
+        return all(run.point_to(address, self._written, self._grads) for run in self._runs)
 
     def _rates(self) -> list[float]:
         return [resolve_lr(group, self.steps) for group in self.param_groups]
@@ -459,7 +459,7 @@ class RMSProp:
 
     def _written_memory(self) -> NDArray[np.int64]:
         """The addresses [low, high) of each block that a step writes."""
-        blocks = [buffer.block for name, buffer in self.buffers.items() if name != "grads"]
+        blocks = [buffer.block for buffer in self.buffers.values()]
         return np.array([(block.ctypes.data, block.ctypes.data + block.nbytes) for block in blocks], np.int64)
 
     def _clip_scales(self, of_run: list[str], present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
@@ -532,6 +532,7 @@ class _Run:
             row[0], row[1] = number, len(leaf.shape)
             row[2 : 2 + len(leaf.shape)] = leaf.shape
         self._identity = pointers.identity(self.dtype)
+        self._gathers = self.size < pointers.GATHER_BELOW * len(leaves)
         # Kernels read these; they are written in place, so that a step without changes makes no array.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(leaves), 2), self.dtype)
@@ -542,9 +543,12 @@ class _Run:
         """The norm of each parameter's gradient."""
         return SpanNorms(self._spans)
 
-    def point_to(self, items: int, written: NDArray[np.int64]) -> bool:
+    def point_to(self, items: int, written: NDArray[np.int64], grads: FlatBuffer) -> bool:
         """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary."""
-        return bool(pointers.find_sources(items, self._identity, self._shapes, written, self._spans) < 0)
+        found = pointers.find_sources(
+            items, self._identity, self._shapes, written, self._spans, self.part_of(grads), self._gathers
+        )
+        return bool(found < 0)
 
     def point_to_buffer(self) -> None:
         """Take the gradients from the gradient buffer."""
@@ -569,7 +573,7 @@ class _Run:
         Parameters whose gradients are neighbours and that have the same factors are updated as one span.
         """
         options = self.group
-        alike = not in_place and present is None and scales is None
+        alike = (self._gathers or not in_place) and present is None and scales is None
         alike = alike and (corrections is None or bool(np.all(corrections == corrections[0])))
         spans, factors = (self._whole, self._whole_factors) if alike else (self._spans, self._factors)
         sign = -1.0 if options["maximize"] else 1.0

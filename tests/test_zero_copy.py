@@ -39,7 +39,14 @@ def test_it_is_available_where_ci_runs():
     assert pointers.available() == (platform.python_implementation() == "CPython" and sys.maxsize > 2**32)
 
 
+@pytest.fixture(params=[0, 10**9], ids=["read in place", "gathered"])
+def gather_below(request, monkeypatch):
+    """Small arrays are copied together by compiled code, larger ones are read where they lie: both, for any size."""
+    monkeypatch.setattr(pointers, "GATHER_BELOW", request.param)
+
+
 @needs_jit
+@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["serial", "parallel"])
 @pytest.mark.parametrize(
     "options",
@@ -48,7 +55,7 @@ def test_it_is_available_where_ci_runs():
     ids=["default", "momentum", "norms", "bias", "schedule"],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["list", "tuple", "dict", "one", "nested", "mixed", "groups"])
-def test_ordinary_gradients_are_never_copied(kind, options, kernel, rng, monkeypatch):
+def test_ordinary_gradients_need_no_python_work(kind, options, kernel, rng, monkeypatch):
     def tree(values):
         a, b, c = values
         nested = {"x": [a, {"y": b}], "z": (c,)}
@@ -67,12 +74,13 @@ def test_ordinary_gradients_are_never_copied(kind, options, kernel, rng, monkeyp
         steps = [[first["params"], second["params"]] for first, second in steps]
     for gradients in steps:
         other.step(gradients)
-    monkeypatch.setattr(FlatBuffer, "store", lambda *_: pytest.fail("gradients were copied"))
+    monkeypatch.setattr(FlatBuffer, "store", lambda *_: pytest.fail("gradients took the general path"))
     for gradients in steps:
         opt.step(gradients)
     assert state(opt) == state(other)
 
 
+@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
 def test_steps_with_and_without_arguments_take_turns(kernel, rng):
     params = [rng.standard_normal((3, 4)), rng.standard_normal(5)]
@@ -134,9 +142,16 @@ KINDS = ["ordinary", "read-only", "fortran", "strided", "swapped", "misaligned",
     momentum=st.sampled_from([0.0, 0.9]),
     norm=st.sampled_from([None, 0.5]),
     kernel=st.sampled_from(["serial", "parallel"]),
+    gather=st.sampled_from([0, 10**9]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_fuzz_same_bits_or_same_error_and_nothing_else_is_touched(kinds, double, momentum, norm, kernel, seed):
+def test_fuzz_same_bits_or_same_error_and_nothing_else_is_touched(kinds, double, momentum, norm, kernel, gather, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pointers, "GATHER_BELOW", gather)
+        fuzz(kinds, double, momentum, norm, kernel, seed)
+
+
+def fuzz(kinds, double, momentum, norm, kernel, seed):
     rng = np.random.default_rng(seed)
     dtypes = [np.float64 if d else np.float32 for d in double]
     params = [np.asarray(rng.standard_normal(s)).astype(d) for s, d in zip(SHAPES, dtypes, strict=True)]
@@ -163,6 +178,7 @@ def test_fuzz_same_bits_or_same_error_and_nothing_else_is_touched(kinds, double,
         assert [space.tobytes() for space in spaces] == spaces_before
 
 
+@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("where", ["params", "cache", "momentum_buffer", "grads"])
 def test_gradients_that_lie_in_the_optimizers_own_memory(where, rng):
     params = [rng.standard_normal(100), rng.standard_normal(100)]
@@ -177,6 +193,7 @@ def test_gradients_that_lie_in_the_optimizers_own_memory(where, rng):
 
 
 @needs_jit
+@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["serial", "parallel"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_nothing_is_read_beyond_the_end_of_a_gradient(dtype, kernel):

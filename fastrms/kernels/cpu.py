@@ -26,7 +26,7 @@ from numba import carray
 from numba.core import types
 from numba.extending import intrinsic, overload
 
-__all__ = ["BLOCK", "gradient_part", "inner", "jit", "parallel", "rule", "serial"]
+__all__ = ["BLOCK", "array_at", "gradient_part", "inner", "jit", "parallel", "rule", "serial"]
 
 
 # Elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough that finding
@@ -196,13 +196,18 @@ def _pointer_at(typingctx, address, like):
 
 
 @inner
+def array_at(address, size, like):
+    """The 1-D array of `size` elements at an address, of the dtype of the array `like`."""
+    return carray(_pointer_at(address, like), (size,))
+
+
+@inner
 def gradient_part(grads, spans, k, start, stop):
     """Elements [start, stop) of the run, which lie in span k: of `grads`, or of an array elsewhere in memory."""
     address = spans[k, 2]
     if address == 0:
         return grads[start:stop]
-    there = _pointer_at(address + (start - spans[k, 0]) * grads.itemsize, grads)
-    return carray(there, (stop - start,))
+    return array_at(address + (start - spans[k, 0]) * grads.itemsize, stop - start, grads)
 
 
 @inner

@@ -24,9 +24,12 @@ from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from fastrms.kernels.cpu import jit
+from fastrms.kernels.cpu import array_at, jit
 
-__all__ = ["available", "find_sources", "identity", "items_of"]
+__all__ = ["GATHER_BELOW", "available", "find_sources", "identity", "items_of"]
+
+# Up to how many elements on average the arrays of a run are copied together, rather than read where they lie.
+GATHER_BELOW = 512
 
 # Byte offsets on 64-bit CPython with the GIL: an object starts with reference count and type; the items of a tuple
 # follow its size; the fields of an array follow its head.
@@ -56,8 +59,8 @@ _int32_at = _load(types.int32)
 
 
 @jit()
-def find_sources(items, known, shapes, forbidden, spans):
-    """Write the data address of each array that a run needs to ``spans[k, 2]``.
+def find_sources(items, known, shapes, forbidden, spans, grads, gather):
+    """Find each array that a run needs: write its data address to ``spans[k, 2]``, or copy it to its place in `grads`.
 
     Returns -1, or the number of the first span whose array is not exactly as expected; then what was written before
     must not be used. Whoever calls holds the tuple, so that the arrays live until they were read.
@@ -71,9 +74,13 @@ def find_sources(items, known, shapes, forbidden, spans):
     shapes : ndarray of int64, shape (k, 2 + most dimensions)
         For each span the number of its array in the tuple, its number of dimensions, and its shape.
     forbidden : ndarray of int64, shape (m, 2)
-        Addresses [low, high) that a gradient may not touch: what the step writes.
+        Addresses [low, high) that a gradient may not touch: what the step writes, and where it is copied to.
     spans : ndarray of int64, shape (k, 3)
-        As for `reference.update`; the third column is written.
+        As for `reference.update`; the third column is written, unless `gather`.
+    grads : ndarray, shape (n,)
+        The gradient buffer of the run.
+    gather : bool
+        Copy. Small arrays are updated faster as one: 1,000 of 100 float32 each in 54 us, instead of 78 one by one.
     """
     for k in range(spans.shape[0]):
         array = _int64_at(items + _POINTER * shapes[k, 0])
@@ -88,11 +95,18 @@ def find_sources(items, known, shapes, forbidden, spans):
             if _int64_at(shape + _POINTER * d) != shapes[k, 2 + d]:
                 return k
         data = _int64_at(array + _DATA)
-        end = data + (spans[k, 1] - spans[k, 0]) * known[2]
+        size = spans[k, 1] - spans[k, 0]
+        end = data + size * known[2]
         for j in range(forbidden.shape[0]):
             if data < forbidden[j, 1] and end > forbidden[j, 0]:
                 return k
-        spans[k, 2] = data
+        if gather:
+            source = array_at(data, size, grads)
+            target = grads[spans[k, 0] : spans[k, 1]]
+            for i in range(size):
+                target[i] = source[i]
+        else:
+            spans[k, 2] = data
     return -1
 
 
