@@ -1,6 +1,6 @@
-"""Plots of what fastrms measures. Needs Matplotlib (the extra ``demo``), which is imported when a plot is made."""
+"""Plots of what fastrms measures. Needs Matplotlib (extras ``demo`` and ``bench``), imported when a plot is made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +10,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["format_seconds", "plot_training"]
+__all__ = ["format_seconds", "plot_throughput", "plot_training"]
 
 # Of the Okabe-Ito palette, which colour-blind people can tell apart; light against dark, so that grey print works too.
 _WIDE, _THIN = "#E69F00", "#000000"
 _REST, _OPTIMIZER = "#BBBBBB", "#0072B2"
 _BAND = "#DDDDDD"
+
+# By what `fastrms bench` calls a way: colour, marker, dashes. The same palette; where two are near in grey, markers and
+# dashes tell them apart. Ways of one family share a colour.
+_SOLID, _DASHED, _DOTTED = "solid", (0, (4, 2)), (0, (1, 1.5))
+_LINES: dict[str, tuple[str, str, Any]] = {
+    "auto": ("#000000", "o", _SOLID),
+    "auto-list": ("#000000", "D", _DASHED),
+    "serial": ("#0072B2", "v", _SOLID),
+    "parallel": ("#0072B2", "^", _DASHED),
+    "numpy": ("#56B4E9", "s", _SOLID),
+    "numpy-in-place": ("#56B4E9", "P", _DASHED),
+    "reference": ("#E69F00", "X", _SOLID),
+    "torch": ("#D55E00", "<", _SOLID),
+    "torch-foreach": ("#D55E00", ">", _DASHED),
+    "torch-compile": ("#D55E00", "d", _DOTTED),
+    "optax": ("#009E73", "h", _SOLID),
+    "numexpr": ("#CC79A7", "*", _SOLID),
+}
+_OTHER_LINE = ("#F0E442", "p", _SOLID)
 
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
@@ -117,3 +136,84 @@ def _draw_times(axes: "Axes", times: Mapping[str, tuple[float, float]]) -> None:
     axes.set_title("Median time of a training step")
     axes.set_xlabel(unit.replace("u", chr(0xB5)))
     axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") -> "tuple[Figure, list[Axes]]":
+    """Draw parameters a second over size, both logarithmic, one panel a dtype, under the limit of the machine.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        As ``results`` in the JSON file of ``fastrms bench``; those with the kernel "limit" are the roofline.
+    title : str
+        Above all.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        Not known to pyplot; ``figure.savefig(path)`` writes it.
+    axes : list of matplotlib.axes.Axes
+        One for each dtype, in the order of the records.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(record["dtype"] for record in records))
+    figure = Figure(figsize=(3.4 + 4.4 * len(dtypes), 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: list[Axes] = list(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0])
+    lines: dict[str, tuple[float, Any]] = {}
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        _draw_throughput(axes, [record for record in records if record["dtype"] == dtype], lines)
+        axes.set_title(f"One RMSProp step, {dtype}", fontsize=11)
+        axes.set_xlabel("parameters")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("billion parameters a second")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    # In the order of the lines at their right end, so that the eye finds one from the other.
+    ordered = sorted(lines.items(), key=lambda item: -item[1][0])
+    labels = [label for label, _ in ordered]
+    figure.legend([line for _, (_, line) in ordered], labels, loc="outside right upper", frameon=False, fontsize=9)
+    return figure, panels
+
+
+def _draw_throughput(axes: "Axes", records: Sequence[Mapping[str, Any]], lines: dict[str, tuple[float, Any]]) -> None:
+    """Draw one panel; add to `lines` each label with its last value and its line."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    best: dict[int, float] = {}
+    for record in records:
+        if record["kernel"] == "limit":
+            best[record["params"]] = max(best.get(record["params"], 0.0), record["gparam_per_s"])
+    if best:
+        x = np.array(sorted(best))
+        y = np.array([best[size] for size in x])
+        # A single size would be a line of no length.
+        marker = "_" if len(x) == 1 else None
+        (line,) = axes.plot(
+            x, y, color=_REST, linewidth=7, solid_capstyle="butt", marker=marker, markersize=24, zorder=1
+        )
+        lines.setdefault("limit of this machine", (np.inf, line))
+    names = dict.fromkeys((record["kernel"], record["label"]) for record in records if record["kernel"] != "limit")
+    for kernel, label in names:
+        own = sorted((record["params"], record["gparam_per_s"]) for record in records if record["kernel"] == kernel)
+        x, y = np.array(own).T
+        colour, marker, dashes = _LINES.get(kernel, _OTHER_LINE)
+        wide = kernel == "auto"
+        (line,) = axes.plot(
+            x,
+            y,
+            color=colour,
+            marker=marker,
+            linestyle=dashes,
+            linewidth=2.2 if wide else 1.3,
+            markersize=7 if wide else 6,
+            markeredgecolor="#000000" if colour == _OTHER_LINE[0] else "#FFFFFF",
+            markeredgewidth=0.5,
+            zorder=3 if wide else 2,
+            label=label,
+        )
+        lines.setdefault(label, (float(y[-1]), line))
+    axes.grid(which="major", color="#EEEEEE", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)

@@ -112,7 +112,8 @@ ARROWS = {
     "kernels.pointers": {"kernels.cpu"},
     "kernels.choice": {"errors"},
     "kernels": {"kernels.cpu", "kernels.reference", "kernels"},
-    "optimizer": {"errors", "options", "buffers", "kernels", "kernels.norms"},
+    "runs": {"buffers", "options", "kernels", "kernels.norms"},
+    "optimizer": {"errors", "options", "buffers", "runs", "kernels", "kernels.norms", "kernels.reference"},
     "functional": {"optimizer"},
 }
 

@@ -1,0 +1,107 @@
+"""`Run`: the parameters that one call of a kernel updates, and the arguments of that call."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.kernels import pointers
+from fastrms.kernels.norms import SpanNorms
+from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule
+
+__all__ = ["Run"]
+
+
+class Run:
+    """The parameters of one group and one dtype, neighbours in memory: what one call of a kernel updates.
+
+    Parameters
+    ----------
+    group_number : int
+    group : ParamGroup
+    layout : Layout
+    numbers : ndarray of int
+        Which leaves of the layout.
+    """
+
+    def __init__(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> None:
+        leaves = [layout.leaves[i] for i in numbers]
+        self.group_number = group_number
+        self.group = group
+        self.numbers = numbers
+        self._segment = leaves[0].segment
+        self._start, self._stop = leaves[0].start, leaves[-1].stop
+        self.size = self._stop - self._start
+        self.dtype = layout.dtype_of(leaves[0])
+        # Spans are counted from the start of the run; the third number is where the gradient is, 0 for the buffer.
+        self._spans = np.array([(leaf.start - self._start, leaf.stop - self._start, 0) for leaf in leaves], np.int64)
+        self._whole = np.array([(0, self.size, 0)], np.int64)
+        self._shapes = np.zeros((len(leaves), 2 + max(len(leaf.shape) for leaf in leaves)), np.int64)
+        for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
+            row[0], row[1] = number, len(leaf.shape)
+            row[2 : 2 + len(leaf.shape)] = leaf.shape
+        self._identity = pointers.identity(self.dtype)
+        self._gathers = self.size < pointers.GATHER_BELOW * len(leaves)
+        # Kernels read these; they are written in place, so that a step without changes makes no array.
+        self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
+        self._factors = np.empty((len(leaves), 2), self.dtype)
+        self._whole_factors = np.empty((1, 2), self.dtype)
+
+    @cached_property
+    def norms(self) -> SpanNorms:
+        """The norm of each parameter's gradient."""
+        return SpanNorms(self._spans)
+
+    def point_to(self, items: int, written: NDArray[np.int64], grads: FlatBuffer) -> bool:
+        """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary."""
+        found = pointers.find_sources(
+            items, self._identity, self._shapes, written, self._spans, self.part_of(grads), self._gathers
+        )
+        return bool(found < 0)
+
+    def point_to_buffer(self) -> None:
+        """Take the gradients from the gradient buffer."""
+        self._spans[:, 2] = 0
+
+    def part_of(self, buffer: FlatBuffer) -> NDArray[Any]:
+        """The elements of this run in `buffer`, 1-D."""
+        part: NDArray[Any] = buffer.segments[self._segment][self._start : self._stop]
+        return part
+
+    def arguments(
+        self,
+        buffers: Mapping[str, FlatBuffer],
+        lr: float,
+        in_place: bool,
+        present: NDArray[np.bool_] | None,
+        scales: NDArray[np.float64] | None,
+        corrections: NDArray[np.float64] | None,
+    ) -> tuple[Any, ...]:
+        """What a kernel gets (see `kernels.reference.update`); the last three have one item a parameter, or are None.
+
+        Parameters whose gradients are neighbours and that have the same factors are updated as one span.
+        """
+        options = self.group
+        alike = (self._gathers or not in_place) and present is None and scales is None
+        alike = alike and (corrections is None or bool(np.all(corrections == corrections[0])))
+        spans, factors = (self._whole, self._whole_factors) if alike else (self._spans, self._factors)
+        sign = -1.0 if options["maximize"] else 1.0
+        factors[:, 0] = sign if scales is None else sign * scales
+        factors[:, 1] = 1.0 if corrections is None else corrections[: len(factors)]
+        if present is not None:
+            spans, factors = spans[present], factors[present]
+        self._hyper[:] = hyper_values(options, lr, self.dtype)
+        return (
+            self.part_of(buffers["params"]),
+            self.part_of(buffers["grads"]),
+            self.part_of(buffers["cache"]),
+            self.part_of(buffers["momentum_buffer"]) if options["momentum"] > 0 else None,
+            self.part_of(buffers["grad_avg"]) if options["centered"] else None,
+            self._hyper,
+            spans,
+            factors,
+            needs_extended_rule(options) or scales is not None,
+        )
