@@ -1,7 +1,8 @@
 """The compiled kernels: the update rule of one element, and the serial and the parallel loop over it.
 
 Rule and loops share this one file because Numba's disk cache notices an edit only in the file of the function that
-was compiled: with the rule elsewhere, a stale loop would be loaded after the rule changed.
+was compiled: with the rule elsewhere, a stale loop would be loaded after the rule changed. (`norms` and `pointers`
+use `gradient_part` and `array_at`: whoever changes those two deletes the cache, or touches these files.)
 
 How options reach the rule
 --------------------------
