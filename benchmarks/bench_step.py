@@ -1,67 +1,56 @@
-"""Time of one step, ours beside the reference class: `python -m pytest benchmarks`.
+"""Time of one step, ours beside NumPy: `python -m pytest benchmarks`.
 
-The table of pytest-benchmark times each way by itself. The line below it, for the target of 3x, comes from rounds in
-which all ways take turns, so that noise and drift of the machine hit each alike.
+The same ways, cases and checks as those of `fastrms bench`, which has more of each. The table of pytest-benchmark times
+each way by itself. The line below it, for the target of 3x, comes from rounds in which all ways take turns, so that
+noise and drift of the machine hit each alike.
 """
 
 import statistics
-import time
+import sys
+from pathlib import Path
 
-import numpy as np
+import numba
 import pytest
 
-from fastrms import RMSProp
-from fastrms.kernels.reference import ReferenceRMSProp
+from fastrms.cli.contenders import CONTENDERS
+from fastrms.cli.workers import Session
+from fastrms.plots import format_seconds
 
-# Sizes of one float32 array, and 1,000 small ones.
-SHAPES = {
-    "one array of 1e3": [(1_000,)],
-    "one array of 1e5": [(100_000,)],
-    "one array of 1e6": [(1_000_000,)],
-    "1,000 arrays of 10x10": [(10, 10)] * 1000,
-}
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import CASES
 
+sys.path.pop(0)
 
-def ways(shapes):
-    """Each way to take a step, as a function without arguments, after a check that all give the same bits."""
-    rng = np.random.default_rng(0)
-    params = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    grads = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    reference = ReferenceRMSProp(params)
-    optimizers = {kernel: RMSProp(params, kernel=kernel) for kernel in ("numpy", "serial", "parallel", "auto")}
-    expected = reference.step(grads)
-    for optimizer in optimizers.values():
-        for ours, theirs in zip(optimizer.step(grads), expected, strict=True):
-            assert ours.tobytes() == theirs.tobytes()
-    return {
-        "reference class": lambda: reference.step(grads),
-        **{f"{kernel}, step()": optimizer.step for kernel, optimizer in optimizers.items()},
-        "auto, step(list)": lambda: optimizers["auto"].step(grads),
-    }
+WAYS = [name for name, contender in CONTENDERS.items() if contender.process == "here"]
 
 
-@pytest.mark.parametrize("way", ["reference class", "numpy, step()", "serial, step()", "parallel, step()",
-                                 "auto, step()", "auto, step(list)"])  # fmt: skip
-@pytest.mark.parametrize("shapes", SHAPES)
-def test_step(benchmark, shapes, way):
-    benchmark.group = f"a step over {shapes}, float32"
-    benchmark(ways(SHAPES[shapes])[way])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CASES)
+def test_step(benchmark, name, way):
+    session = Session(numba.config.NUMBA_NUM_THREADS)
+    session.open(way, CASES[name])  # checks the bits
+    runner = session.runner(way)
+    runner.prepare()
+    benchmark.group = f"a step over {name}"
+    benchmark(runner.step)
 
 
 def test_step_over_1e5_is_three_times_faster_than_the_reference_class(capsys):
-    functions = ways(SHAPES["one array of 1e5"])
-    times = {name: [] for name in functions}
-    for _ in range(300):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians["reference class"]
+    (case,) = [case for case in CASES.values() if (case.arrays, case.params) == (1, 100_000)]
+    session = Session(numba.config.NUMBA_NUM_THREADS)
+    times = {way: [] for way in WAYS}
+    for way in WAYS:
+        session.open(way, case)
+    for _ in range(100):
+        for way, taken in times.items():
+            taken.append(session.time(way, 3))
+    medians = {way: statistics.median(taken) for way, taken in times.items()}
+    base = medians["reference"]
     with capsys.disabled():
-        print("\n\na step over one array of 1e5 float32, median of 300 interleaved rounds")
-        for name, median in medians.items():
-            quarter, _, three_quarters = statistics.quantiles(times[name], n=4)
-            spread = f"{1e6 * quarter:.0f} to {1e6 * three_quarters:.0f}"
-            print(f"{name:18} {1e6 * median:7.1f} us  (middle half {spread} us)  {base / median:5.2f}x")
-    assert base / medians["auto, step()"] >= 3  # a ratio within one run, and no time
+        print(f"\n\na step over {case.name}, median of 100 interleaved rounds")
+        for way, median in medians.items():
+            quarter, _, three_quarters = (format_seconds(t, plain=True) for t in statistics.quantiles(times[way], n=4))
+            spread = f"(middle half {quarter} to {three_quarters})"
+            label, time = CONTENDERS[way].label, format_seconds(median, plain=True)
+            print(f"{label:24} {time:>8}  {spread:36} {base / median:5.2f}x")
+    assert base / medians["auto"] >= 3  # a ratio within one run, and no time

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import fastrms
-from fastrms.cli import demo
+from fastrms.cli import bench, demo, info
 from fastrms.cli.common import CommandError
 from fastrms.errors import FastrmsError
 
@@ -49,4 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastrms {fastrms.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo.add_command(commands)
+    bench.add_command(commands)
+    info.add_command(commands)
     return parser

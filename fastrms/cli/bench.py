@@ -1,0 +1,300 @@
+"""``fastrms bench``: time kernels and other libraries, each beside the limit of the machine."""
+
+import argparse
+import datetime
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrms.cli import cases
+from fastrms.cli.common import CommandError, make_console, positive, require, say, whole_number
+from fastrms.cli.progress import show_progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastrms.cli.contenders import Contender
+    from fastrms.cli.insitu import InSituRow
+    from fastrms.cli.measure import Entry, Row, Where
+    from fastrms.cli.workers import Remote
+
+__all__ = ["STEM", "STEM_IN_SITU", "add_command", "run"]
+
+STEM, STEM_IN_SITU = "fastrms-bench", "fastrms-bench-in-situ"
+
+# Names that --kernels takes; here as well as in `contenders`, whose import takes time that --help need not.
+KERNELS = (
+    "auto", "auto-list", "serial", "parallel", "numpy", "numpy-in-place", "reference", "numexpr", "torch",
+    "torch-foreach", "torch-compile", "optax",
+)  # fmt: skip
+IN_SITU_KERNELS = ("auto", "serial", "parallel")
+
+_DESCRIPTION = """
+Time one RMSProp step: kernels of fastrms, NumPy, and other libraries where they are installed, over sizes and dtypes.
+Results are checked to be equal first. Beside each time stands how near it is to the limit of this machine: a loop that
+moves the same memory (20 bytes a float32 parameter) on as many threads. Writes fastrms-bench.json, .csv and .png.
+"""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``bench`` and its options to the subcommands."""
+    parser = commands.add_parser(
+        "bench", help="time kernels and other libraries beside the limit of this machine", description=_DESCRIPTION
+    )
+    add = parser.add_argument
+    sizes = " ".join(f"{size:.0e}".replace("+0", "") for size in cases.SIZES)
+    add("--sizes", nargs="+", type=_count, metavar="N", help=f"elements of one flat array (default: {sizes})")
+    add("--arrays", type=_count, metavar="N", help="many arrays in place of one: how many")
+    add("--shape", nargs="+", type=whole_number(1), metavar="N", help="with --arrays: shape of each (default: 10 10)")
+    add("--in-situ", action="store_true", help="whole training steps of networks, against the reference class")
+    add(
+        "--networks",
+        nargs="+",
+        metavar="A-B-C",
+        help=f"with --in-situ: widths, joined by '-' (default: {' '.join(cases.NETWORKS)})",
+    )
+    add("--dtypes", nargs="+", choices=cases.DTYPES, help="of all arrays (default: both, with --quick float32)")
+    add("--kernels", nargs="+", choices=KERNELS, help="what to time (default: all that is installed)")
+    add("--kernel", action="append", default=[], metavar="MODULE:FUNCTION", help=
+        "time your own kernel too, called as f(params, grads, cache, lr, decay_rate, epsilon) with 1 array each and "
+        "Python floats; it updates params and cache in place")  # fmt: skip
+    add("--threads", type=whole_number(1), metavar="N", help="threads of whatever has some (default: those of Numba)")
+    add("--min-time", type=positive, metavar="S", help="seconds to spend on each way (default: 1, with --quick 0.1)")
+    add("--timeout", type=positive, default=300, metavar="S", help="for one answer of a library (default: %(default)s)")
+    add("--output", type=Path, default=Path(), metavar="DIR", help="folder for results (default: this folder)")
+    add("--quick", action="store_true", help="fewer and smaller cases, less time, no torch.compile: within a minute")
+    parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    """A type for argparse: a whole number of at least 1, also as 1e6."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (1 <= value <= 1e12 and value == int(value)):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 to 1e12, such as 1000000 or 1e6, got {text!r}"
+        )
+    return int(value)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``fastrms bench`` and return 0, or 130 after Ctrl-C.
+
+    Raises
+    ------
+    CommandError
+        Options do not go together; a package, kernel or folder cannot be used; or a kernel computes something else.
+    """
+    _check(args)
+    require("bench", "rich", *([] if args.in_situ else ["matplotlib"]))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"expected a folder to write to: {error.strerror or error}"
+        raise CommandError(f"--output: {args.output}: {what}") from None
+    import numba
+
+    limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    if args.threads is not None and args.threads > limit:
+        raise CommandError(
+            f"--threads: expected at most {limit}, which Numba starts with here (NUMBA_NUM_THREADS), got {args.threads}"
+        )
+    args.min_time = args.min_time or (0.1 if args.quick else 1.0)
+    args.dtypes = args.dtypes or (["float32"] if args.quick else list(cases.DTYPES))
+    console = make_console()
+    return (_run_in_situ if args.in_situ else _run_flat)(args, console, args.threads or limit)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+
+    def refuse(option: str, why: str) -> None:
+        if getattr(args, option.removeprefix("--").replace("-", "_")):
+            raise CommandError(f"{option}: {why}")
+
+    if args.in_situ:
+        for option in ("--sizes", "--arrays", "--shape", "--kernel"):
+            refuse(option, "not with --in-situ, which trains networks with kernels of fastrms")
+        for kernel in args.kernels or ():
+            if kernel not in IN_SITU_KERNELS:
+                raise CommandError(f"--kernels: with --in-situ expected some of {IN_SITU_KERNELS}, got {kernel!r}")
+    else:
+        refuse("--networks", "only with --in-situ")
+    if args.arrays:
+        refuse("--sizes", "not with --arrays, whose size --shape gives")
+    else:
+        refuse("--shape", "only with --arrays, which says how many")
+
+
+def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int:
+    from fastrms.cli import measure, report
+    from fastrms.cli.contenders import CONTENDERS, find_kernel, load_kernel
+
+    # A user's module lies where they are; an installed program does not look there by itself.
+    sys.path.insert(0, os.getcwd())
+    try:
+        for name in args.kernel:
+            find_kernel(name)
+    finally:
+        sys.path.pop(0)
+    chosen, skipped = _choose(args)
+    chosen |= {name: load_kernel(name) for name in args.kernel}
+    shape = tuple(args.shape or cases.MANY_ARRAYS[1])
+    sizes = args.sizes or (cases.QUICK_SIZES if args.quick else cases.SIZES)
+    todo = [
+        cases.Case(args.arrays, shape, dtype) if args.arrays else cases.Case(1, (size,), dtype)
+        for dtype in args.dtypes
+        for size in ([0] if args.arrays else sizes)
+    ]
+    rows: list[Row] = []
+
+    def on_skip(name: str, why: str) -> None:
+        skipped[f"{name} ({todo[done].name})"] = why
+        say(console, f"left out: {CONTENDERS[name].label}: {why}")
+
+    for name, why in skipped.items():
+        say(console, f"left out: {CONTENDERS[name].label}: {why}")
+    done, interrupted = 0, False
+    remotes: dict[str, Remote] = {}
+    try:
+        with show_progress(console, len(todo)) as on_progress:
+            on_progress(0, "starting")
+            entries, limits = _entries(chosen, threads, args.timeout, remotes)
+            for case in todo:
+                first = len(rows)
+                try:
+                    measure.measure(
+                        case, entries, limits, args.min_time, rows=rows, on_skip=on_skip,
+                        on_progress=on_progress,
+                    )  # fmt: skip
+                finally:
+                    if len(rows) > first:
+                        report.print_rows(console, case.name, rows[first:])
+                done += 1
+                on_progress.case_done()
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        for remote in remotes.values():
+            remote.end()
+    paths = report.write_results(args.output, STEM, _about(args, threads, skipped, not interrupted), rows)
+    if rows:
+        paths.append(_save_plot(args.output / f"{STEM}.png", rows))
+    return _finish(console, paths, interrupted, done, len(todo))
+
+
+def _run_in_situ(args: argparse.Namespace, console: "Console", threads: int) -> int:
+    from fastrms.cli import insitu, report
+
+    names = args.networks or (cases.QUICK_NETWORKS if args.quick else list(cases.NETWORKS))
+    todo = [(name, _widths(name), dtype) for dtype in args.dtypes for name in names]
+    rows: list[InSituRow] = []
+    done, interrupted = 0, False
+    try:
+        with show_progress(console, len(todo)) as on_progress:
+            for name, widths, dtype in todo:
+                first = len(rows)
+                try:
+                    insitu.measure_training(
+                        name, widths, dtype, args.kernels or insitu.KERNELS, args.threads, args.min_time, rows=rows,
+                        on_progress=on_progress,
+                    )  # fmt: skip
+                finally:
+                    if len(rows) > first:
+                        report.print_training_rows(console, f"{name}, {dtype}", rows[first:])
+                done += 1
+                on_progress.case_done()
+    except KeyboardInterrupt:
+        interrupted = True
+    paths = report.write_results(args.output, STEM_IN_SITU, _about(args, threads, {}, not interrupted), rows)
+    return _finish(console, paths, interrupted, done, len(todo))
+
+
+def _widths(name: str) -> tuple[int, ...]:
+    if name in cases.NETWORKS:
+        return cases.NETWORKS[name]
+    parts = name.split("-")
+    if len(parts) < 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise CommandError(
+            f"--networks: expected widths of at least 1 joined by '-', such as 64-32-10, or one of "
+            f"{', '.join(cases.NETWORKS)}, got {name!r}"
+        )
+    return tuple(map(int, parts))
+
+
+def _choose(args: argparse.Namespace) -> "tuple[dict[str, Contender], dict[str, str]]":
+    """The ways to time, and why others are left out."""
+    from fastrms.cli.contenders import CONTENDERS, missing
+
+    chosen, skipped = {}, {}
+    for name, contender in CONTENDERS.items():
+        if args.kernels is not None and name not in args.kernels:
+            continue
+        if absent := missing(contender):
+            if args.kernels is not None:
+                raise CommandError(f"--kernels: {name}: {' and '.join(absent)} not installed")
+            skipped[name] = f"{' and '.join(absent)} not installed"
+        elif args.kernels is None and args.quick and not contender.in_quick:
+            skipped[name] = f"takes long to compile; with --quick ask for it: --kernels {name}"
+        elif args.kernels is not None or args.arrays or contender.for_one:
+            chosen[name] = contender
+    return chosen, skipped
+
+
+def _entries(
+    chosen: "dict[str, Contender]", threads: int, timeout: float, remotes: "dict[str, Remote]"
+) -> "tuple[dict[str, Entry], dict[str, Entry]]":
+    """The ways and the machine's limit, each with where it runs; processes are started and added to `remotes`."""
+    from fastrms.cli.measure import Entry
+    from fastrms.cli.workers import LIMIT_PARALLEL, LIMIT_SERIAL, Remote, Session
+
+    here = Session(threads)
+    entries: dict[str, Entry] = {}
+    for name, contender in chosen.items():
+        where: Where = here
+        if contender.process != "here":
+            if contender.process not in remotes:
+                remotes[contender.process] = Remote(contender.process, threads, timeout)
+            where = remotes[contender.process]
+        entries[name] = Entry(contender.label, threads if contender.many_threads else 1, where)
+    limits = {LIMIT_SERIAL: Entry("limit of this machine", 1, here)}
+    if threads > 1:
+        limits[LIMIT_PARALLEL] = Entry("limit of this machine", threads, here)
+    return entries, limits
+
+
+def _about(args: argparse.Namespace, threads: int, skipped: dict[str, str], complete: bool) -> dict[str, Any]:
+    from fastrms.cli import machine
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        # Of the last minute, this program's own work included: other programs' work makes threads wait for one another.
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "settings": {"threads": threads, "min_time": args.min_time, "quick": args.quick, "in_situ": args.in_situ},
+        "left_out": skipped,
+        "complete": complete,
+    }
+
+
+def _save_plot(path: Path, rows: "list[Row]") -> Path:
+    from fastrms.plots import plot_throughput
+
+    figure, _ = plot_throughput([dict(vars(row)) for row in rows])
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _finish(console: "Console", paths: list[Path], interrupted: bool, done: int, cases_: int) -> int:
+    say(console, f"\nResults: {', '.join(map(str, paths))}")
+    if interrupted:
+        print(f"fastrms bench: interrupted in case {done + 1} of {cases_}; what was measured is kept", file=sys.stderr)
+        return 130
+    return 0

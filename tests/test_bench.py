@@ -1,0 +1,499 @@
+"""`fastrms bench`: what it writes, checks and refuses. No test looks at how long something took."""
+# ruff: noqa: RUF001 - a multiplication sign in a table is meant
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import JIT
+from requirements import require
+
+from fastrms.cli import cases, contenders, insitu, main, measure, problem, roofline, workers
+from fastrms.plots import plot_throughput
+
+pytestmark = pytest.mark.skipif(not JIT, reason="times of interpreted kernels say nothing")
+
+FEW = ["--kernels", "serial", "numpy-in-place", "reference", "--dtypes", "float32", "--min-time", "0.001"]
+
+GOOD = """
+import numpy as np
+def update(params, grads, cache, lr, decay_rate, epsilon):
+    cache[...] = decay_rate * cache + (1 - decay_rate) * grads**2
+    params -= lr * grads / (np.sqrt(cache) + epsilon)
+def rounded(params, grads, cache, lr, decay_rate, epsilon):
+    cache += (1 - decay_rate) * (grads * grads - cache)
+    params -= lr * grads / (np.sqrt(cache) + epsilon)
+def eps_inside(params, grads, cache, lr, decay_rate, epsilon):
+    cache[...] = decay_rate * cache + (1 - decay_rate) * grads**2
+    params -= lr * grads / np.sqrt(cache + 1e-3)
+def broken(params, grads, cache, lr, decay_rate, epsilon):
+    raise ValueError("on purpose")
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    # What only makes times steadier.
+    monkeypatch.setattr(measure, "PAUSE", 0)
+    monkeypatch.setattr(workers, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "WARM_SECONDS", 0)
+    monkeypatch.setattr(insitu, "SETTLE_SECONDS", 0.01)
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_kernels.py").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    yield "my_kernels"
+    sys.modules.pop("my_kernels", None)
+
+
+def results(folder, stem="fastrms-bench"):
+    return json.loads((folder / f"{stem}.json").read_text())
+
+
+def test_writes_results_and_plot(tmp_path, capsys):
+    assert main(["bench", "--sizes", "1e3", "70000", *FEW, "--output", str(tmp_path / "a")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out
+    assert out.isascii()
+    assert "one array of 70,000, float32" in out
+    written = results(tmp_path / "a")
+    assert written["complete"]
+    assert {"date", "machine", "settings", "left_out"} <= written.keys()
+    assert {"processor", "versions", "threading_layer", "blas"} <= written["machine"].keys()
+    rows = written["results"]
+    assert {row["params"] for row in rows} == {1000, 70_000}
+    names = {"limit", "serial", "numpy-in-place", "reference"}
+    assert all({row["kernel"] for row in rows if row["params"] == size} == names for size in (1000, 70_000))
+    with (tmp_path / "a" / "fastrms-bench.csv").open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [row["kernel"] for row in table] == [row["kernel"] for row in rows]
+    assert list(table[0]) == list(rows[0])
+    assert (tmp_path / "a" / "fastrms-bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_of_a_row_follow_from_its_time(tmp_path):
+    assert main(["bench", "--sizes", "5000", *FEW, "--output", str(tmp_path)]) == 0
+    rows = results(tmp_path)["results"]
+    limits = {row["threads"]: row["seconds"] for row in rows if row["kernel"] == "limit"}
+    assert 1 in limits
+    for row in rows:
+        assert row["quarter"] <= row["seconds"] <= row["three_quarters"]
+        assert row["gparam_per_s"] == pytest.approx(5000 / row["seconds"] / 1e9)
+        assert row["gbyte_per_s"] == pytest.approx(100_000 / row["seconds"] / 1e9)
+        best = min(time for threads, time in limits.items() if threads <= row["threads"])
+        assert row["percent_of_limit"] == pytest.approx(100 * best / row["seconds"])
+        if row["kernel"] != "limit":
+            assert row["check"] == "same bits"
+
+
+class Scripted:
+    """In place of a session: each way takes the seconds that are written here."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.closed = False
+
+    def open(self, name, case):
+        return "same bits"
+
+    def time(self, name, calls):
+        return self.seconds[name]
+
+    def close(self):
+        self.closed = True
+
+
+def test_percent_of_limit_from_given_times():
+    where = Scripted({workers.LIMIT_SERIAL: 0.04, workers.LIMIT_PARALLEL: 0.02, "serial": 0.05, "parallel": 0.025})
+    limits = {
+        workers.LIMIT_SERIAL: measure.Entry("limit", 1, where),
+        workers.LIMIT_PARALLEL: measure.Entry("limit", 2, where),
+    }
+    entries = {"serial": measure.Entry("serial", 1, where), "parallel": measure.Entry("parallel", 2, where)}
+    rows = []
+    measure.measure(cases.Case(1, (10**7,), "float64"), entries, limits, 1e-9, rows=rows)
+    assert where.closed
+    assert [round(row.percent_of_limit, 6) for row in rows] == [100, 100, 80, 80]
+    assert rows[2].gparam_per_s == pytest.approx(0.2)
+    assert rows[2].gbyte_per_s == pytest.approx(8)  # 40 bytes a parameter
+    # Threads are no help to small arrays, and whoever may use them may also leave it.
+    assert roofline.percent_of_limit(2.0, 2, {1: 1.0, 2: 1.5}) == 50
+    assert roofline.percent_of_limit(2.0, 1, {1: 1.0, 2: 0.5}) == 50
+
+
+def test_the_limit_touches_every_element_and_stays_bounded(rng):
+    for touch in (roofline.touch_serial, roofline.touch_parallel):
+        p, g, c = rng.standard_normal((3, 10_001)).astype(np.float32)
+        before = p.copy(), c.copy()
+        touch(p, g, c, np.float32(0.5))
+        np.testing.assert_allclose(c, (before[1] + g) / 2, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(p, (before[0] + c) / 2, rtol=1e-6, atol=1e-7)
+        for _ in range(200):
+            touch(p, g, c, np.float32(0.5))
+        np.testing.assert_allclose(p, g, rtol=1e-5)
+
+
+def test_many_arrays(tmp_path, capsys):
+    arguments = ["--arrays", "7", "--shape", "3", "2", "--dtypes", "float64", "--min-time", "0.001"]
+    names = ["auto", "auto-list", "serial", "parallel", "numpy", "numpy-in-place", "reference"]
+    assert main(["bench", *arguments, "--kernels", *names, "--threads", "1", "--output", str(tmp_path)]) == 0
+    rows = results(tmp_path)["results"]
+    assert [row["kernel"] for row in rows] == ["limit", *names]
+    assert {(row["arrays"], row["shape"], row["params"], row["threads"]) for row in rows} == {(7, "3x2", 42, 1)}
+    assert {row["check"] for row in rows[1:]} == {"same bits"}
+    assert "7 arrays of 3x2, float64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("function", "verdict"), [("update", "same bits"), ("rounded", r"\d\.\d eps")])
+def test_a_kernel_of_the_users_own(tmp_path, module, function, verdict):
+    assert main(["bench", "--sizes", "1e4", *FEW, "--kernel", f"{module}:{function}", "--output", "."]) == 0
+    (row,) = [row for row in results(tmp_path)["results"] if row["kernel"] == f"{module}:{function}"]
+    assert re.fullmatch(verdict, row["check"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_kernels:eps_inside", "expected the reference's numbers within 16 eps after 3 steps, got an error of"),
+        ("my_kernels:broken", "it raised ValueError: on purpose"),
+        ("my_kernels:nothing", "expected a function of that name in my_kernels, found none"),
+        ("my_kernels:number", "expected a function, got int"),
+        ("no_such_module_here:f", "the module cannot be imported"),
+        ("my_kernels", "expected module:function, got 'my_kernels'"),
+    ],
+)
+def test_a_kernel_that_is_refused(module, capsys, name, message):
+    assert main(["bench", "--sizes", "1000", *FEW, "--kernel", name, "--output", "."]) == 1
+    out, err = capsys.readouterr()
+    assert message in err
+    assert name in err
+    assert name not in out  # not timed
+
+
+@pytest.mark.parametrize("stop", ["in the second case", "in the third round"])
+def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys, stop):
+    time_step, rounds = workers.Session.time, 0
+
+    def interrupt(self, name, calls):
+        nonlocal rounds
+        if name == "reference":
+            rounds += 1
+            second = self._problem.case.params == 2000
+            if second if stop == "in the second case" else rounds == 5:  # 2 calls are for calibration
+                raise KeyboardInterrupt
+        return time_step(self, name, calls)
+
+    monkeypatch.setattr(workers.Session, "time", interrupt)
+    assert main(["bench", "--sizes", "1000", "2000", *FEW, "--output", str(tmp_path)]) == 130
+    out, err = capsys.readouterr()
+    assert "one array of 1,000" in out
+    assert f"interrupted in case {2 if stop == 'in the second case' else 1} of 2" in err
+    written = results(tmp_path)
+    assert not written["complete"]
+    kept = [row for row in written["results"] if row["params"] == 1000]
+    assert {row["kernel"] for row in kept} == {"limit", "serial", "numpy-in-place", "reference"}
+    assert (tmp_path / "fastrms-bench.csv").read_text().count("\n") == len(written["results"]) + 1
+
+
+def test_in_situ(tmp_path, capsys):
+    arguments = ["--in-situ", "--networks", "5-4-3", "--min-time", "0.001", "--output", str(tmp_path)]
+    assert main(["bench", *arguments]) == 0
+    rows = results(tmp_path, "fastrms-bench-in-situ")["results"]
+    ways = [("reference", "list")] + [(k, g) for g in ("list", "buffer") for k in ("auto", "serial", "parallel")]
+    assert [(row["kernel"], row["gradients"]) for row in rows] == 2 * ways
+    assert [row["dtype"] for row in rows] == ["float32"] * 7 + ["float64"] * 7
+    for row in rows:
+        base = rows[0] if row["dtype"] == "float32" else rows[7]
+        assert row["times_faster"] == pytest.approx(base["step_seconds"] / row["step_seconds"])
+        assert 0 < row["optimizer_seconds"] < row["step_seconds"]
+        assert row["steps"] % (insitu.TURN - insitu.DROPPED) == 0
+        assert row["params"] == 5 * 4 + 4 + 4 * 3 + 3
+    out = capsys.readouterr().out
+    assert "5-4-3, float64" in out
+    assert "\x1b" not in out
+    assert (tmp_path / "fastrms-bench-in-situ.csv").is_file()
+
+
+def test_in_situ_finds_a_way_that_trains_otherwise(tmp_path, monkeypatch, capsys):
+    class Other(insitu.RMSProp):
+        def step(self, gradients=None):
+            super().step(gradients)
+            self.params[0][0, 0] += 0.001
+            return self.params
+
+    monkeypatch.setattr(insitu, "RMSProp", Other)
+    assert main(["bench", "--in-situ", "--networks", "5-4-3", "--output", str(tmp_path)]) == 1
+    assert "expected the losses of the reference, got another one at step 2" in capsys.readouterr().err
+
+
+def test_settling_leaves_training_where_it_was(rng):
+    rows = []
+    # From 65,536 parameters on "auto" is given time to choose.
+    insitu.measure_training("n", (300, 220, 3), "float32", ["auto"], None, 1e-9, rows=rows)
+    assert [row.kernel for row in rows] == ["reference", "auto", "auto"]
+    way = insitu._Way(
+        insitu.Training(insitu.RMSProp([np.ones((4, 3)), np.zeros(3)])), (np.ones((64, 4)), np.zeros(64, np.intp))
+    )
+    way.steps(3)
+    before = way.training.optimizer.params[0].copy()
+    way.settle()
+    assert len(way.training.losses) > 3
+    np.testing.assert_array_equal(way.training.optimizer.params[0], before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--in-situ", "--sizes", "10"], "--sizes: not with --in-situ"),
+        (["--in-situ", "--arrays", "10"], "--arrays: not with --in-situ"),
+        (["--in-situ", "--kernels", "numpy"], "--kernels: with --in-situ expected some of"),
+        (["--in-situ", "--networks", "10"], "--networks: expected widths of at least 1 joined by '-'"),
+        (["--in-situ", "--networks", "3-0-2"], "got '3-0-2'"),
+        (["--networks", "3-2"], "--networks: only with --in-situ"),
+        (["--shape", "3"], "--shape: only with --arrays"),
+        (["--arrays", "3", "--sizes", "5"], "--sizes: not with --arrays"),
+        (["--threads", "100000"], "--threads: expected at most"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, capsys, arguments, message):
+    assert main(["bench", *arguments, "--output", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "1.5"], "argument --sizes: expected a whole number from 1 to 1e12"),
+        (["--sizes", "0"], "got '0'"),
+        (["--sizes", "nan"], "got 'nan'"),
+        (["--dtypes", "float16"], "argument --dtypes: invalid choice: 'float16'"),
+        (["--kernels", "cuda"], "argument --kernels: invalid choice: 'cuda'"),
+        (["--min-time", "0"], "argument --min-time: expected a finite number above 0"),
+    ],
+)
+def test_bad_usage(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_output_that_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["bench", "--output", str(tmp_path / "file")]) == 1
+    assert "expected a folder to write to" in capsys.readouterr().err
+
+
+def test_names_of_the_option_are_those_of_the_table():
+    from fastrms.cli import bench
+
+    assert tuple(contenders.CONTENDERS) == bench.KERNELS
+    assert insitu.KERNELS == bench.IN_SITU_KERNELS
+
+
+@pytest.mark.parametrize("names", [["numexpr"], ["torch", "torch-foreach"]])
+def test_peers_in_their_own_process(names):
+    for needed in contenders.CONTENDERS[names[0]].modules:
+        require(needed)
+    remote = workers.Remote(names[0], 1, 60)
+    try:
+        for dtype in cases.DTYPES:
+            for name in names:
+                assert re.fullmatch(r"same bits|\d\.\d eps", remote.open(name, cases.Case(3, (5, 4), dtype)))
+                assert remote.time(name, 2) > 0
+        remote.close()
+        with pytest.raises(workers.CommandError, match="the module cannot be imported"):
+            remote.open("no_such_module_here:f", cases.Case(1, (5,), "float32"))
+    finally:
+        remote.end()
+    with pytest.raises(workers.CommandError, match="has ended"):
+        remote.time(names[0], 1)
+
+
+def test_a_peer_that_fails_is_left_out():
+    class Failing(Scripted):
+        def open(self, name, case):
+            raise measure.CommandError("no compiler")
+
+    class Dying(Scripted):
+        turns = 0
+
+        def time(self, name, calls):
+            self.turns += 1
+            if self.turns > 4:
+                raise measure.CommandError("has ended")
+            return 1.0
+
+    here = Scripted({workers.LIMIT_SERIAL: 0.5, "serial": 1.0})
+    limits = {workers.LIMIT_SERIAL: measure.Entry("limit", 1, here)}
+    entries = {
+        "serial": measure.Entry("serial", 1, here),
+        "torch": measure.Entry("torch", 1, Failing({})),
+        "optax": measure.Entry("optax", 1, Dying({})),
+    }
+    skipped, rows = {}, []
+    case = cases.Case(1, (8,), "float32")
+    measure.measure(case, entries, limits, 1e-9, rows=rows, on_skip=skipped.__setitem__)
+    assert skipped.keys() == {"torch", "optax"}
+    assert "no compiler" in skipped["torch"]
+    assert [row.kernel for row in rows] == ["limit", "serial", "optax"]
+    assert rows[1].rounds >= measure.MIN_ROUNDS > rows[2].rounds
+
+
+def test_check_tells_bits_from_errors():
+    case = cases.Case(2, (50,), "float32")
+    given = problem.Problem(case, 1)
+    params, cache = ([array.copy() for array in arrays] for arrays in given.expected())
+    runner = problem.Runner(lambda: None, lambda: (params, cache))
+    assert problem.check(runner, given, exact=True) == "same bits"
+    params[1][7] = np.nextafter(params[1][7], np.float32(np.inf))
+    assert re.fullmatch(r"[01]\.\d eps", problem.check(runner, given, exact=False))
+    with pytest.raises(problem.CommandError, match="expected the bits of the reference"):
+        problem.check(runner, given, exact=True)
+    params[1][7] = np.nan
+    with pytest.raises(problem.CommandError, match="error of inf"):
+        problem.check(runner, given, exact=False)
+    params[1] = params[1][:3]
+    with pytest.raises(problem.CommandError, match=r"expected float32 of shape \(50,\)"):
+        problem.check(runner, given, exact=False)
+
+
+def test_plot_of_throughput():
+    def record(kernel, label, params, value, dtype="float32"):
+        return {"kernel": kernel, "label": label, "params": params, "gparam_per_s": value, "dtype": dtype}
+
+    records = [
+        record("limit", "limit", 1000, 2.0),
+        record("limit", "limit", 1000, 3.0),
+        record("limit", "limit", 100_000, 5.0),
+        record("auto", "fastrms auto", 100_000, 4.0),
+        record("auto", "fastrms auto", 1000, 1.0),
+        record("m:f", "m:f", 1000, 0.5),
+        record("reference", "reference class", 1000, 0.1, "float64"),
+    ]
+    figure, panels = plot_throughput(records)
+    figure.savefig(io.BytesIO())
+    assert len(panels) == 2
+    assert (panels[0].get_xscale(), panels[0].get_yscale()) == ("log", "log")
+    roof, auto, own = panels[0].get_lines()
+    np.testing.assert_array_equal(roof.get_xydata(), [[1000, 3], [100_000, 5]])
+    np.testing.assert_array_equal(auto.get_xydata(), [[1000, 1], [100_000, 4]])
+    assert roof.get_linewidth() > 2 * auto.get_linewidth()
+    assert own.get_ydata() == [0.5]
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["limit of this machine", "fastrms auto", "m:f", "reference class"]
+
+
+def test_bench_needs_its_extra_and_help_does_not(tmp_path):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['rich', 'matplotlib', 'torch', 'jax', 'numexpr'])); "
+        "from fastrms.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def python(*arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False)
+
+    done = python("bench", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--in-situ" in done.stdout
+
+
+def test_traffic_and_names_of_cases():
+    case = cases.Case(1000, (10, 10), "float32")
+    assert (case.params, case.traffic, case.name) == (100_000, 2_000_000, "1,000 arrays of 10x10, float32")
+    assert cases.Case(1, (1000,), "float64").traffic == 40_000
+    assert math.prod(cases.MANY_ARRAYS[1]) * cases.MANY_ARRAYS[0] == 100_000
+    params, grads = cases.make_arrays(cases.Case(2, (300,), "float32"))
+    assert min(np.abs(grad).min() for grad in grads) >= 0.01
+    again, _ = cases.make_arrays(cases.Case(2, (300,), "float32"))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(params, again, strict=True))
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    path = Path(__file__).parent.parent / "benchmarks" / "tables.py"
+    specification = importlib.util.spec_from_file_location("tables", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_written_between_markers(tmp_path, tables, capsys):
+    folder = tmp_path / "kept"
+    common = ["--dtypes", "float32", "--min-time", "0.001", "--output"]
+    ways = ["--kernels", "auto", "parallel", "reference"]
+    assert main(["bench", "--sizes", "1000", "1e5", *ways, *common, str(folder / "flat")]) == 0
+    assert main(["bench", "--arrays", "5", *ways, "auto-list", *common, str(folder / "arrays")]) == 0
+    assert main(["bench", "--in-situ", "--networks", "5-4-3", *common, str(folder / "in-situ")]) == 0
+    page = tmp_path / "page.md"
+    names = ["machine", "in-situ", "float32", "float64", "limit", "arrays", "losses", "targets", "summary"]
+    page.write_text("before\n" + "".join(f"<!-- table: {name} -->\nold {name}\n<!-- end -->\n" for name in names))
+    capsys.readouterr()
+    assert tables.main(["--from", str(folder), "--pages", str(page)]) == 0
+    first = page.read_text()
+    assert tables.main(["--from", str(folder), "--pages", str(page)]) == 0
+    assert page.read_text() == first  # writing again changes nothing
+    assert first.startswith("before\n<!-- table: machine -->\n\nMeasured on 2")
+    assert "old" not in first
+    assert "| float32, a step | 1,000 | 100,000 |" in first
+    assert re.search(r"^\| fastrms auto \| [\d.]+ .?s ± \d+ % \|", first, re.MULTILINE)
+    assert "5-4-3, float32" in first
+    out = capsys.readouterr().out
+    assert re.search(r"1,000 in one array.*\| 2\.5 \| [\d.]+ \| (reached|\*\*missed\*\*) \|", out)
+    assert out.count("not in this run") > 10
+
+    page.write_text("<!-- table: nonsense -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="expected one of machine"):
+        tables.main(["--from", str(folder), "--pages", str(page)])
+    page.write_text("<!-- table: limit -->\n")
+    with pytest.raises(SystemExit, match="expected <!-- end -->"):
+        tables.main(["--from", str(folder), "--pages", str(page)])
+
+
+def test_tables_show_what_is_lost_and_missed(tables):
+    def row(kernel, seconds, params=100_000, percent=50.0):
+        times = {"seconds": seconds, "quarter": 0.9 * seconds, "three_quarters": 1.1 * seconds}
+        case = {"dtype": "float32", "arrays": 1, "shape": str(params), "params": params}
+        return {"kernel": kernel, "label": kernel, "threads": 2, "percent_of_limit": percent, **case, **times}
+
+    rows = [row("auto", 2e-3), row("serial", 1e-3), row("torch", 1e-3), row("optax", 3e-3), row("reference", 8e-3)]
+    rows += [row("parallel", 0.02, 50_000_000, 91.0), row("limit", 0.0182, 50_000_000, 100.0)]
+
+    def way(kernel, gradients, faster):
+        times = {"step_seconds": 1 / faster, "quarter": 1.0, "three_quarters": 1.0, "optimizer_seconds": 0.1}
+        network = {"network": "784-512-512-10", "dtype": "float32"}
+        return {"kernel": kernel, "gradients": gradients, "times_faster": faster, **times, **network}
+
+    ways = [way("reference", "list", 1.0), way("auto", "list", 1.8), way("parallel", "list", 0.5)]
+    results = {"flat": {"results": rows}, "arrays": {"results": []}, "in-situ": {"results": ways}}
+    lost = tables.losses(results)
+    assert "| 1 × 100000, float32 | torch | 1.00 ms ± 10 % | 2.00 ms ± 10 % | 2.00× |" in lost
+    assert "serial" not in lost  # ours as well
+    assert "optax" not in lost
+    assert "against kernel parallel" in lost
+    assert "**1.00 ms ± 10 %**" in tables.flat(rows[:5], "float32")
+    verdicts = dict(re.findall(r"^\| (.*?) \| [^|]* \| (.*) \|$", tables.targets_table(results), re.MULTILINE))
+    assert verdicts["1e5 against the reference class"] == "4 | **missed**"
+    assert verdicts["training step of 784-512-512-10, lists, against the reference class"] == "1.8 | reached"
+    assert verdicts["5e7, parallel: fraction of the limit"] == "0.91 | **missed**"
+    assert verdicts["1e5 against torch.optim's best"] == "0.5 | **missed**"
+    assert verdicts["1e5 against torch.compile"] == "– | not in this run"
