@@ -65,6 +65,15 @@ def test_it_looks_again_after_twice_as_long_and_finds_what_has_changed():
     assert trials < 20
 
 
+def test_it_looks_again_at_once_when_steps_become_slower():
+    training = Training(serial=0.01, parallel=0.006).run(400)
+    assert training.used[-1] == "parallel"
+    training.seconds = {"serial": 0.011, "parallel": 0.1}  # another program took a core
+    training.run(Chooser.SLOW_STEPS + 2 * Chooser.STEPS + 1)
+    assert training.used[-1] == "serial"
+    assert training.used[-50:].count("parallel") > Chooser.SLOW_STEPS
+
+
 def test_single_slow_steps_do_not_decide():
     training = Training(serial=0.01, parallel=0.006)
     for _ in range(1000):

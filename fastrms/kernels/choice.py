@@ -103,6 +103,9 @@ class Chooser:
     ROUNDS, STEPS, DROPPED = 3, 8, 3
     # How much faster parallel has to be to be kept, and how much slower to stop a trial after its first round.
     GAIN, GIVE_UP = 0.97, 1.15
+    # So many steps in a row that are so much slower than those of the trial mean that things have changed: another
+    # program on one of the cores makes parallel ten times slower, for instance.
+    SLOW_STEPS, SLOWER = 12, 1.5
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -121,11 +124,13 @@ class Chooser:
 
     def _make_plan(self) -> Generator[str, float, None]:
         """Yields the kernel for the next step, and is sent how long the training step took that it ended."""
-        patience = self.FIRST_LOOK
+        patience, expected = self.FIRST_LOOK, float("inf")
         while True:
-            spent = 0.0
-            while spent < patience:
-                spent += yield self._best
+            spent, slow = 0.0, 0
+            while spent < patience and slow < self.SLOW_STEPS:
+                period = yield self._best
+                spent += period
+                slow = slow + 1 if period > self.SLOWER * expected else 0
             times: dict[str, list[float]] = {"serial": [], "parallel": []}
             for _ in range(self.ROUNDS):
                 for kernel, taken in times.items():
@@ -141,4 +146,6 @@ class Chooser:
                 f"a training step took {1e3 * serial:.3g} ms with the serial kernel, {1e3 * parallel:.3g} ms with the "
                 "parallel one"
             )
-            patience = min(2 * patience, self.LAST_LOOK)
+            expected = min(serial, parallel)
+            # After a change, not the old patience: what is found now holds only since then.
+            patience = self.FIRST_LOOK if slow else min(2 * patience, self.LAST_LOOK)
