@@ -1,7 +1,7 @@
 """What 16-bit state gains: `python -m pytest benchmarks/bench_bfloat16.py` prints our own float32 beside it.
 
-A step moves 20 bytes a parameter with a float32 cache and 16 with a bfloat16 one: at most 1.25 times faster where memory
-is the limit. Division and square root, which are exact here, take 12 ms of the 21 at 5e7 elements and do not shrink.
+A step moves 20 bytes a parameter with a float32 cache and 16 with a bfloat16 one: at most 1.25 times faster where
+memory is the limit. Division and square root, which are exact here, do not become fewer.
 """
 
 import statistics
