@@ -164,7 +164,7 @@ def _part(state, start, stop):
 
 def _form(state, for_nothing, for_bfloat16, for_numbers):
     """One of three functions by what `state` is, a value or a type of Numba's."""
-    if state is None or state == types.none:
+    if state is None or isinstance(state, types.NoneType):
         return for_nothing
     return for_bfloat16 if state.dtype in (np.uint16, types.uint16) else for_numbers
 
