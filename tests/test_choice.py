@@ -35,7 +35,7 @@ TRIAL = Chooser.ROUNDS * Chooser.STEPS
 def test_nothing_is_tried_in_the_first_seconds():
     training = Training(serial=0.01, parallel=0.001).run(190)
     assert set(training.used) == {"serial"}
-    assert "until 2 s of training" in training.chooser.reason
+    assert training.chooser.reason == "after 2 s of training parallel is tried too"
 
 
 def test_the_faster_one_is_kept():

@@ -110,7 +110,7 @@ class Chooser:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._best = "serial"
-        self.reason = f"serial until {self.FIRST_LOOK:g} s of training have passed; then parallel is tried"
+        self.reason = f"after {self.FIRST_LOOK:g} s of training parallel is tried too"
         self._plan = self._make_plan()
         self.kernel = next(self._plan)
         self._last: float | None = None
