@@ -44,7 +44,8 @@ class Run:
             row[0], row[1] = number, len(leaf.shape)
             row[2 : 2 + len(leaf.shape)] = leaf.shape
         self._identity = pointers.identity(self.dtype)
-        self._gathers = self.size < pointers.GATHER_BELOW * len(leaves)
+        # Small arrays are faster copied together and updated as one.
+        self.gathers = self.size < pointers.GATHER_BELOW * len(leaves)
         # Kernels read these; they are written in place, so that a step without changes makes no array.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(leaves), 2), self.dtype)
@@ -55,10 +56,13 @@ class Run:
         """The norm of each parameter's gradient."""
         return SpanNorms(self._spans)
 
-    def point_to(self, items: int, written: NDArray[np.int64], grads: FlatBuffer) -> bool:
-        """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary."""
+    def point_to(self, items: int, written: NDArray[np.int64], grads: FlatBuffer, gather: bool = False) -> bool:
+        """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary.
+
+        With `gather`, copy them to `grads`.
+        """
         found = pointers.find_sources(
-            items, self._identity, self._shapes, written, self._spans, self.part_of(grads), self._gathers
+            items, self._identity, self._shapes, written, self._spans, self.part_of(grads), gather
         )
         return bool(found < 0)
 
@@ -85,7 +89,7 @@ class Run:
         Parameters whose gradients are neighbours and that have the same factors are updated as one span.
         """
         options = self.group
-        alike = (self._gathers or not in_place) and present is None and scales is None
+        alike = (self.gathers or not in_place) and present is None and scales is None
         alike = alike and (corrections is None or bool(np.all(corrections == corrections[0])))
         spans, factors = (self._whole, self._whole_factors) if alike else (self._spans, self._factors)
         sign = -1.0 if options["maximize"] else 1.0

@@ -175,6 +175,7 @@ def test_gradients_in_any_layout_and_plain_numbers(rng):
 def test_bad_gradients_raise_before_anything_is_written(gradients, error, message):
     opt = RMSProp([np.ones(2), np.ones(3)], momentum=0.9)
     opt.step([np.ones(2), np.ones(3)])
+    opt.buffers["grads"].flat = 7.0
     before, grads = state(opt), opt.buffers["grads"].block.tobytes()
     with pytest.raises(error, match=message):
         opt.step(gradients)

@@ -60,7 +60,7 @@ _int32_at = _load(types.int32)
 
 @jit()
 def find_sources(items, known, shapes, forbidden, spans, grads, gather):
-    """Find each array that a run needs: write its data address to ``spans[k, 2]``, or copy it to its place in `grads`.
+    """Find each array that a run needs: write its address to ``spans[k, 2]``, or copy it to its place in `grads`.
 
     Returns -1, or the number of the first span whose array is not exactly as expected; then what was written before
     must not be used. Whoever calls holds the tuple, so that the arrays live until they were read.
@@ -76,7 +76,7 @@ def find_sources(items, known, shapes, forbidden, spans, grads, gather):
     forbidden : ndarray of int64, shape (m, 2)
         Addresses [low, high) that a gradient may not touch: what the step writes, and where it is copied to.
     spans : ndarray of int64, shape (k, 3)
-        As for `reference.update`; the third column is written, unless `gather`.
+        As for `reference.update`; the third column is written.
     grads : ndarray, shape (n,)
         The gradient buffer of the run.
     gather : bool
@@ -105,8 +105,7 @@ def find_sources(items, known, shapes, forbidden, spans, grads, gather):
             target = grads[spans[k, 0] : spans[k, 1]]
             for i in range(size):
                 target[i] = source[i]
-        else:
-            spans[k, 2] = data
+        spans[k, 2] = 0 if gather else data
     return -1
 
 
