@@ -385,11 +385,11 @@ class RMSProp:
     def _point_to(self, items: tuple[Any, ...]) -> bool:
         """Let every run read its gradients from `items`; False if one of them is not an ordinary array for it."""
         address = pointers.items_of(items)
-        if not all(run.point_to(address, self._written, self._grads) for run in self._runs):
+        if not all(run.point_to(address, self._written) for run in self._runs):
             return False
         for run in self._runs:  # only now, so that nothing is written if any array is a wrong one
             if run.gathers:
-                run.point_to(address, self._written, self._grads, gather=True)
+                run.gather(self._grads)
         return True
 
     def _rates(self) -> list[float]:

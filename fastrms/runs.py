@@ -56,15 +56,13 @@ class Run:
         """The norm of each parameter's gradient."""
         return SpanNorms(self._spans)
 
-    def point_to(self, items: int, written: NDArray[np.int64], grads: FlatBuffer, gather: bool = False) -> bool:
-        """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary.
+    def point_to(self, items: int, written: NDArray[np.int64]) -> bool:
+        """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary."""
+        return bool(pointers.find_sources(items, self._identity, self._shapes, written, self._spans) < 0)
 
-        With `gather`, copy them to `grads`.
-        """
-        found = pointers.find_sources(
-            items, self._identity, self._shapes, written, self._spans, self.part_of(grads), gather
-        )
-        return bool(found < 0)
+    def gather(self, grads: FlatBuffer) -> None:
+        """Copy the gradients that were found to `grads`."""
+        pointers.gather(self._spans, self.part_of(grads))
 
     def point_to_buffer(self) -> None:
         """Take the gradients from the gradient buffer."""
