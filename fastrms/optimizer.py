@@ -283,7 +283,7 @@ class RMSProp:
     grads: Any = _views(
         "grads",
         "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses "
-        "this memory where it has to cast or rearrange: what it holds afterwards is not defined.",
+        "this memory for small arrays, and to cast or rearrange: what it holds afterwards is not defined.",
     )
     cache: Any = _views("cache", "The running mean of squared gradients, v in the equations.")
     momentum_buffer: Any = _views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
