@@ -136,15 +136,16 @@ def test_percent_of_limit_from_given_times():
     assert roofline.percent_of_limit(2.0, 1, {1: 1.0, 2: 0.5}) == 50
 
 
-def test_the_limit_touches_every_element_and_stays_bounded(rng):
+@pytest.mark.parametrize("fetch", roofline.FETCHES)
+def test_the_limit_touches_every_element_and_stays_bounded(fetch, rng):
     for touch in (roofline.touch_serial, roofline.touch_parallel):
         p, g, c = rng.standard_normal((3, 10_001)).astype(np.float32)
         before = p.copy(), c.copy()
-        touch(p, g, c, np.float32(0.5))
+        touch(p, g, c, np.float32(0.5), *fetch)
         np.testing.assert_allclose(c, (before[1] + g) / 2, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(p, (before[0] + c) / 2, rtol=1e-6, atol=1e-7)
         for _ in range(200):
-            touch(p, g, c, np.float32(0.5))
+            touch(p, g, c, np.float32(0.5), *fetch)
         np.testing.assert_allclose(p, g, rtol=1e-5)
 
 

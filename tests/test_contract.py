@@ -66,6 +66,37 @@ def test_a_million_and_three_elements(dtype, rng):
         assert_same_bits(optimizer.cache[0], reference.cache[0], name)
 
 
+@pytest.mark.skipif(not JIT, reason="two million elements take the interpreter minutes")
+@pytest.mark.parametrize(
+    ("kernel", "size"),
+    [
+        ("serial", cpu.SERIAL_PREFETCHES_FROM),
+        ("serial", cpu.SERIAL_PREFETCHES_FROM + 3),
+        ("parallel", cpu.PARALLEL_PREFETCHES_FROM + 3),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (np.float32, {}),
+        (np.float64, {"momentum": 0.9, "centered": True, "weight_decay": 0.1}),
+        (np.float32, {"momentum": 0.9, "cache_dtype": "bfloat16"}),
+    ],
+)
+def test_asking_for_memory_ahead_changes_no_bit(kernel, size, dtype, options, rng):
+    parts = np.split(wide(rng, size, dtype, -3, 3), [5, size // 2, size - 17])
+    grads = [wide(rng, part.size, dtype) for part in parts]
+    oracle, optimizer = (RMSProp(parts, kernel=name, **options) for name in ("numpy", kernel))
+    for t in range(4):
+        oracle.step(grads)
+        if t % 2:
+            optimizer.buffers["grads"].gather(grads, "grads")
+        optimizer.step(None if t % 2 else grads)  # from the buffer too, where all is one span
+    for name, buffer in optimizer.buffers.items():
+        if name != "grads":
+            assert_same_bits(buffer.flat, oracle.buffers[name].flat, name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pieces", [1, 2, 3, 10, 77, 500])
 def test_any_split_into_arrays_gives_the_same_bits(pieces, dtype, rng):

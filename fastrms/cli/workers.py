@@ -23,6 +23,7 @@ from fastrms.cli.cases import Case
 from fastrms.cli.common import CommandError
 from fastrms.cli.contenders import CONTENDERS, load_kernel
 from fastrms.cli.problem import Problem, Runner, check
+from fastrms.kernels import choice
 from fastrms.optimizer import RMSProp
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ LIMIT_SERIAL, LIMIT_PARALLEL = "limit, 1 thread", "limit, all threads"
 
 # "auto" looks for the first time after 2 s of training, at no fewer elements than this, and then tries some steps.
 SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS = 65_536, 2.1, 64
+
+# How often each way to fetch memory is timed, of which the fastest is the machine's limit.
+FETCH_TRIALS = 9
 
 # How long a way runs in each turn ahead of being timed.
 WARM_SECONDS = 0.02
@@ -128,13 +132,22 @@ def _limit(problem: Problem, parallel: bool) -> Runner:
     touch = roofline.touch_parallel if parallel else roofline.touch_serial
     half = problem.scalar(0.5)
 
+    def taken(fetch: tuple[int, int]) -> float:
+        start = time.perf_counter()
+        touch(p, g, c, half, *fetch)
+        return time.perf_counter() - start
+
+    with choice.limit_threads(problem.threads):
+        trials = [[taken(fetch) for fetch in roofline.FETCHES] for _ in range(FETCH_TRIALS)]
+    fetch = roofline.FETCHES[int(np.argmin(np.median(trials, axis=0)))]
+
     def step() -> None:
-        touch(p, g, c, half)
+        touch(p, g, c, half, *fetch)
 
     def limited() -> None:
         before = numba.get_num_threads()
         numba.set_num_threads(problem.threads)
-        touch(p, g, c, half)
+        step()
         numba.set_num_threads(before)
 
     all_threads = not parallel or problem.threads == numba.get_num_threads()
