@@ -74,6 +74,15 @@ def test_it_looks_again_at_once_when_steps_become_slower():
     assert training.used[-50:].count("parallel") > Chooser.SLOW_STEPS
 
 
+def test_a_pause_between_steps_is_no_training():
+    training = Training(serial=0.01, parallel=0.006).run(300)
+    training.used.clear()
+    for _ in range(20):
+        training.now += 100.0  # the user looks at what came out
+        training.run(5)
+    assert set(training.used) == {"parallel"}
+
+
 def test_single_slow_steps_do_not_decide():
     training = Training(serial=0.01, parallel=0.006)
     for _ in range(1000):

@@ -106,6 +106,8 @@ class Chooser:
     # So many steps in a row that are so much slower than those of the trial mean that things have changed: another
     # program on one of the cores makes parallel ten times slower, for instance.
     SLOW_STEPS, SLOWER = 12, 1.5
+    # What is longer than so many steps is a pause between two of them, not training: it brings no look nearer.
+    PAUSE = 10
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -129,7 +131,7 @@ class Chooser:
             spent, slow = 0.0, 0
             while spent < patience and slow < self.SLOW_STEPS:
                 period = yield self._best
-                spent += period
+                spent += min(period, self.PAUSE * expected)
                 slow = slow + 1 if period > self.SLOWER * expected else 0
             times: dict[str, list[float]] = {"serial": [], "parallel": []}
             for _ in range(self.ROUNDS):
