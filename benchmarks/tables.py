@@ -34,7 +34,7 @@ RUNS = {
 # What each of them writes.
 FILES = {"flat": "fastrms-bench.json", "arrays": "fastrms-bench.json", "in-situ": "fastrms-bench-in-situ.json"}
 
-OURS = ("auto", "auto-list", "serial", "parallel", "numpy")
+OURS = ("auto", "auto-list", "serial", "parallel", "parallel-bfloat16", "numpy")
 
 Results = dict[str, dict[str, Any]]
 
@@ -265,6 +265,8 @@ TARGETS: list[tuple[str, float, Callable[[Results], float | None]]] = [
     ("5e7, parallel, against torch.optim's best", 4, _flat_ratio("flat", BIG, "parallel", *TORCH)),
     ("5e7, parallel, against optax under jit", 1.6, _flat_ratio("flat", BIG, "parallel", "optax")),
     ("5e7, parallel, against torch.compile", 0.97, _flat_ratio("flat", BIG, "parallel", "torch-compile")),
+    ("5e7, parallel, with `cache_dtype=\"bfloat16\"`, against float32", 1.15,
+     _flat_ratio("flat", BIG, "parallel-bfloat16", "parallel")),
     ("1e5 against the reference class", 5, _flat_ratio("flat", SMALL, "auto", "reference")),
     ("1e5 against torch.optim's best", 3, _flat_ratio("flat", SMALL, "auto", *TORCH)),
     ("1e5 against torch.compile", 2, _flat_ratio("flat", SMALL, "auto", "torch-compile")),

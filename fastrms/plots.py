@@ -25,6 +25,7 @@ _LINES: dict[str, tuple[str, str, Any]] = {
     "auto-list": ("#000000", "D", _DASHED),
     "serial": ("#0072B2", "v", _SOLID),
     "parallel": ("#0072B2", "^", _DASHED),
+    "parallel-bfloat16": ("#0072B2", "H", _DOTTED),
     "numpy": ("#56B4E9", "s", _SOLID),
     "numpy-in-place": ("#56B4E9", "P", _DASHED),
     "reference": ("#E69F00", "X", _SOLID),

@@ -101,6 +101,36 @@ def test_numbers_of_a_row_follow_from_its_time(tmp_path):
             assert row["check"] == "same bits"
 
 
+def test_sixteen_bit_state_is_for_float32_and_moves_fewer_bytes(tmp_path, capsys):
+    names = ["--kernels", "parallel-bfloat16", "parallel", "--min-time", "0.001", "--sizes", "5000"]
+    assert main(["bench", *names, "--output", str(tmp_path)]) == 0
+    rows = [row for row in results(tmp_path)["results"] if row["kernel"] != "limit"]
+    assert [(row["kernel"], row["dtype"]) for row in rows] == [
+        ("parallel", "float32"), ("parallel-bfloat16", "float32"), ("parallel", "float64")
+    ]  # fmt: skip
+    for row, size in zip(rows, (20, 16, 40), strict=True):
+        assert row["gbyte_per_s"] == pytest.approx(5000 * size / row["seconds"] / 1e9)
+        assert row["check"] == "same bits"
+    capsys.readouterr()
+    assert main(["bench", *names, "--dtypes", "float64", "--output", str(tmp_path)]) == 1
+    assert "parallel-bfloat16: expected float32 among --dtypes, got float64" in capsys.readouterr().err
+
+
+def test_sixteen_bit_state_is_compared_with_its_own_oracle(monkeypatch):
+    from fastrms.cli.common import CommandError
+    from fastrms.cli.problem import Problem, check
+
+    problem = Problem(cases.Case(1, (1000,), "float32"), 1)
+    ours = contenders.CONTENDERS["parallel-bfloat16"]
+    assert check(ours.make(problem), problem, True, "bfloat16") == "same bits"
+    with pytest.raises(CommandError, match="expected the bits"):
+        check(ours.make(problem), problem, True)
+    runner = ours.make(problem)
+    runner.step()  # one too many
+    with pytest.raises(CommandError, match="expected the bits"):
+        check(runner, problem, True, "bfloat16")
+
+
 class Scripted:
     """In place of a session: each way takes the seconds that are written here."""
 

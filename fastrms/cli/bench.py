@@ -26,8 +26,8 @@ STEM, STEM_IN_SITU = "fastrms-bench", "fastrms-bench-in-situ"
 
 # Names that --kernels takes; here as well as in `contenders`, whose import takes time that --help need not.
 KERNELS = (
-    "auto", "auto-list", "serial", "parallel", "numpy", "numpy-in-place", "reference", "numexpr", "torch",
-    "torch-foreach", "torch-compile", "optax",
+    "auto", "auto-list", "serial", "parallel", "parallel-bfloat16", "numpy", "numpy-in-place", "reference", "numexpr",
+    "torch", "torch-foreach", "torch-compile", "optax",
 )  # fmt: skip
 IN_SITU_KERNELS = ("auto", "serial", "parallel")
 
@@ -238,6 +238,10 @@ def _choose(args: argparse.Namespace) -> "tuple[dict[str, Contender], dict[str, 
             if args.kernels is not None:
                 raise CommandError(f"--kernels: {name}: {' and '.join(absent)} not installed")
             skipped[name] = f"{' and '.join(absent)} not installed"
+        elif not any(contender.takes(dtype) for dtype in args.dtypes):
+            if args.kernels is not None:
+                raise CommandError(f"--kernels: {name}: expected float32 among --dtypes, got {' '.join(args.dtypes)}")
+            skipped[name] = "for float32 only"
         elif args.kernels is None and args.quick and not contender.in_quick:
             skipped[name] = f"takes long to compile; with --quick ask for it: --kernels {name}"
         elif args.kernels is not None or args.arrays or contender.for_one:
@@ -260,7 +264,9 @@ def _entries(
             if contender.process not in remotes:
                 remotes[contender.process] = Remote(contender.process, threads, timeout)
             where = remotes[contender.process]
-        entries[name] = Entry(contender.label, threads if contender.many_threads else 1, where)
+        # 16-bit state takes 2 bytes less to read and to write, of 20.
+        moves = 1.0 if contender.cache_dtype is None else 0.8
+        entries[name] = Entry(contender.label, threads if contender.many_threads else 1, where, contender.takes, moves)
     limits = {LIMIT_SERIAL: Entry("limit of this machine", 1, here)}
     if threads > 1:
         limits[LIMIT_PARALLEL] = Entry("limit of this machine", threads, here)

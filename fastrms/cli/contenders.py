@@ -9,7 +9,7 @@ import numpy as np
 
 from fastrms.cli.cases import DECAY_RATE, EPSILON, LR
 from fastrms.cli.common import CommandError
-from fastrms.cli.problem import Problem, Runner
+from fastrms.cli.problem import Problem, Runner, numbers
 from fastrms.kernels.reference import ReferenceRMSProp
 
 __all__ = ["CONTENDERS", "Contender", "find_kernel", "load_kernel", "missing"]
@@ -21,6 +21,7 @@ class Contender:
 
     `process` is "here", or the name of a process of its own, in which `modules` are imported. `exact` asks for the
     reference's bits; `in_quick` and `for_one` say whether it is measured unasked with ``--quick`` and on one array.
+    `cache_dtype` is that of `fastrms.RMSProp`: state in 16 bits, for float32 only, compared with the same in NumPy.
     """
 
     label: str
@@ -31,6 +32,11 @@ class Contender:
     exact: bool = True
     in_quick: bool = True
     for_one: bool = True
+    cache_dtype: str | None = None
+
+    def takes(self, dtype: str) -> bool:
+        """Whether this way can be run on parameters of this dtype."""
+        return self.cache_dtype is None or dtype == "float32"
 
 
 def missing(contender: Contender) -> list[str]:
@@ -50,12 +56,16 @@ def _ours(kernel: str) -> Callable[[Problem], Runner]:
     return make
 
 
-def _auto(problem: Problem) -> Runner:
-    # Of its own: what it found out in earlier steps counts for the later ones.
-    optimizer = problem.new_optimizer("auto")
-    for own, grad in zip(optimizer.grads, problem.grads, strict=True):
-        own[...] = grad
-    return Runner(optimizer.step, lambda: (optimizer.params, optimizer.cache))
+def _own(kernel: str, cache_dtype: str | None = None) -> Callable[[Problem], Runner]:
+    """An optimizer of its own: "auto" keeps what it found out, and other state takes other memory."""
+
+    def make(problem: Problem) -> Runner:
+        optimizer = problem.new_optimizer(kernel, cache_dtype)
+        for own, grad in zip(optimizer.grads, problem.grads, strict=True):
+            own[...] = grad
+        return Runner(optimizer.step, lambda: (optimizer.params, numbers(optimizer.cache)))
+
+    return make
 
 
 def _auto_list(problem: Problem) -> Runner:
@@ -145,10 +155,13 @@ def _peer(function: str) -> Callable[[Problem], Runner]:
 
 # By the name that --kernels takes, in the order of the table.
 CONTENDERS: dict[str, Contender] = {
-    "auto": Contender("fastrms auto", _auto, many_threads=True),
+    "auto": Contender("fastrms auto", _own("auto"), many_threads=True),
     "auto-list": Contender("fastrms auto, step(list)", _auto_list, many_threads=True, for_one=False),
     "serial": Contender("fastrms serial", _ours("serial")),
     "parallel": Contender("fastrms parallel", _ours("parallel"), many_threads=True),
+    "parallel-bfloat16": Contender(
+        "fastrms parallel, bfloat16", _own("parallel", "bfloat16"), many_threads=True, cache_dtype="bfloat16"
+    ),
     "numpy": Contender("fastrms numpy", _ours("numpy")),
     "numpy-in-place": Contender("NumPy in place", _numpy_in_place),
     "reference": Contender("reference class", _reference),

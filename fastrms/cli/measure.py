@@ -38,11 +38,16 @@ class Where(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """One way as the user sees it: its label, the threads it may use, and where it runs."""
+    """One way as the user sees it: its label, the threads it may use, where it runs, and on what.
+
+    `takes` says whether it can be run on a dtype, and `moves` which share of the usual bytes it moves.
+    """
 
     label: str
     threads: int
     where: Where
+    takes: Callable[[str], bool] = lambda dtype: True
+    moves: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def measure(
     CommandError
         A way that runs in this process computes something else: ours, or the user's own kernel.
     """
-    everything = dict(limits) | dict(entries)
+    entries = {name: entry for name, entry in entries.items() if entry.takes(case.dtype)}
+    everything = dict(limits) | entries
     checks: dict[str, str] = {}
     calls: dict[str, int] = {}
     for k, (name, entry) in enumerate(everything.items()):
@@ -162,7 +168,7 @@ def _rows(
         if not times.get(name):
             continue
         quarter, median, three_quarters = np.quantile(times[name], [0.25, 0.5, 0.75]).tolist()
-        gparam, gbyte = rates(case.params, case.traffic, median)
+        gparam, gbyte = rates(case.params, entry.moves * case.traffic, median)
         enough = min(bounds, default=np.inf) <= entry.threads
         rows.append(
             Row(

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from fastrms.cli.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
 from fastrms.cli.common import CommandError
-from fastrms.kernels.reference import ReferenceRMSProp
+from fastrms.kernels.reference import ReferenceRMSProp, from_bfloat16
 from fastrms.optimizer import RMSProp
 
-__all__ = ["TOLERANCE", "Problem", "Runner", "check"]
+__all__ = ["TOLERANCE", "Problem", "Runner", "check", "numbers"]
 
 Array = NDArray[Any]
 State = tuple[Sequence[Any], Sequence[Any]]
@@ -51,18 +51,25 @@ class Problem:
         self._optimizer.buffers["cache"].flat[...] = 0
         return self._optimizer
 
-    def new_optimizer(self, kernel: str) -> RMSProp:
+    def new_optimizer(self, kernel: str, cache_dtype: str | None = None) -> RMSProp:
         """An optimizer of this case's arrays."""
         # Setting the number for each step takes time, which no one pays who wants all threads.
         threads = None if self.threads == numba.get_num_threads() else self.threads
-        return RMSProp(self.params, LR, DECAY_RATE, EPSILON, kernel=kernel, num_threads=threads)
+        return RMSProp(
+            self.params, LR, DECAY_RATE, EPSILON, kernel=kernel, num_threads=threads, cache_dtype=cache_dtype
+        )
 
     def copies(self) -> tuple[list[Array], list[Array]]:
         """Parameters to be changed in place, and a cache of zeros."""
         return [param.copy() for param in self.params], [np.zeros_like(param) for param in self.params]
 
-    def expected(self) -> State:
-        """Parameters and cache of the reference after the steps that are checked."""
+    def expected(self, cache_dtype: str | None = None) -> State:
+        """Parameters and cache after the steps that are checked, of the reference or of NumPy with 16-bit state."""
+        if cache_dtype is not None:
+            oracle = self.new_optimizer("numpy", cache_dtype)
+            for _ in range(CHECKED_STEPS):
+                oracle.step(self.grads)
+            return oracle.params, numbers(oracle.cache)
         if self._expected is None:
             reference = ReferenceRMSProp(self.params, LR, DECAY_RATE, EPSILON)
             for _ in range(CHECKED_STEPS):
@@ -87,8 +94,13 @@ class Runner:
     prepare: Callable[[], object] = lambda: None
 
 
-def check(runner: Runner, problem: Problem, exact: bool) -> str:
-    """Take some steps and compare with the reference: "same bits", or the largest error where that is allowed.
+def numbers(cache: Sequence[Array]) -> list[Array]:
+    """The numbers in a cache, also where it has 16 bits."""
+    return [from_bfloat16(array) if array.dtype == np.uint16 else array for array in cache]
+
+
+def check(runner: Runner, problem: Problem, exact: bool, cache_dtype: str | None = None) -> str:
+    """Take some steps and compare with `Problem.expected`: "same bits", or the largest error where that is allowed.
 
     Raises
     ------
@@ -101,7 +113,7 @@ def check(runner: Runner, problem: Problem, exact: bool) -> str:
     same, worst = True, 0.0
     eps = float(np.finfo(problem.case.dtype).eps)
     starts = problem.params, [np.zeros(())] * len(problem.params)
-    state = zip(("parameters", "cache"), runner.state(), problem.expected(), starts, strict=True)
+    state = zip(("parameters", "cache"), runner.state(), problem.expected(cache_dtype), starts, strict=True)
     for name, ours, theirs, before in state:
         if len(ours) != len(theirs):
             raise CommandError(f"expected {len(theirs)} arrays of {name}, got {len(ours)}")

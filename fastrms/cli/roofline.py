@@ -63,7 +63,7 @@ def touch_parallel(params: Array, grads: Array, cache: Array, half: Any, strip_l
         _touch_in_strips(params[low:high], grads[low:high], cache[low:high], half, strip_lines, lines_ahead)
 
 
-def rates(params: int, traffic: int, seconds: float) -> tuple[float, float]:
+def rates(params: int, traffic: float, seconds: float) -> tuple[float, float]:
     """Billions of parameters and of bytes a second, for a step of `params` parameters that moves `traffic` bytes."""
     return params / seconds / 1e9, traffic / seconds / 1e9
 

@@ -72,7 +72,7 @@ class Session:
         contender = CONTENDERS[name] if name in CONTENDERS else load_kernel(name)
         runner = contender.make(problem)
         try:
-            verdict = check(runner, problem, contender.exact)
+            verdict = check(runner, problem, contender.exact, contender.cache_dtype)
         except CommandError:
             raise
         except Exception as error:  # the user's kernel or another library: whatever it raises is its own
