@@ -83,6 +83,19 @@ def test_a_pause_between_steps_is_no_training():
     assert set(training.used) == {"parallel"}
 
 
+def test_threads_that_wake_up_after_a_pause_do_not_decide():
+    training = Training(serial=40e-6, parallel=24e-6).run(60_000)
+    assert training.used[-1] == "parallel"
+    training.used.clear()
+    for _ in range(20):
+        training.now += 100.0
+        training.seconds["parallel"] = 240e-6
+        training.run(2 * Chooser.SLOW_STEPS)
+        training.seconds["parallel"] = 24e-6
+        training.run(200)
+    assert set(training.used) == {"parallel"}
+
+
 def test_single_slow_steps_do_not_decide():
     training = Training(serial=0.01, parallel=0.006)
     for _ in range(1000):

@@ -103,9 +103,10 @@ class Chooser:
     ROUNDS, STEPS, DROPPED = 3, 8, 3
     # How much faster parallel has to be to be kept, and how much slower to stop a trial after its first round.
     GAIN, GIVE_UP = 0.97, 1.15
-    # So many steps in a row that are so much slower than those of the trial mean that things have changed: another
-    # program on one of the cores makes parallel ten times slower, for instance.
-    SLOW_STEPS, SLOWER = 12, 1.5
+    # So many steps in a row, over so many seconds, that are so much slower than those of the trial mean that things
+    # have changed: another program on one of the cores makes parallel ten times slower, for instance. (After a pause it
+    # takes the system some milliseconds to put two threads on two cores again: a look just then would mislead.)
+    SLOW_STEPS, SLOW_SECONDS, SLOWER = 12, 0.1, 1.5
     # What is longer than so many steps is a pause between two of them, not training: it brings no look nearer.
     PAUSE = 10
 
@@ -128,11 +129,15 @@ class Chooser:
         """Yields the kernel for the next step, and is sent how long the training step took that it ended."""
         patience, expected = self.FIRST_LOOK, float("inf")
         while True:
-            spent, slow = 0.0, 0
-            while spent < patience and slow < self.SLOW_STEPS:
+            spent = slow_seconds = 0.0
+            slow_steps = 0
+            while spent < patience and (slow_steps < self.SLOW_STEPS or slow_seconds < self.SLOW_SECONDS):
                 period = yield self._best
-                spent += min(period, self.PAUSE * expected)
-                slow = slow + 1 if period > self.SLOWER * expected else 0
+                counted = min(period, self.PAUSE * expected)
+                spent += counted
+                slow = period > self.SLOWER * expected
+                slow_steps, slow_seconds = (slow_steps + 1, slow_seconds + counted) if slow else (0, 0.0)
+            changed = spent < patience
             times: dict[str, list[float]] = {"serial": [], "parallel": []}
             for _ in range(self.ROUNDS):
                 for kernel, taken in times.items():
@@ -150,4 +155,4 @@ class Chooser:
             )
             expected = min(serial, parallel)
             # After a change, not the old patience: what is found now holds only since then.
-            patience = self.FIRST_LOOK if slow else min(2 * patience, self.LAST_LOOK)
+            patience = self.FIRST_LOOK if changed else min(2 * patience, self.LAST_LOOK)
