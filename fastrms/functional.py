@@ -93,3 +93,4 @@ def warmup(
         for kernel in kernels:
             optimizer = RMSProp([np.zeros(1, dtype)], **(options | {"kernel": kernel}))
             optimizer.step([np.zeros(1, dtype)])
+            optimizer.step()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastrms import kernels
 from fastrms.buffers import FlatBuffer, find_overlap
 from fastrms.errors import DtypeError, OptionError, StructureError
-from fastrms.kernels import choice, pointers
+from fastrms.kernels import choice, cpu, pointers
 from fastrms.kernels.norms import combine
 from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
@@ -262,7 +262,7 @@ class RMSProp:
                 numbers = np.flatnonzero((segment_of == segment) & (self._group_of == k))
                 if len(numbers):
                     self._runs.append(Run(k, group, layout, numbers))
-        self._written = self._written_memory()
+        self._state: list[tuple[bool, bool]] = []  # which state each group has: momentum buffer, mean gradient
         for k, group in enumerate(self.param_groups):
             group.bind(self._views[k] if self._grouped else self._views, self._options_changed)
         self._kernel_changed()
@@ -277,6 +277,12 @@ class RMSProp:
         # The calls of a step, if they are the same from one to the next, by whether gradients lie elsewhere than in
         # the buffer, and by kernel.
         self._steady_calls: dict[tuple[bool, str], list[_Call]] = {}
+        # Where one call of `cpu.serial_from` is the whole step: its arguments, but for the address of the items.
+        self._steady_from: dict[str, tuple[Any, ...]] = {}
+        state = [(group["momentum"] > 0, group["centered"]) for group in self.param_groups]
+        if state != self._state:
+            self._state = state
+            self._prepare()
         self._zero_copy = self._kernel != "numpy" and pointers.available()
 
     params: Any = _views("params", "The parameters, in the structure that was given.")
@@ -357,14 +363,27 @@ class RMSProp:
             return self._step(gradients)
 
     def _step(self, gradients: Any) -> Any:
-        arrays, in_place = None, False
+        arrays, in_place, done = None, False, False
+        kernel = self._kernel if self._chooser is None else self._chooser.kernel
         if gradients is not None and gradients is not self._grads.views:
             items = self._grads.layout.flatten(gradients, "gradients")
-            # `items` keeps the arrays alive until the kernels have read them.
-            in_place = self._zero_copy and self._point_to(items)
+            if self._zero_copy:
+                # `items` keeps the arrays alive until the kernels have read them.
+                address = pointers.items_of(items)
+                steady = self._steady_from.get(kernel)
+                done = steady is not None and cpu.serial_from(address, *steady) < 0
+                in_place = done or (steady is None and self._find(address))
             if not in_place:
                 arrays = self._grads.check(items, "gradients", skip_none=True)
-        kernel = self._kernel if self._chooser is None else self._chooser.kernel
+        if not done:
+            self._update(kernel, arrays, in_place)
+        self.steps += 1
+        if self._chooser is not None:
+            self._chooser.step_done()
+        return self._views
+
+    def _update(self, kernel: str, arrays: list[Any] | None, in_place: bool) -> None:
+        """Run the kernels; gradients are in `arrays`, or where they were found, or else in the gradient buffer."""
         calls = self._steady_calls.get((in_place, kernel))
         rates = self._rates() if calls is None else None
         if arrays is not None:
@@ -377,19 +396,21 @@ class RMSProp:
             calls = self._make_calls(rates or self._rates(), kernel, None, in_place)
         for update, arguments in calls:
             update(*arguments)
-        self.steps += 1
-        if self._chooser is not None:
-            self._chooser.step_done()
-        return self._views
 
-    def _point_to(self, items: tuple[Any, ...]) -> bool:
-        """Let every run read its gradients from `items`; False if one of them is not an ordinary array for it."""
-        address = pointers.items_of(items)
-        if not all(run.point_to(address, self._written) for run in self._runs):
+    def _prepare(self) -> None:
+        """Make the state that the options ask for, and let the runs know."""
+        for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
+            if name not in self.buffers and any(group[option] for group in self.param_groups):
+                self.buffers[name] = self._new_state()
+        for run in self._runs:
+            run.prepare(self.buffers)
+
+    def _find(self, items: int) -> bool:
+        """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
+        if not all(run.find(items) for run in self._runs):
             return False
         for run in self._runs:  # only now, so that nothing is written if any array is a wrong one
-            if run.gathers:
-                run.gather(self._grads)
+            run.gather(items)
         return True
 
     def _rates(self) -> list[float]:
@@ -401,12 +422,8 @@ class RMSProp:
         """The kernel calls of the next step, for those parameters that are present (None: all).
 
         `kernel` is the one for large runs; "auto" stands for serial. With `in_place`, gradients are read where
-        `_point_to` found them, otherwise from the gradient buffer.
+        `_find` found them, otherwise from the gradient buffer.
         """
-        for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
-            if name not in self.buffers and any(group[option] for group in self.param_groups):
-                self.buffers[name] = self._new_state()
-                self._written = self._written_memory()
         if not in_place:
             for run in self._runs:
                 run.point_to_buffer()
@@ -424,16 +441,21 @@ class RMSProp:
                 corrections = 1.0 / (1.0 - options["decay_rate"] ** own_steps)
             steady = steady and not callable(options["lr"]) and corrections is None
             arguments = run.arguments(
-                self.buffers,
                 rates[run.group_number],
                 in_place,
                 None if present is None else present[run.numbers],
                 None if scales is None else scales[run.numbers],
                 corrections,
             )
-            calls.append((kernels.UPDATES[name], arguments))
+            if in_place and name == "serial":
+                # The function that found them, with which a first step compiles no other. 0: they are found.
+                calls.append((cpu.serial_from, (0, *run.with_sources(arguments))))
+            else:
+                calls.append((kernels.UPDATES[name], arguments))
         if steady:
             self._steady_calls[in_place, kernel] = calls
+            if len(calls) == 1 and calls[0][0] is cpu.serial_from:
+                self._steady_from[kernel] = calls[0][1][1:]
         return calls
 
     def _kernel_of(self, run: Run, kernel: str) -> str:
@@ -458,11 +480,6 @@ class RMSProp:
 
     def _threads(self) -> int:
         return self._num_threads or choice.max_threads()
-
-    def _written_memory(self) -> NDArray[np.int64]:
-        """The addresses [low, high) of each block that a step writes."""
-        blocks = [buffer.block for buffer in self.buffers.values()]
-        return np.array([(block.ctypes.data, block.ctypes.data + block.nbytes) for block in blocks], np.int64)
 
     def _clip_scales(self, of_run: list[str], present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
         """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""
@@ -502,7 +519,7 @@ class RMSProp:
 
 
 # What `_connect` makes, and pickles and copies leave out.
-_DERIVED = ("_grads", "_views", "_runs", "_written", "_steady_calls", "_zero_copy", "_chooser")
+_DERIVED = ("_grads", "_views", "_runs", "_steady_calls", "_steady_from", "_state", "_zero_copy", "_chooser")
 
 
 def _scale_to(limit: float, norms: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.buffers import FlatBuffer, Layout
-from fastrms.kernels import pointers
+from fastrms.kernels import cpu, pointers
 from fastrms.kernels.norms import SpanNorms
 from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule
 
@@ -43,9 +43,8 @@ class Run:
         for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
             row[0], row[1] = number, len(leaf.shape)
             row[2 : 2 + len(leaf.shape)] = leaf.shape
-        self._identity = pointers.identity(self.dtype)
         # Small arrays are faster copied together and updated as one.
-        self.gathers = self.size < pointers.GATHER_BELOW * len(leaves)
+        self._gathers = self.size < pointers.GATHER_BELOW * len(leaves)
         # Kernels read these; they are written in place, so that a step without changes makes no array.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(leaves), 2), self.dtype)
@@ -56,13 +55,34 @@ class Run:
         """The norm of each parameter's gradient."""
         return SpanNorms(self._spans)
 
-    def point_to(self, items: int, written: NDArray[np.int64]) -> bool:
-        """Take the gradients from the arrays of the tuple whose items are at this address, if all are ordinary."""
-        return bool(pointers.find_sources(items, self._identity, self._shapes, written, self._spans) < 0)
+    def prepare(self, buffers: Mapping[str, FlatBuffer]) -> None:
+        """Take note of where the buffers lie and which state the options ask for."""
+        written = [(buffer.block.ctypes.data, buffer.block.nbytes) for buffer in buffers.values()]
+        bounds = [bound for address, nbytes in written for bound in (address, address + nbytes)]
+        expected = np.array([*pointers.identity(self.dtype), *bounds], np.int64)
+        self._arrays = (
+            self.part_of(buffers["params"]),
+            self.part_of(buffers["grads"]),
+            self.part_of(buffers["cache"]),
+            self.part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else None,
+            self.part_of(buffers["grad_avg"]) if self.group["centered"] else None,
+            self._hyper,
+        )
+        self._sources = (expected, self._shapes, self._spans)
+        self._no_update = (*self._arrays, self._whole[:0], self._whole_factors[:0], False)
 
-    def gather(self, grads: FlatBuffer) -> None:
-        """Copy the gradients that were found to `grads`."""
-        pointers.gather(self._spans, self.part_of(grads))
+    def find(self, items: int) -> bool:
+        """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
+        return bool(cpu.serial_from(items, *self._sources, False, *self._no_update) < 0)
+
+    def gather(self, items: int) -> None:
+        """Copy the gradients to the gradient buffer, if this run does better so."""
+        if self._gathers:
+            cpu.serial_from(items, *self._sources, True, *self._no_update)
+
+    def with_sources(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of `cpu.serial_from`, but for the address of the items, from those of `cpu.serial`."""
+        return (*self._sources, self._gathers, *arguments)
 
     def point_to_buffer(self) -> None:
         """Take the gradients from the gradient buffer."""
@@ -75,7 +95,6 @@ class Run:
 
     def arguments(
         self,
-        buffers: Mapping[str, FlatBuffer],
         lr: float,
         in_place: bool,
         present: NDArray[np.bool_] | None,
@@ -87,7 +106,7 @@ class Run:
         Parameters whose gradients are neighbours and that have the same factors are updated as one span.
         """
         options = self.group
-        alike = (self.gathers or not in_place) and present is None and scales is None
+        alike = (self._gathers or not in_place) and present is None and scales is None
         alike = alike and (corrections is None or bool(np.all(corrections == corrections[0])))
         spans, factors = (self._whole, self._whole_factors) if alike else (self._spans, self._factors)
         sign = -1.0 if options["maximize"] else 1.0
@@ -96,14 +115,4 @@ class Run:
         if present is not None:
             spans, factors = spans[present], factors[present]
         self._hyper[:] = hyper_values(options, lr, self.dtype)
-        return (
-            self.part_of(buffers["params"]),
-            self.part_of(buffers["grads"]),
-            self.part_of(buffers["cache"]),
-            self.part_of(buffers["momentum_buffer"]) if options["momentum"] > 0 else None,
-            self.part_of(buffers["grad_avg"]) if options["centered"] else None,
-            self._hyper,
-            spans,
-            factors,
-            needs_extended_rule(options) or scales is not None,
-        )
+        return (*self._arrays, spans, factors, needs_extended_rule(options) or scales is not None)

@@ -229,10 +229,10 @@ def test_it_can_be_switched_off():
 
 def test_another_layout_of_arrays_turns_it_off(monkeypatch):
     assert pointers.available() or not JIT
-    for name in ("_DATA", "_NDIM", "_SHAPE", "_DTYPE", "_FLAGS", "_ITEMS"):
+    for name in ("DATA", "NDIM", "SHAPE", "DTYPE", "FLAGS", "_ITEMS"):
         with monkeypatch.context() as patch:
             # One field further on: still inside the object, so that the check can look.
-            patch.setattr(pointers, name, getattr(pointers, name) - 8 if name != "_DATA" else 24)
+            patch.setattr(pointers, name, getattr(pointers, name) - 8 if name != "DATA" else 24)
             pointers.available.cache_clear()
             assert not pointers.available(), name
     pointers.available.cache_clear()

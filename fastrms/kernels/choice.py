@@ -8,12 +8,12 @@ Bits do not depend on the kernel, so trying is harmless.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import numba
+import numpy as np
 
 from fastrms.errors import OptionError, OptionTypeError
 
@@ -145,7 +145,7 @@ class Chooser:
                         period = yield kernel
                         if i >= self.DROPPED:
                             taken.append(period)
-                serial, parallel = (statistics.median(taken) for taken in times.values())
+                serial, parallel = (float(np.median(taken)) for taken in times.values())
                 if parallel > self.GIVE_UP * serial:
                     break
             self._best = "parallel" if parallel < self.GAIN * serial else "serial"
