@@ -31,12 +31,19 @@ RUNS = {
     "arrays": ["--arrays", str(MANY_ARRAYS[0]), "--shape", *map(str, MANY_ARRAYS[1])],
     "in-situ": ["--in-situ"],
 }
+# Training with 16-bit state, which is no time.
+TRAINING = Path(__file__).parent / "bench_bfloat16.py"
 # What each of them writes.
-FILES = {"flat": "fastrms-bench.json", "arrays": "fastrms-bench.json", "in-situ": "fastrms-bench-in-situ.json"}
+FILES = {
+    "flat": "fastrms-bench.json",
+    "arrays": "fastrms-bench.json",
+    "in-situ": "fastrms-bench-in-situ.json",
+    "bfloat16": "training.json",
+}
 
 OURS = ("auto", "auto-list", "serial", "parallel", "parallel-bfloat16", "numpy")
 
-Results = dict[str, dict[str, Any]]
+Results = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.source or args.keep or Path(temporary)
         if args.source is None:
             measure(folder, args.quick)
-        results = {name: json.loads((folder / name / FILES[name]).read_text(encoding="utf-8")) for name in RUNS}
+        results = {name: json.loads((folder / name / FILES[name]).read_text(encoding="utf-8")) for name in FILES}
     written = fill(args.pages, tables(results))
     print(f"\nwritten: {', '.join(written) or 'nothing, no page has a marker'}\n")
     print(targets_table(results))
@@ -65,6 +72,10 @@ def measure(folder: Path, quick: bool) -> None:
         command = [sys.executable, "-m", "fastrms", "bench", *arguments, *more, "--output", str(folder / name)]
         print("\n$", *command[1:], flush=True)
         subprocess.run(command, check=True)
+    path = folder / "bfloat16" / FILES["bfloat16"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print("\n$", TRAINING, path, flush=True)
+    subprocess.run([sys.executable, str(TRAINING), str(path)], check=True)
 
 
 def fill(pages: tuple[Path, ...] | list[Path], parts: dict[str, str]) -> list[str]:
@@ -93,6 +104,7 @@ def tables(results: Results) -> dict[str, str]:
         "float64": flat(results["flat"]["results"], "float64"),
         "limit": limit(results["flat"]["results"]),
         "arrays": flat(results["arrays"]["results"], "float32"),
+        "bfloat16": training(results["bfloat16"]),
         "losses": losses(results),
         "targets": targets_table(results),
         "summary": summary(results),
@@ -183,6 +195,16 @@ def in_situ(rows: list[dict[str, Any]]) -> str:
             ]
         )
     return markdown(["network", "optimizer", "gradients", "training step", "of which optimizer", "faster"], body)
+
+
+def training(rows: list[dict[str, Any]]) -> str:
+    """What 16-bit state does to training: mean and standard deviation over seeds."""
+    body = []
+    for row in rows:
+        figures = map("{:.4f} ± {:.4f}".format, row["mean"], row["deviation"])
+        body.append([row["setting"], row["cache"], *figures])
+    seeds = rows[0]["seeds"]
+    return markdown([f"digits, {seeds} seeds", "cache", "training loss", "test loss", "test accuracy"], body)
 
 
 def losses(results: Results) -> str:

@@ -475,8 +475,11 @@ def test_tables_are_written_between_markers(tmp_path, tables, capsys):
     assert main(["bench", "--sizes", "1000", "1e5", *ways, *common, str(folder / "flat")]) == 0
     assert main(["bench", "--arrays", "5", *ways, "auto-list", *common, str(folder / "arrays")]) == 0
     assert main(["bench", "--in-situ", "--networks", "5-4-3", *common, str(folder / "in-situ")]) == 0
+    trained = {"setting": "decay_rate=0.9", "cache": "bfloat16", "seeds": 3, "mean": [0.5, 0.6, 0.9]}
+    (folder / "bfloat16").mkdir()
+    (folder / "bfloat16" / "training.json").write_text(json.dumps([trained | {"deviation": [0.01, 0.02, 0.03]}]))
     page = tmp_path / "page.md"
-    names = ["machine", "in-situ", "float32", "float64", "limit", "arrays", "losses", "targets", "summary"]
+    names = ["machine", "in-situ", "float32", "float64", "limit", "arrays", "bfloat16", "losses", "targets", "summary"]
     page.write_text("before\n" + "".join(f"<!-- table: {name} -->\nold {name}\n<!-- end -->\n" for name in names))
     capsys.readouterr()
     assert tables.main(["--from", str(folder), "--pages", str(page)]) == 0
@@ -488,6 +491,7 @@ def test_tables_are_written_between_markers(tmp_path, tables, capsys):
     assert "| float32, a step | 1,000 | 100,000 |" in first
     assert re.search(r"^\| fastrms auto \| [\d.]+ .?s ± \d+ % \|", first, re.MULTILINE)
     assert "5-4-3, float32" in first
+    assert "| decay_rate=0.9 | bfloat16 | 0.5000 ± 0.0100 | 0.6000 ± 0.0200 | 0.9000 ± 0.0300 |" in first
     out = capsys.readouterr().out
     assert re.search(r"1,000 in one array.*\| 2\.5 \| [\d.]+ \| (reached|\*\*missed\*\*) \|", out)
     assert out.count("not in this run") > 10
