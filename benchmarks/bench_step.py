@@ -7,11 +7,14 @@ noise and drift of the machine hit each alike.
 
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 
+from fastrms import RMSProp
 from fastrms.cli.contenders import CONTENDERS
 from fastrms.cli.workers import Session
 from fastrms.plots import format_seconds
@@ -55,3 +58,22 @@ def test_step_over_1e5_is_three_times_faster_than_the_reference_class(capsys):
             print(f"{label:24} {time:>8}  {spread:36} {base / median:5.2f}x")
     # A ratio within one run, and no time. "auto" may have settled on parallel just before another program took a core.
     assert base / min(medians["auto"], medians["serial"]) >= 3
+
+
+def test_what_a_step_adds_to_the_compiled_call(capsys):
+    opt = RMSProp([np.ones(1_000, np.float32)], kernel="serial")
+    opt.step()
+    ((kernel, arguments),) = opt._make_calls([1e-3], "serial", None, False)
+    calls = {"opt.step()": opt.step, "compiled call": lambda: kernel(*arguments)}
+    times = {name: [] for name in calls}
+    for _ in range(200):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(200):
+                call()
+            times[name].append((time.perf_counter() - start) / 200)
+    step, bare = (1e6 * statistics.median(taken) for taken in times.values())
+    with capsys.disabled():
+        print(
+            f"\n1,000 float32: opt.step() {step:.2f} us, the bare compiled call {bare:.2f} us, {step - bare:.2f} more"
+        )
