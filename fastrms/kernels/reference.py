@@ -112,7 +112,8 @@ def update(
                     _flush(m, tiny)
                     mean = correction * m
                     mean_square = (mean * (np.abs(mean) >= h["mean_floor"])) ** 2
-                    v = v - np.where(v < mean_square + tiny, v, mean_square)
+                    drop = v < mean_square + tiny
+                    v = _without(drop, v) - _without(drop, mean_square)
 
                 step = h["lr_inside"] * g / (np.sqrt(v + h["eps_inside"]) + h["eps_outside"])
                 if momentum_buffer is not None:
@@ -127,6 +128,13 @@ def update(
                 for state, values in ((cache, c), (grad_avg, m), (momentum_buffer, b)):
                     if values is not None and state is not None and state.dtype == np.uint16:
                         state[start:stop] = to_bfloat16(values)
+
+
+def _without(drop: Array, x: Array) -> Array:
+    """`x` with 0 where `drop`, by its bits: np.where takes twice as long where that cannot be foreseen."""
+    integer = np.dtype(f"i{x.dtype.itemsize}")
+    bits = x.view(integer) & np.subtract(drop.view(np.int8), 1, dtype=integer)
+    return bits.view(x.dtype)
 
 
 def _flush(state: Array, tiny: Any) -> None:
