@@ -2,17 +2,27 @@
 
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.dialects import dialect
-from fastrms.errors import DtypeError, FastrmsError, OptionError, OptionTypeError, StructureError
+from fastrms.errors import (
+    CheckpointError,
+    DtypeError,
+    FastrmsError,
+    NonfiniteError,
+    OptionError,
+    OptionTypeError,
+    StructureError,
+)
 from fastrms.functional import rmsprop_update, warmup
 from fastrms.kernels.reference import from_bfloat16
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
 
 __all__ = [
+    "CheckpointError",
     "DtypeError",
     "FastrmsError",
     "FlatBuffer",
     "Layout",
+    "NonfiniteError",
     "OptionError",
     "OptionTypeError",
     "ParamGroup",

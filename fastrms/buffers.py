@@ -173,7 +173,7 @@ class FlatBuffer:
         tuple with one dense array for each dtype, in the order of first appearance, all in the one block.
     segments : tuple of ndarray
         As `flat`, and a tuple also for a single dtype.
-    leaves : list of ndarray
+    leaves : tuple of ndarray
         The views in order, without the structure.
     block : ndarray of uint8
         The whole memory, gaps between segments included.
@@ -215,11 +215,38 @@ class FlatBuffer:
         self.segments: tuple[Array, ...] = tuple(
             self.block[s.offset : s.offset + s.size * s.dtype.itemsize].view(s.dtype) for s in layout.segments
         )
-        self.leaves: list[Array] = self._views_of(self.segments)
+        self.leaves: tuple[Array, ...] = tuple(self._views_of(self.segments))
         self.views: Any = layout.structure(self.leaves)
+        # Equal as long as nothing else is put into `views`; there is nothing to put into a single array.
+        single = self.views is self.leaves[0]
+        self.watched: Any = None if single else self.views
+        self.kept: Any = None if single else layout.structure(self.leaves)
 
     def _views_of(self, segments: Sequence[Array]) -> list[Array]:
         return [segments[leaf.segment][leaf.start : leaf.stop].reshape(leaf.shape) for leaf in self.layout.leaves]
+
+    def problems(self, name: str) -> list[str]:
+        """What has been put in the place of views, and which views no longer show their part of the block."""
+        try:
+            items = self.layout.flatten(self.views, name)
+        except StructureError as error:
+            return [str(error)]
+        found = []
+        for item, view, fresh, leaf in zip(
+            items, self.leaves, self._views_of(self.segments), self.layout.leaves, strict=True
+        ):
+            path = name + leaf.path
+            if item is not view:
+                found.append(
+                    f"{path}: expected the view that was there, got {_describe(item)} in its place; write into the "
+                    f"view: {path}[...] = value"
+                )
+            elif view.__array_interface__ != fresh.__array_interface__:
+                found.append(
+                    f"{path}: expected a view of shape {leaf.shape} of its part of the block, got one that was changed "
+                    f"to shape {view.shape}, strides {view.strides}, {view.dtype}"
+                )
+        return found
 
     @property
     def flat(self) -> Any:

@@ -4,7 +4,21 @@ Each is also the builtin exception that a NumPy user would expect (`ValueError` 
 catches those keeps working. Every message names the argument, what was expected and what came.
 """
 
-__all__ = ["DtypeError", "FastrmsError", "OptionError", "OptionTypeError", "StructureError"]
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "CheckpointError",
+    "DtypeError",
+    "FastrmsError",
+    "NonfiniteError",
+    "OptionError",
+    "OptionTypeError",
+    "StructureError",
+]
 
 
 class FastrmsError(Exception):
@@ -25,3 +39,35 @@ class DtypeError(FastrmsError, TypeError):
 
 class StructureError(FastrmsError, ValueError):
     """Arrays do not fit together: wrong count, key, shape or nesting, nothing given, or memory that overlaps."""
+
+
+class CheckpointError(FastrmsError, ValueError):
+    """A state or a file is damaged, of another optimizer, or no checkpoint; the optimizer is as it was."""
+
+
+class NonfiniteError(FastrmsError, FloatingPointError):
+    """Gradients have values that are inf or NaN; parameters and state are as they were.
+
+    Attributes
+    ----------
+    counts : dict of str to int
+        How many, by the path of the parameter (``"[0]['W']"``), of those that have any.
+    """
+
+    def __init__(self, message: str, counts: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.counts = dict(counts)
+
+    @classmethod
+    def of(cls, gradients: Mapping[str, NDArray[Any]]) -> "NonfiniteError":
+        """The error about these gradients, by path, which all have an inf or NaN."""
+        counts, texts = {}, []
+        for path, array in gradients.items():
+            nans, infs = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+            counts[path] = nans + infs
+            texts.append(f"gradients{path}: {nans} NaN and {infs} inf among {array.size} values")
+        more = f"; and {len(texts) - 10} more parameters" if len(texts) > 10 else ""
+        return cls(f"expected finite gradients, got {'; '.join(texts[:10])}{more}; nothing was changed", counts)
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, int]]]:
+        return type(self), (str(self), self.counts)

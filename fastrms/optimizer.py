@@ -1,24 +1,28 @@
 """`RMSProp`: holds the buffers and the options, checks a step, and hands runs of elements to a kernel."""
 
 import copy
-from collections.abc import Mapping
+import threading
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
+from fastrms.attributes import option_of_all_groups, views
 from fastrms.buffers import FlatBuffer, find_overlap
-from fastrms.errors import DtypeError, OptionError, StructureError
+from fastrms.checkpoints import Checkpointed
+from fastrms.errors import DtypeError, NonfiniteError, StructureError
 from fastrms.kernels import choice, cpu, pointers
-from fastrms.kernels.norms import combine
+from fastrms.kernels.norms import combine, scale_to
 from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
     LearningRate,
     ParamGroup,
     check_cache_dtype,
+    check_nonfinite,
     check_option,
     check_threads,
+    parameter_groups,
     resolve_lr,
 )
 from fastrms.runs import Run
@@ -28,41 +32,7 @@ __all__ = ["RMSProp"]
 _Call = tuple[kernels.Kernel, tuple[Any, ...]]
 
 
-def _views(name: str, meaning: str) -> property:
-    def get(self: "RMSProp") -> Any:
-        buffer = self.buffers.get(name)
-        return None if buffer is None else buffer.views
-
-    def refuse_another(self: "RMSProp", value: Any) -> None:
-        # What `opt.grads *= 0.5` assigns, for a single array, is the same array.
-        if value is not get(self):
-            raise AttributeError(f"{name}: these views cannot be replaced; write into them: opt.{name}[...] = value")
-
-    return property(get, refuse_another, doc=f"{meaning} Views of a flat buffer.")
-
-
-def _option_of_all_groups(name: str, meaning: str) -> property:
-    def get(self: "RMSProp") -> Any:
-        values = [group[name] for group in self.param_groups]
-        if any(value != values[0] for value in values):
-            # A number that holds for one group only would be a trap: `opt.lr *= 0.5` would level all groups.
-            raise OptionError(f"{name}: differs between groups, {values}; use opt.param_groups[i][{name!r}]")
-        return values[0]
-
-    def set_all(self: "RMSProp", value: Any) -> None:
-        before = [group[name] for group in self.param_groups]
-        try:
-            for group in self.param_groups:
-                group[name] = value
-        except Exception:
-            for group, old in zip(self.param_groups, before, strict=True):
-                group[name] = old
-            raise
-
-    return property(get, set_all, doc=f"{meaning} Setting it sets it for all groups.")
-
-
-class RMSProp:
+class RMSProp(Checkpointed):
     r"""RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
 
     With default options each step computes, element by element,
@@ -129,6 +99,10 @@ class RMSProp:
         bytes move through memory for each parameter. Steps compute in float32; what is stored is rounded to nearest.
         `cache` then has uint16 arrays, which `from_bfloat16` turns into numbers. decay_rate and momentum must be
         less than 255/256, as nothing decays any more from there on. ``docs/options.md`` has the arithmetic.
+    nonfinite : {"propagate", "raise", "skip"}, default "propagate"
+        What a step does where a gradient has an inf or NaN: use it, which stays in its element; raise NonfiniteError;
+        or do nothing, and count that in `skipped_steps`. The latter two leave parameters, state and `steps` as they
+        were, and cost one reading of the gradients, or none where the norms that clipping needs tell it.
 
     Attributes
     ----------
@@ -143,6 +117,8 @@ class RMSProp:
         The flat buffers behind the views: ``opt.buffers["grads"].flat`` is one dense vector.
     steps : int
         Steps taken.
+    skipped_steps : int
+        Steps not taken, with nonfinite="skip".
 
     Raises
     ------
@@ -188,6 +164,7 @@ class RMSProp:
         kernel: str = "auto",
         num_threads: int | None = None,
         cache_dtype: str | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -208,10 +185,11 @@ class RMSProp:
             "flush_subnormals": flush_subnormals,
         }
         self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
+        self._nonfinite = check_nonfinite(nonfinite)
         self._kernel = choice.check_kernel(kernel)
         self._num_threads = check_threads(num_threads, choice.max_threads())
 
-        groups = _parameter_groups(params)
+        groups = parameter_groups(params)
         self._grouped = groups is not None
         arrays = params if groups is None else [group["params"] for group in groups]
         values = FlatBuffer(arrays, "params")
@@ -243,7 +221,7 @@ class RMSProp:
         for cache, k in zip(self.buffers["cache"].leaves, self._group_of, strict=True):
             start = self.param_groups[k]["initial_scale"]
             cache[...] = start if self._cache_dtype is None else to_bfloat16(start)
-        self.steps = 0
+        self.steps = self.skipped_steps = 0
         self._skipped = np.zeros(len(layout.leaves), np.int64)  # steps that each parameter sat out
         self._connect()
 
@@ -253,7 +231,7 @@ class RMSProp:
     def _connect(self) -> None:
         """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
         self._grads = self.buffers["grads"]
-        self._views = self.buffers["params"].views
+        self._params = self.buffers["params"]
         layout = self._grads.layout
         segment_of = np.array([leaf.segment for leaf in layout.leaves])
         self._runs: list[Run] = []
@@ -264,12 +242,19 @@ class RMSProp:
                     self._runs.append(Run(k, group, layout, numbers))
         self._state: list[tuple[bool, bool]] = []  # which state each group has: momentum buffer, mean gradient
         for k, group in enumerate(self.param_groups):
-            group.bind(self._views[k] if self._grouped else self._views, self._options_changed)
+            group.bind(self._params.views[k] if self._grouped else self._params.views, self._options_changed)
+        # Two threads that step the same optimizer, or one that saves it meanwhile, take turns.
+        self.__dict__.setdefault("_lock", threading.RLock())
+        choice.call_after_fork(self)
+        self._kernel_changed()
+
+    def _in_child_of_fork(self) -> None:
+        self._lock = threading.RLock()  # a thread that held it is not here
         self._kernel_changed()
 
     def _kernel_changed(self) -> None:
         large = any(run.size >= choice.TRY_PARALLEL_FROM for run in self._runs)
-        watch = self._kernel == "auto" and large and self._threads() > 1
+        watch = self._kernel == "auto" and large and self._threads() > 1 and choice.threads_work()
         self._chooser = choice.Chooser() if watch else None
         self._options_changed()
 
@@ -279,24 +264,26 @@ class RMSProp:
         self._steady_calls: dict[tuple[bool, str], list[_Call]] = {}
         # Where one call of `cpu.serial_from` is the whole step: its arguments, but for the address of the items.
         self._steady_from: dict[str, tuple[Any, ...]] = {}
+        # Of the gradients of this step, where clipping needs them.
+        self._norms = np.full(len(self._skipped), np.nan)
         state = [(group["momentum"] > 0, group["centered"]) for group in self.param_groups]
         if state != self._state:
             self._state = state
             self._prepare()
         self._zero_copy = self._kernel != "numpy" and pointers.available()
 
-    params: Any = _views("params", "The parameters, in the structure that was given.")
-    grads: Any = _views(
+    params: Any = views("params", "The parameters, in the structure that was given.")
+    grads: Any = views(
         "grads",
         "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses "
         "this memory for small arrays, and to cast or rearrange: what it holds afterwards is not defined.",
     )
-    cache: Any = _views("cache", "The running mean of squared gradients, v in the equations.")
-    momentum_buffer: Any = _views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
-    grad_avg: Any = _views("grad_avg", "The running mean of gradients, or None where no group is centered.")
-    lr: Any = _option_of_all_groups("lr", "Learning rate, or the function that gives it.")
-    decay_rate: Any = _option_of_all_groups("decay_rate", "Decay rate of the mean square.")
-    epsilon: Any = _option_of_all_groups("epsilon", "Constant added to the denominator.")
+    cache: Any = views("cache", "The running mean of squared gradients, v in the equations.")
+    momentum_buffer: Any = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
+    grad_avg: Any = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
+    lr: Any = option_of_all_groups("lr", "Learning rate, or the function that gives it.")
+    decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
+    epsilon: Any = option_of_all_groups("epsilon", "Constant added to the denominator.")
 
     @property
     def global_clip_norm(self) -> float | None:
@@ -307,6 +294,21 @@ class RMSProp:
     def global_clip_norm(self, value: float | None) -> None:
         self._global_clip_norm = check_option("global_clip_norm", value)
         self._options_changed()
+
+    @property
+    def nonfinite(self) -> str:
+        """What a step does about gradients that are inf or NaN: "propagate", "raise" or "skip"."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        self._nonfinite = check_nonfinite(value)
+        self._options_changed()
+
+    @property
+    def cache_dtype(self) -> str | None:
+        """The dtype of the state: "bfloat16", or None for that of the parameters."""
+        return self._cache_dtype
 
     @property
     def kernel(self) -> str:
@@ -347,55 +349,103 @@ class RMSProp:
         Raises
         ------
         StructureError
-            Wrong count, missing or unknown key, wrong shape.
+            Wrong count, missing or unknown key, wrong shape; or something was put into `params` or `grads` in the place
+            of a view, as in ``opt.params[0] = array``, which no step would see.
         DtypeError
             Something that is no array, or of complex, bool or object dtype.
         OptionError, OptionTypeError
             The function given as lr returned no usable rate.
+        NonfiniteError
+            A gradient has an inf or NaN, and `nonfinite` is "raise".
 
         Notes
         -----
         All errors come before the first write to parameters and state.
         """
-        if self._num_threads is None:
-            return self._step(gradients)
-        with choice.limit_threads(self._num_threads):
-            return self._step(gradients)
+        with self._lock:
+            if self._num_threads is None:
+                return self._step(gradients)
+            with choice.limit_threads(self._num_threads):
+                return self._step(gradients)
 
     def _step(self, gradients: Any) -> Any:
-        arrays, in_place, done = None, False, False
         kernel = self._kernel if self._chooser is None else self._chooser.kernel
-        if gradients is not None and gradients is not self._grads.views:
-            items = self._grads.layout.flatten(gradients, "gradients")
+        params, grads = self._params, self._grads
+        from_buffer = gradients is None or gradients is grads.views
+        try:
+            # Whether nothing was put in the place of a view: looks first whether items are the same objects, some
+            # nanoseconds each. (For a single array, None == None.)
+            intact = params.watched == params.kept and (not from_buffer or grads.watched == grads.kept)
+        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
+            intact = False
+        if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
+            raise StructureError(problems[0])
+
+        items, arrays, in_place = None, None, False
+        calls: list[_Call] | None = None
+        if not from_buffer:
+            items = grads.layout.flatten(gradients, "gradients")
             if self._zero_copy:
                 # `items` keeps the arrays alive until the kernels have read them.
                 address = pointers.items_of(items)
                 steady = self._steady_from.get(kernel)
-                done = steady is not None and cpu.serial_from(address, *steady) < 0
-                in_place = done or (steady is None and self._find(address))
+                if steady is None:
+                    in_place = self._find(address)
+                elif in_place := cpu.serial_from(address, *steady) < 0:
+                    calls = []  # that was all
             if not in_place:
-                arrays = self._grads.check(items, "gradients", skip_none=True)
-        if not done:
-            self._update(kernel, arrays, in_place)
-        self.steps += 1
+                arrays = grads.check(items, "gradients", skip_none=True)
+        if calls is None and arrays is None and self._nonfinite == "propagate":
+            calls = self._steady_calls.get((in_place, kernel))
+        if calls is None:
+            calls = self._plan(kernel, items if in_place else None, arrays)
+        if calls is None:
+            self.skipped_steps += 1
+        else:
+            for update, arguments in calls:
+                update(*arguments)
+            self.steps += 1
         if self._chooser is not None:
             self._chooser.step_done()
-        return self._views
+        return params.views
 
-    def _update(self, kernel: str, arrays: list[Any] | None, in_place: bool) -> None:
-        """Run the kernels; gradients are in `arrays`, or where they were found, or else in the gradient buffer."""
+    def _plan(self, kernel: str, found: tuple[Any, ...] | None, arrays: list[Any] | None) -> list[_Call] | None:
+        """The kernel calls of this step, or None where it is skipped because a gradient is not finite.
+
+        Gradients are in the arrays that were `found`, or in `arrays`, which are stored, or in the gradient buffer.
+        """
+        in_place = found is not None
         calls = self._steady_calls.get((in_place, kernel))
         rates = self._rates() if calls is None else None
+        present = None
         if arrays is not None:
             self._grads.store(arrays)
             if any(array is None for array in arrays):
                 present = np.array([array is not None for array in arrays])
-                calls = self._make_calls(rates or self._rates(), kernel, present, False)
-                self._skipped[~present] += 1
+                calls = None
         if calls is None:
-            calls = self._make_calls(rates or self._rates(), kernel, None, in_place)
-        for update, arguments in calls:
-            update(*arguments)
+            calls = self._make_calls(rates or self._rates(), kernel, present, in_place)
+        if self._nonfinite != "propagate":
+            wrong = self._not_finite(kernel, in_place, present)
+            if len(wrong) and self._nonfinite == "raise":
+                leaves, values = self._grads.layout.leaves, found or self._grads.leaves
+                raise NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
+            if len(wrong):
+                return None
+        if present is not None:
+            self._skipped[~present] += 1
+        return calls
+
+    def _not_finite(self, kernel: str, in_place: bool, present: NDArray[np.bool_] | None) -> NDArray[np.intp]:
+        """The numbers of the parameters whose gradients have an inf or NaN."""
+        finite = np.isfinite(self._norms) if present is None else np.isfinite(self._norms) | ~present
+        # A norm can be inf though no value is, and where there is none it is NaN: read the gradients.
+        if not finite.all():
+            for run in self._runs:
+                if not in_place:
+                    run.point_to_buffer()
+                finite[run.numbers] = run.norms.finite(run.part_of(self._grads), self._kernel_of(run, kernel))
+        return np.flatnonzero(~finite if present is None else ~finite & present)
 
     def _prepare(self) -> None:
         """Make the state that the options ask for, and let the runs know."""
@@ -428,8 +478,6 @@ class RMSProp:
             for run in self._runs:
                 run.point_to_buffer()
         of_run = [self._kernel_of(run, kernel) for run in self._runs]
-        if "parallel" in of_run:
-            choice.start_threads()
         scales = self._clip_scales(of_run, present)
         steady = scales is None and present is None
         calls: list[_Call] = []
@@ -451,15 +499,18 @@ class RMSProp:
                 # The function that found them, with which a first step compiles no other. 0: they are found.
                 calls.append((cpu.serial_from, (0, *run.with_sources(arguments))))
             else:
-                calls.append((kernels.UPDATES[name], arguments))
+                update = kernels.UPDATES[name]
+                calls.append((choice.one_at_a_time(update) if name == "parallel" else update, arguments))
         if steady:
             self._steady_calls[in_place, kernel] = calls
-            if len(calls) == 1 and calls[0][0] is cpu.serial_from:
+            if len(calls) == 1 and calls[0][0] is cpu.serial_from and self._nonfinite == "propagate":
                 self._steady_from[kernel] = calls[0][1][1:]
         return calls
 
     def _kernel_of(self, run: Run, kernel: str) -> str:
         """The kernel for a run where `kernel` is the one for large runs."""
+        if not choice.threads_work() and kernel == "parallel":
+            return "serial"
         if self._kernel != "auto":
             return kernel
         return kernel if kernel == "parallel" and run.size >= choice.TRY_PARALLEL_FROM else "serial"
@@ -469,7 +520,9 @@ class RMSProp:
         lines = []
         for run in self._runs:
             what = f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays"
-            if self._kernel != "auto":
+            if not choice.threads_work() and self._kernel in ("auto", "parallel"):
+                lines.append(f"{what}: serial; this process was forked from one that had started OpenMP threads")
+            elif self._kernel != "auto":
                 lines.append(f"{what}: {self._kernel}, as asked for")
             elif self._chooser is None or run.size < choice.TRY_PARALLEL_FROM:
                 few = f"{choice.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
@@ -477,6 +530,17 @@ class RMSProp:
             else:
                 lines.append(f"{what}: {self._chooser.kernel}; {self._chooser.reason}")
         return lines
+
+    def check(self) -> list[str]:
+        """Say what has happened to the views of parameters, gradients and state that should not: one line for each.
+
+        Returns
+        -------
+        problems : list of str
+            Empty if every item of `params`, `grads` and so on is the view that was there at first, and shows its part
+            of the buffer. (A step looks for replaced items of `params`, and of `grads` where it uses them, and raises.)
+        """
+        return [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
 
     def _threads(self) -> int:
         return self._num_threads or choice.max_threads()
@@ -487,19 +551,22 @@ class RMSProp:
             return None
         scales = np.ones(len(self._skipped))
         norms = np.zeros(len(self._skipped))
+        self._norms = np.full(len(self._skipped), np.nan)
         for run, kernel in zip(self._runs, of_run, strict=True):
             options = run.group
             grads = run.part_of(self._grads)
             bound = np.inf if options["clip_value"] is None else options["clip_value"]
             own = run.norms(grads, bound, kernel)
+            if options["clip_value"] is None:  # otherwise inf does not show
+                self._norms[run.numbers] = own
             if options["clip_norm"] is not None:
-                scales[run.numbers] = _scale_to(options["clip_norm"], own)
+                scales[run.numbers] = scale_to(options["clip_norm"], own)
                 own = np.minimum(own, options["clip_norm"])
             norms[run.numbers] = own
         if self._global_clip_norm is not None:
             if present is not None:
                 norms[~present] = 0.0  # what lies in their place is of an earlier step
-            scales *= _scale_to(self._global_clip_norm, np.array(combine(norms)))
+            scales *= scale_to(self._global_clip_norm, np.array(combine(norms)))
         return scales
 
     def __getstate__(self) -> dict[str, Any]:
@@ -519,26 +586,6 @@ class RMSProp:
 
 
 # What `_connect` makes, and pickles and copies leave out.
-_DERIVED = ("_grads", "_views", "_runs", "_steady_calls", "_steady_from", "_state", "_zero_copy", "_chooser")
-
-
-def _scale_to(limit: float, norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The factors that bring `norms` down to `limit`: 1 where they are within it, NaN where they are NaN."""
-    with np.errstate(divide="ignore"):
-        return np.where(norms <= limit, 1.0, limit / norms)
-
-
-def _parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:
-    """`params` as a list of groups, or None if it is something else: a list of dicts with "params" is a list of groups.
-
-    A list of dicts without that key is a list of layers.
-    """
-    if not isinstance(params, list | tuple) or not any(isinstance(p, Mapping) and "params" in p for p in params):
-        return None
-    for k, group in enumerate(params):
-        if not isinstance(group, Mapping) or "params" not in group:
-            raise StructureError(
-                f"params[{k}]: expected a parameter group with the key 'params', as another item of the list has, "
-                f"got {group!r}"
-            )
-    return list(params)
+_DERIVED = (
+    "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_zero_copy", "_chooser"
+)  # fmt: skip

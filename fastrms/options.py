@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrms.errors import OptionError, OptionTypeError
+from fastrms.errors import OptionError, OptionTypeError, StructureError
 
 __all__ = [
     "GROUP_DEFAULTS",
@@ -16,10 +16,12 @@ __all__ = [
     "ParamGroup",
     "check_cache_dtype",
     "check_for_dtype",
+    "check_nonfinite",
     "check_option",
     "check_threads",
     "hyper_values",
     "needs_extended_rule",
+    "parameter_groups",
     "resolve_lr",
 ]
 
@@ -98,6 +100,18 @@ def check_threads(value: Any, available: int) -> int | None:
             "environment variable NUMBA_NUM_THREADS, set before it is imported, can raise that"
         )
     return int(value)
+
+
+NONFINITE = ("propagate", "raise", "skip")
+
+
+def check_nonfinite(value: Any) -> str:
+    """Return `value` if it says what to do about gradients that are not finite."""
+    if not isinstance(value, str):
+        raise OptionTypeError(f"nonfinite: expected one of {NONFINITE}, got {value!r} ({type(value).__name__})")
+    if value not in NONFINITE:
+        raise OptionError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")
+    return value
 
 
 # bfloat16 keeps 8 bits of a number, so that a change by less than 2**-8 of it can round back to the same number.
@@ -197,6 +211,10 @@ class ParamGroup(MutableMapping[str, Any]):
         self._values = self._checked(self._values | {name: value})
         self._changed()
 
+    def take_over(self, other: "ParamGroup") -> None:
+        """Have the options of another group, which were checked when it was made."""
+        self._values = dict(other._values)
+
     def __delitem__(self, name: str) -> None:
         raise OptionError(f"{name}: an option cannot be deleted; set it to {GROUP_DEFAULTS.get(name)!r} to turn it off")
 
@@ -217,6 +235,22 @@ class ParamGroup(MutableMapping[str, Any]):
 
 def _known() -> str:
     return "the options are " + ", ".join(GROUP_DEFAULTS)
+
+
+def parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:
+    """`params` as a list of groups, or None if it is something else: a list of dicts with "params" is a list of groups.
+
+    A list of dicts without that key is a list of layers.
+    """
+    if not isinstance(params, list | tuple) or not any(isinstance(p, Mapping) and "params" in p for p in params):
+        return None
+    for k, group in enumerate(params):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise StructureError(
+                f"params[{k}]: expected a parameter group with the key 'params', as another item of the list has, "
+                f"got {group!r}"
+            )
+    return list(params)
 
 
 def resolve_lr(group: "ParamGroup", step: int) -> float:

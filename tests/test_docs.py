@@ -19,7 +19,8 @@ GIVEN = {"kernels.md": {"np": np, **FORMULA}}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_runs(page):
+def test_every_block_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what a page saves
     names = dict(GIVEN.get(page.name, {}))
     for code in BLOCK.findall(page.read_text(encoding="utf-8")):
         with warnings.catch_warnings():

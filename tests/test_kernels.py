@@ -130,14 +130,19 @@ ARROWS = {
     "buffers": {"errors"},
     "kernels.cpu": {"kernels"},
     "kernels.reference": {"options"},
-    "kernels.norms": {"kernels.reference", "kernels.cpu", "kernels"},
+    "kernels.norms": {"kernels.reference", "kernels.choice", "kernels.cpu", "kernels"},
     "kernels.pointers": set(),
     "kernels.choice": {"errors"},
     "kernels": {"kernels.cpu", "kernels.reference", "kernels"},
     "runs": {"buffers", "options", "kernels", "kernels.norms"},
-    "optimizer": {"errors", "options", "buffers", "runs", "kernels", "kernels.norms", "kernels.reference"},
+    "attributes": {"errors"},
+    "checkpoints": {"errors", "options"},
+    "optimizer": {
+        "errors", "options", "attributes", "buffers", "checkpoints", "runs", "kernels", "kernels.norms",
+        "kernels.reference",
+    },
     "functional": {"optimizer"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ARROWS)

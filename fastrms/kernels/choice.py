@@ -8,16 +8,22 @@ Bits do not depend on the kernel, so trying is harmless.
 """
 
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numba
 import numpy as np
 
 from fastrms.errors import OptionError, OptionTypeError
 
-__all__ = ["KERNELS", "Chooser", "check_kernel", "limit_threads", "max_threads", "start_threads"]
+__all__ = [
+    "KERNELS", "Chooser", "call_after_fork", "check_kernel", "limit_threads", "max_threads", "one_at_a_time",
+    "start_threads", "threads_work",
+]  # fmt: skip
 
 KERNELS = ("auto", "numpy", "serial", "parallel")
 
@@ -65,11 +71,8 @@ def start_threads() -> None:
     GNU OpenMP reads its environment when it is loaded, which is now, unless something else has loaded it: for that
     moment GOMP_SPINCOUNT is `SPIN_COUNT`. Settings of the user's own stay as they are.
     """
-    try:
-        numba.threading_layer()  # type: ignore[attr-defined]
+    if _layer() is not None:
         return
-    except ValueError:  # not started yet
-        pass
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         numba.get_num_threads()
         return
@@ -78,6 +81,61 @@ def start_threads() -> None:
         numba.get_num_threads()
     finally:
         del os.environ["GOMP_SPINCOUNT"]
+
+
+# In a child of fork() there are no threads but the one that called it. Numba's TBB and workqueue layers start new ones;
+# with GNU OpenMP, whose state says that they are there, a parallel kernel would end the process.
+_lost_threads = False
+_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+_region = threading.Lock()
+
+
+def one_at_a_time(kernel: Callable[..., None]) -> Callable[..., None]:
+    """`kernel`, which has a parallel loop, or where Numba's layer needs it, a form of it at which threads take turns.
+
+    Parallel loops run without the GIL, and the workqueue layer ends the process when two threads enter it at once.
+    """
+    start_threads()
+    if _layer() != "workqueue":
+        return kernel
+
+    def run(*arguments: Any) -> None:
+        with _region:
+            kernel(*arguments)
+
+    return run
+
+
+def _layer() -> str | None:
+    """Numba's threading layer, or None as long as its threads have not been started."""
+    try:
+        return str(numba.threading_layer())  # type: ignore[attr-defined]
+    except ValueError:
+        return None
+
+
+def threads_work() -> bool:
+    """Whether parallel kernels can run in this process."""
+    return not _lost_threads
+
+
+def call_after_fork(optimizer: Any) -> None:
+    """Let `optimizer._in_child_of_fork` be called in children of this process, for as long as it lives."""
+    _after_fork.add(optimizer)
+
+
+def _in_child() -> None:
+    global _lost_threads, _region
+    _region = threading.Lock()  # a thread that held it is not here
+    _lost_threads = _layer() == "omp"  # None: this process can start its own
+    for optimizer in _after_fork:
+        optimizer._in_child_of_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 class Chooser:

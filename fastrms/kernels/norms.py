@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.kernels import reference
+from fastrms.kernels.choice import one_at_a_time
 from fastrms.kernels.cpu import gradient_part, inner, jit
 
-__all__ = ["CHUNK", "LANES", "SpanNorms", "combine"]
+__all__ = ["CHUNK", "LANES", "SpanNorms", "combine", "scale_to"]
 
 CHUNK = 4096
 # With 8 or 16 lanes the compiler unrolls the inner loop and keeps it scalar: four times slower (75 us against 20 at
@@ -106,13 +107,19 @@ class SpanNorms:
         for outside, prescale in ((sums < _TOO_SMALL, _PRESCALE), (np.isinf(sums), 1.0 / _PRESCALE)):
             if grads.dtype == np.float64 and outside.any():
                 again = SpanNorms(self.spans[outside])
-                norms[outside] = np.sqrt(again._sum_squares(grads, clip, prescale, kernel)) / prescale
+                with np.errstate(over="ignore"):  # a norm above the range of float64 is inf
+                    norms[outside] = np.sqrt(again._sum_squares(grads, clip, prescale, kernel)) / prescale
         return norms
+
+    def finite(self, grads: NDArray[Any], kernel: str) -> NDArray[np.bool_]:
+        """Whether all values of each span are finite, in one reading."""
+        # A number times 0 is 0, and NaN if it is inf or NaN.
+        return np.equal(self._sum_squares(grads, math.inf, 0.0, kernel), 0)
 
     def _sum_squares(self, grads: NDArray[Any], clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
         if kernel == "numpy":
             return reference.sum_squares(grads, self.spans, clip, prescale, CHUNK, LANES)
-        sum_squares = _parallel if kernel == "parallel" else _serial
+        sum_squares = one_at_a_time(_parallel) if kernel == "parallel" else _serial
         bound = grads.dtype.type(clip)
         sum_squares(grads, self.spans, self._first_chunk, bound, prescale, self._partials, self._sums)
         return self._sums.copy()
@@ -125,3 +132,9 @@ def combine(norms: NDArray[np.float64]) -> float:
         return largest
     # fsum rounds once; sums of NumPy have an order that depends on the processor.
     return largest * math.sqrt(math.fsum((norms / largest) ** 2))
+
+
+def scale_to(limit: float, norms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The factors that bring `norms` down to `limit`: 1 where they are within it, NaN where they are NaN."""
+    with np.errstate(divide="ignore"):
+        return np.where(norms <= limit, 1.0, limit / norms)
