@@ -96,6 +96,15 @@ def test_threads_that_wake_up_after_a_pause_do_not_decide():
     assert set(training.used) == {"parallel"}
 
 
+def test_threads_that_wake_up_in_a_trial_do_not_decide():
+    training, awake = Training(serial=400e-6, parallel=200e-6), 0
+    for _ in range(10_000):
+        awake = awake + 1 if training.chooser.kernel == "parallel" else 0
+        training.seconds["parallel"] = 200e-6 if awake > 19 else 500e-6
+        training.run(1)
+    assert training.used[-1] == "parallel"
+
+
 def test_single_slow_steps_do_not_decide():
     training = Training(serial=0.01, parallel=0.006)
     for _ in range(1000):
@@ -111,6 +120,8 @@ def small_trials(monkeypatch):
     """Trials begin at once, and with few elements."""
     monkeypatch.setattr(Chooser, "FIRST_LOOK", 0.0)
     monkeypatch.setattr(Chooser, "LAST_LOOK", 0.0)
+    monkeypatch.setattr(Chooser, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(Chooser, "DROPPED_SECONDS", 0.0)
     monkeypatch.setattr(choice, "TRY_PARALLEL_FROM", 50)
 
 

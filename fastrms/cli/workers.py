@@ -34,8 +34,9 @@ __all__ = ["LIMIT_PARALLEL", "LIMIT_SERIAL", "Remote", "Session"]
 # Names of the machine's limit, which is timed like a way.
 LIMIT_SERIAL, LIMIT_PARALLEL = "limit, 1 thread", "limit, all threads"
 
-# "auto" looks for the first time after 2 s of training, at no fewer elements than this, and then tries some steps.
-SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS = 65_536, 2.1, 64
+# "auto" looks for the first time after 2 s of training, at no fewer elements than this, and then tries for 0.2 s or
+# some tens of steps.
+SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS = 65_536, 2.4, 64
 
 # How often each way to fetch memory is timed, of which the fastest is the machine's limit.
 FETCH_TRIALS = 9

@@ -157,8 +157,10 @@ class Chooser:
     # The first look comes after this many seconds of training, so that a short one never pays for compiling the
     # parallel kernel; each later one after twice as long, as the machine may have become busier or less so.
     FIRST_LOOK, LAST_LOOK = 2.0, 600.0
-    # A trial: rounds of steps with the one and the other, of which the first ones show what was before.
+    # A trial: rounds of steps with the one and the other, at least so many and for so many seconds. The first of them
+    # are dropped: they show what was before, and threads that have to be put on two cores again.
     ROUNDS, STEPS, DROPPED = 3, 8, 3
+    TURN_SECONDS, DROPPED_SECONDS = 0.03, 0.01
     # How much faster parallel has to be to be kept, and how much slower to stop a trial after its first round.
     GAIN, GIVE_UP = 0.97, 1.15
     # So many steps in a row, over so many seconds, that are so much slower than those of the trial mean that things
@@ -199,9 +201,12 @@ class Chooser:
             times: dict[str, list[float]] = {"serial": [], "parallel": []}
             for _ in range(self.ROUNDS):
                 for kernel, taken in times.items():
-                    for i in range(self.STEPS):
+                    steps, turn = 0, 0.0
+                    while steps < self.STEPS or turn < self.TURN_SECONDS:
                         period = yield kernel
-                        if i >= self.DROPPED:
+                        steps += 1
+                        turn += period
+                        if steps > self.DROPPED and turn > self.DROPPED_SECONDS:
                             taken.append(period)
                 serial, parallel = (float(np.median(taken)) for taken in times.values())
                 if parallel > self.GIVE_UP * serial:
