@@ -409,7 +409,10 @@ def test_killed_two_hundred_times_while_saving(kind, tmp_path):
     path = tmp_path / f"state.{kind}"
     size = 20_000
     opt = RMSProp([np.zeros(size)])
-    opt.save(path)
+    start = time.perf_counter()
+    for _ in range(5):
+        opt.save(path)
+    saving = (time.perf_counter() - start) / 5  # of a disk that may be busy
     generator = random.Random(0)
     seen = set()
     for _ in range(200):
@@ -421,13 +424,13 @@ def test_killed_two_hundred_times_while_saving(kind, tmp_path):
                 opt.steps += 1
                 opt.params[0][...] = opt.steps
                 opt.save(path)
-        time.sleep(generator.uniform(0, 0.01))
+        time.sleep(generator.uniform(0, 4 * saving))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         opt.load(path)
         assert (opt.params[0] == opt.steps).all()
         seen.add(opt.steps)
-    assert len(seen) > 20
+    assert len(seen) > 10  # not all of them before the first save had ended
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent / "checkpoints").iterdir()), ids=lambda p: p.name)
