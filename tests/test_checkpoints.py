@@ -416,6 +416,7 @@ def test_killed_two_hundred_times_while_saving(kind, tmp_path):
     generator = random.Random(0)
     seen = set()
     for _ in range(200):
+        reading, writing = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
             child = os.fork()
@@ -424,13 +425,17 @@ def test_killed_two_hundred_times_while_saving(kind, tmp_path):
                 opt.steps += 1
                 opt.params[0][...] = opt.steps
                 opt.save(path)
+                os.write(writing, b".")
+        os.read(reading, 1 << 16)  # it has begun, which takes long where this process is large
         time.sleep(generator.uniform(0, 4 * saving))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         opt.load(path)
         assert (opt.params[0] == opt.steps).all()
         seen.add(opt.steps)
-    assert len(seen) > 10  # not all of them before the first save had ended
+        os.close(reading)
+        os.close(writing)
+    assert len(seen) == 200  # each child saved at least once, and was killed at one of the next times
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent / "checkpoints").iterdir()), ids=lambda p: p.name)
