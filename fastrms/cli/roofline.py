@@ -12,7 +12,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size, inner, jit, prefetch
+from fastrms.kernels.compiled import inner, jit
+from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size, prefetch
 
 __all__ = ["FETCHES", "percent_of_limit", "rates", "touch_parallel", "touch_serial"]
 

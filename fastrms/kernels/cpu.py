@@ -1,9 +1,5 @@
 """The compiled kernels: the update rule of one element, and the serial and the parallel loop over it.
 
-Rule and loops share this one file because Numba's disk cache notices an edit only in the file of the function that
-was compiled: with the rule elsewhere, a stale loop would be loaded after the rule changed. (`norms` uses
-`gradient_part`: whoever changes that deletes the cache, or touches that file.)
-
 How options reach the rule
 --------------------------
 Only what changes the memory that is touched is decided at compile time: the momentum buffer and the mean gradient,
@@ -18,7 +14,6 @@ scalar has the dtype of the arrays, and the operations stand in the reference's 
 needed for speed: Python's check for division by zero keeps the loop from being vectorised.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -29,13 +24,12 @@ from numba.core import types
 from numba.extending import intrinsic, overload
 
 from fastrms.kernels import pointers
+from fastrms.kernels.compiled import inner, inner_options, jit
 
 __all__ = [
     "BLOCK",
     "block_size",
     "gradient_part",
-    "inner",
-    "jit",
     "parallel",
     "prefetch",
     "rule",
@@ -59,28 +53,6 @@ STRIP_LINES, LINES_AHEAD = 8, 48
 # (784-512-512-10: 310 us instead of 350 a step, with 16-bit state 325 instead of 430); alone, with 2.6e5 to 2e6
 # elements in the second and third level, asking costs up to 10 %, more in the loop of `parallel` than it ever gains.
 SERIAL_PREFETCHES_FROM, PARALLEL_PREFETCHES_FROM = 1 << 18, 1 << 21
-
-
-def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``numba.njit`` for what Python calls: cached on disk where a place is writable.
-
-    Numba looks for a place when it decorates, that is at import, and raises RuntimeError when it finds none (a
-    read-only installation without a home folder): such a process compiles for itself.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:
-            return numba.njit(error_model="numpy", **options)(function)
-
-    return decorate
-
-
-# For what only compiled code calls: it is cached inside its caller. Files of its own would be made for nothing, and so
-# would a way in for Python (which crashes if it calls one of these) and for C, a quarter of the time of compiling.
-_INNER: Any = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-inner: Callable[[Callable[..., Any]], Any] = numba.njit(**_INNER)
 
 
 def rule(p, g, c, b, m, h, scale, correction, extended):
@@ -201,29 +173,29 @@ def _form(state, for_nothing, for_bfloat16, for_numbers):
     return for_bfloat16 if state.dtype in (np.uint16, types.uint16) else for_numbers
 
 
-@overload(_load, jit_options=_INNER)
+@overload(_load, jit_options=inner_options)
 def _typed_load(state, i):
     return _form(state, _load_nothing, _load_bfloat16, _load_number)
 
 
-@overload(_store, jit_options=_INNER)
+@overload(_store, jit_options=inner_options)
 def _typed_store(state, i, x):
     return _form(state, _store_nothing, _store_bfloat16, _store_number)
 
 
-@overload(_part, jit_options=_INNER)
+@overload(_part, jit_options=inner_options)
 def _typed_part(state, start, stop):
     return _form(state, _part_of_nothing, _part_of_array, _part_of_array)
 
 
-@overload(prefetch, jit_options=_INNER)
+@overload(prefetch, jit_options=inner_options)
 def _typed_prefetch(array, i):
     if isinstance(array, types.NoneType):
         return lambda array, i: None
     return lambda array, i: _prefetch_line(array, i)
 
 
-_rule = numba.njit(**_INNER, forceinline=True)(rule)
+_rule = numba.njit(**inner_options, forceinline=True)(rule)
 
 
 @intrinsic
@@ -336,7 +308,7 @@ def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correctio
         _store(grad_avg, i, m)
 
 
-@numba.njit(**_INNER, forceinline=True)
+@numba.njit(**inner_options, forceinline=True)
 def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended, strip):
     """Update in strips of `strip` elements, and ask ahead of each for a later one; a single strip asks for nothing."""
     line = 64 // params.itemsize

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from fastrms.kernels import reference
 from fastrms.kernels.choice import one_at_a_time
-from fastrms.kernels.cpu import gradient_part, inner, jit
+from fastrms.kernels.compiled import inner, jit
+from fastrms.kernels.cpu import gradient_part
 
 __all__ = ["CHUNK", "LANES", "SpanNorms", "combine", "scale_to"]
 

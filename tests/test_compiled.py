@@ -1,0 +1,253 @@
+"""Compiled code on disk: loaded by the next process, right whoever writes at once, done without where it must be."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import JIT
+from numba.core import event
+
+import fastrms
+from fastrms.kernels import compiled
+
+pytestmark = pytest.mark.skipif(not JIT, reason="nothing is compiled with the JIT off")
+
+PACKAGE = Path(fastrms.__file__).parent
+# One round takes some 10 s; docs/promises.md says when 50 were run.
+ROUNDS = int(os.environ.get("FASTRMS_ROUNDS", "1"))
+
+STEP = """if True:
+    import sys
+    import numpy as np
+    from numba.core import event
+    from fastrms import RMSProp
+
+    def train(kernel, **options):
+        start, gradient = np.linspace(-1, 1, 1000), np.linspace(1, 3, 1000)
+        opt, plain = (RMSProp([start], kernel=name, **options) for name in (kernel, "numpy"))
+        for _ in range(3):
+            opt.step([gradient])
+            plain.step([gradient])
+        return opt.params[0].tobytes() == plain.params[0].tobytes()
+"""
+
+
+def start(program, *arguments, folder=None, python=(), **environment):
+    """Begin a process whose compiled code is kept in this folder."""
+    environment = {**os.environ, **environment} | ({"NUMBA_CACHE_DIR": str(folder)} if folder else {})
+    return subprocess.Popen(
+        [sys.executable, "-P", *python, "-c", STEP + program, *arguments], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(program, *arguments, **how):
+    process = start(program, *arguments, **how)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output.split(), errors
+
+
+def files(folder):
+    return sorted(folder.rglob("*.nbc"))
+
+
+@pytest.mark.parametrize("kernel", ["serial", "parallel"])
+def test_a_second_process_loads_the_kernel_from_disk(kernel, tmp_path):
+    program = """
+    with event.install_recorder("numba:compile") as compiled:
+        RMSProp([np.ones(3)], kernel=sys.argv[1]).step()
+    print(len(compiled.buffer) > 0)
+    """
+    for expected in ("True", "False"):
+        assert run(program, kernel, folder=tmp_path, python=["-W", "error"])[0] == [expected]
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_sixteen_processes_that_start_at_once_on_an_empty_cache(number, tmp_path):
+    # Four forms of the kernel, which Numba's own index would give the same number.
+    program = """
+    print("ready", flush=True)
+    sys.stdin.readline()
+    number = int(sys.argv[1])
+    print(train(("serial", "parallel")[number % 2], momentum=0.9 * (number // 2 % 2), centered=number // 4 % 2 > 0))
+    """
+    processes = [start(program, str(k), folder=tmp_path, python=["-W", "error"]) for k in range(16)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        output, errors = process.communicate(timeout=300)
+        assert (process.returncode, output) == (0, "True\n"), errors
+    assert len(files(tmp_path)) == 8  # serial_from and parallel, four forms each
+    assert not list(tmp_path.rglob("*.tmp"))
+    # What they left is right too.
+    program = """
+    print(*(train(k, momentum=m, centered=c) for k in ("serial", "parallel") for m in (0, 0.9) for c in (False, True)))
+    with event.install_recorder("numba:compile") as compiled:
+        train("parallel")
+    print(len(compiled.buffer))
+    """
+    assert run(program, folder=tmp_path)[0] == ["True"] * 8 + ["0"]
+
+
+def test_a_damaged_file_is_compiled_again(tmp_path):
+    program = """
+    print(train("serial", centered=len(sys.argv) > 1))
+    """
+    run(program, folder=tmp_path)
+    (path,) = files(tmp_path)
+    good = path.read_bytes()
+    run(program, "centered", folder=tmp_path / "other")
+    (other,) = files(tmp_path / "other")
+    for damaged in (
+        good[:5000] + bytes([good[5000] ^ 1]) + good[5001:],
+        other.read_bytes(),  # which would update by another rule
+    ):
+        path.write_bytes(damaged)
+        assert run(program, folder=tmp_path, python=["-W", "error"])[0] == ["True"]
+        assert path.read_bytes() != damaged
+    assert files(tmp_path) == sorted([path, other])
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: b"", lambda d: d[25:], lambda d: b"cos\nabort\n(tR."])
+def test_what_does_not_fit_its_checksum_is_not_unpickled(damage, tmp_path):
+    store = compiled._Files(tmp_path, "f", "stamp", None)
+    store.save("key", [1, 2])
+    (path,) = files(tmp_path)
+    assert store.load("key") == [1, 2]
+    path.write_bytes(damage(path.read_bytes()))
+    assert store.load("key") is None
+
+
+def test_settings_that_change_what_is_compiled_have_files_of_their_own(tmp_path):
+    program = """
+    print(train("serial"))
+    """
+    for count, settings in enumerate([{}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_OPT": "1"}, {}]):
+        assert run(program, folder=tmp_path, **settings)[0] == ["True"]
+        assert len(files(tmp_path)) == min(1 + count, 3)
+
+
+def copied(folder):
+    """The package, copied without its caches."""
+    shutil.copytree(PACKAGE, folder / "fastrms", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_an_edit_in_any_kernel_file_compiles_again_and_removes_what_was_before(tmp_path):
+    site = copied(tmp_path / "site")
+    cache = tmp_path / "cache"
+    program = """
+    print(train("serial", clip_norm=1.0))
+    """
+    run(program, folder=cache, PYTHONPATH=str(site))
+    before = files(cache)
+    other = before[0].with_name("another.nbc")
+    other.touch()
+    assert len(before) == 2  # norms, and the update
+    # norms.py inlines what is in here.
+    path = site / "fastrms" / "kernels" / "pointers.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert run(program, folder=cache, PYTHONPATH=str(site))[0] == ["True"]
+    after = files(cache)
+    assert len(after) == 3
+    assert set(before) & set(after) == set()
+    assert other in after
+
+
+def test_a_read_only_installation_without_a_home_says_once_that_nothing_is_kept(tmp_path):
+    site = copied(tmp_path / "site")
+    for folder in [site / "fastrms", *(path for path in (site / "fastrms").rglob("*") if path.is_dir())]:
+        (folder / "__pycache__").touch()  # no folder, so that nothing can be written: to root nothing is read-only
+    program = """
+    import fastrms
+    assert fastrms.__file__.startswith(sys.argv[1])
+    print("imported", file=sys.stderr)
+    for kernel in ("serial", "parallel"):
+        print(train(kernel, clip_norm=1.0))
+    """
+    environment = {"PYTHONPATH": str(site), "HOME": "/dev/null", "NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": "/dev/null"}
+    output, errors = run(program, str(site), **environment)
+    assert output == ["True"] * 2
+    imported, said = errors.split("imported\n")
+    assert imported == ""
+    assert said.count("RuntimeWarning") == 1
+    assert "fastrms: compiled kernels are not kept on disk (no folder for them can be written)" in said
+
+
+def test_where_nobody_knows_a_home_no_folder_is_made_in_its_stead(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert compiled._UserWide.from_function(copied, __file__) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def not_said(monkeypatch):
+    monkeypatch.setattr(compiled, "_said", False)
+
+
+def double(x):
+    return x + x
+
+
+@pytest.mark.usefixtures("not_said")
+def test_a_folder_of_somebody_else_is_not_used(monkeypatch):
+    function = compiled.jit()(double)
+    assert isinstance(function._cache, compiled._Cache)
+    monkeypatch.setattr(compiled, "_trusted", lambda source: {987654})
+    function = compiled.jit()(double)
+    with pytest.warns(RuntimeWarning, match=rf"belongs to another user, number {os.geteuid()}, and what is in"):
+        assert function(2.0) == 4.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert function(2) == 4  # said once
+
+
+def test_who_is_trusted():
+    assert compiled._trusted(Path(__file__)) == {os.geteuid(), 0, os.stat(__file__).st_uid}
+
+
+def test_a_file_of_somebody_else_is_not_read(tmp_path):
+    ours = compiled._Files(tmp_path, "f", "stamp", {os.geteuid()})
+    ours.save("key", [1, 2])
+    assert ours.load("key") == [1, 2]
+    assert ours.load("another key") is None
+    assert compiled._Files(tmp_path, "f", "stamp", {987654}).load("key") is None
+    assert compiled._Files(tmp_path, "f", "stamp", None).load("key") == [1, 2]  # a system without owners
+
+
+@pytest.mark.usefixtures("not_said")
+def test_a_disk_that_is_full_when_code_is_kept(monkeypatch, tmp_path):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    function = compiled.jit()(double)
+    function._cache._cache_file._folder = tmp_path
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(RuntimeWarning, match=re.escape("not kept on disk ([Errno 28] No space left on device)")):
+        assert function(2.0) == 4.0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compiled_functions_have_our_cache():
+    """Numba's own is replaced through an attribute that a later Numba may call otherwise."""
+    function = compiled.jit()(double)
+    with event.install_recorder("numba:compile") as recorder:
+        assert function(np.float32(3)) == 6
+    again = compiled.jit()(double)
+    with event.install_recorder("numba:compile") as second:
+        assert again(np.float32(3)) == 6
+    assert len(second.buffer) == 0 <= len(recorder.buffer)
+    assert function.stats.cache_path
