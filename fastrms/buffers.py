@@ -83,7 +83,12 @@ class Layout:
 
     def __init__(self, arrays: Any, name: str = "arrays") -> None:
         found: list[tuple[str, Array]] = []
-        self._root = _analyse(arrays, name, "", found)
+        try:
+            self._root = _analyse(arrays, name, "", found)
+        except RecursionError:
+            raise StructureError(
+                f"{name}: expected arrays in lists, tuples or dicts, got a nesting that contains itself, or is too deep"
+            ) from None
         if not found:
             raise StructureError(f"{name}: expected at least one array, got {_describe(arrays)} without any")
         dtypes: list[np.dtype[Any]] = []
@@ -208,7 +213,12 @@ class FlatBuffer:
     def _allocate(self, layout: Layout) -> None:
         self.layout = layout
         # NumPy aligns to 16 bytes at least; take enough to start on a cache line.
-        memory = np.zeros(layout.nbytes + ALIGNMENT, np.uint8)
+        try:
+            memory = np.zeros(layout.nbytes + ALIGNMENT, np.uint8)
+        except (MemoryError, ValueError):  # ValueError where NumPy cannot even count them
+            raise MemoryError(
+                f"expected arrays that fit into memory, got {layout.nbytes:,} bytes of them, which each buffer takes"
+            ) from None
         start = -memory.ctypes.data % ALIGNMENT
         self._memory = memory
         self.block: NDArray[np.uint8] = memory[start : start + layout.nbytes]
@@ -287,8 +297,11 @@ class FlatBuffer:
             Of all its arrays; None for the dtypes of this one.
         """
         other = _empty(self.layout if dtype is None else self.layout.with_dtype(dtype))
-        for segment in other.segments:
-            segment[...] = fill
+        # New memory is 0, and the system hands it out when it is first used: gradients that are read where they lie
+        # never need theirs.
+        if fill != 0 or np.signbit(fill):
+            for segment in other.segments:
+                segment[...] = fill
         return other
 
     def unflatten(self, vector: Any) -> Any:
@@ -457,11 +470,13 @@ def _as_array(item: Any, name: str) -> Array:
         raise DtypeError(f"{name}: expected an array, got a masked array; use .filled(value), the mask would be lost")
     if isinstance(item, np.matrix):
         raise DtypeError(f"{name}: expected an array, got a np.matrix; use np.asarray(...), for which * is elementwise")
-    if not (hasattr(item, "__array__") or isinstance(item, int | float | complex | list | tuple)):
-        raise DtypeError(f"{name}: expected an array, got {_describe(item)}")
     try:
+        if not (hasattr(item, "__array__") or isinstance(item, int | float | complex | list | tuple)):
+            raise DtypeError(f"{name}: expected an array, got {_describe(item)}")
         array = np.asarray(item)
-    except Exception as error:  # whatever __array__ raises
+    except DtypeError:
+        raise
+    except Exception as error:  # whatever a method of `item` raises
         raise DtypeError(f"{name}: expected an array, got {_describe(item)}: {error}") from None
     if array.dtype.kind not in "biufc":
         raise DtypeError(f"{name}: expected an array of numbers, got dtype {array.dtype}")

@@ -7,6 +7,7 @@ which it replaces when it has reached the disk: whenever a process ends, there i
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import json
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.errors import CheckpointError, FastrmsError
-from fastrms.options import ParamGroup, check_cache_dtype, check_nonfinite, check_option
+from fastrms.options import NONFINITE, ParamGroup, check_cache_dtype, check_one_of, check_option
 
 __all__ = ["VERSION", "Checkpointed"]
 
@@ -311,7 +312,7 @@ def _check_head(head: Any) -> None:
             raise CheckpointError(f"{name}: expected in a state, got none")
     try:
         check_option("global_clip_norm", head["global_clip_norm"])
-        check_nonfinite(head["nonfinite"])
+        check_one_of("nonfinite", head["nonfinite"], NONFINITE)
         check_cache_dtype(head["cache_dtype"], {np.dtype(np.float32)})
     except FastrmsError as error:
         raise CheckpointError(str(error)) from None
@@ -476,6 +477,8 @@ def _opened(path: Path, most_bytes: int | None) -> Iterator[_Source]:
 @contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
     """A new file beside `path`, which replaces it when all of it is on the disk, or is removed after an error."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "expected a folder to write to, got none", str(path.parent))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch(exist_ok=False)

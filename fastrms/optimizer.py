@@ -16,10 +16,11 @@ from fastrms.kernels import choice, cpu, pointers
 from fastrms.kernels.norms import combine, scale_to
 from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
+    NONFINITE,
     LearningRate,
     ParamGroup,
     check_cache_dtype,
-    check_nonfinite,
+    check_one_of,
     check_option,
     check_threads,
     parameter_groups,
@@ -185,8 +186,8 @@ class RMSProp(Checkpointed):
             "flush_subnormals": flush_subnormals,
         }
         self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
-        self._nonfinite = check_nonfinite(nonfinite)
-        self._kernel = choice.check_kernel(kernel)
+        self._nonfinite = check_one_of("nonfinite", nonfinite, NONFINITE)
+        self._kernel = check_one_of("kernel", kernel, choice.KERNELS)
         self._num_threads = check_threads(num_threads, choice.max_threads())
 
         groups = parameter_groups(params)
@@ -302,7 +303,7 @@ class RMSProp(Checkpointed):
 
     @nonfinite.setter
     def nonfinite(self, value: str) -> None:
-        self._nonfinite = check_nonfinite(value)
+        self._nonfinite = check_one_of("nonfinite", value, NONFINITE)
         self._options_changed()
 
     @property
@@ -317,7 +318,7 @@ class RMSProp(Checkpointed):
 
     @kernel.setter
     def kernel(self, value: str) -> None:
-        self._kernel = choice.check_kernel(value)
+        self._kernel = check_one_of("kernel", value, choice.KERNELS)
         self._kernel_changed()
 
     @property
@@ -466,6 +467,7 @@ class RMSProp(Checkpointed):
     def _rates(self) -> list[float]:
         return [resolve_lr(group, self.steps) for group in self.param_groups]
 
+    @np.errstate(all="ignore")  # what is set there, and may raise, is for the user's own arithmetic
     def _make_calls(
         self, rates: list[float], kernel: str, present: NDArray[np.bool_] | None, in_place: bool
     ) -> list[_Call]:

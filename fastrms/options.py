@@ -13,10 +13,11 @@ from fastrms.errors import OptionError, OptionTypeError, StructureError
 __all__ = [
     "GROUP_DEFAULTS",
     "HYPER_FIELDS",
+    "NONFINITE",
     "ParamGroup",
     "check_cache_dtype",
     "check_for_dtype",
-    "check_nonfinite",
+    "check_one_of",
     "check_option",
     "check_threads",
     "hyper_values",
@@ -68,7 +69,7 @@ def check_option(name: str, value: Any) -> Any:
     """
     if name in _FLAGS:
         if not isinstance(value, bool | np.bool_):
-            raise OptionTypeError(f"{name}: expected True or False, got {value!r} ({type(value).__name__})")
+            raise OptionTypeError(f"{name}: expected True or False, got {_shown(value)} ({type(value).__name__})")
         return bool(value)
     if name == "lr" and callable(value):
         return value
@@ -80,12 +81,24 @@ def check_option(name: str, value: Any) -> Any:
         value = value[()]
     # bool is a Real to Python, but lr=True is a slip.
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        raise OptionTypeError(f"{name}: expected {kinds}, got {value!r} ({type(value).__name__})")
-    number = float(value)
+        raise OptionTypeError(f"{name}: expected {kinds}, got {_shown(value)} ({type(value).__name__})")
+    try:
+        number = float(value)
+    except Exception as error:  # an int too large for a float, or whatever a type of the user's own raises
+        raise OptionError(f"{name}: expected {kinds}, got {_shown(value)}: {error}") from None
     if not (low <= number < high) or (number == low and not may_be_low):
         limits = f"{name} {'>=' if may_be_low else '>'} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
-        raise OptionError(f"{name}: expected {kinds} with {limits}, finite; got {value!r}")
+        raise OptionError(f"{name}: expected {kinds} with {limits}, finite; got {_shown(value)}")
     return number
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message, whatever its own way to show itself does."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"something that cannot be shown: {error}"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_threads(value: Any, available: int) -> int | None:
@@ -93,10 +106,10 @@ def check_threads(value: Any, available: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise OptionTypeError(f"num_threads: expected an integer or None, got {value!r} ({type(value).__name__})")
+        raise OptionTypeError(f"num_threads: expected an integer or None, got {_shown(value)} ({type(value).__name__})")
     if not 1 <= value <= available:
         raise OptionError(
-            f"num_threads: expected 1 to {available}, got {value}; Numba started with {available} threads, and the "
+            f"num_threads: expected 1 to {available}, got {_shown(value)}; Numba started with {available}, and the "
             "environment variable NUMBA_NUM_THREADS, set before it is imported, can raise that"
         )
     return int(value)
@@ -105,12 +118,12 @@ def check_threads(value: Any, available: int) -> int | None:
 NONFINITE = ("propagate", "raise", "skip")
 
 
-def check_nonfinite(value: Any) -> str:
-    """Return `value` if it says what to do about gradients that are not finite."""
+def check_one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of these words."""
     if not isinstance(value, str):
-        raise OptionTypeError(f"nonfinite: expected one of {NONFINITE}, got {value!r} ({type(value).__name__})")
-    if value not in NONFINITE:
-        raise OptionError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")
+        raise OptionTypeError(f"{name}: expected one of {choices}, got {_shown(value)} ({type(value).__name__})")
+    if value not in choices:
+        raise OptionError(f"{name}: expected one of {choices}, got {_shown(value)}")
     return value
 
 
@@ -123,9 +136,9 @@ def check_cache_dtype(value: Any, dtypes: set[np.dtype[Any]]) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise OptionTypeError(f'cache_dtype: expected "bfloat16" or None, got {value!r} ({type(value).__name__})')
+        raise OptionTypeError(f'cache_dtype: expected "bfloat16" or None, got {_shown(value)} ({type(value).__name__})')
     if value != "bfloat16":
-        raise OptionError(f'cache_dtype: expected "bfloat16" or None, got {value!r}')
+        raise OptionError(f'cache_dtype: expected "bfloat16" or None, got {_shown(value)}')
     if dtypes != {np.dtype(np.float32)}:
         raise OptionError(
             "cache_dtype: bfloat16 goes with float32 parameters, got float64 ones; use .astype(np.float32)"
@@ -201,12 +214,14 @@ class ParamGroup(MutableMapping[str, Any]):
         return self._params if name == "params" else self._values[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        if name == "params":
+            raise OptionError(f"{self._label}: 'params' cannot be set; write into them: group['params'][...] = value")
         if name not in GROUP_DEFAULTS:
-            raise OptionError(f"{self._label}: {name!r} cannot be set; {_known()}")
+            raise OptionError(f"{self._label}: {name!r} is no option of a parameter group; {_known()}")
         if name == "initial_scale" and value != self._values[name]:
             raise OptionError(
-                f"initial_scale: set at construction only, got {value!r} later; it is what the cache started from. "
-                "To change the cache now, write to it: opt.cache[0][...] = value"
+                f"initial_scale: set at construction only, got {_shown(value)} later; it is what the cache started "
+                "from. To change the cache now, write to it: opt.cache[0][...] = value"
             )
         self._values = self._checked(self._values | {name: value})
         self._changed()
@@ -216,7 +231,7 @@ class ParamGroup(MutableMapping[str, Any]):
         self._values = dict(other._values)
 
     def __delitem__(self, name: str) -> None:
-        raise OptionError(f"{name}: an option cannot be deleted; set it to {GROUP_DEFAULTS.get(name)!r} to turn it off")
+        raise OptionError(f"{name}: an option cannot be deleted; its default is {GROUP_DEFAULTS.get(name)!r}")
 
     def __iter__(self) -> Iterator[str]:
         yield "params"
@@ -248,7 +263,7 @@ def parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:
         if not isinstance(group, Mapping) or "params" not in group:
             raise StructureError(
                 f"params[{k}]: expected a parameter group with the key 'params', as another item of the list has, "
-                f"got {group!r}"
+                f"got {_shown(group)}"
             )
     return list(params)
 
@@ -261,7 +276,7 @@ def resolve_lr(group: "ParamGroup", step: int) -> float:
     value = lr(step)
     try:
         if callable(value):
-            raise OptionTypeError(f"lr: expected a number, got {value!r}")
+            raise OptionTypeError(f"lr: expected a number, got {_shown(value)}")
         number: float = check_option("lr", value)
         for dtype in group.dtypes:
             check_for_dtype("lr", number, dtype)

@@ -105,7 +105,7 @@ def test_a_group_is_a_mapping_that_refuses_what_it_cannot_do():
     group = RMSProp([np.ones(2)]).param_groups[0]
     assert set(group) == {"params", *GROUP_DEFAULTS}
     assert len(group) == len(list(group))
-    with pytest.raises(OptionError, match="'alpha' cannot be set; the options are lr, "):
+    with pytest.raises(OptionError, match="'alpha' is no option of a parameter group; the options are lr, "):
         group["alpha"] = 0.9
     with pytest.raises(OptionError, match="'params' cannot be set"):
         group["params"] = []

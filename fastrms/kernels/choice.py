@@ -18,10 +18,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from fastrms.errors import OptionError, OptionTypeError
-
 __all__ = [
-    "KERNELS", "Chooser", "call_after_fork", "check_kernel", "limit_threads", "max_threads", "one_at_a_time",
+    "KERNELS", "Chooser", "call_after_fork", "limit_threads", "max_threads", "one_at_a_time",
     "start_threads", "threads_work",
 ]  # fmt: skip
 
@@ -35,15 +33,6 @@ TRY_PARALLEL_FROM = 65_536
 def max_threads() -> int:
     """How many threads Numba started with: NUMBA_NUM_THREADS, or the processor's cores."""
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-
-
-def check_kernel(kernel: object) -> str:
-    """Return `kernel` if it is one of `KERNELS`."""
-    if not isinstance(kernel, str):
-        raise OptionTypeError(f"kernel: expected one of {KERNELS}, got {kernel!r} ({type(kernel).__name__})")
-    if kernel not in KERNELS:
-        raise OptionError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
-    return kernel
 
 
 @contextmanager
