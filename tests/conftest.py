@@ -9,6 +9,27 @@ import numpy as np
 import pytest
 from helpers import JIT
 
+# A skipped test looks like a passed one in a summary. Where everything that tests need is installed, as in CI, none may
+# be skipped.
+NO_SKIPS = os.environ.get("FASTRMS_NO_SKIPS") == "1"
+
+
+def _no_skip(report):
+    if NO_SKIPS and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"FASTRMS_NO_SKIPS=1, and yet this was skipped: {report.longrepr[-1]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return _no_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _no_skip((yield))
+
 
 @pytest.fixture(autouse=True)
 def _scalars_as_compiled():

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import JIT
-from requirements import require
 
 from fastrms.cli import cases, contenders, insitu, main, measure, problem, roofline, workers
 from fastrms.plots import plot_throughput
@@ -342,7 +341,7 @@ def test_names_of_the_option_are_those_of_the_table():
 @pytest.mark.parametrize("names", [["numexpr"], ["torch", "torch-foreach"]])
 def test_peers_in_their_own_process(names):
     for needed in contenders.CONTENDERS[names[0]].modules:
-        require(needed)
+        pytest.importorskip(needed)
     remote = workers.Remote(names[0], 1, 60)
     try:
         for dtype in cases.DTYPES:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import JIT, same_structure, steps
-from requirements import require
 from test_contract import OPTIONS
 from test_nonfinite import everything
 
@@ -30,7 +29,7 @@ def transfer(opt, other, kind, folder):
     if kind == "dict":
         return other.load_state_dict(opt.state_dict())
     if kind == "safetensors":
-        require("safetensors")
+        pytest.importorskip("safetensors")
     opt.save(folder / f"state.{kind}")
     return other.load(folder / f"state.{kind}")
 
@@ -123,7 +122,7 @@ def test_a_state_is_a_copy_of_plain_things(rng):
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_an_optimizer_from_a_file_alone(kind, rng, tmp_path):
     if kind == "safetensors":
-        require("safetensors")
+        pytest.importorskip("safetensors")
     path = tmp_path / f"state.{kind}"
     trees = [
         np.ones((2, 3)),
@@ -229,7 +228,7 @@ def test_a_wrong_state_changes_nothing(name):
 
 def saved(tmp_path, kind):
     if kind == "safetensors":
-        require("safetensors")
+        pytest.importorskip("safetensors")
     opt = RMSProp([np.arange(40.0), np.ones((3, 4), np.float32)], momentum=0.9)
     opt.step([np.ones(40), np.ones((3, 4), np.float32)])
     path = tmp_path / f"state.{kind}"
@@ -372,7 +371,7 @@ def test_names_and_places(tmp_path):
         opt.save(tmp_path / "state.pt")
     with pytest.raises(FileNotFoundError):
         opt.load(tmp_path / "none.npz")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder to write to, got none: '.*nowhere'"):
         opt.save(tmp_path / "nowhere" / "state.npz")
     opt.save(str(tmp_path / "state.npz"))
     (tmp_path / "usual").touch()
@@ -405,7 +404,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_killed_two_hundred_times_while_saving(kind, tmp_path):
     if kind == "safetensors":
-        require("safetensors.numpy")
+        pytest.importorskip("safetensors.numpy")
     path = tmp_path / f"state.{kind}"
     size = 20_000
     opt = RMSProp([np.zeros(size)])
@@ -441,7 +440,7 @@ def test_killed_two_hundred_times_while_saving(kind, tmp_path):
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent / "checkpoints").iterdir()), ids=lambda p: p.name)
 def test_files_of_older_versions(path):
     if path.suffix == ".safetensors":
-        require("safetensors")
+        pytest.importorskip("safetensors")
     opt = RMSProp.from_checkpoint(path)
     assert (opt.steps, opt.skipped_steps) == (3, 0)
     assert opt.params["W"].shape == (2, 3)
