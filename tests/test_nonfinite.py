@@ -133,6 +133,21 @@ def test_the_message_names_ten_parameters_at_most(rng):
     assert (str(again), again.counts) == (str(caught.value), caught.value.counts)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0, "global_clip_norm": 0.5, "momentum": 0.9}], ids=str)
+def test_settings_of_numpy_for_its_own_arithmetic_do_not_interrupt_a_step(options, kernel, rng):
+    options = {"lr": 1e-40, "epsilon": 1e-40, "weight_decay": 1e-30, "kernel": kernel} | options
+    opt, other = (RMSProp(arrays(rng), **options) for _ in range(2))
+    other.load_state_dict(opt.state_dict())
+    for bad in (0.0, 1e-38, 3e38, np.inf, np.nan):
+        gradients = [np.asarray(g * 1e-30, g.dtype) for g in arrays(rng)]
+        gradients[0][0, 0] = bad
+        opt.step(gradients)
+        with np.errstate(all="raise"):
+            other.step(gradients)
+    assert everything(opt) == everything(other)
+
+
 @pytest.mark.skipif(not JIT, reason="a million elements take the interpreter minutes")
 @pytest.mark.parametrize("kernel", ["serial", "parallel"])
 @pytest.mark.parametrize("place", [0, 4095, 4096, 999_999, 1_000_002])

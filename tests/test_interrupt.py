@@ -1,0 +1,143 @@
+"""Ctrl-C at every line of Python that a step runs: each parameter is as before the step or as after it."""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import JIT
+
+import fastrms
+from fastrms import RMSProp
+from fastrms.kernels import pointers
+
+PACKAGE = str(Path(fastrms.__file__).parent)
+SHAPES = [(40, 5), (), (65,)]
+DTYPES = [np.float32, np.float64, np.float64]
+
+
+def interrupted(function, number):
+    """Call a function with Ctrl-C at the line of that number, counted from 0; whether it came that far."""
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            if seen == number:
+                seen += 1
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            seen += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return seen > number
+
+
+def arrays(rng):
+    return [np.asarray(rng.standard_normal(s)).astype(d) for s, d in zip(SHAPES, DTYPES, strict=True)]
+
+
+def of_each_parameter(opt):
+    """Value and state of each parameter, as bytes."""
+    buffers = [buffer for name, buffer in opt.buffers.items() if name != "grads"]
+    return [b"".join(buffer.leaves[k].tobytes() for buffer in buffers) for k in range(len(SHAPES))]
+
+
+def ways(opt, gradients):
+    def from_buffer():
+        opt.buffers["grads"].gather(gradients)
+        opt.step()
+
+    return {
+        "list": lambda: opt.step(gradients),
+        "cast": lambda: opt.step([g.astype(np.longdouble) for g in gradients]),
+        "none": lambda: opt.step([None, *gradients[1:]]),
+        "buffer": from_buffer,
+    }
+
+
+@pytest.mark.skipif(not JIT, reason="compiled code cannot be interrupted, the interpreter's can")
+@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("way", ["list", "cast", "none", "buffer"])
+@pytest.mark.parametrize("kernel", ["serial", "parallel", "auto"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": 0.9, "nonfinite": "raise"}, {"clip_norm": 1.0, "centered": True, "bias_correction": True},
+     {"num_threads": 1}],
+    ids=str,
+)  # fmt: skip
+def test_ctrl_c_at_every_line_of_a_step(options, kernel, way, steady, rng):
+    start = RMSProp(arrays(rng), kernel=kernel, **options)
+    first, gradients = arrays(rng), arrays(rng)
+    start.step(first)
+    done = copy.deepcopy(start)
+    ways(done, gradients)[way]()
+    before, after = of_each_parameter(start), of_each_parameter(done)
+    found = set()
+    for number in range(10_000):
+        opt = copy.deepcopy(start)
+        if steady:  # so that the short ways are taken that a second step has
+            state = opt.state_dict()
+            ways(opt, gradients)[way]()
+            opt.load_state_dict(state)
+        if not interrupted(ways(opt, gradients)[way], number):
+            break
+        now = of_each_parameter(opt)
+        for own, old, new in zip(now, before, after, strict=True):
+            assert own in (old, new), f"line {number}"
+        if now == before:
+            assert opt.steps == start.steps
+        assert opt.steps in (start.steps, start.steps + 1)
+        assert opt.check() == []
+        found.add((now == before, now == after))
+        # And it goes on, in this thread and in others: no lock is held.
+        assert opt._lock.acquire(blocking=False)
+        opt._lock.release()
+        opt.step(first)
+        assert of_each_parameter(opt) != now
+    assert number > 10
+    assert (True, False) in found
+    assert (False, True) in found
+
+
+# A file that is being opened at that moment is closed by the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_ctrl_c_at_every_line_of_saving(kind, rng, tmp_path):
+    if kind == "safetensors":
+        pytest.importorskip("safetensors")
+    opt = RMSProp(arrays(rng))
+    path = tmp_path / f"state.{kind}"
+    opt.save(path)
+    old = path.read_bytes()
+    opt.step(arrays(rng))
+    other = tmp_path / f"other.{kind}"
+    opt.save(other)
+    new = other.read_bytes() if kind == "safetensors" else None
+    found = set()
+    for number in range(10_000):
+        path.write_bytes(old)
+        if not interrupted(lambda: opt.save(path), number):
+            break
+        now = path.read_bytes()
+        loaded = RMSProp.from_checkpoint(path)
+        assert now == old or of_each_parameter(loaded) == of_each_parameter(opt)
+        assert now in (old, new) or new is None
+        found.add(now == old)
+    assert found == {True, False}
+
+
+def test_the_short_ways_are_there():
+    """Otherwise the lines of `test_ctrl_c_at_every_line_of_a_step` would be others than those of usual steps."""
+    assert pointers.available() or not JIT
