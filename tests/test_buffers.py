@@ -108,6 +108,8 @@ def test_like_has_the_layout_and_its_own_memory():
     assert other.views["a"].tolist() == [7, 7, 7]
     assert not np.shares_memory(other.block, buffer.block)
     assert buffer.like().views["b"].tolist() == [0, 0]
+    assert buffer.like(-2).views["b"].tolist() == [-2, -2]
+    assert np.signbit(buffer.like(-0.0).views["a"]).all()
 
 
 def test_unflatten_gives_views_of_any_vector():

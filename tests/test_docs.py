@@ -38,6 +38,12 @@ def test_links_inside_the_repository_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_are_there(page):
+    for name, target in re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert f"def {name}(" in (page.parent / target).read_text(encoding="utf-8"), name
+
+
 @pytest.mark.parametrize("name", fastrms.__all__)
 def test_every_public_name_is_documented(name):
     assert getattr(fastrms, name).__doc__

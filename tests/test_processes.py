@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from helpers import JIT, assert_same_bits, steps
@@ -148,37 +149,37 @@ def test_a_child_of_fork_steps_with_the_right_bits(layer, forked):
 def in_another_process(start):
     opt = RMSProp([start], kernel="parallel")
     opt.step([start])
-    return opt.params[0]
+    return opt.params[0], numba.threading_layer()
+
+
+WAYS = f"""if True:
+    import sys
+    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    import multiprocessing
+    import numba, numpy as np
+    from test_processes import in_another_process
+    if __name__ == "__main__":
+        start = np.linspace(-1, 1, 70_000)
+        in_another_process(start)
+        if sys.argv[1] == "joblib":
+            from joblib import Parallel, delayed
+            found = Parallel(n_jobs=2)(delayed(in_another_process)(start) for _ in range(3))
+        else:
+            with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+                found = pool.map(in_another_process, [start] * 3)
+        print(*{{array.tobytes().hex() for array, _ in found}})
+        print(*{{layer for _, layer in found}})
+"""
 
 
 @pytest.mark.skipif(not JIT, reason="about threads of compiled code")
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("way", ["forkserver", "spawn", "joblib"])
-def test_other_ways_to_start_processes(way, rng):
-    start = rng.standard_normal(70_000)
+def test_other_ways_to_start_processes(way, layer):
+    start = np.linspace(-1, 1, 70_000)
     reference = ReferenceRMSProp([start])
     reference.step([start])
-    program = f"""if True:
-        import sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import multiprocessing, numpy as np
-        from test_processes import in_another_process
-        if __name__ == "__main__":
-            start = np.frombuffer(bytes.fromhex(sys.stdin.read()))
-            in_another_process(start)
-            if {way!r} == "joblib":
-                from joblib import Parallel, delayed
-                found = Parallel(n_jobs=2)(delayed(in_another_process)(start) for _ in range(3))
-            else:
-                with multiprocessing.get_context({way!r}).Pool(2) as pool:
-                    found = pool.map(in_another_process, [start] * 3)
-            print(*{{array.tobytes().hex() for array in found}})
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=start.tobytes().hex(), capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == reference.params[0].tobytes().hex()
+    assert run(WAYS, layer, way) == [reference.params[0].tobytes().hex(), layer]
 
 
 def test_a_process_whose_threads_were_never_started_can_start_them():
