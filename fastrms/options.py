@@ -1,6 +1,7 @@
 """Hyper-parameters: their ranges, the parameter group that holds them, and the numbers that a kernel gets for them."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cache
 from numbers import Real
@@ -181,7 +182,7 @@ class ParamGroup(MutableMapping[str, Any]):
         self.dtypes = dtypes
         self._values: dict[str, Any] = {}
         self._params: Any = None
-        self._changed: Callable[[], None] = lambda: None
+        self._changed: weakref.WeakMethod[Callable[[], None]] | None = None
         for name in options:
             if name not in GROUP_DEFAULTS:
                 raise OptionError(f"{label}: {name!r} is no option of a parameter group; {_known()}")
@@ -206,9 +207,10 @@ class ParamGroup(MutableMapping[str, Any]):
         return checked
 
     def bind(self, params: Any, changed: Callable[[], None]) -> None:
-        """Show `params` under "params", and call `changed` after each assignment."""
+        """Show `params` under "params", and call the method `changed` after each assignment."""
         self._params = params
-        self._changed = changed
+        # Not to keep the optimizer, which has this group: its buffers go at once when nobody else has it.
+        self._changed = weakref.WeakMethod(changed)
 
     def __getitem__(self, name: str) -> Any:
         return self._params if name == "params" else self._values[name]
@@ -224,7 +226,8 @@ class ParamGroup(MutableMapping[str, Any]):
                 "from. To change the cache now, write to it: opt.cache[0][...] = value"
             )
         self._values = self._checked(self._values | {name: value})
-        self._changed()
+        if self._changed is not None and (changed := self._changed()) is not None:
+            changed()
 
     def take_over(self, other: "ParamGroup") -> None:
         """Have the options of another group, which were checked when it was made."""

@@ -1,7 +1,9 @@
 """RMSProp as a class: structures, groups, gradients of all kinds, and that a step happens whole or not at all."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -373,3 +375,20 @@ def test_pure_update_changes_nothing_it_is_given(rng):
         rmsprop_update(params, grads, cache | {"b": np.ones(3)})
     from_nothing, _ = rmsprop_update(params, grads, None)
     assert from_nothing["W"].shape == (3, 2)
+
+
+def test_an_optimizer_that_nobody_has_any_more_is_gone_at_once():
+    opt = RMSProp([np.ones(3)], kernel="serial", momentum=0.9)
+    opt.step([np.ones(3)])
+    group, alive = opt.param_groups[0], weakref.ref(opt)
+    gc.disable()
+    try:
+        del opt
+        assert alive() is None
+    finally:
+        gc.enable()
+    group["lr"] = 0.5  # somebody kept this
+    assert group["lr"] == 0.5
+    again = pickle.loads(pickle.dumps(group))
+    again["lr"] = 0.25
+    assert (again["lr"], group["lr"]) == (0.25, 0.5)
