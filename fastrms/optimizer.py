@@ -410,6 +410,29 @@ class RMSProp(Checkpointed):
             self._chooser.step_done()
         return params.views
 
+    def _step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
+        """Take a step with gradients at these addresses, one for each parameter, or for each that is present.
+
+        For adapters to other frameworks, which have looked at their tensors and hold them: dense, of the dtypes and
+        shapes of the parameters, in other memory than this optimizer's. Not with the NumPy kernel, which cannot read
+        there, and not with `nonfinite`.
+        """
+        with self._lock:
+            kernel = self._kernel if self._chooser is None else self._chooser.kernel
+            for run in self._runs:
+                run.point_to(addresses)
+                run.gather()
+            calls = self._steady_calls.get((True, kernel)) if present is None else None
+            if calls is None:
+                calls = self._make_calls(self._rates(), kernel, present, True)
+            for update, arguments in calls:
+                update(*arguments)
+            self.steps += 1
+            if present is not None:
+                self._skipped[~present] += 1
+            if self._chooser is not None:
+                self._chooser.step_done()
+
     def _plan(self, kernel: str, found: tuple[Any, ...] | None, arrays: list[Any] | None) -> list[_Call] | None:
         """The kernel calls of this step, or None where it is skipped because a gradient is not finite.
 
@@ -461,7 +484,7 @@ class RMSProp(Checkpointed):
         if not all(run.find(items) for run in self._runs):
             return False
         for run in self._runs:  # only now, so that nothing is written if any array is a wrong one
-            run.gather(items)
+            run.gather()
         return True
 
     def _rates(self) -> list[float]:

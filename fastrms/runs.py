@@ -75,10 +75,10 @@ class Run:
         """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
         return bool(cpu.serial_from(items, *self._sources, False, *self._no_update) < 0)
 
-    def gather(self, items: int) -> None:
-        """Copy the gradients to the gradient buffer, if this run does better so."""
+    def gather(self) -> None:
+        """Copy the gradients that were found to the gradient buffer, if this run does better so."""
         if self._gathers:
-            cpu.serial_from(items, *self._sources, True, *self._no_update)
+            cpu.serial_from(0, *self._sources, True, *self._no_update)
 
     def with_sources(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of `cpu.serial_from`, but for the address of the items, from those of `cpu.serial`."""
@@ -87,6 +87,10 @@ class Run:
     def point_to_buffer(self) -> None:
         """Take the gradients from the gradient buffer."""
         self._spans[:, 2] = 0
+
+    def point_to(self, addresses: NDArray[np.int64]) -> None:
+        """Take the gradients from these addresses, which are those of all leaves of the layout."""
+        self._spans[:, 2] = addresses[self.numbers]
 
     def part_of(self, buffer: FlatBuffer) -> NDArray[Any]:
         """The elements of this run in `buffer`, 1-D."""

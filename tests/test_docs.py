@@ -16,10 +16,14 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Names that a page may take for granted, because it shows a formula and not a program.
 FORMULA = {"d": 0.9, "lr": 0.1, "eps": 1e-8, "cache": np.ones(2), "grad": np.ones(2), "param": np.ones(2)}
 GIVEN = {"kernels.md": {"np": np, **FORMULA}}
+# Pages of adapters, and what they adapt to.
+NEEDS = {"torch.md": "torch"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page, tmp_path, monkeypatch):
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
     monkeypatch.chdir(tmp_path)  # for what a page saves
     names = dict(GIVEN.get(page.name, {}))
     for code in BLOCK.findall(page.read_text(encoding="utf-8")):

@@ -89,6 +89,7 @@ ARROWS = {
     "buffers": {"errors"},
     "kernels.compiled": set(),
     "kernels.cpu": {"kernels", "kernels.compiled"},
+    "kernels.dlpack": {"kernels.compiled", "kernels.cpu"},
     "kernels.reference": {"options"},
     "kernels.norms": {"kernels.reference", "kernels.choice", "kernels.compiled", "kernels.cpu", "kernels"},
     "kernels.pointers": set(),
@@ -102,6 +103,7 @@ ARROWS = {
         "kernels.reference",
     },
     "functional": {"optimizer"},
+    "torch": {"errors", "options", "kernels", "kernels.choice", "optimizer"},
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "BLOCK",
     "block_size",
     "gradient_part",
+    "int64_at",
     "parallel",
     "prefetch",
     "rule",
@@ -251,25 +252,25 @@ def _number_at(kind):
     return load
 
 
-_int64_at, _int32_at = _number_at(types.int64), _number_at(types.int32)
+int64_at, int32_at = _number_at(types.int64), _number_at(types.int32)
 
 
 @inner
 def _find(items, expected, shapes, sources):
     """The part of `serial_from` that looks into the arrays; `pointers` has where their fields lie."""
     for k in range(sources.shape[0]):
-        array = _int64_at(items + 8 * shapes[k, 0])
-        if _int64_at(array + pointers.TYPE) != expected[0] or _int64_at(array + pointers.DTYPE) != expected[1]:
+        array = int64_at(items + 8 * shapes[k, 0])
+        if int64_at(array + pointers.TYPE) != expected[0] or int64_at(array + pointers.DTYPE) != expected[1]:
             return k
-        if _int32_at(array + pointers.FLAGS) & pointers.ORDINARY != pointers.ORDINARY:
+        if int32_at(array + pointers.FLAGS) & pointers.ORDINARY != pointers.ORDINARY:
             return k
-        if _int32_at(array + pointers.NDIM) != shapes[k, 1]:
+        if int32_at(array + pointers.NDIM) != shapes[k, 1]:
             return k
-        shape = _int64_at(array + pointers.SHAPE)
+        shape = int64_at(array + pointers.SHAPE)
         for d in range(shapes[k, 1]):
-            if _int64_at(shape + 8 * d) != shapes[k, 2 + d]:
+            if int64_at(shape + 8 * d) != shapes[k, 2 + d]:
                 return k
-        data = _int64_at(array + pointers.DATA)
+        data = int64_at(array + pointers.DATA)
         end = data + (sources[k, 1] - sources[k, 0]) * expected[2]
         for j in range(3, expected.size, 2):
             if data < expected[j + 1] and end > expected[j]:
@@ -282,6 +283,8 @@ def _find(items, expected, shapes, sources):
 def _gather(sources, grads):
     """Copy each array that was found to its place in `grads`, and let `sources` point there."""
     for k in range(sources.shape[0]):
+        if sources[k, 2] == 0:
+            continue
         target = grads[sources[k, 0] : sources[k, 1]]
         source = _array_at(sources[k, 2], target.size, grads)
         for i in range(target.size):
@@ -409,8 +412,8 @@ def serial_from(
         wrong = _find(items, expected, shapes, sources)
         if wrong >= 0:
             return wrong
-        if gathers:
-            _gather(sources, grads)
+    if gathers:
+        _gather(sources, grads)
     _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
                     SERIAL_PREFETCHES_FROM)  # fmt: skip
     return -1

@@ -1,0 +1,150 @@
+"""fastrms.torch.RMSprop beside torch.optim.RMSprop, each of its settings, in one process and in turns.
+
+    python benchmarks/bench_torch.py            # print the table
+    python benchmarks/bench_torch.py --write    # and put it into docs/torch.md
+
+`python -m pytest benchmarks` runs it for a moment and compares what the sides computed.
+"""
+# ruff: noqa: RUF001 - a multiplication sign in a table is meant
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import fill, markdown
+
+sys.path.pop(0)
+
+from fastrms.plots import format_seconds
+
+PAGE = Path(__file__).parent.parent / "docs" / "torch.md"
+WAYS = ("fastrms.torch", "torch.optim, foreach=True", "torch.optim, foreach=False")
+
+
+def optimizer(way: str, params: Any) -> Any:
+    """One of the three, with the same options."""
+    import torch
+
+    from fastrms.torch import RMSprop
+
+    return RMSprop(params) if way == WAYS[0] else torch.optim.RMSprop(params, foreach=way == WAYS[1])
+
+
+def step_alone(shape: tuple[int, ...], count: int) -> Callable[[str], tuple[Callable[[], Any], Any]]:
+    """A case: the step over so many parameters of a shape, with gradients that are there."""
+
+    def make(way: str) -> tuple[Callable[[], Any], Any]:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(count)]
+        for p in params:
+            p.grad = torch.randn(shape, generator=generator)
+        return optimizer(way, params).step, params
+
+    return make
+
+
+def training_step(*sizes: int) -> Callable[[str], tuple[Callable[[], Any], Any]]:
+    """A case: a whole training step of a perceptron, with batches of 64."""
+
+    def make(way: str) -> tuple[Callable[[], Any], Any]:
+        import torch
+
+        torch.manual_seed(0)
+        layers: list[Any] = []
+        for a, b in itertools.pairwise(sizes):
+            layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
+        model = torch.nn.Sequential(*layers[:-1])
+        x, y = torch.randn(64, sizes[0]), torch.randint(sizes[-1], (64,))
+        own = optimizer(way, model.parameters())
+
+        def step() -> None:
+            own.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            own.step()
+
+        return step, list(model.parameters())
+
+    return make
+
+
+# What is measured, and how much faster than the better of PyTorch's settings it should be.
+CASES = {
+    "step, 1,000 × 10x10": (step_alone((10, 10), 1000), 25.0),
+    "step, 1 × 10,000,000": (step_alone((10_000_000,), 1), 4.0),
+    "training step of 64-32-10": (training_step(64, 32, 10), 1.0),
+    "training step of 64-[32]x50-10": (training_step(64, *[32] * 50, 10), 1.0),
+    "training step of 784-512-512-10": (training_step(784, 512, 512, 10), 1.0),
+}
+
+
+def measure(name: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of a step, turn by turn, of each way; all have done the same number of steps at the end."""
+    import torch
+
+    made = {way: CASES[name][0](way) for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    took = {}
+    for way, (step, _) in made.items():
+        for _ in range(5):
+            step()
+        start = time.perf_counter()
+        step()
+        took[way] = time.perf_counter() - start
+    # So many steps in a turn that "auto" finds out within the first turns which kernel is faster.
+    count = max(1, min(200, round(0.05 / max(took.values()))))
+    begin = time.perf_counter()
+    while len(times[WAYS[0]]) < 5 or time.perf_counter() - begin < seconds:
+        for way, (step, _) in made.items():
+            step()  # what was in the caches is another way's
+            start = time.perf_counter()
+            for _ in range(count):
+                step()
+            times[way].append((time.perf_counter() - start) / count)
+    for way in WAYS[1:]:
+        for ours, theirs in zip(made[WAYS[0]][1], made[way][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    return times
+
+
+def row(name: str, times: dict[str, list[float]]) -> list[str]:
+    """A line of the table: times, and how much faster than the better of PyTorch's two ours is."""
+    half = {way: statistics.median(values[len(values) // 3 :]) for way, values in times.items()}  # after the trials
+    ratio, target = min(half[way] for way in WAYS[1:]) / half[WAYS[0]], CASES[name][1]
+    return [name, *(format_seconds(half[way]) for way in WAYS), f"{ratio:.3g}×", f"{target:g}×",
+            "reached" if ratio >= target else "**missed**"]  # fmt: skip
+
+
+def main() -> int:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the table into docs/torch.md")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for each case (default: 15)")
+    args = parser.parse_args()
+    header = ["", *WAYS, "faster by", "at least", ""]
+    table = markdown(header, [row(name, measure(name, args.seconds)) for name in CASES])
+    print(table)
+    if args.write:
+        fill([PAGE], {"torch": table})
+    return 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_beside_torch(name, capsys):
+    pytest.importorskip("torch")
+    line = row(name, measure(name, 0.5))
+    with capsys.disabled():
+        print("\n" + " | ".join(line))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Where tensors of another framework lie in memory, asked for in compiled code through DLPack's table of C functions.
+
+A type that has ``__dlpack_c_exchange_api__`` (DLPack 1.2 and later, the C exchange API) gives the address of a function
+that describes a tensor without making an object: some 15 ns, where Python's ways to ask for address, shape and strides
+take 50 ns each.
+"""
+
+import ctypes
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from fastrms.kernels.compiled import inner, jit
+from fastrms.kernels.cpu import int64_at
+
+__all__ = ["ABSENT", "ORDINARY", "UNUSUAL", "WORDS", "exchange_function", "kind_of", "locate"]
+
+# What `locate` says of a tensor.
+ORDINARY, ABSENT, UNUSUAL = 0, 1, 2
+
+# Struct DLPackExchangeAPI: version (major, minor: 32 bits each), previous table, then functions; this is the fourth.
+_FUNCTION = 5
+# Struct DLTensor, in words of 64 bits: data, device (type, number: 32 bits each), dimensions and dtype (32 bits each),
+# shape, strides, byte offset.
+WORDS = 6
+_CPU, _FLOAT = 1, 2
+
+
+def exchange_function(kind: type) -> int:
+    """The address of ``dltensor_from_py_object_no_sync`` for tensors of this type, or 0 if there is none."""
+    capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
+    if capsule is None or numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return 0
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    table = (ctypes.c_int64 * (_FUNCTION + 1)).from_address(pointer_of(capsule, b"dlpack_exchange_api"))
+    return table[_FUNCTION] if table[0] & 0xFFFFFFFF == 1 else 0
+
+
+def kind_of(itemsize: int) -> int:
+    """The upper half of a DLTensor's third word for floats of so many bytes: code, bits and lanes of the dtype."""
+    return _FLOAT | 8 * itemsize << 8 | 1 << 16
+
+
+@intrinsic
+def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
+    """Call the function with the object at address `tensor`, to fill the array `words`; whether it could."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        describe = builder.inttoptr(arguments[0], ir.FunctionType(ir.IntType(32), [byte, byte]).as_pointer())
+        data = context.make_array(words)(context, builder, arguments[2]).data
+        status = builder.call(describe, [builder.inttoptr(arguments[1], byte), builder.bitcast(data, byte)])
+        failed = builder.icmp_signed("!=", status, ir.Constant(ir.IntType(32), 0))
+        with builder.if_then(failed):  # there is an exception, which is nobody's business
+            clear = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, clear, "PyErr_Clear"), [])
+        return builder.not_(failed)
+
+    return types.boolean(types.int64, types.int64, words), codegen
+
+
+@inner
+def _is_as_expected(words, expected, k):
+    """Whether a tensor that was described is a dense one on the CPU, of the dtype and shape that are expected."""
+    if words[1] & 0xFFFFFFFF != _CPU or words[2] & 0xFFFFFFFF != expected[k, 1]:
+        return False
+    if (words[2] >> 32) & 0xFFFFFFFF != expected[k, 0]:
+        return False
+    dense = 1
+    for back in range(expected[k, 1]):
+        d = expected[k, 1] - 1 - back
+        size = expected[k, 2 + d]
+        if int64_at(words[3] + 8 * d) != size:
+            return False
+        if size > 1 and int64_at(words[4] + 8 * d) != dense:
+            return False
+        dense *= size
+    return True
+
+
+@jit()
+def locate(function, tensors, kinds, none, expected, words, addresses, states):
+    """Find out where tensors lie; whether all are ordinary.
+
+    Parameters
+    ----------
+    function : int
+        From `exchange_function`.
+    tensors : int
+        Address of the items of a tuple of tensors, which the caller holds.
+    kinds : ndarray of int64, shape (m,)
+        The types (their ``id``) that the function is for, without subclasses.
+    none : int
+        ``id(None)``, which stands for a tensor that is absent.
+    expected : ndarray of int64, shape (k, 2 + most dimensions)
+        For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
+    words : ndarray of int64, shape (`WORDS`,)
+        Room to work.
+    addresses : ndarray of int64, shape (k,)
+        Written: where the elements begin; 0 unless the tensor is ordinary.
+    states : ndarray of int64, shape (k,)
+        Written: `ORDINARY` for a dense tensor on the CPU of that dtype and shape, `ABSENT`, or `UNUSUAL`.
+    """
+    ordinary = True
+    for k in range(addresses.size):
+        tensor = int64_at(tensors + 8 * k)
+        state = UNUSUAL
+        addresses[k] = 0
+        if tensor == none:
+            state = ABSENT
+        else:
+            kind = int64_at(tensor + 8)
+            for i in range(kinds.size):
+                if kind == kinds[i]:
+                    if _describe(function, tensor, words) and _is_as_expected(words, expected, k):
+                        state = ORDINARY
+                        addresses[k] = words[0] + words[5]
+                    break
+        states[k] = state
+        ordinary = ordinary and state == ORDINARY
+    return ordinary
