@@ -102,6 +102,8 @@ ARROWS = {
         "kernels.reference",
     },
     "functional": {"optimizer"},
+    "scipy": {"errors", "options", "optimizer"},
+    "interop": {"dialects", "errors", "options", "optimizer", "kernels.reference"},
 }  # fmt: skip
 
 
