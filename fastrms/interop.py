@@ -139,7 +139,7 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
         for name, theirs in _TORCH.items():
             for i, array in enumerate(_take(optimizer, name, lr_in_momentum=False)):
                 if array is not None:
-                    state[i][theirs] = torch.tensor(array)
+                    state[i][theirs] = torch.as_tensor(array)
         for k, group in enumerate(groups):
             group["params"] = np.flatnonzero(optimizer._group_of == k).tolist()
     return {"state": state, "param_groups": groups}
@@ -196,6 +196,8 @@ def from_keras(config: Mapping[str, Any], variables: Any, params: Any, **options
         if variables.keys() != (names := {str(number) for number in range(len(variables))}):
             raise CheckpointError(f"variables: expected the names '0' to '{len(names) - 1}', got {_named(variables)}")
         variables = [variables[str(number)] for number in range(len(variables))]
+    elif not isinstance(variables, list | tuple):
+        raise CheckpointError(f"variables: expected optimizer.variables, or a dict of them, got {_named(variables)}")
 
     arguments = {name: value for name, value in config.items() if name in DIALECTS["keras"].names}
     for name in ("clipnorm", "clipvalue", "global_clipnorm"):
@@ -393,5 +395,5 @@ def _count(name: str, value: Any) -> int:
 
 def _named(thing: Any) -> str:
     if isinstance(thing, Mapping):
-        return f"a dict with {', '.join(map(repr, thing)) or 'nothing'}"
+        return f"a dict with {', '.join(map(repr, list(thing)[:8])) or 'nothing'}"
     return f"a {type(thing).__name__}"

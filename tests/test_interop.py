@@ -419,7 +419,8 @@ WRONG_TORCH = {
     "steps": (torch_state(entry=ENTRY | {"step": np.ones(2)}), CheckpointError, "step: expected one number, got shape"),
     "more": (torch_state(GROUP | {"params": [0, 1, 2]}), CheckpointError, r"params: expected \[3\] .*; got \[2\]"),
     "groups": (
-        {"state": {}, "param_groups": [GROUP, GROUP]}, CheckpointError, "params: expected 2 groups, .*got no groups"
+        {"state": {}, "param_groups": [GROUP, GROUP]}, CheckpointError,
+        "params: expected 2 groups with 'params', .* got no groups",
     ),
     "another shape": (
         torch_state(entry=ENTRY | {"square_avg": np.ones(3)}), StructureError,
@@ -468,6 +469,7 @@ WRONG_KERAS = {
         {"variables": VARIABLES[:3]}, CheckpointError,
         r"expected 4 for 1 parameters \(iteration, learning_rate, velocity, momentum\), got 3",
     ),
+    "no variables": ({"variables": None}, CheckpointError, "variables: expected optimizer.variables, .*got a NoneType"),
     "not built": ({"variables": []}, CheckpointError, "expected 4 for 1 parameters"),
     "names": ({"variables": {"a": 1}}, CheckpointError, "variables: expected the names '0' to '0', got .*'a'"),
     "another shape": ({"variables": [3, 0.5, np.ones(2), np.ones(3)]}, StructureError, r"momentum\[0\]: expected"),
@@ -529,7 +531,9 @@ def test_groups_that_differ_are_not_for_keras():
     with pytest.raises(OptionError, match=r"learning_rate: expected the same in all groups, .*; got \[0.001, 0.5\]"):
         interop.to_keras(RMSProp(groups, **dialect("keras")))
     groups[1].pop("lr")
-    assert len(interop.to_keras(RMSProp(groups, **dialect("keras")))[1]) == 4
+    config, variables = interop.to_keras(RMSProp(groups, **dialect("keras")))
+    assert len(variables) == 4
+    assert config["weight_decay"] is None  # off, as Keras has it
 
 
 @pytest.mark.parametrize("to", TO.values(), ids=TO)
