@@ -17,7 +17,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FORMULA = {"d": 0.9, "lr": 0.1, "eps": 1e-8, "cache": np.ones(2), "grad": np.ones(2), "param": np.ones(2)}
 GIVEN = {"kernels.md": {"np": np, **FORMULA}}
 # Pages of adapters, and what they adapt to.
-NEEDS = {"torch.md": "torch"}
+NEEDS = {"torch.md": "torch", "interop.md": "torch"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -29,6 +29,8 @@ def test_every_block_runs(page, tmp_path, monkeypatch):
     for code in BLOCK.findall(page.read_text(encoding="utf-8")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # From within Keras, where it makes an array of one of its variables.
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning, module="keras")
             exec(compile(code, str(page), "exec"), names)
 
 

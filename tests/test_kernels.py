@@ -104,6 +104,8 @@ ARROWS = {
     },
     "functional": {"optimizer"},
     "torch": {"errors", "options", "kernels", "kernels.choice", "optimizer"},
+    "scipy": {"errors", "options", "optimizer"},
+    "interop": {"dialects", "errors", "options", "optimizer", "kernels.reference"},
 }  # fmt: skip
 
 

@@ -1,0 +1,571 @@
+"""State of PyTorch's and Keras' RMSprop: training goes on here as it would have there, and the other way round."""
+
+import copy
+import subprocess
+import sys
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+
+from fastrms import CheckpointError, DtypeError, OptionError, RMSProp, StructureError, dialect, interop
+from fastrms.dialects import DIALECTS
+
+# What Keras does when NumPy 2 asks one of its variables for an array; the warning names its own modules.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning:keras"
+)
+
+SHAPES = [(4, 3), (3,), (), (0, 2), (2, 3, 2)]
+KINDS = {"float32": 1e-5, "float64": 1e-12}
+STEPS = 12
+
+
+def arrays(rng, dtype):
+    return [np.asarray(rng.standard_normal(shape)).astype(dtype) for shape in SHAPES]
+
+
+def assert_near(ours, theirs, dtype, settings=None):
+    # Keras on torch takes the norms of clipping in float32, also of float64 gradients.
+    tolerance = max(KINDS[dtype], 1e-8 if settings in ("clipnorm", "global_clipnorm") else 0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+TORCH = {
+    "defaults": {},
+    "momentum": {"momentum": 0.9, "lr": 0.02},
+    "centered": {"centered": True, "eps": 1e-3},
+    "weight decay": {"weight_decay": 0.1, "maximize": True},
+    "all": {"lr": 0.03, "alpha": 0.9, "eps": 1e-4, "momentum": 0.8, "centered": True, "weight_decay": 0.01},
+}
+KERAS = {
+    "defaults": {},
+    "momentum": {"momentum": 0.9, "learning_rate": 0.02},
+    "centered": {"centered": True, "epsilon": 1e-3},
+    "weight decay": {"weight_decay": 0.1},
+    "all": {
+        "learning_rate": 0.03, "rho": 0.8, "epsilon": 1e-4, "momentum": 0.8, "centered": True, "weight_decay": 0.01,
+    },
+    "clipnorm": {"clipnorm": 0.5},
+    "clipvalue": {"clipvalue": 0.5, "momentum": 0.5},
+    "global_clipnorm": {"global_clipnorm": 0.5},
+}  # fmt: skip
+
+# The real optimizers, each with the same few methods: make one, step, say where it stands.
+
+
+class Torch:
+    """`torch.optim.RMSprop` over parameters in some groups."""
+
+    settings = TORCH
+    # Ours with momentum as others have it.
+    other = MappingProxyType({"lr_in_momentum": True})
+
+    def __init__(self, start, arguments, cuts=None):
+        self.torch = pytest.importorskip("torch")
+        self.params = [self.torch.nn.Parameter(self.torch.tensor(p)) for p in start]
+        self.cuts = cuts
+        groups = self.params
+        if cuts is not None:
+            parts = [self.params[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True)]
+            groups = [{"params": part, "lr": 0.01 * (k + 1)} for k, part in enumerate(parts)]
+            groups[-1]["weight_decay"] = 0.05
+            groups[0]["momentum"] = 0.5
+        self.optimizer = self.torch.optim.RMSprop(groups, **arguments)
+
+    def step(self, gradients):
+        for parameter, gradient in zip(self.params, gradients, strict=True):
+            parameter.grad = None if gradient is None else self.torch.tensor(gradient)
+        self.optimizer.step()
+
+    def values(self):
+        return [parameter.detach().numpy().copy() for parameter in self.params]
+
+    def ours(self, **options):
+        params = self.params if self.cuts is None else self.optimizer.param_groups
+        return interop.from_torch(self.optimizer.state_dict(), params, **options)
+
+    def take_over(self, opt):
+        with self.torch.no_grad():
+            for parameter, array in zip(self.params, opt.buffers["params"].leaves, strict=True):
+                parameter.copy_(self.torch.from_numpy(array))
+        self.optimizer.load_state_dict(interop.to_torch(opt))
+
+
+class Keras:
+    """`keras.optimizers.RMSprop` over variables."""
+
+    settings = KERAS
+    other = MappingProxyType({"lr_in_momentum": False})
+
+    def __init__(self, start, arguments, cuts=None):
+        self.keras = sys.modules["keras"]
+        self.params = [self.keras.Variable(p, dtype=str(p.dtype)) for p in start]
+        self.optimizer = self.keras.optimizers.RMSprop(**arguments)
+        self.optimizer.build(self.params)
+
+    def step(self, gradients):
+        self.optimizer.apply([self.keras.ops.convert_to_tensor(g) for g in gradients], self.params)
+
+    def values(self):
+        return [variable.numpy().copy() for variable in self.params]
+
+    def ours(self, **options):
+        return interop.from_keras(self.optimizer.get_config(), self.optimizer.variables, self.params, **options)
+
+    def take_over(self, opt):
+        for variable, array in zip(self.params, opt.buffers["params"].leaves, strict=True):
+            variable.assign(array)
+        config, variables = interop.to_keras(opt)
+        self.optimizer = self.keras.optimizers.RMSprop.from_config(config)
+        self.optimizer.build(self.params)
+        self.optimizer.load_own_variables(variables)
+
+
+@pytest.fixture
+def keras(monkeypatch):
+    """Keras on torch; the precision of its learning rate is set back afterwards."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    # Keras imports JAX where there is one, whose threads make each later fork warn.
+    monkeypatch.setitem(sys.modules, "jax", None)
+    keras = pytest.importorskip("keras")
+    floatx = keras.config.floatx()
+    yield keras
+    keras.config.set_floatx(floatx)
+
+
+@pytest.fixture
+def peer(request, dtype):
+    """The class above that a test is for."""
+    if request.param is Keras:
+        request.getfixturevalue("keras").config.set_floatx(dtype)
+    return request.param
+
+
+PEERS = [(peer, settings) for peer in (Torch, Keras) for settings in peer.settings]
+each_setting = pytest.mark.parametrize(
+    ("peer", "settings"), PEERS, ids=[f"{p.__name__}-{s}" for p, s in PEERS], indirect=["peer"]
+)
+each_dtype = pytest.mark.parametrize("dtype", KINDS)
+
+
+@each_dtype
+@each_setting
+@pytest.mark.parametrize("other", [False, True], ids=["their momentum", "the other momentum"])
+def test_goes_on_here_as_it_would_have_there(peer, settings, dtype, other, rng):
+    theirs = peer(arrays(rng, dtype), peer.settings[settings])
+    for _ in range(STEPS):
+        theirs.step(arrays(rng, dtype))
+    ours = theirs.ours(**(peer.other if other else {}))
+    assert ours.steps == STEPS
+    assert_near(ours.params, theirs.values(), dtype, settings)
+    for _ in range(STEPS):
+        gradients = arrays(rng, dtype)
+        theirs.step(gradients)
+        ours.step(gradients)
+        assert_near(ours.params, theirs.values(), dtype, settings)
+
+
+@each_dtype
+@each_setting
+@pytest.mark.parametrize("other", [False, True], ids=["their momentum", "the other momentum"])
+def test_goes_on_there_as_it_would_have_here(peer, settings, dtype, other, rng):
+    start = arrays(rng, dtype)
+    options = dialect(peer.__name__.lower(), **peer.settings[settings])
+    ours = RMSProp(start, **(options | (peer.other if other else {})))
+    for _ in range(STEPS):
+        ours.step(arrays(rng, dtype))
+    theirs = peer(start, {})
+    theirs.take_over(ours)
+    for _ in range(STEPS):
+        gradients = arrays(rng, dtype)
+        theirs.step(gradients)
+        ours.step(gradients)
+        assert_near(ours.params, theirs.values(), dtype, settings)
+
+
+@each_dtype
+@each_setting
+def test_there_and_back_has_the_same_bits(peer, settings, dtype, rng):
+    start = arrays(rng, dtype)
+    options = dialect(peer.__name__.lower(), **peer.settings[settings]) | {"lr": 0.125}  # which float32 has exactly
+    ours = RMSProp(start, **options)
+    for _ in range(3):
+        ours.step(arrays(rng, dtype))
+    theirs = peer(start, {})
+    theirs.take_over(ours)
+    back = theirs.ours()
+    assert {**back.param_groups[0], "params": None} == {**ours.param_groups[0], "params": None}
+    assert (back.steps, back.global_clip_norm) == (ours.steps, ours.global_clip_norm)
+    for name in ours.buffers.keys() - {"grads"}:
+        assert_same_bits(back.buffers[name].block, ours.buffers[name].block, name)
+
+
+# What is particular to torch.
+
+
+@each_dtype
+@pytest.mark.parametrize("arguments", [{}, {"momentum": 0.9, "centered": True, "eps": 1e-3}], ids=["plain", "all"])
+def test_groups_of_torch(arguments, dtype, rng):
+    theirs = Torch(arrays(rng, dtype), arguments, cuts=[1, 3])
+    for _ in range(STEPS):
+        theirs.step(arrays(rng, dtype))
+    ours = theirs.ours()
+    back = Torch(theirs.values(), {}, cuts=[1, 3])
+    back.take_over(ours)
+    assert [group["lr"] for group in ours.param_groups] == [0.01, 0.02, 0.03]
+    for _ in range(STEPS):
+        gradients = arrays(rng, dtype)
+        nested = [gradients[:1], gradients[1:3], gradients[3:]]
+        for optimizer, given in ((theirs, gradients), (back, gradients), (ours, nested)):
+            optimizer.step(given)
+        assert_near(ours.buffers["params"].leaves, theirs.values(), dtype)
+        assert_near(back.values(), theirs.values(), dtype)
+    for one, other in zip(back.optimizer.param_groups, theirs.optimizer.param_groups, strict=True):
+        assert {k: v for k, v in one.items() if k != "params"} == {k: v for k, v in other.items() if k != "params"}
+
+
+def test_parameters_without_a_gradient_yet(rng):
+    start = arrays(rng, "float64")
+    theirs = Torch(start, {"momentum": 0.9, "centered": True, "eps": 0.1})
+    counts = [0, 1, 3, 3, 2]
+    for step in range(3):
+        theirs.step([g if step < n else None for g, n in zip(arrays(rng, "float64"), counts, strict=True)])
+    assert sorted(theirs.optimizer.state_dict()["state"]) == [1, 2, 3, 4]
+    ours = theirs.ours()
+    assert ours.steps == 3
+    assert (ours.steps - ours._skipped).tolist() == counts
+    assert_same_bits(ours.cache[0], np.zeros((4, 3)))
+    back = Torch(theirs.values(), {})
+    back.take_over(ours)
+    assert [int(entry["step"]) for entry in back.optimizer.state_dict()["state"].values()] == counts
+    for _ in range(3):
+        gradients = arrays(rng, "float64")
+        for optimizer in (theirs, ours, back):
+            optimizer.step(gradients)
+        assert_near(ours.params, theirs.values(), "float64")
+        assert_near(back.values(), theirs.values(), "float64")
+
+
+def test_state_of_other_kinds_than_tensors_is_read_too(rng):
+    theirs = Torch(arrays(rng, "float32"), {"momentum": 0.9})
+    theirs.step(arrays(rng, "float32"))
+    theirs.step(arrays(rng, "float32"))
+    state = theirs.optimizer.state_dict()
+    plain = {
+        "state": {k: {name: value.tolist() for name, value in entry.items()} for k, entry in state["state"].items()},
+        "param_groups": [dict(state["param_groups"][0], lr=np.float64(0.01), initial_lr=0.5, name="all", t=None)],
+    }
+    plain["state"][3] = {name: np.zeros((0, 2)) for name in state["state"][3]} | {"step": 2}
+    ours, same = theirs.ours(), interop.from_torch(plain, theirs.values())
+    assert_same_bits(same.buffers["cache"].block, ours.buffers["cache"].block)
+    assert_same_bits(same.buffers["momentum_buffer"].block, ours.buffers["momentum_buffer"].block)
+    assert (same.steps, same.lr) == (2, 0.01)
+
+
+def test_structure_is_that_of_the_parameters_which_are_copied(rng):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.RMSprop(model.named_parameters(), lr=torch.tensor(0.25))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    before = [p.detach().numpy().copy() for p in model.parameters()]
+    ours = interop.from_torch(optimizer.state_dict(), dict(model.named_parameters()), kernel="serial", clip_norm=1.0)
+    assert list(ours.params) == ["weight", "bias"]
+    assert (ours.kernel, ours.param_groups[0]["clip_norm"], ours.lr) == ("serial", 1.0, 0.25)
+    ours.step({"weight": np.ones((2, 3)), "bias": np.ones(2)})
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert_same_bits(parameter.detach().numpy(), old)
+    one = interop.from_torch(optimizer.state_dict(), (model.weight, model.bias))
+    assert type(one.params) is tuple
+
+
+def test_options_are_set_for_all_groups(rng):
+    theirs = Torch(arrays(rng, "float64"), {}, cuts=[2])
+    theirs.step(arrays(rng, "float64"))
+    ours = theirs.ours(lr=lambda k: 0.5**k, global_clip_norm=2.0, nonfinite="raise")
+    assert [group["lr"](1) for group in ours.param_groups] == [0.5, 0.5]
+    assert (ours.global_clip_norm, ours.nonfinite) == (2.0, "raise")
+    # torch gets the rate of the next step, the second.
+    ours.global_clip_norm = None
+    assert [group["lr"] for group in interop.to_torch(ours)["param_groups"]] == [0.5, 0.5]
+
+
+def test_what_is_handed_over_is_copied(rng):
+    ours = RMSProp(arrays(rng, "float64"), momentum=0.9, centered=True)
+    ours.step(arrays(rng, "float64"))
+    state, (_, variables) = interop.to_torch(ours), interop.to_keras(_with(ours, eps_in_sqrt=True))
+    before = copy.deepcopy((state["state"], variables))
+    ours.step(arrays(rng, "float64"))
+    for i, entry in before[0].items():
+        assert all(bool((state["state"][i][name] == value).all()) for name, value in entry.items())
+    for name, value in before[1].items():
+        assert_same_bits(variables[name], value)
+
+
+def _with(opt, **options):
+    for group in opt.param_groups:
+        group.update(options)
+    return opt
+
+
+def test_16_bit_state(rng):
+    theirs = Torch(arrays(rng, "float32"), {"momentum": 0.5, "lr": 0.25, "alpha": 0.9})
+    theirs.step(arrays(rng, "float32"))
+    ours = theirs.ours(cache_dtype="bfloat16", lr_in_momentum=True)
+    state = theirs.optimizer.state_dict()["state"]
+    found = interop.to_torch(ours)["state"]
+    for i, entry in state.items():
+        for name in ("square_avg", "momentum_buffer"):
+            assert found[i][name].dtype == entry[name].dtype
+            np.testing.assert_allclose(found[i][name], entry[name], rtol=2**-8)
+
+
+# What is particular to Keras.
+
+
+def test_variables_of_a_model_by_hand_and_saved(keras, rng):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+    optimizer = keras.optimizers.RMSprop(0.125, momentum=0.5)
+    model.compile(optimizer, loss="mse")
+    x, y = rng.standard_normal((16, 3)), rng.standard_normal((16, 1))
+    model.fit(x, y, epochs=3, batch_size=4, verbose=0)
+    store = {}
+    optimizer.save_own_variables(store)
+    opts = [
+        interop.from_keras(optimizer.get_config(), v, model.trainable_variables) for v in (store, optimizer.variables)
+    ]
+    assert [opt.steps for opt in opts] == [12, 12]
+    for name in ("params", "cache", "momentum_buffer"):
+        assert_same_bits(opts[0].buffers[name].block, opts[1].buffers[name].block)
+    assert_same_bits(opts[0].cache[2], optimizer.variables[4].numpy())
+    assert_same_bits(opts[0].momentum_buffer[1], optimizer.variables[7].numpy())
+
+
+def test_the_variables_have_the_last_word_on_the_rate(keras, rng):
+    theirs = Keras(arrays(rng, "float64"), {})
+    config = theirs.optimizer.get_config()
+    theirs.optimizer.learning_rate = 0.25
+    assert interop.from_keras(config, theirs.optimizer.variables, theirs.params).lr == 0.25
+
+
+def test_a_schedule(keras, rng):
+    keras.config.set_floatx("float64")
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    theirs = Keras(arrays(rng, "float64"), {"learning_rate": schedule, "momentum": 0.5})
+    for _ in range(3):
+        theirs.step(arrays(rng, "float64"))
+    with pytest.raises(OptionError, match="lr: the learning rate is a schedule; give it as a function of the step"):
+        theirs.ours()
+    ours = theirs.ours(lr=lambda k: 0.1 * 0.5 ** (k / 2))
+    for _ in range(5):
+        gradients = arrays(rng, "float64")
+        theirs.step(gradients)
+        ours.step(gradients)
+        np.testing.assert_allclose(ours.params[0], theirs.values()[0], rtol=1e-6)  # of its schedules, which are float32
+    assert interop.to_keras(ours)[0]["learning_rate"] == 0.1 * 0.5**4
+
+
+def test_variables_without_weight_decay_are_a_group(keras, rng):
+    keras.config.set_floatx("float64")
+    theirs = Keras(arrays(rng, "float64"), {"weight_decay": 0.1})
+    optimizer = keras.optimizers.RMSprop(weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_list=theirs.params[1:3])
+    optimizer.build(theirs.params)
+    theirs.optimizer = optimizer
+    theirs.step(arrays(rng, "float64"))
+    v = theirs.params
+    groups = [{"params": [v[0]]}, {"params": v[1:3], "weight_decay": 0.0}, {"params": v[3:]}]
+    ours = interop.from_keras(optimizer.get_config(), optimizer.variables, groups)
+    for _ in range(3):
+        g = arrays(rng, "float64")
+        theirs.step(g)
+        ours.step([g[:1], g[1:3], g[3:]])
+    assert_near(ours.buffers["params"].leaves, theirs.values(), "float64")
+
+
+def test_clipping_that_is_off_there_is_off_here(rng):
+    config = {"learning_rate": 0.5, "rho": 0.9, "epsilon": 1e-7, "clipnorm": 0.0, "clipvalue": -1.0}
+    opt = interop.from_keras(config, [0, 0.5, np.zeros(2)], [np.ones(2)])
+    assert (opt.param_groups[0]["clip_norm"], opt.param_groups[0]["clip_value"]) == (None, None)
+
+
+# What cannot be taken over.
+
+
+GROUP = {"lr": 0.1, "alpha": 0.99, "eps": 1e-8, "momentum": 0.5, "params": [0, 1]}
+ADAM = {"lr": 0.1, "eps": 1e-8, "betas": (0.9, 0.99), "params": [0, 1]}
+ENTRY = {"step": 1.0, "square_avg": np.ones(2)}
+RETURNS = r"expected what torch.optim.RMSprop.state_dict\(\) returns"
+
+
+def torch_state(group=GROUP, entry=ENTRY):
+    return {"state": {0: entry, 1: {"step": 1, "square_avg": np.ones(())}}, "param_groups": [group]}
+
+
+WRONG_TORCH = {
+    "nothing": (None, CheckpointError, f"state_dict: {RETURNS}, got a NoneType"),
+    "a model's": ({"weight": np.ones(2)}, CheckpointError, f"{RETURNS}, got a dict with 'weight'"),
+    "no dicts": ({"state": {}, "param_groups": [1]}, CheckpointError, f"{RETURNS}, .*TypeError"),
+    "Adam's": (torch_state(ADAM), CheckpointError, "'alpha'"),
+    "Adam's state": (torch_state(entry={"step": 1, "exp_avg": np.ones(2)}), CheckpointError, "'square_avg'"),
+    "no params": (torch_state({"lr": 0.1, "alpha": 0.9, "eps": 0.1}), CheckpointError, "KeyError: 'params'"),
+    "half a step": (torch_state(entry=ENTRY | {"step": 0.5}), CheckpointError, "step: expected .* steps, got 0.5"),
+    "NaN steps": (torch_state(entry=ENTRY | {"step": np.nan}), CheckpointError, "step: expected .* steps, got nan"),
+    "steps": (torch_state(entry=ENTRY | {"step": np.ones(2)}), CheckpointError, "step: expected one number, got shape"),
+    "more": (torch_state(GROUP | {"params": [0, 1, 2]}), CheckpointError, r"params: expected \[3\] .*; got \[2\]"),
+    "groups": (
+        {"state": {}, "param_groups": [GROUP, GROUP]}, CheckpointError,
+        "params: expected 2 groups with 'params', .* got no groups",
+    ),
+    "another shape": (
+        torch_state(entry=ENTRY | {"square_avg": np.ones(3)}), StructureError,
+        r"square_avg\[0\]: expected shape \(2,\), got \(3,\)",
+    ),
+    "text": (torch_state(entry=ENTRY | {"square_avg": "many"}), DtypeError, r"square_avg\[0\]: expected an array"),
+    "momentum 1": (torch_state(GROUP | {"momentum": 1.0}), OptionError, "momentum: expected"),
+    "eps 0": (torch_state(GROUP | {"eps": 0}), OptionError, "epsilon: expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_TORCH)
+def test_wrong_state_of_torch(what):
+    state, error, message = WRONG_TORCH[what]
+    with pytest.raises(error, match=message):
+        interop.from_torch(state, [np.ones(2), 1.0])
+
+
+def test_wrong_parameters_for_torch():
+    circular = []
+    circular.append(circular)
+    with pytest.raises(StructureError, match="contains itself"):
+        interop.from_torch(torch_state(), circular)
+    groups = [{"params": [np.ones(2)]}, {"params": [1.0]}]
+    with pytest.raises(
+        CheckpointError, match="params: expected 1 groups with 'params', as in state_dict; got 2 groups"
+    ):
+        interop.from_torch(torch_state(), groups)
+    torch = pytest.importorskip("torch")
+    with pytest.raises(DtypeError, match=r"params\[0\]: .*BFloat16"):
+        interop.from_torch(torch_state(), [torch.ones(2, dtype=torch.bfloat16), 1.0])
+    with pytest.raises(DtypeError, match=r"params\[0\]: expected float32 or float64, got float16"):
+        interop.from_torch(torch_state(), [torch.ones(2, dtype=torch.float16), 1.0])
+
+
+CONFIG = {"learning_rate": 0.5, "rho": 0.9, "epsilon": 1e-7, "momentum": 0.5}
+VARIABLES = [3, 0.5, np.ones(2), np.ones(2)]
+WRONG_KERAS = {
+    "nothing": ({"config": None}, CheckpointError, "config: expected what get_config.. of keras.*, got a NoneType"),
+    "SGD's": ({"config": {"learning_rate": 0.5, "momentum": 0.5}}, CheckpointError, "got a dict with 'learning_rate'"),
+    "an average": ({"config": CONFIG | {"use_ema": True}}, OptionError, "use_ema: expected .* without, got True"),
+    "accumulates": ({"config": CONFIG | {"gradient_accumulation_steps": 2}}, OptionError, "gradient_accumulation_ste"),
+    "scales": ({"config": CONFIG | {"loss_scale_factor": 8.0}}, OptionError, "loss_scale_factor: "),
+    "a schedule": ({"config": CONFIG | {"learning_rate": {}}}, OptionError, "lr: the learning rate is a schedule"),
+    "too few": (
+        {"variables": VARIABLES[:3]}, CheckpointError,
+        r"expected 4 for 1 parameters \(iteration, learning_rate, velocity, momentum\), got 3",
+    ),
+    "no variables": ({"variables": None}, CheckpointError, "variables: expected optimizer.variables, .*got a NoneType"),
+    "not built": ({"variables": []}, CheckpointError, "expected 4 for 1 parameters"),
+    "names": ({"variables": {"a": 1}}, CheckpointError, "variables: expected the names '0' to '0', got .*'a'"),
+    "another shape": ({"variables": [3, 0.5, np.ones(2), np.ones(3)]}, StructureError, r"momentum\[0\]: expected"),
+    "no count": ({"variables": [-3, *VARIABLES[1:]]}, CheckpointError, "iteration: expected a number of steps, got -3"),
+    "no rate": ({"variables": [3, np.ones(2), *VARIABLES[2:]]}, CheckpointError, "learning_rate: expected one number"),
+    "weight decay": ({"config": CONFIG | {"weight_decay": -1.0}}, OptionError, "weight_decay: expected"),
+    "rate 0": (
+        {"variables": [3, 0.0, *VARIABLES[2:]], "lr_in_momentum": False}, OptionError, "lr: expected more than 0"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_KERAS)
+def test_wrong_state_of_keras(what):
+    given, error, message = WRONG_KERAS[what]
+    with pytest.raises(error, match=message):
+        interop.from_keras(**({"config": CONFIG, "variables": VARIABLES, "params": [np.ones(2)]} | given))
+
+
+# Options that the other project does not have.
+NOT_THERE = {
+    "torch": {
+        "nesterov": {"nesterov": True, "momentum": 0.5}, "eps_in_sqrt": {"eps_in_sqrt": True},
+        "bias_correction": {"bias_correction": True}, "clip_value": {"clip_value": 1.0},
+        "clip_norm": {"clip_norm": 1.0}, "global_clip_norm": {"global_clip_norm": 1.0},
+        "decoupled_weight_decay": {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    },
+    "keras": {
+        "nesterov": {"nesterov": True, "momentum": 0.5}, "eps_in_sqrt": {"eps_in_sqrt": False},
+        "bias_correction": {"bias_correction": True}, "maximize": {"maximize": True},
+        "decoupled_weight_decay": {"decoupled_weight_decay": False, "weight_decay": 0.1},
+    },
+}  # fmt: skip
+TO = {"torch": interop.to_torch, "keras": interop.to_keras}
+
+
+@pytest.mark.parametrize(("project", "option"), [(p, o) for p in NOT_THERE for o in NOT_THERE[p]])
+def test_options_that_the_other_project_does_not_have(project, option):
+    pytest.importorskip("torch")
+    base = dialect(project)
+    TO[project](RMSProp([np.ones(2)], **base))
+    options = base | NOT_THERE[project][option]
+    message = f"{option}: expected {not options[option] if type(options[option]) is bool else None}, as {project} has"
+    with pytest.raises(OptionError, match=message):
+        TO[project](RMSProp([np.ones(2)], **options))
+
+
+@pytest.mark.parametrize("project", TO)
+def test_every_option_is_carried_over_or_refused_or_of_no_use_there(project):
+    carried = set(DIALECTS[project].names.values())
+    rest = {"initial_scale", "flush_subnormals", "lr_in_momentum"}
+    everything = set(RMSProp([np.ones(1)]).param_groups[0]) | {"global_clip_norm"}
+    assert carried | set(NOT_THERE[project]) | rest == everything - {"params"}
+    assert not carried & set(NOT_THERE[project])
+
+
+def test_groups_that_differ_are_not_for_keras():
+    groups = [{"params": [np.ones(2)]}, {"params": [np.ones(2)], "lr": 0.5}]
+    with pytest.raises(OptionError, match=r"learning_rate: expected the same in all groups, .*; got \[0.001, 0.5\]"):
+        interop.to_keras(RMSProp(groups, **dialect("keras")))
+    groups[1].pop("lr")
+    config, variables = interop.to_keras(RMSProp(groups, **dialect("keras")))
+    assert len(variables) == 4
+    assert config["weight_decay"] is None  # off, as Keras has it
+
+
+@pytest.mark.parametrize("to", TO.values(), ids=TO)
+def test_a_rate_of_0_and_momentum_in_the_other_convention(to):
+    pytest.importorskip("torch")
+    inside = to is interop.to_torch
+    opt = RMSProp([np.ones(2)], lr=0.0, momentum=0.5, lr_in_momentum=inside, eps_in_sqrt=not inside)
+    if inside:
+        with pytest.raises(OptionError, match="lr: expected more than 0"):
+            to(opt)
+    else:
+        to(opt)
+
+
+def test_nothing_is_imported_for_plain_state():
+    program = """if True:
+        import sys
+        sys.modules.update(torch=None, keras=None)
+        import numpy as np
+        from fastrms import RMSProp, interop
+        state = {"state": {0: {"step": 1, "square_avg": [0.5]}},
+                 "param_groups": [{"lr": 0.1, "alpha": 0.9, "eps": 1e-8, "params": [0]}]}
+        opt = interop.from_torch(state, [np.ones(1)])
+        config = {"learning_rate": 0.1, "rho": 0.9, "epsilon": 1e-7}
+        config, variables = interop.to_keras(interop.from_keras(config, [1, 0.1, [0.5]], [np.ones(1)]))
+        print(opt.cache[0][0], variables["2"][0])
+        try:
+            interop.to_torch(opt)
+        except ImportError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "0.5 0.5", "torch is not installed; install with: python -m pip install torch"
+    ]  # fmt: skip

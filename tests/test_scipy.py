@@ -1,0 +1,427 @@
+"""`fastrms.scipy.rmsprop` as a method of `scipy.optimize.minimize`, beside SciPy's own methods."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+from scipy.optimize import (
+    Bounds,
+    LinearConstraint,
+    OptimizeResult,
+    OptimizeWarning,
+    basinhopping,
+    minimize,
+    rosen,
+    rosen_der,
+)
+
+import fastrms
+from fastrms import DtypeError, NonfiniteError, OptionError, OptionTypeError, RMSProp, StructureError
+from fastrms.options import GROUP_DEFAULTS
+from fastrms.scipy import rmsprop
+
+START = np.array([1.3, 0.7, 0.8])
+
+
+def square(x, center=0.0):
+    return np.sum((x - center) ** 2)
+
+
+def square_der(x, center=0.0):
+    return 2 * (x - center)
+
+
+def run(fun=rosen, x0=START, jac=rosen_der, method=rmsprop, maxiter=20, **others):
+    options = {"maxiter": maxiter} | others.pop("options", {})
+    return minimize(fun, x0, jac=jac, method=method, options=options, **others)
+
+
+# Every option, each with a value that is not its default, in sets that go together.
+OPTIONS = {
+    "defaults": {},
+    "base": {"lr": 0.01, "decay_rate": 0.95, "epsilon": 1e-3, "eps_in_sqrt": True, "kernel": "numpy"},
+    "schedule": {"lr": lambda k: 0.1 * 0.9**k, "initial_scale": 1.0, "num_threads": 1, "nonfinite": "skip"},
+    "momentum": {"momentum": 0.9, "nesterov": True, "lr_in_momentum": True, "flush_subnormals": False},
+    "centered": {"centered": True, "bias_correction": True, "epsilon": 0.1, "clip_norm": 1.0, "clip_value": 0.5},
+    "decay": {"weight_decay": 0.1, "decoupled_weight_decay": True, "global_clip_norm": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_same_bits_as_a_loop(name):
+    opt = RMSProp(START, **OPTIONS[name])
+    for _ in range(20):
+        opt.step(rosen_der(opt.params))
+    result = run(options=OPTIONS[name])
+    assert_same_bits(result.x, opt.params)
+    assert_same_bits(result.jac, rosen_der(opt.params))
+    assert result.fun == rosen(opt.params)
+
+
+def test_all_options_are_tried():
+    tried = {option for options in OPTIONS.values() for option in options}
+    assert tried == {*GROUP_DEFAULTS, "kernel", "num_threads", "nonfinite", "global_clip_norm"} - {"maximize"}
+
+
+def test_a_decreasing_rate_converges():
+    result = run(maxiter=None, options={"lr": lambda k: 0.01 * 0.999**k})
+    assert (result.success, result.status) == (True, 0)
+    assert np.abs(result.jac).max() <= 1e-5
+    np.testing.assert_allclose(result.x, 1, atol=1e-4)
+
+
+# The result, its fields and what is in them.
+
+
+@pytest.mark.parametrize("jac", [rosen_der, None], ids=["jac", "differences"])
+@pytest.mark.parametrize("x0", [START, START.astype("f"), [2, 0]], ids=["float64", "float32", "integers"])
+def test_result_is_like_that_of_bfgs(x0, jac):
+    ours, theirs = (run(x0=x0, jac=jac, method=m, options={"return_all": True}) for m in (rmsprop, "BFGS"))
+    assert type(ours) is OptimizeResult
+    assert {*ours} == {*theirs} - {"hess_inv"}
+    for name in ("nit", "nfev", "njev", "status", "success", "message"):
+        assert type(ours[name]) is type(theirs[name])
+    for name in ("x", "jac"):
+        assert (ours[name].shape, ours[name].dtype) == (theirs[name].shape, np.float64)
+    assert isinstance(ours.fun, float)
+    assert len(ours.allvecs) == ours.nit + 1
+    assert_same_bits(ours.allvecs[0], np.asarray(x0, float))
+    assert_same_bits(ours.allvecs[-1], ours.x)
+    assert len({id(x) for x in ours.allvecs}) == len({x.tobytes() for x in ours.allvecs}) == ours.nit + 1
+    assert "allvecs" not in run(x0=x0, jac=jac)
+
+
+@pytest.mark.parametrize("method", [rmsprop, "BFGS"], ids=["ours", "BFGS"])
+def test_outcomes_have_scipys_numbers_and_words(method):
+    def stop(x):
+        raise StopIteration
+
+    outcomes = [
+        run(square, jac=square_der, method=method, maxiter=3000, options={"lr": 0.1} if method is rmsprop else {}),
+        run(method=method, maxiter=1),
+        run(method=method, callback=stop),
+    ]
+    assert [(r.status, r.success, r.message) for r in outcomes] == [
+        (0, True, "Optimization terminated successfully."),
+        (1, False, "Maximum number of iterations has been exceeded."),
+        (99, False, "`callback` raised `StopIteration`."),
+    ]
+    assert [r.nit for r in outcomes[1:]] == [1, 1]
+
+
+def test_calls_are_counted():
+    calls = {"fun": 0, "jac": 0}
+
+    def fun(x):
+        calls["fun"] += 1
+        return rosen(x)
+
+    def jac(x):
+        calls["jac"] += 1
+        return rosen_der(x)
+
+    result = run(fun, jac=jac)
+    assert (result.nfev, result.njev, result.nit) == (calls["fun"], calls["jac"], 20) == (21, 21, 20)
+    calls["fun"] = 0
+    result = run(fun, jac=None)
+    assert (result.nfev, result.njev) == (calls["fun"], 21) == (21 * 4, 21)
+
+
+def test_function_that_returns_both_is_called_once_for_each_point():
+    points = []
+
+    def both(x):
+        points.append(x)
+        return rosen(x), list(rosen_der(x))
+
+    result = run(both, jac=True)
+    assert len(points) == result.nfev == result.njev == 21
+    assert_same_bits(result.x, run().x)
+
+
+def test_maxiter_0_and_a_start_in_the_minimum():
+    assert run(maxiter=0).status == 1
+    result = run(x0=[1.0, 1.0], maxiter=0)
+    assert (result.success, result.nit, result.nfev) == (True, 0, 1)
+
+
+def test_default_maxiter():
+    assert run(square, [1e6], square_der, maxiter=None, options={"lr": 1e-9}).nit == 15_000
+
+
+@pytest.mark.parametrize(("given", "norm"), [({}, 1e-5), ({"tol": 0.1}, 0.1), ({"tol": 9.0, "gtol": 0.5}, 0.5)])
+def test_gtol_and_tol(given, norm):
+    options = {"lr": lambda k: 0.1 * 0.99**k, "return_all": True} | {k: v for k, v in given.items() if k == "gtol"}
+    result = run(square, jac=square_der, maxiter=5000, tol=given.get("tol"), options=options)
+    assert result.success
+    norms = [np.abs(square_der(x)).max() for x in result.allvecs]
+    assert norms[-1] <= norm < min(norms[:-1])
+
+
+# What goes in.
+
+
+def test_x0_of_any_kind_and_args():
+    for x0 in (3, 3.0, [3], np.array(3.0), np.array([3], "f")):
+        result = run(square, x0, square_der, args=(5.0,), maxiter=500, options={"lr": 0.1})
+        assert (result.x.shape, result.x.dtype) == ((1,), np.float64)
+        np.testing.assert_allclose(result.x, 5, atol=0.06)
+    assert_same_bits(run(square, START, square_der, args=5.0).x, run(square, START, square_der, args=(5.0,)).x)
+
+
+def test_x0_is_not_written_and_functions_may_do_with_x_what_they_like():
+    def fun(x):
+        value = rosen(x)
+        x[...] = np.nan
+        return value
+
+    gradient = np.empty(3)
+
+    def jac(x):
+        gradient[...] = rosen_der(x)
+        x[...] = np.nan
+        return gradient
+
+    def spoil(x):
+        x[...] = np.nan
+
+    start = START.copy()
+    result = run(fun, start, jac, callback=spoil)
+    assert_same_bits(result.x, run().x)
+    assert_same_bits(start, START)
+    assert not np.shares_memory(result.jac, gradient)
+
+
+@pytest.mark.parametrize("value", [np.float32(2), [2.0], np.array([[2.0]]), 2], ids=repr)
+def test_functions_may_return_any_single_number(value):
+    assert run(lambda x: value, jac=lambda x: [0, 0, 0]).fun == 2.0
+
+
+@pytest.mark.parametrize(
+    ("fun", "jac", "error", "message"),
+    [
+        (lambda x: x, rosen_der, StructureError, r"fun: expected to return one number, got shape \(3,\)"),
+        (lambda x: None, rosen_der, DtypeError, "fun: expected real numbers, got ndarray: dtype object"),
+        (lambda x: 1j, rosen_der, DtypeError, "fun: expected real numbers, got ndarray: dtype complex128"),
+        (rosen, lambda x: x[:2], StructureError, r"jac: expected to return shape \(3,\), got \(2,\)"),
+        (rosen, lambda x: x[None], StructureError, r"jac: expected to return shape \(3,\), got \(1, 3\)"),
+        (rosen, lambda x: x * 1j, DtypeError, "jac: expected real numbers, got ndarray: dtype complex128"),
+        (rosen, lambda x: "none", DtypeError, "jac: expected real numbers, got str: dtype <U4"),
+    ],
+)
+def test_functions_that_return_something_else(fun, jac, error, message):
+    with pytest.raises(error, match=message):
+        run(fun, jac=jac)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"x0": START * 1j}, DtypeError, "x0: expected real numbers, got ndarray: dtype complex128"),
+        ({"x0": None}, DtypeError, "x0: expected real numbers, got ndarray: dtype object"),
+        ({"constraints": {"type": "eq", "fun": square}}, OptionError, "constraints: expected none"),
+        ({"constraints": [LinearConstraint(np.eye(3))]}, OptionError, "constraints: expected none"),
+        ({"options": {"maximize": True}}, OptionError, "maximize: expected False for minimize"),
+        ({"options": {"maxiter": -1}}, OptionError, "maxiter: expected an integer >= 0, got -1"),
+        ({"options": {"maxiter": 1.5}}, OptionTypeError, r"maxiter: expected an integer, got 1.5 \(float\)"),
+        ({"options": {"gtol": "small"}}, OptionTypeError, r"gtol: expected a number, got 'small' \(str\)"),
+        ({"tol": np.nan}, OptionError, "gtol: expected a number >= 0, got nan"),
+        ({"options": {"lr": -1}}, OptionError, "lr: expected a number or a function"),
+        ({"options": {"cache_dtype": "bfloat16"}}, OptionError, "cache_dtype: bfloat16 goes with float32"),
+        ({"jac": None, "options": {"finite_diff": "4-point"}}, OptionError, "finite_diff: expected one of"),
+        ({"jac": None, "options": {"finite_diff_rel_step": [1, 2]}}, StructureError, "finite_diff_rel_step: .* or 3"),
+        ({"bounds": [(0, 1)]}, StructureError, r"bounds: expected .* for each of 3 .*; got \[\(0, 1\)\]"),
+        ({"bounds": Bounds([0, 0], [1, 1])}, StructureError, "bounds: expected .* for each of 3 variables"),
+        ({"bounds": 5}, StructureError, "bounds: expected .*; got 5"),
+        ({"bounds": [(0, 1), (2, 1), (0, 1)]}, OptionError, r"low <= high, got 2.0 and 1.0 for x\[1\]"),
+        ({"bounds": [(0, 1), (0, 1), (np.nan, 1)]}, OptionError, r"low <= high, got nan and 1.0 for x\[2\]"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_refused_before_anything_is_called(given, error, message):
+    def fun(x):
+        raise AssertionError
+
+    with pytest.raises(error, match=message):
+        run(**{"fun": fun, "jac": fun} | given)
+
+
+def test_called_without_minimize():
+    assert_same_bits(rmsprop(rosen, START, jac=rosen_der, maxiter=20).x, run().x)
+    ours, theirs = rmsprop(rosen, START, jac="3-point", maxiter=5), run(jac=None, maxiter=5, options={})
+    assert ours.nfev == 6 * 7
+    np.testing.assert_allclose(ours.x, theirs.x, rtol=1e-6)
+    with pytest.raises(OptionTypeError, match="jac: expected one of"):
+        rmsprop(rosen, START, jac=True)
+    with pytest.raises(StructureError, match=r"x0: expected one dimension, got shape \(1, 3\)"):
+        rmsprop(rosen, START[None])
+
+
+# Warnings.
+
+
+def warned(**given):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        result = run(**given)
+    return result, [(w.category, str(w.message), w.filename) for w in found]
+
+
+def test_unknown_options_are_warned_about_as_scipy_does():
+    unknown = {"eps": 1e-8, "alpha": 0.9}
+    ours, theirs = (warned(method=m, options=unknown) for m in (rmsprop, "Nelder-Mead"))
+    assert ours[1] == [(OptimizeWarning, "Unknown solver options: eps, alpha", __file__)]
+    assert (OptimizeWarning, "Unknown solver options: eps, alpha") in [w[:2] for w in theirs[1]]
+    assert_same_bits(ours[0].x, run().x)
+
+
+@pytest.mark.parametrize("name", ["hess", "hessp"])
+def test_second_derivatives_are_warned_about(name):
+    _, found = warned(**{name: lambda x, p=None: np.eye(3)})
+    assert found == [(RuntimeWarning, f"Method rmsprop does not use {name}.", __file__)]
+
+
+def test_disp(capsys):
+    result, found = warned(options={"disp": True})
+    assert found == [(OptimizeWarning, result.message, __file__)]
+    assert capsys.readouterr().out == f"fun {result.fun:g}, nit 20, nfev 21, njev 21\n"
+    assert warned(x0=[1.0, 1.0], options={"disp": True})[1] == []
+    assert capsys.readouterr().out == "Optimization terminated successfully.\nfun 0, nit 0, nfev 1, njev 1\n"
+
+
+# Callbacks.
+
+
+def test_callback_of_either_kind():
+    results, points = [], []
+
+    def with_result(intermediate_result):
+        results.append(intermediate_result)
+
+    expected = run(options={"return_all": True}).allvecs[1:]
+    run(callback=with_result)
+    run(callback=points.append)
+    assert all(type(result) is OptimizeResult for result in results)
+    for result, x, want in zip(results, points, expected, strict=True):
+        assert_same_bits(result.x, want)
+        assert_same_bits(x, want)
+        assert result.fun == rosen(want)
+
+
+def test_stop_iteration():
+    def stop(intermediate_result):
+        if intermediate_result.fun < 70:
+            raise StopIteration
+
+    result = run(callback=stop, options={"lr": 0.01, "return_all": True})
+    assert rosen(result.allvecs[-2]) >= 70 > result.fun
+    assert (result.status, result.success, result.nit) == (99, False, len(result.allvecs) - 1)
+
+
+# Finite differences.
+
+
+@pytest.mark.parametrize("scheme", ["2-point", "3-point", "cs"])
+def test_finite_differences_are_those_of_scipy(scheme):
+    ours = run(jac=None, maxiter=1, options={"finite_diff": scheme, "return_all": True})
+    theirs = [run(x0=x, jac=scheme, method="BFGS", maxiter=0).jac for x in ours.allvecs]
+    assert_same_bits(ours.jac, theirs[-1])
+    assert ours.nfev == 2 * {"2-point": 4, "3-point": 7, "cs": 4}[scheme]
+
+
+def test_finite_differences_with_a_step_for_each_variable():
+    steps = np.array([1e-3, 1e-4, 1e-5])
+    ours, theirs = (
+        run(jac=None if method is rmsprop else "2-point", method=method, maxiter=0, options=o)
+        for method, o in [(rmsprop, {"finite_diff_rel_step": steps}), ("BFGS", {"finite_diff_rel_step": steps})]
+    )
+    assert_same_bits(ours.jac, theirs.jac)
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize("jac", [rosen_der, "2-point", "3-point", "cs"], ids=str)
+@pytest.mark.parametrize(
+    "bounds", [[(1.1, 2), (None, 1.0), (-5, None)], Bounds([1.1, -np.inf, -5], [2, 1, np.inf])], ids=["pairs", "Bounds"]
+)
+def test_bounds_hold_at_every_call_and_the_minimum_is_found(bounds, jac):
+    points = []
+
+    def fun(x):
+        points.append(x.real)
+        return rosen(x)
+
+    options = {"lr": lambda k: 0.1 * 0.995**k}
+    options |= {} if callable(jac) else {"finite_diff": jac}
+    ours = run(fun, jac=jac if callable(jac) else None, bounds=bounds, maxiter=3000, options=options)
+    theirs = run(method="L-BFGS-B", bounds=bounds, maxiter=3000)
+    assert np.all((np.array(points) >= [1.1, -np.inf, -5]) & (np.array(points) <= [2, 1, np.inf]))
+    assert ours.success
+    np.testing.assert_allclose(ours.x, theirs.x, atol=1e-5)
+    assert ours.x[0] == 1.1  # at the bound itself, where the gradient is far from 0
+    assert abs(ours.jac[0]) > 1
+
+
+def test_x0_outside_is_clipped_and_bounds_may_fix_variables():
+    bounds = Bounds([0.0, 2.0, 0.0], [1.0, 2.0, np.inf])
+    result = run(square, [5.0, 5.0, 5.0], None, bounds=bounds, maxiter=5000, options={"lr": lambda k: 0.1 * 0.995**k})
+    assert result.success
+    np.testing.assert_allclose(result.x, [0, 2, 0], atol=1e-5)
+    assert result.x[1] == 2
+    assert np.isnan(result.jac).tolist() == [False, True, False]
+    everything = run(square, [5.0], None, bounds=[(2, 2)])
+    assert (everything.success, everything.x, everything.nfev) == (True, 2.0, 1)
+
+
+# Values that are not finite.
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("where", ["fun", "jac"])
+def test_what_is_not_finite_ends_the_run(where, bad):
+    def spoilt(function):
+        return lambda x: function(x) * bad if x[0] < 1.295 else function(x)
+
+    functions = {"fun": rosen, "jac": rosen_der}
+    functions[where] = spoilt(functions[where])
+    result = run(**functions)
+    assert (result.status, result.success) == (3, False)
+    assert result.message == "The objective function or its gradient is inf or NaN."
+    assert 0 < result.nit < 20
+    assert result.x[0] < 1.295
+    assert np.isfinite(result.x).all()
+
+
+def test_other_ways_with_what_is_not_finite():
+    def jac(x):
+        return np.full(3, np.nan)
+
+    with pytest.raises(NonfiniteError, match="3 NaN"):
+        run(jac=jac, options={"nonfinite": "raise"})
+    result = run(jac=jac, options={"nonfinite": "skip"})
+    assert (result.status, result.nit) == (1, 20)
+    assert_same_bits(result.x, START)
+
+
+# Elsewhere in SciPy, and without it.
+
+
+def test_as_the_local_method_of_a_global_search():
+    def wavy(x):
+        return np.sum(x**2 - 10 * np.cos(2 * np.pi * x) + 10), 2 * x + 20 * np.pi * np.sin(2 * np.pi * x)
+
+    local = {"method": rmsprop, "jac": True, "options": {"lr": lambda k: 0.05 * 0.97**k, "maxiter": 400}}
+    rng = np.random.default_rng(0)
+    result = basinhopping(wavy, [2.2, -1.8], niter=40, stepsize=1.5, minimizer_kwargs=local, rng=rng)
+    np.testing.assert_allclose(result.x, 0, atol=1e-4)
+
+
+def test_without_scipy_the_error_says_what_to_install():
+    program = "import sys; sys.modules['scipy'] = None; import fastrms.scipy"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert 'ImportError: scipy is not installed; install with: python -m pip install "fastrms[scipy]"' in done.stderr
+    assert "scipy" not in fastrms.__all__
