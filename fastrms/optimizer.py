@@ -421,7 +421,8 @@ class RMSProp(Checkpointed):
             kernel = self._kernel if self._chooser is None else self._chooser.kernel
             for run in self._runs:
                 run.point_to(addresses)
-                run.gather()
+                if self._kernel_of(run, kernel) != "serial":  # which gathers by itself
+                    run.gather()
             calls = self._steady_calls.get((True, kernel)) if present is None else None
             if calls is None:
                 calls = self._make_calls(self._rates(), kernel, present, True)

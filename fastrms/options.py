@@ -186,12 +186,13 @@ class ParamGroup(MutableMapping[str, Any]):
         for name in options:
             if name not in GROUP_DEFAULTS:
                 raise OptionError(f"{label}: {name!r} is no option of a parameter group; {_known()}")
-        self._values = self._checked(GROUP_DEFAULTS | dict(options))
+        self._values = self._checked(GROUP_DEFAULTS | dict(options), *GROUP_DEFAULTS)
 
-    def _checked(self, values: dict[str, Any]) -> dict[str, Any]:
-        checked = {name: check_option(name, value) for name, value in values.items()}
+    def _checked(self, values: dict[str, Any], *names: str) -> dict[str, Any]:
+        """The values, of which those with these names are new."""
+        checked = values | {name: check_option(name, values[name]) for name in names}
         for dtype in sorted(self.dtypes, key=str):
-            for name in _NUMBERS:
+            for name in names:
                 if isinstance(checked[name], float):
                     check_for_dtype(name, checked[name], dtype)
         for name in ("decay_rate", "momentum") if self._cache_dtype == "bfloat16" else ():
@@ -225,7 +226,7 @@ class ParamGroup(MutableMapping[str, Any]):
                 f"initial_scale: set at construction only, got {_shown(value)} later; it is what the cache started "
                 "from. To change the cache now, write to it: opt.cache[0][...] = value"
             )
-        self._values = self._checked(self._values | {name: value})
+        self._values = self._checked(self._values | {name: value}, name)
         if self._changed is not None and (changed := self._changed()) is not None:
             changed()
 

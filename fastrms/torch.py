@@ -204,6 +204,7 @@ class _Pack:
         self._expected = np.zeros((count, 2 + max(p.ndim for p in self.params)), np.int64)
         for row, p in zip(self._expected, self.params, strict=True):
             row[:2], row[2 : 2 + p.ndim] = (dlpack.kind_of(p.element_size()), p.ndim), p.shape
+        self._single = [k for k, p in enumerate(self.params) if p.numel() == 1]
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places, self._gradients = (np.zeros((2, count), np.int64) for _ in range(2))
         for k in range(count):
@@ -221,10 +222,14 @@ class _Pack:
         ordinary = self._locate(gradients, self._gradients)
         addresses, states = self._gradients
         present = None
-        if not ordinary or self._lost.any() or any(map(torch.Tensor.is_neg, gradients)):
-            for k in np.flatnonzero(states == dlpack.ORDINARY):
-                if self._lost[k] or gradients[k].is_neg():
-                    states[k], addresses[k] = dlpack.UNUSUAL, 0
+        # Negative views, of which memory has the positive number, are imaginary parts of conjugates; as such they are
+        # strided, and so not ordinary, unless they have one element.
+        wrong = self._lost.copy()
+        for k in self._single:
+            wrong[k] |= gradients[k] is not None and gradients[k].is_neg()
+        if wrong.any():
+            states[wrong & (states == dlpack.ORDINARY)], addresses[wrong] = dlpack.UNUSUAL, 0
+        if not ordinary or wrong.any():
             present = states == dlpack.ORDINARY
         if not self._begun.all():
             self._begin(states != dlpack.ABSENT, state)

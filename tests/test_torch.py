@@ -113,6 +113,11 @@ def test_autograd_notices_that_a_parameter_has_changed():
         loss.backward()
 
 
+def negative(gradient):
+    """The same, by way of memory that has the negative."""
+    return torch.complex(gradient, -gradient).conj().imag
+
+
 def forms(gradient):
     """A gradient in the forms that somebody may give it, all of the same value."""
     spaced = torch.zeros(*gradient.shape, 2, dtype=gradient.dtype)
@@ -121,7 +126,7 @@ def forms(gradient):
         "same": gradient,
         "transposed": gradient.t().contiguous().t(),
         "spaced": spaced[..., 0],
-        "negative": torch._neg_view(-gradient),
+        "negative": negative(gradient),
         "parameter": torch.nn.Parameter(gradient),
         "part": torch.cat([gradient, gradient])[: len(gradient)],
         "expanded": gradient.sum().expand(gradient.shape),
@@ -136,6 +141,10 @@ def test_gradients_in_any_form(form, way):
             give(params, step)
             if step % 3:
                 params[0].grad = forms(params[0].grad)[form]
+                if form == "negative":  # of one element they are contiguous
+                    params[1].grad = negative(params[1].grad)
+                    assert params[1].grad.is_neg()
+                    assert params[1].grad.is_contiguous()
             optimizer.step()
     assert_near(mine, theirs)
     assert_same_state(ours, other)
