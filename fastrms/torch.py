@@ -207,6 +207,7 @@ class _Pack:
         self._single = [k for k, p in enumerate(self.params) if p.numel() == 1]
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places, self._gradients = (np.zeros((2, count), np.int64) for _ in range(2))
+        self._note_what_is_written()
         for k in range(count):
             self._bind(k)
 
@@ -219,7 +220,8 @@ class _Pack:
             return [*self.rest, *self.params]
         self._look_where_parameters_are()
         gradients = tuple(map(_gradient, self.params))
-        ordinary = self._locate(gradients, self._gradients)
+        # What the step writes may not be a gradient of it.
+        ordinary = self._locate(gradients, self._gradients, self._written)
         addresses, states = self._gradients
         present = None
         # Negative views, of which memory has the positive number, are imaginary parts of conjugates; as such they are
@@ -290,7 +292,7 @@ class _Pack:
             return self._fits
         options = self.optimizer.param_groups[0]
         kept = options["momentum"] > 0, options["centered"]
-        self._seen, self._fits = now, True
+        self._seen, self._fits, before = now, True, len(self.optimizer.buffers)
         for (name, ours), value in zip(_NAMES.items(), now, strict=True):
             value = bool(value) if name in ("centered", "maximize") else value
             try:
@@ -300,15 +302,21 @@ class _Pack:
                 self._fits = False
                 if name == "momentum":
                     options[ours] = 0.5  # its buffer is needed
+        if before != len(self.optimizer.buffers):
+            self._note_what_is_written()
         if kept != (options["momentum"] > 0, options["centered"]):
             for k in np.flatnonzero(self._begun).tolist():
                 state[self.params[k]].update(self._state_of(k))
         return self._fits
 
+    def _note_what_is_written(self) -> None:
+        ends = [(b.block.ctypes.data, b.block.ctypes.data + b.nbytes) for b in self.optimizer.buffers.values()]
+        self._written = np.array(ends, np.int64)
+
     def _look_where_parameters_are(self) -> None:
         """Bring back parameters that were put elsewhere (``p.data = ...``), or note that this cannot be done."""
         addresses, _ = self._places
-        self._locate(self.params, self._places)
+        self._locate(self.params, self._places, self._written[:0])
         self._lost[:] = False
         if np.array_equal(addresses, self._own):
             return
@@ -325,14 +333,14 @@ class _Pack:
         self.params[k].data = torch.from_numpy(self.optimizer.params[k])
         _moved[self.params[k]] = int(self._own[k])
 
-    def _locate(self, tensors: tuple[Any, ...], into: NDArray[np.int64]) -> bool:
+    def _locate(self, tensors: tuple[Any, ...], into: NDArray[np.int64], excluded: NDArray[np.int64]) -> bool:
         """Write where tensors lie and what they are (`dlpack.ORDINARY` and so on); whether all are ordinary."""
         addresses, states = into
         if self._function:
             return bool(
                 dlpack.locate(
-                    self._function, pointers.items_of(tensors), self._kinds, id(None), self._expected, self._words,
-                    addresses, states,
+                    self._function, pointers.items_of(tensors), self._kinds, id(None), self._expected, excluded,
+                    self._words, addresses, states,
                 )
             )  # fmt: skip
         for k, tensor in enumerate(tensors):

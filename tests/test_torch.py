@@ -150,6 +150,24 @@ def test_gradients_in_any_form(form, way):
     assert_same_state(ours, other)
 
 
+@pytest.mark.parametrize("where", ["itself", "another", "state"])
+def test_a_gradient_in_memory_that_the_step_writes(where, way):
+    both = []
+    for make in (lambda p: RMSprop(p, **way), lambda p: torch.optim.RMSprop(p, foreach=False)):
+        params = [torch.nn.Parameter(torch.arange(1.0, 7.0) * k) for k in (1, 2, 3)]
+        optimizer = make(params)
+        for p in params:
+            p.grad = torch.ones(6)
+        optimizer.step()
+        source = {"itself": params[1], "another": params[0], "state": optimizer.state[params[0]]["square_avg"]}[where]
+        params[1].grad = source.detach()
+        optimizer.step()
+        both.append(params)
+    # With the gradient in something else's memory, the result depends on who comes first, in PyTorch too.
+    compared = slice(None) if where == "itself" else slice(0, 3, 2)
+    assert_near(both[0][compared], both[1][compared], torch.float32)
+
+
 def test_none_gradients_are_skipped_and_have_no_state(way):
     mine, ours, theirs, other = pair(way, momentum=0.9)
     for step, skip in enumerate([(0, 1, 2, 3, 4), (1, 4), (1,), (), (0,)]):

@@ -83,7 +83,7 @@ def _is_as_expected(words, expected, k):
 
 
 @jit()
-def locate(function, tensors, kinds, none, expected, words, addresses, states):
+def locate(function, tensors, kinds, none, expected, excluded, words, addresses, states):
     """Find out where tensors lie; whether all are ordinary.
 
     Parameters
@@ -98,6 +98,8 @@ def locate(function, tensors, kinds, none, expected, words, addresses, states):
         ``id(None)``, which stands for a tensor that is absent.
     expected : ndarray of int64, shape (k, 2 + most dimensions)
         For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
+    excluded : ndarray of int64, shape (m, 2)
+        Pieces of memory [low, high) in which an ordinary tensor does not lie.
     words : ndarray of int64, shape (`WORDS`,)
         Room to work.
     addresses : ndarray of int64, shape (k,)
@@ -119,6 +121,9 @@ def locate(function, tensors, kinds, none, expected, words, addresses, states):
                     if _describe(function, tensor, words) and _is_as_expected(words, expected, k):
                         state = ORDINARY
                         addresses[k] = words[0] + words[5]
+                        for j in range(excluded.shape[0]):
+                            if excluded[j, 0] <= addresses[k] < excluded[j, 1]:
+                                state, addresses[k] = UNUSUAL, 0
                     break
         states[k] = state
         ordinary = ordinary and state == ORDINARY
