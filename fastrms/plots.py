@@ -95,7 +95,8 @@ def plot_training(
     --------
     >>> from fastrms.plots import plot_training
     >>> losses = {"NumPy": [2.3, 1.1, 0.4], "fastrms": [2.3, 1.1, 0.4]}
-    >>> figure, axes = plot_training(losses, {"NumPy": (0.004, 0.002), "fastrms": (0.0025, 0.0005)})
+    >>> times = {"NumPy": (0.004, 0.002), "fastrms": (0.0025, 0.0005)}
+    >>> figure, axes = plot_training(losses, times)
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -180,8 +181,9 @@ def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
     Examples
     --------
     >>> from fastrms.plots import plot_throughput
-    >>> record = {"dtype": "float32", "kernel": "serial", "label": "serial", "params": 1000, "gparam_per_s": 0.5}
-    >>> figure, panels = plot_throughput([record, record | {"params": 10_000, "gparam_per_s": 1.5}])
+    >>> small = {"dtype": "float32", "kernel": "serial", "label": "serial"}
+    >>> small |= {"params": 1000, "gparam_per_s": 0.5}
+    >>> figure, panels = plot_throughput([small, small | {"params": 9000, "gparam_per_s": 1}])
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

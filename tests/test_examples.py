@@ -27,7 +27,7 @@ PRINTS = {
     "recurrent": (["sklearn"], r"1125 steps, .* test accuracy ([\d.]+)", [(0.95, 1)]),
     "data_and_grad": (
         ["sklearn"],
-        r"x after each step: 4\.0 3\.3734 .* 1\.1959\n1500 steps, variance explained ([\d.]+), at best [\d.]+",
+        r"x after each step: 4\.0000 3\.3734 .* 1\.1959\n1500 steps, variance explained ([\d.]+), at best [\d.]+",
         [(0.51, 0.52)],
     ),
 }

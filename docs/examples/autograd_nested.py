@@ -2,15 +2,15 @@
 
     python -m pip install autograd scikit-learn
 
-autograd returns gradients in the structure of the parameters, whatever that is, and `opt.step` takes them so.
+autograd returns gradients in the structure of the parameters, whatever that is, and
+`opt.step` takes them so.
 """
 
 import autograd.numpy as np
 from autograd import value_and_grad
+from fastrms import RMSProp
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-
-from fastrms import RMSProp
 
 
 def forward(params, x):
@@ -26,7 +26,9 @@ def loss(params, x, y):
 
 
 x, y = load_digits(return_X_y=True)
-train_x, test_x, train_y, test_y = train_test_split(x / 16, y, test_size=0.2, random_state=0, stratify=y)
+train_x, test_x, train_y, test_y = train_test_split(
+    x / 16, y, test_size=0.2, random_state=0, stratify=y
+)
 
 rng = np.random.RandomState(0)
 params = {
@@ -44,5 +46,7 @@ for _ in range(15):
         opt.step(gradients)
 
 accuracy = np.mean(forward(params, test_x).argmax(axis=1) == test_y)
-print(f"{opt.steps} steps, loss of the last batch {value:.4f}, test accuracy {accuracy:.3f}")
+print(
+    f"{opt.steps} steps, loss of the last batch {value:.4f}, test accuracy {accuracy:.3f}"
+)
 assert accuracy > 0.95

@@ -1,16 +1,16 @@
-"""Loops of objects with `.data` and `.grad`, and an optimizer with `step()` and `zero_grad()`, as in sorix or PyTorch.
+"""Loops of objects with `.data` and `.grad`, as in sorix or PyTorch.
 
     python -m pip install scikit-learn      # for the data
 
-Backward passes of such libraries add to `.grad`. Here both arrays of a parameter are views of the optimizer's buffers,
-so that a step copies nothing, and `zero_grad` is one assignment.
+Backward passes of such libraries add to `.grad`, and their optimizers have `step()` and
+`zero_grad()`. Here both arrays of a parameter are views of the optimizer's buffers, so
+that a step copies nothing, and `zero_grad` is one assignment.
 """
 
+import fastrms
 import numpy as np
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import LinearRegression
-
-import fastrms
 
 
 class Parameter:
@@ -26,7 +26,8 @@ class RMSprop:
 
     def __init__(self, parameters, **options):
         self.fast = fastrms.RMSProp([parameter.data for parameter in parameters], **options)
-        for parameter, data, grad in zip(parameters, self.fast.params, self.fast.grads, strict=True):
+        views = zip(self.fast.params, self.fast.grads, strict=True)
+        for parameter, (data, grad) in zip(parameters, views, strict=True):
             parameter.data, parameter.grad = data, grad
 
     def step(self):
@@ -36,20 +37,22 @@ class RMSprop:
         self.fast.buffers["grads"].flat[:] = 0
 
 
-# First a run whose numbers sorix publishes: f = x² + 10 y² from (5, 5), with rate 0.1 and decay 0.99.
+# First a run whose numbers sorix publishes: f = x² + 10 y² from (5, 5), with rate 0.1 and
+# decay 0.99.
 x, y = Parameter(5.0), Parameter(5.0)
 optimizer = RMSprop([x, y], **fastrms.dialect("sorix", lr=0.1, decay=0.99))
-path = []
+path = ""
 for _ in range(10):
     optimizer.zero_grad()
     x.grad += 2 * x.data
     y.grad += 20 * y.data
     optimizer.step()
-    path.append(round(float(x.data), 4))
-print("x after each step:", *path)
-assert path == [4.0, 3.3734, 2.9043, 2.5283, 2.2157, 1.9503, 1.7217, 1.523, 1.3489, 1.1959]
+    path += f" {x.data:.4f}"
+print(f"x after each step:{path}")
+assert path == " 4.0000 3.3734 2.9043 2.5283 2.2157 1.9503 1.7217 1.5230 1.3489 1.1959"
 
-# Then a model: linear regression on 442 patients with diabetes, its gradient added up over four parts of the data.
+# Then a model: linear regression on 442 patients with diabetes, its gradient added up
+# over four parts of the data.
 rows, target = load_diabetes(return_X_y=True)
 rows = rows / rows.std(axis=0)
 target = target / target.std()
@@ -67,5 +70,6 @@ for epoch in range(1500):
 
 explained = 1 - np.mean((rows @ weights.data + bias.data - target) ** 2)
 best = LinearRegression().fit(rows, target).score(rows, target)
-print(f"{optimizer.fast.steps} steps, variance explained {explained:.4f}, at best {best:.4f}")
+print(f"{optimizer.fast.steps} steps", end=", ")
+print(f"variance explained {explained:.4f}, at best {best:.4f}")
 assert abs(explained - best) < 1e-4

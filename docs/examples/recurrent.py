@@ -2,27 +2,30 @@
 
     python -m pip install scikit-learn      # for the data
 
-At each of 8 time steps it sees one row of 8 pixels; after the last it says which digit it was. Gradients go back
-through time, where they can grow, so their common norm is clipped. They are added up in the optimizer's own buffer.
+At each of 8 time steps it sees one row of 8 pixels; after the last it says which digit
+it was. Gradients go back through time, where they can grow, so their common norm is
+clipped. They are added up in the optimizer's own buffer.
 """
 
 import numpy as np
+from fastrms import RMSProp
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-
-from fastrms import RMSProp
 
 HIDDEN = 48
 
 x, y = load_digits(return_X_y=True)
 x = (x / 16).reshape(-1, 8, 8)  # digit, time, pixel
-train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.2, random_state=0, stratify=y)
+train_x, test_x, train_y, test_y = train_test_split(
+    x, y, test_size=0.2, random_state=0, stratify=y
+)
 
 rng = np.random.default_rng(0)
 opt = RMSProp(
     {
         "in": rng.standard_normal((8, HIDDEN)) / np.sqrt(8),
-        "back": np.linalg.qr(rng.standard_normal((HIDDEN, HIDDEN)))[0],  # keeps the length of what it remembers
+        # Orthogonal: it keeps the length of what it remembers.
+        "back": np.linalg.qr(rng.standard_normal((HIDDEN, HIDDEN)))[0],
         "bias": np.zeros(HIDDEN),
         "out": rng.standard_normal((HIDDEN, 10)) / np.sqrt(HIDDEN),
         "out_bias": np.zeros(10),
@@ -34,7 +37,7 @@ p, g = opt.params, opt.grads
 
 
 def forward(x):
-    """The hidden state before each time step and after the last, and the scores of the classes."""
+    """The hidden state before each time step and after the last, and the scores."""
     states = [np.zeros((len(x), HIDDEN))]
     for t in range(8):
         states.append(np.tanh(x[:, t] @ p["in"] + states[-1] @ p["back"] + p["bias"]))

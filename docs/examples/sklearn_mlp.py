@@ -2,32 +2,43 @@
 
     python -m pip install scikit-learn
 
-scikit-learn does not tell its gradients. But one `partial_fit` on one batch, with `solver="sgd"`, rate 1, and neither
-momentum nor penalty, takes exactly one step ``p = p - gradient``: what it took off *is* the gradient, to the last bits
-of a float64. So each step here lets it take that step and reads the gradient, and then puts back the weights and takes
-fastrms's step instead. Nothing private is used: `partial_fit`, and the fitted attributes `coefs_` and `intercepts_`.
+scikit-learn does not tell its gradients. But one `partial_fit` on one batch, with
+`solver="sgd"`, rate 1, and neither momentum nor penalty, takes exactly one step
+``p = p - gradient``: what it took off *is* the gradient, up to a rounding of p. So each
+step here lets it take that step and reads the gradient, and then puts back the weights
+and takes fastrms's step instead. Nothing private is used: `partial_fit`, and the fitted
+attributes `coefs_` and `intercepts_`, to which it assigns.
 
-What this gives: RMSProp, with all options of fastrms, for a model that keeps `predict`, `score` and pipelines. What it
-does not: `fit`, early stopping and the penalty `alpha`, which belong to scikit-learn's own loop (use `weight_decay` of
-fastrms). A step costs what `partial_fit` costs, about a millisecond, so this is for trying RMSProp, not for speed.
+What this gives: RMSProp, with all options of fastrms, for a model that keeps `predict`,
+`score` and pipelines. What it does not: `fit`, early stopping and the penalty `alpha`,
+which belong to scikit-learn's own loop (use `weight_decay` of fastrms). A step costs what
+`partial_fit` costs, about a millisecond, so this is for trying RMSProp, not for speed.
 """
 
 import numpy as np
+from fastrms import RMSProp
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
-from fastrms import RMSProp
-
 BATCH = 64
 
 x, y = load_digits(return_X_y=True)
-train_x, test_x, train_y, test_y = train_test_split(x / 16, y, test_size=0.2, random_state=0, stratify=y)
+train_x, test_x, train_y, test_y = train_test_split(
+    x / 16, y, test_size=0.2, random_state=0, stratify=y
+)
 
 model = MLPClassifier(
-    (64,), solver="sgd", learning_rate_init=1.0, momentum=0.0, alpha=0.0, batch_size=BATCH, random_state=0
+    (64,),
+    solver="sgd",
+    learning_rate_init=1.0,
+    momentum=0.0,
+    alpha=0.0,
+    batch_size=BATCH,
+    random_state=0,
 )
-model.partial_fit(train_x[:BATCH], train_y[:BATCH], classes=np.unique(y))  # draws the weights, and takes a step
+# Draws the weights, and takes a first step, which does no harm.
+model.partial_fit(train_x[:BATCH], train_y[:BATCH], classes=np.unique(y))
 
 opt = RMSProp({"coefs": model.coefs_, "intercepts": model.intercepts_}, lr=2e-3)
 # Now the model computes with the optimizer's views, and what fastrms changes, it sees.
@@ -36,14 +47,15 @@ params, grads = opt.buffers["params"].flat, opt.buffers["grads"].flat
 
 
 def gradient(rows_x, rows_y):
-    """Write the gradient of the model's loss on these rows to `opt.grads`; the weights stay as they are."""
+    """Write the gradient of the loss on these rows to `opt.grads`; weights stay."""
     before = params.copy()
     model.partial_fit(rows_x, rows_y)
     np.subtract(before, params, out=grads)
     params[:] = before
 
 
-# Is it the gradient? Compare a few elements with differences of the loss, which `predict_proba` gives.
+# Is it the gradient? Compare a few elements with differences of the loss, which
+# `predict_proba` gives.
 def loss(rows_x, rows_y):
     return -np.mean(np.log(model.predict_proba(rows_x)[np.arange(len(rows_y)), rows_y]))
 
@@ -63,7 +75,8 @@ assert worst < 1e-7
 rng = np.random.default_rng(0)
 for _ in range(30):
     order = rng.permutation(len(train_y))
-    for start in range(0, len(order) - BATCH + 1, BATCH):  # whole batches: `batch_size` is fixed in the model
+    # Whole batches: `batch_size` is fixed in the model.
+    for start in range(0, len(order) - BATCH + 1, BATCH):
         rows = order[start : start + BATCH]
         gradient(train_x[rows], train_y[rows])
         opt.step()
