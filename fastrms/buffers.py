@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastrms.errors import DtypeError, StructureError
 
-__all__ = ["FlatBuffer", "Layout", "Leaf", "Segment", "find_overlap"]
+__all__ = ["FlatBuffer", "Layout", "Leaf", "Segment"]
 
 Array = NDArray[Any]
 
@@ -75,6 +75,19 @@ class Layout:
         One for each dtype.
     nbytes : int
         Size of the block.
+
+    Raises
+    ------
+    StructureError, DtypeError
+        As `FlatBuffer` raises them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import Layout
+    >>> layout = Layout({"W": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> [(leaf.path, leaf.start, leaf.stop) for leaf in layout.leaves]
+    [("['W']", 0, 6), ("['b']", 6, 9)]
     """
 
     leaves: tuple[Leaf, ...]
@@ -119,25 +132,74 @@ class Layout:
         self._values = itemgetter(*keys) if keys is not None and len(keys) > 1 else None
 
     def with_dtype(self, dtype: DTypeLike) -> "Layout":
-        """The layout of arrays of the same structure and shapes, all of `dtype`."""
+        """The layout of arrays of the same structure and shapes, all of one dtype.
+
+        Parameters
+        ----------
+        dtype : dtype
+            Of all of them.
+
+        Returns
+        -------
+        layout : Layout
+            With one segment.
+        """
         return Layout(self.structure(np.broadcast_to(np.zeros((), dtype), leaf.shape) for leaf in self.leaves))
 
     def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
-        """The dtype of an array of this layout."""
+        """The dtype of an array of this layout.
+
+        Parameters
+        ----------
+        leaf : Leaf
+            One of `leaves`.
+
+        Returns
+        -------
+        dtype : numpy.dtype
+            In native byte order.
+        """
         return self.segments[leaf.segment].dtype
 
     def child_sizes(self) -> list[int]:
-        """How many arrays lie below each item of the outermost list, tuple or dict; [1] for a single array."""
+        """Count the arrays below each item of the outermost list, tuple or dict.
+
+        Returns
+        -------
+        sizes : list of int
+            [1] for a single array.
+        """
         return [1] if self._root is None else [_count(child) for child in self._root.children]
 
     def structure(self, items: Iterable[Any]) -> Any:
-        """Arrange one item for each array, in the order of `leaves`, in the structure of this layout."""
+        """Arrange one item for each array in the structure of this layout.
+
+        Parameters
+        ----------
+        items : iterable
+            Anything, in the order of `leaves`.
+
+        Returns
+        -------
+        tree : the structure of this layout
+            With an item where it has an array.
+        """
         return _build(self._root, iter(items))
 
     def flatten(self, tree: Any, name: str) -> tuple[Any, ...]:
         """The items of `tree`, which must have this structure, in the order of `leaves`; the items are not looked at.
 
-        Lists and tuples stand for one another. A dict may have its keys in another order.
+        Parameters
+        ----------
+        tree : the structure of this layout
+            Lists and tuples stand for one another. A dict may have its keys in another order.
+        name : str
+            What error messages call `tree`.
+
+        Returns
+        -------
+        items : tuple
+            One for each of `leaves`.
 
         Raises
         ------
@@ -189,7 +251,7 @@ class FlatBuffer:
     Raises
     ------
     StructureError
-        There is no array in `arrays`.
+        There is no array in `arrays`, or it is a nesting that contains itself.
     DtypeError
         Something is not an array of numbers: text, None, objects, ragged lists, masked arrays, generators, sets.
 
@@ -236,7 +298,18 @@ class FlatBuffer:
         return [segments[leaf.segment][leaf.start : leaf.stop].reshape(leaf.shape) for leaf in self.layout.leaves]
 
     def problems(self, name: str) -> list[str]:
-        """What has been put in the place of views, and which views no longer show their part of the block."""
+        """What has been put in the place of views, and which views no longer show their part of the block.
+
+        Parameters
+        ----------
+        name : str
+            What the answer calls `views`.
+
+        Returns
+        -------
+        problems : list of str
+            A sentence for each; empty if all is as it was at first.
+        """
         try:
             items = self.layout.flatten(self.views, name)
         except StructureError as error:
@@ -295,6 +368,11 @@ class FlatBuffer:
             What every element is set to.
         dtype : dtype or None, default None
             Of all its arrays; None for the dtypes of this one.
+
+        Returns
+        -------
+        buffer : FlatBuffer
+            Nothing is shared with this one.
         """
         other = _empty(self.layout if dtype is None else self.layout.with_dtype(dtype))
         # New memory is 0, and the system hands it out when it is first used: gradients that are read where they lie
@@ -311,6 +389,11 @@ class FlatBuffer:
         ----------
         vector : ndarray, shape (size,)
             Of any dtype and stride. For a buffer of several dtypes a sequence of one such vector for each segment.
+
+        Returns
+        -------
+        tree : the structure of `views`
+            Views of `vector`; writing to them writes to it.
 
         Raises
         ------
@@ -332,8 +415,15 @@ class FlatBuffer:
     def gather(self, arrays: Any, name: str = "arrays") -> None:
         """Copy `arrays`, which must have this structure and these shapes, into the block.
 
-        Everything is checked before the first write. Values are cast as NumPy's ``casting="same_kind"`` allows: float64
-        and integers go into a float32 buffer, complex numbers do not.
+        Everything is checked before the first write.
+
+        Parameters
+        ----------
+        arrays : the structure of `views`
+            Values are cast as NumPy's ``casting="same_kind"`` allows: float64 and integers go into a float32 buffer,
+            complex numbers do not.
+        name : str, default "arrays"
+            What error messages call `arrays`.
 
         Raises
         ------
@@ -345,7 +435,27 @@ class FlatBuffer:
         self.store(self.check(self.layout.flatten(arrays, name), name))
 
     def check(self, items: Sequence[Any], name: str, skip_none: bool = False) -> list[Any]:
-        """`items`, one for each array, as arrays that fit this buffer; with `skip_none`, None may stand for any."""
+        """Look whether something fits this buffer, and make arrays of it; nothing is written.
+
+        Parameters
+        ----------
+        items : sequence
+            One for each of `leaves`.
+        name : str
+            What error messages call `items`.
+        skip_none : bool, default False
+            Whether None may stand for an array, for which `store` then leaves the block as it is.
+
+        Returns
+        -------
+        arrays : list of ndarray or None
+            The items themselves where they are ordinary arrays.
+
+        Raises
+        ------
+        StructureError, DtypeError
+            As `gather` raises them.
+        """
         checked = []
         for item, view, leaf in zip(items, self.leaves, self.layout.leaves, strict=True):
             # What nearly all items are, in as few steps as can be: this is the cost of each array of each step.
@@ -360,7 +470,13 @@ class FlatBuffer:
         return checked
 
     def store(self, arrays: Sequence[Any]) -> None:
-        """Copy what `check` returned into the block; where it has None, the block stays as it is."""
+        """Copy what `check` returned into the block.
+
+        Parameters
+        ----------
+        arrays : list of ndarray or None
+            Views of this buffer too. Where there is None, the block stays as it is.
+        """
         if any(array is not None and array.base is self._memory for array in arrays):
             # Views of this very block, perhaps of other places in it, which may be written before they are read.
             arrays = [None if array is view else array if array is None else array.copy()
@@ -390,32 +506,6 @@ def _restore(layout: Layout, block: NDArray[np.uint8]) -> FlatBuffer:
     buffer = _empty(layout)
     buffer.block[...] = block
     return buffer
-
-
-def find_overlap(buffer: FlatBuffer, arrays: Any) -> tuple[str, str] | None:
-    """The paths of two of the arrays that `buffer` was made from that share memory, or None.
-
-    Two views that lie within one another's bounds without sharing an element, such as ``a[::2]`` and ``a[1::2]``, do
-    not overlap.
-    """
-    spans = []
-    for item, leaf in zip(buffer.layout.flatten(arrays, "arrays"), buffer.layout.leaves, strict=True):
-        if isinstance(item, np.ndarray) and item.size:
-            low, high = np.lib.array_utils.byte_bounds(item)
-            spans.append((low, high, leaf.path, item))
-    spans.sort(key=lambda span: span[0])
-    reach: list[tuple[int, int, str, Any]] = []  # those that may still overlap what comes
-    for span in spans:
-        reach = [other for other in reach if other[1] > span[0]]
-        for other in reach:
-            try:
-                shared = np.shares_memory(other[3], span[3], max_work=100_000)  # type: ignore[arg-type]
-            except np.exceptions.TooHardError:
-                shared = True
-            if shared:
-                return other[2], span[2]
-        reach.append(span)
-    return None
 
 
 def _analyse(tree: Any, name: str, path: str, found: list[tuple[str, Array]]) -> _Node | None:

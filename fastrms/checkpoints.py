@@ -111,6 +111,11 @@ class Checkpointed:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read a file of `save` into this optimizer, as `load_state_dict`; it may come from anywhere.
 
+        Parameters
+        ----------
+        path : str or path-like
+            Its name ends in .npz or .safetensors.
+
         Raises
         ------
         CheckpointError
@@ -136,10 +141,18 @@ class Checkpointed:
         Parameters
         ----------
         path : str or path-like
+            Its name ends in .npz or .safetensors.
         lr : float or callable, optional
             Instead of what was saved; needed where that was a function, which no file holds.
-        kernel, num_threads
-            As for `RMSProp`; they are not saved.
+        kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
+            As for `RMSProp`; it is not saved, as it changes no bit.
+        num_threads : int or None, default None
+            As for `RMSProp`; not saved either.
+
+        Returns
+        -------
+        optimizer : RMSProp
+            With parameters and state of its own.
 
         Raises
         ------

@@ -48,10 +48,17 @@ class CheckpointError(FastrmsError, ValueError):
 class NonfiniteError(FastrmsError, FloatingPointError):
     """Gradients have values that are inf or NaN; parameters and state are as they were.
 
+    Parameters
+    ----------
+    message : str
+        What was expected and what came.
+    counts : mapping of str to int
+        How many, by the path of the parameter (``"[0]['W']"``), of those that have any.
+
     Attributes
     ----------
     counts : dict of str to int
-        How many, by the path of the parameter (``"[0]['W']"``), of those that have any.
+        A copy of what was given.
     """
 
     def __init__(self, message: str, counts: Mapping[str, int]) -> None:
@@ -60,7 +67,18 @@ class NonfiniteError(FastrmsError, FloatingPointError):
 
     @classmethod
     def of(cls, gradients: Mapping[str, NDArray[Any]]) -> "NonfiniteError":
-        """The error about these gradients, by path, which all have an inf or NaN."""
+        """Make the error about gradients.
+
+        Parameters
+        ----------
+        gradients : mapping of str to ndarray
+            Those that have an inf or NaN, by the path of their parameter.
+
+        Returns
+        -------
+        error : NonfiniteError
+            Its message names the first ten.
+        """
         counts, texts = {}, []
         for path, array in gradients.items():
             nans, infs = int(np.isnan(array).sum()), int(np.isinf(array).sum())

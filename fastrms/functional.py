@@ -27,6 +27,7 @@ def rmsprop_update(
     Parameters
     ----------
     params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
+        As for `RMSProp`.
     gradients : the structure of `params`
         Where an item is None, its parameter and cache come back as they are.
     cache : the structure of `params`, or None

@@ -108,6 +108,7 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
     Parameters
     ----------
     optimizer : RMSProp
+        Is not changed.
 
     Returns
     -------
@@ -127,6 +128,10 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
     Notes
     -----
     A function as lr is there the rate of the next step.
+
+    Examples
+    --------
+    ``docs/interop.md`` has one, which runs a model of PyTorch.
     """
     try:
         torch = importlib.import_module("torch")
@@ -182,6 +187,10 @@ def from_keras(config: Mapping[str, Any], variables: Any, params: Any, **options
     -----
     Keras keeps its learning rate as a float32, and that is taken over. Constraints of variables are not part of the
     optimizer; apply them after each step.
+
+    Examples
+    --------
+    ``docs/interop.md`` has one, which runs a model of Keras.
     """
     if not isinstance(config, Mapping) or not {"rho", "epsilon", "learning_rate"} <= config.keys():
         raise CheckpointError(
@@ -236,6 +245,7 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     Parameters
     ----------
     optimizer : RMSProp
+        Is not changed.
 
     Returns
     -------
@@ -254,6 +264,14 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     Notes
     -----
     A function as lr is there the rate of the next step. Keras rounds the rate to float32, unless its floatx is float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import RMSProp, dialect, interop
+    >>> config, variables = interop.to_keras(RMSProp([np.ones(2)], **dialect("keras", learning_rate=0.5)))
+    >>> config["learning_rate"], sorted(variables)
+    (0.5, ['0', '1', '2'])
     """
     with optimizer._lock:
         configs = [_arguments(optimizer, k, "keras") for k in range(len(optimizer.param_groups))]

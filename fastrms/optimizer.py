@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastrms import kernels
 from fastrms.attributes import option_of_all_groups, views
-from fastrms.buffers import FlatBuffer, find_overlap
+from fastrms.buffers import FlatBuffer
 from fastrms.checkpoints import Checkpointed
 from fastrms.errors import DtypeError, NonfiniteError, StructureError
 from fastrms.kernels import choice, cpu, pointers
@@ -26,6 +26,7 @@ from fastrms.options import (
     parameter_groups,
     resolve_lr,
 )
+from fastrms.overlap import refuse_overlap
 from fastrms.runs import Run
 
 __all__ = ["RMSProp"]
@@ -34,13 +35,12 @@ _Call = tuple[kernels.Kernel, tuple[Any, ...]]
 
 
 class RMSProp(Checkpointed):
-    r"""RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
+    """RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
 
-    With default options each step computes, element by element,
+    With default options each step computes, element by element of a parameter p with gradient g and cache v, ::
 
-    .. math::
-        v &\leftarrow d\,v + (1 - d)\,g^2 \\
-        p &\leftarrow p - \mathrm{lr}\; g / (\sqrt{v} + \epsilon)
+        v = decay_rate * v + (1 - decay_rate) * g**2
+        p = p - lr * g / (sqrt(v) + epsilon)
 
     (G. Hinton, Neural Networks for Machine Learning, lecture 6e, 2012). ``docs/options.md`` has the equations of
     every option and the order in which they apply.
@@ -94,7 +94,6 @@ class RMSProp(Checkpointed):
         many parameters it tries parallel, and keeps what makes whole training steps faster (`explain` says which).
     num_threads : int or None, default None
         Threads of the parallel kernel, up to those that Numba started with; None for all of them.
-
     cache_dtype : {"bfloat16"} or None, default None
         "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
         bytes move through memory for each parameter. Steps compute in float32; what is stored is rounded to nearest.
@@ -200,11 +199,7 @@ class RMSProp(Checkpointed):
                 raise DtypeError(
                     f"params{leaf.path}: expected float32 or float64, got {dtype}; convert it with .astype(np.float32)"
                 )
-        if overlap := find_overlap(values, arrays):
-            raise StructureError(
-                f"params{overlap[0]} and params{overlap[1]} share memory; give tied parameters once and add up their "
-                "gradients, or copy one of them"
-            )
+        refuse_overlap(values, arrays)
 
         self._cache_dtype = check_cache_dtype(cache_dtype, {segment.dtype for segment in layout.segments})
 
@@ -542,7 +537,13 @@ class RMSProp(Checkpointed):
         return kernel if kernel == "parallel" and run.size >= choice.TRY_PARALLEL_FROM else "serial"
 
     def explain(self) -> list[str]:
-        """Say which kernel updates which parameters, and why: one line for each group and dtype."""
+        """Say which kernel updates which parameters, and why.
+
+        Returns
+        -------
+        lines : list of str
+            One for each group and dtype.
+        """
         lines = []
         for run in self._runs:
             what = f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays"

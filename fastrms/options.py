@@ -164,7 +164,19 @@ class ParamGroup(MutableMapping[str, Any]):
     """The options of one parameter group, under ``"params"`` the parameters themselves; an item of `param_groups`.
 
     Behaves like PyTorch's dict: ``group["lr"] = 1e-2`` holds from the next step on. Unlike a dict, it checks each
-    value when it is set, so that a bad one raises there and the old one stays.
+    value when it is set, so that a bad one raises there and the old one stays. `RMSProp` makes them; there is no use
+    for one without an optimizer.
+
+    Parameters
+    ----------
+    options : mapping of str to option
+        Those that differ from the defaults.
+    label : str
+        What error messages call the group.
+    dtypes : set of numpy.dtype
+        Of its parameters: an option must have a counterpart in each.
+    cache_dtype : {"bfloat16"} or None, default None
+        Of its state, which bounds decay rates.
 
     Raises
     ------
@@ -172,6 +184,15 @@ class ParamGroup(MutableMapping[str, Any]):
         Unknown name, value out of range, a name that cannot change (``"params"``, ``"initial_scale"``), or deletion.
     OptionTypeError
         A value of the wrong kind.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import RMSProp
+    >>> opt = RMSProp([{"params": [np.ones(3)], "weight_decay": 0.1}, {"params": [np.zeros(3)]}])
+    >>> opt.param_groups[1]["lr"] = 0.01
+    >>> opt.param_groups
+    [ParamGroup(lr=0.001, weight_decay=0.1), ParamGroup(lr=0.01)]
     """
 
     def __init__(
@@ -208,7 +229,15 @@ class ParamGroup(MutableMapping[str, Any]):
         return checked
 
     def bind(self, params: Any, changed: Callable[[], None]) -> None:
-        """Show `params` under "params", and call the method `changed` after each assignment."""
+        """Connect the group with its optimizer, which does this itself.
+
+        Parameters
+        ----------
+        params : the structure of the group's parameters
+            What ``group["params"]`` is from now on.
+        changed : method
+            Called after each assignment of an option, as long as what it belongs to lives.
+        """
         self._params = params
         # Not to keep the optimizer, which has this group: its buffers go at once when nobody else has it.
         self._changed = weakref.WeakMethod(changed)
@@ -231,7 +260,13 @@ class ParamGroup(MutableMapping[str, Any]):
             changed()
 
     def take_over(self, other: "ParamGroup") -> None:
-        """Have the options of another group, which were checked when it was made."""
+        """Have the options of another group, which were checked when it was made; nobody is told.
+
+        Parameters
+        ----------
+        other : ParamGroup
+            Its options are copied.
+        """
         self._values = dict(other._values)
 
     def __delitem__(self, name: str) -> None:

@@ -41,8 +41,23 @@ _UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
 
 def format_seconds(seconds: float, *, plain: bool = False) -> str:
-    """A time with its unit and three digits, such as "1.28 ms"; `plain` for "us" in place of a micro sign.
+    """A time with its unit and three digits, such as "1.28 ms".
 
+    Parameters
+    ----------
+    seconds : float
+        The time, > 0.
+    plain : bool, default False
+        Write "us" in place of a micro sign.
+
+    Returns
+    -------
+    text : str
+        In seconds, milliseconds or microseconds, whichever has one to three digits ahead of the point.
+
+    Examples
+    --------
+    >>> from fastrms.plots import format_seconds
     >>> format_seconds(0.00128)
     '1.28 ms'
     >>> format_seconds(0.00099996, plain=True)
@@ -75,6 +90,13 @@ def plot_training(
         Not known to pyplot; ``figure.savefig(path)`` writes it.
     axes : tuple of two matplotlib.axes.Axes
         Losses on the left, times on the right.
+
+    Examples
+    --------
+    >>> from fastrms.plots import plot_training
+    >>> losses = {"NumPy": [2.3, 1.1, 0.4], "fastrms": [2.3, 1.1, 0.4]}
+    >>> times = {"NumPy": (0.004, 0.002), "fastrms": (0.0025, 0.0005)}
+    >>> figure, axes = plot_training(losses, times)
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -155,6 +177,13 @@ def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
         Not known to pyplot; ``figure.savefig(path)`` writes it.
     axes : list of matplotlib.axes.Axes
         One for each dtype, in the order of the records.
+
+    Examples
+    --------
+    >>> from fastrms.plots import plot_throughput
+    >>> small = {"dtype": "float32", "kernel": "serial", "label": "serial"}
+    >>> small |= {"params": 1000, "gparam_per_s": 0.5}
+    >>> figure, panels = plot_throughput([small, small | {"params": 9000, "gparam_per_s": 1}])
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

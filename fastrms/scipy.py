@@ -65,18 +65,27 @@ def rmsprop(
 
     Parameters
     ----------
-    fun, x0, args, hess, hessp, callback, tol
-        As `minimize` has them. `x0` becomes float64. `hess` and `hessp` are not used, and warned about. A callback
-        whose only parameter is called ``intermediate_result`` gets an OptimizeResult with x and fun, any other one gets
-        x; StopIteration ends the run. `tol` stands for `gtol` where that is not given.
+    fun : callable
+        ``fun(x, *args)`` returns a number.
+    x0 : array_like, shape (n,)
+        Where to start; becomes float64.
+    args : tuple, default ()
+        Further arguments of `fun` and `jac`.
     jac : callable, True or None
         As `minimize` has it. Without one, gradients are finite differences. For methods that are not its own,
         `minimize` makes None of "2-point", "3-point" and "cs": use the option `finite_diff`.
+    hess, hessp : callable, optional
+        Not used, and warned about.
     bounds : scipy.optimize.Bounds or sequence of (low, high), optional
         `x0` and the result of each step are clipped to them, so that `fun` is never asked outside, not even for finite
         differences. Momentum is not changed by that.
-    constraints
-        Refused.
+    constraints : tuple or list, default ()
+        Refused, if there are any.
+    callback : callable, optional
+        One whose only parameter is called ``intermediate_result`` gets an OptimizeResult with x and fun, any other one
+        gets x; StopIteration ends the run.
+    tol : float, optional
+        Stands for `gtol` where that is not given.
     gtol : float, default 1e-5
         Success where no component of the gradient is larger; with bounds, of the projected gradient. >= 0.
     maxiter : int, default 15000

@@ -59,11 +59,23 @@ class RMSprop(torch.optim.RMSprop):
         share their memory with nothing are moved: their ``.data`` becomes a view of one buffer for each group. All
         others (CUDA, bfloat16, complex, channels-last, tied by memory, shared between processes) stay where they are
         and take PyTorch's own step.
-    lr, alpha, eps, weight_decay, momentum, centered, maximize
-        As for `torch.optim.RMSprop`, with its defaults.
-    foreach : bool, optional
+    lr : float or torch.Tensor, default 0.01
+        Learning rate, >= 0.
+    alpha : float, default 0.99
+        Decay rate of the mean square, >= 0.
+    eps : float, default 1e-8
+        Added to the root, >= 0.
+    weight_decay, momentum : float, default 0
+        As for `torch.optim.RMSprop`, >= 0.
+    centered : bool, default False
+        As for `torch.optim.RMSprop`.
+    capturable : bool, default False
+        If True, all parameters take PyTorch's step.
+    foreach : bool or None, default None
         For those that take PyTorch's step.
-    capturable, differentiable : bool
+    maximize : bool, default False
+        As for `torch.optim.RMSprop`.
+    differentiable : bool, default False
         If True, all parameters take PyTorch's step.
     kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
         What runs the pass, as for `fastrms.RMSProp`.
@@ -111,7 +123,13 @@ class RMSprop(torch.optim.RMSprop):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as for every optimizer of PyTorch; its parameters get a buffer of their own."""
+        """Add a group, as for every optimizer of PyTorch; its parameters get a buffer of their own.
+
+        Parameters
+        ----------
+        param_group : dict
+            Parameters under ``"params"``, and options that differ from those of the optimizer.
+        """
         super().add_param_group(param_group)
         self._packs.append(_Pack(self.param_groups[-1], self._kernel))
 

@@ -87,6 +87,7 @@ ARROWS = {
     "options": {"errors"},
     "dialects": {"errors"},
     "buffers": {"errors"},
+    "overlap": {"buffers", "errors"},
     "kernels.compiled": set(),
     "kernels.cpu": {"kernels", "kernels.compiled"},
     "kernels.dlpack": {"kernels.compiled", "kernels.cpu"},
@@ -99,7 +100,7 @@ ARROWS = {
     "attributes": {"errors"},
     "checkpoints": {"errors", "options"},
     "optimizer": {
-        "errors", "options", "attributes", "buffers", "checkpoints", "runs", "kernels", "kernels.norms",
+        "errors", "options", "attributes", "buffers", "overlap", "checkpoints", "runs", "kernels", "kernels.norms",
         "kernels.reference",
     },
     "functional": {"optimizer"},

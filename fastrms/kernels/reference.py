@@ -175,10 +175,19 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     Parameters
     ----------
     bits : ndarray of uint16
+        The upper halves of float32 numbers.
 
     Returns
     -------
     array : ndarray of float32
+        A new array of the same shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import from_bfloat16
+    >>> from_bfloat16(np.array([0x3F80, 0xC000], np.uint16))
+    array([ 1., -2.], dtype=float32)
     """
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 

@@ -1,0 +1,113 @@
+"""The pictures of the documentation: what is drawn is shown, and is what the pages say of it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import JIT
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)
+        import pictures
+
+    return pictures
+
+
+@pytest.fixture
+def lines(pictures, tmp_path):
+    """Draws a picture, and returns for each panel the points of its lines by their labels."""
+
+    def draw(name):
+        figure = pictures.PICTURES[name]()
+        figure.savefig(tmp_path / f"{name}.svg")  # warnings, such as for text without room, come now
+        return [{line.get_label(): line.get_xydata() for line in axes.get_lines()} for axes in figure.axes]
+
+    return draw
+
+
+def test_pages_show_every_picture_and_no_other(pictures):
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    assert sorted(re.findall(r"\]\(_pictures/(\w+)\.svg\)", text)) == sorted(pictures.PICTURES)
+
+
+compiled = pytest.mark.skipif(not JIT, reason="thousands of steps, for which the interpreter takes minutes")
+
+
+@compiled
+def test_valley(lines):
+    (panel,) = lines("valley")
+    descent, ours = (panel[name] for name in ("gradient descent, lr 0.019", "RMSProp, lr 0.05"))
+    assert -0.85 < descent[-1][0] < -0.65  # two thirds of the way from -2
+    assert abs(ours[-1]).max() < 0.1
+    assert (np.diff(np.sign(descent[:20, 1])) != 0).all()  # from wall to wall
+
+
+@compiled
+def test_dialects(lines):
+    (panel,) = lines("dialects")
+    last = [points[-1][1] for points in panel.values()]  # outside, inside, from 1, corrected
+    assert last[0] < last[3] < last[1] < last[2]
+
+
+@compiled
+def test_lr(lines):
+    left, right = lines("lr")
+    last = {name: points[-3:, 1].mean() for name, points in left.items()}
+    assert last["lr 0.01"] < last["lr 0.001"] < last["lr 0.0001"]
+    assert last["lr 0.01"] < 0.3 * last["lr 0.1"]
+    assert [round(points[0][1], 1) for points in right.values()] == [3.2, 10.0, 1.0]
+    assert right["decay_rate 0.9"][40][1] < 1.01
+
+
+@compiled
+def test_window(lines):
+    (panel,) = lines("window")
+    short, middle, long = (points[:, 1] for name, points in panel.items() if name.startswith("decay_rate"))
+    assert 400 < np.argmax(middle[1000:] < 0.12) < 550  # steps until it has come down
+    assert np.argmax(short[1000:] < 0.12) < 100
+    assert long.max() < 0.75
+    assert 0.25 < long[-1] < 0.35
+
+
+@compiled
+def test_batch(lines):
+    (panel,) = lines("batch")
+    best = [points[np.argmin(points[:, 1]), 0] for name, points in panel.items() if name.startswith("batches")]
+    assert (np.abs(np.log(best / np.array([0.00316, 0.01, 0.0316]))) < np.log(2)).all()
+
+
+@compiled
+def test_adagrad(lines):
+    rates, path = lines("adagrad")
+    ours, theirs = (points[:, 1] for points in rates.values())
+    assert (np.diff(theirs) <= 0).all()
+    assert ours[3900] > 3 * ours[3100]
+    ends = {name: np.abs(points[999::1000, 1] - [1, -1, 1, -1]) for name, points in path.items()}
+    assert (ends["RMSProp, lr 0.005"] < 0.1).all()
+    assert ends["AdaGrad, lr 0.1"][0] < 0.1 < ends["AdaGrad, lr 0.1"][3]
+
+
+@compiled
+def test_epsilon(lines):
+    (panel,) = lines("epsilon")
+    half = [points[np.argmax(points[:, 1] > 0.5), 0] for points in panel.values()]
+    np.testing.assert_allclose(half, [1e-8, 5.8e-5, 1e-3], rtol=0.3)
+
+
+def test_throughput_and_training_steps_are_of_the_tables(lines, pictures):
+    float32, float64 = lines("throughput")
+    heading, *rows = pictures._table("float32")
+    assert rows[0][0] in pictures.WAYS
+    assert "optax, jit, donated" in float32.keys() & float64.keys()
+    (ours,) = (row for row in rows if row[0] == "fastrms auto")
+    size, time = int(heading[-1].replace(",", "")), pictures._seconds(ours[-1])
+    np.testing.assert_allclose(float32["fastrms auto"][-1], [size, size / time / 1e9])
+    bars = pictures.PICTURES["training_steps"]().axes[0].patches
+    assert len(bars) == 4 * 4  # networks, two ways with two parts each
+    assert bars[0].get_width() + bars[1].get_width() == pytest.approx(100)
