@@ -93,11 +93,11 @@ class RMSprop(torch.optim.RMSprop):
     >>> import torch
     >>> from fastrms.torch import RMSprop
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    >>> optimizer = RMSprop([weight], lr=0.1)
+    >>> optimizer = RMSprop([weight], lr=0.01)
     >>> (weight**2).sum().backward()
     >>> optimizer.step()
     >>> weight.data
-    tensor([6.5193e-09, 1.0000e+00])
+    tensor([0.9000, 1.9000])
     """
 
     def __init__(
