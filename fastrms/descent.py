@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastrms.errors import OptionError, OptionTypeError
-from fastrms.landscapes import Array, Landscape, Point, Region, check_point, check_region, check_steps, find
+from fastrms.landscapes import LARGEST, Array, Landscape, Point, Region, check_point, check_region, check_steps, find
 from fastrms.optimizer import RMSProp
 from fastrms.options import check_option, resolve_lr
 
@@ -177,7 +177,7 @@ METHODS: Mapping[str, tuple[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Trace:
-    """The path of one method, with as many steps as stayed finite.
+    """The path of one method, as far as it did not diverge.
 
     Attributes
     ----------
@@ -191,7 +191,8 @@ class Trace:
         What each step multiplied the derivatives in x and y by: lr for gradient descent and momentum, lr over the root
         of the sum of squares for AdaGrad, and over that of their running mean for RMSProp.
     lost_at : int or None
-        The number of the step that led to inf or NaN, where the path ends; None if none did.
+        The number of the step that led beyond 1e150 or where the function has no value, or had no gradient to go by:
+        there the path ends. None if none did.
     """
 
     label: str
@@ -227,11 +228,10 @@ class Descent:
     def grid(self) -> tuple[Array, Array, Array]:
         """The function over the region: x and y, shape (101,) each, and values[row of y, column of x].
 
-        NaN where there is no value, or one beyond 1e150, with which no scale can be made.
+        NaN where there is no value.
         """
         x, y = (np.linspace(low, high, _GRID) for low, high in self.region)
         values = np.array([[self.landscape.value_at(at, row) for at in x] for row in y])
-        values[~(np.abs(values) < 1e150)] = np.nan
         if np.isnan(values).all():
             raise OptionError(f"region: {self.landscape.name} has no finite value in {self.region}")
         return x, y, values
@@ -286,15 +286,15 @@ def descend(
     >>> from fastrms.descent import descend
     >>> descent = descend("bowl", [{"lr": 0.1}], ["adagrad"], steps=50)
     >>> [trace.label for trace in descent.traces]
-    ['RMSProp, lr 0.1', 'AdaGrad, lr 0.4']
+    ['RMSProp, lr 0.1', 'AdaGrad, lr 0.1']
     >>> descent.traces[0].points.shape
     (51, 2)
     """
     landscape = find(function)
     runs = _plan(landscape, settings, beside)
     first = landscape.start if start is None else check_point("start", start)
-    if not math.isfinite(value := landscape.value_at(*first)):
-        raise OptionError(f"start: expected a point where {landscape.name} has a finite value, got {value} at {first}")
+    if math.isnan(landscape.value_at(*first)):
+        raise OptionError(f"start: expected a point where {landscape.name} has a value, up to {LARGEST:g}, got {first}")
     if region is None:
         region = _including(landscape.region, first)
     else:
@@ -375,9 +375,13 @@ def _follow(landscape: Landscape, label: str, optimizer: Any, start: Point, step
     lost_at = None
     with np.errstate(all="ignore"):  # what diverges is found below
         for number in range(1, steps + 1):
-            point = np.array(optimizer.step(landscape.gradient_at(*point)))
-            value = landscape.value_at(*point) if np.isfinite(point).all() else math.nan
-            if not math.isfinite(value):
+            gradient = landscape.gradient_at(*point)
+            if np.isfinite(gradient).all():
+                point = np.array(optimizer.step(gradient))
+                value = landscape.value_at(*point) if (np.abs(point) <= LARGEST).all() else math.nan
+            else:
+                value = math.nan
+            if math.isnan(value):
                 lost_at = number
                 break
             points.append(point)

@@ -11,11 +11,24 @@ from numpy.typing import NDArray
 
 from fastrms.errors import OptionError, OptionTypeError
 
-__all__ = ["LANDSCAPES", "Landscape", "Point", "Region", "check_point", "check_region", "check_steps", "find"]
+__all__ = [
+    "LANDSCAPES",
+    "LARGEST",
+    "Landscape",
+    "Point",
+    "Region",
+    "check_point",
+    "check_region",
+    "check_steps",
+    "find",
+]
 
 Array = NDArray[np.float64]
 Point = tuple[float, float]
 Region = tuple[Point, Point]
+
+# Values and places beyond it are taken for infinite: differences and squares of others stay in the range of float64.
+LARGEST = 1e150
 
 # For central differences.
 _CBRT_EPS = float(np.cbrt(np.finfo(np.float64).eps))
@@ -89,6 +102,8 @@ class Landscape:
                 raise OptionTypeError(f"{what}: expected a function of x and y, got {value!r}")
         if unknown := sorted(set(self.rates) - set(_RATES)):
             raise OptionError(f"rates: expected some of {tuple(_RATES)}, got {unknown[0]!r}")
+        if _numbers(self.azimuth, ()) is None:
+            raise OptionTypeError(f"azimuth: expected a number of degrees, got {self.azimuth!r}")
         clean = {
             "name": self.name or getattr(self.function, "__name__", type(self.function).__name__),
             "start": check_point("start", self.start),
@@ -101,8 +116,9 @@ class Landscape:
             object.__setattr__(self, what, value)  # the dataclass is frozen
 
     def value_at(self, x: float, y: float) -> float:
-        """The function's value at a point; NaN where it has none."""
-        return float(self._call(self.function, x, y, math.nan))
+        """The function's value at a point; NaN where it has none, or one beyond 1e150."""
+        value = float(self._call(self.function, x, y, math.nan))
+        return value if abs(value) <= LARGEST else math.nan
 
     def gradient_at(self, x: float, y: float) -> Array:
         """The derivatives in x and y at a point, NaN where there are none: those given, or central differences.

@@ -102,6 +102,10 @@ ARROWS = {
         "kernels.reference",
     },
     "functional": {"optimizer"},
+    "landscapes": {"errors"},
+    "descent": {"errors", "landscapes", "optimizer", "options"},
+    "plots.measurements": set(),
+    "plots.paths": {"descent", "errors"},
 }  # fmt: skip
 
 

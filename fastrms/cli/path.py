@@ -227,7 +227,8 @@ def _print_paths(console: "Console", descent: Descent) -> None:
         numbers = [*end, trace.values[-1], *([min(distances)] if distances else [None])]
         numbers += [rates[0], rates[-1]] if len(rates) else [None, None]
         cells = ["" if number is None else f"{number:.3g}" for number in numbers]
-        table.add_row(trace.caption, f"{len(trace.rates):,}", *cells)
+        steps = f"{len(trace.rates):,}{'' if trace.lost_at is None else ', diverged'}"
+        table.add_row(trace.label, steps, *cells)
     say(console)
     console.print(table)
     say(console)

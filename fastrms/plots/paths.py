@@ -39,7 +39,7 @@ _STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#000000", "*", _DOTTED),
 )
 # From low to high. Light, so that lines stand out, and paths end in the lightest part.
-_LOW, _HIGH, _CONTOUR = "#FFFFFF", "#9FB3C4", "#7A8B99"
+_LOW, _HIGH, _CONTOUR = "#F6F9FB", "#9FB3C4", "#7A8B99"
 _HALO = "#FFFFFF"
 
 # Markers on each line.
@@ -82,7 +82,7 @@ def path(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: Any)
     >>> from fastrms import plots
     >>> ax = plots.path("bowl", settings=[{}, {"momentum": 0.9}], ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['start', 'minimum', 'RMSProp, lr 0.1', 'RMSProp, lr 0.1, momentum 0.9']
+    ['RMSProp, lr 0.1', 'RMSProp, lr 0.1, momentum 0.9', 'start', 'minimum']
     """
     return _draw_alone(_draw_path, function, ax, options)
 
@@ -211,7 +211,7 @@ def animate(
         pictures.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
         on_picture(len(pictures), len(shown))
     # One set of colours for all, that of the whole paths, and no dither, which would flicker.
-    palette = pictures[-1].quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    palette = pictures[-1].quantize(256, method=Image.Quantize.FASTOCTREE)
     first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [_MILLISECONDS] * len(others) + [_LAST_MILLISECONDS]
     first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
@@ -255,11 +255,12 @@ def _draw_alone(
     if ax is None:
         import matplotlib.pyplot as plt
 
-        ax = plt.figure(layout="constrained").add_subplot(projection=kind)
+        size = (6.4, 6.4) if draw in (_draw_path, _draw_surface) else (6.4, 4.8)
+        ax = plt.figure(figsize=size, layout="constrained").add_subplot(projection=kind)
     draw(ax, descent)
     ax.set_title(_title(descent), fontsize=11)
     # Below, where it covers no path.
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9)
     return ax
 
 
@@ -299,10 +300,15 @@ def _draw_path(ax: "Axes", descent: Descent) -> list[_Line]:
     from matplotlib.colors import BoundaryNorm
 
     x, y, grid = descent.grid
-    levels = _Scale(descent).levels
+    scale = _Scale(descent)
+    levels = scale.levels
     filled = ax.contourf(x, y, grid, levels, cmap=_light(), norm=BoundaryNorm(levels, 256), zorder=0)
     ax.contour(x, y, grid, levels, colors=_CONTOUR, linestyles="solid", linewidths=0.5, zorder=1)
-    bar = ax.figure.colorbar(filled, ax=ax, ticks=levels, format="%.4g", spacing="uniform", pad=0.02)
+    # In axes of its own inside of these, it is as high as they are, whatever their shape.
+    bar = ax.figure.colorbar(
+        filled, cax=ax.inset_axes((1.03, 0, 0.04, 1)), ticks=levels, spacing="uniform",
+        format=None if scale.even else "%.4g",
+    )  # fmt: skip
     bar.ax.tick_params(labelsize=8)
     bar.set_label("f(x, y)", fontsize=9)
     lines = _draw_lines(ax, descent.traces, [trace.points for trace in descent.traces])
@@ -346,7 +352,7 @@ def _draw_surface(ax: Any, descent: Descent) -> list[_Line]:
         ax.set_zticks(height(some), [f"{level:.4g}" for level in some])
     ax.tick_params(labelsize=8)
     ax.view_init(elev=50, azim=descent.landscape.azimuth)
-    ax.set_box_aspect(None, zoom=0.9)  # room for the labels
+    ax.set_box_aspect(None, zoom=0.85)  # room for the labels
     return lines
 
 
@@ -362,12 +368,16 @@ def _draw_values(ax: "Axes", descent: Descent) -> list[_Line]:
     ax.set_title("Value", fontsize=11)
     grid = descent.grid[2]
     low, high = ax.get_ylim()
+    # What runs away, far out of the region, is not to flatten what does not.
     if lowest is None:
-        # What runs away is not to flatten what does not.
-        margin = 0.05 * (grid.max() - grid.min())
-        ax.set_ylim(max(low, grid.min() - margin), min(high, grid.max() + margin))
+        bottom, top = np.nanmin(grid), np.nanmax(grid)
+        margin = 0.05 * (top - bottom) or 1.0
+        ax.set_ylim(max(low, bottom - margin), min(high, top + margin))
     else:
-        ax.set_yscale("log")
+        _make_logarithmic(ax, data)
+        top = 10 * (np.nanmax(grid) - lowest)
+        if high > top:
+            ax.set_ylim(0.5 * min(np.nanmin(each[:, 1]) for each in data), top)
     return lines
 
 
@@ -375,7 +385,7 @@ def _draw_rates(ax: "Axes", descent: Descent) -> list[_Line]:
     # Step 0, the start, has none.
     data = [_over_steps(np.array([np.nan, *np.sqrt(trace.rates.prod(axis=1))])) for trace in descent.traces]
     lines = _draw_curves(ax, descent, data)
-    ax.set_yscale("log")
+    _make_logarithmic(ax, data)
     ax.set_ylabel("factor of the gradient")
     ax.set_title("Rate", fontsize=11)
     return lines
@@ -391,6 +401,12 @@ _DRAW: "dict[str, Callable[[Any, Descent], list[_Line]]]" = {
 
 def _over_steps(y: Array) -> Array:
     return np.column_stack([np.arange(len(y)), y])
+
+
+def _make_logarithmic(ax: "Axes", data: list[Array]) -> None:
+    # Without steps there is nothing that has a logarithm.
+    if any((each[:, 1] > 0).any() for each in data):
+        ax.set_yscale("log")
 
 
 def _draw_curves(ax: "Axes", descent: Descent, data: list[Array]) -> list[_Line]:
@@ -461,11 +477,13 @@ class _Scale:
         # 2 for a plane and a saddle, 3 to 4 for bowls, 10 and more where a logarithm is needed to see anything.
         spread = (highest - self.lowest) / above if above > 0 else math.inf
         self.unit = None
-        if spread < 2.5 or highest == self.lowest:
+        self.even = spread < 2.5 or highest == self.lowest
+        if self.even:
             self.levels = np.array(MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(self.lowest, highest))
             return
         range_ = values[values > self.lowest] - self.lowest
-        smallest, largest = np.quantile(range_, 0.02), range_.max()
+        largest = range_.max()
+        smallest = max(np.quantile(range_, 0.02), 1e-12 * largest)
         decades = math.log10(largest / smallest)
         mantissas = (1, 2, 5) if decades < 3 else (1, 3) if decades < 5 else (1,)
         powers = 10.0 ** np.arange(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
