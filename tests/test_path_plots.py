@@ -74,6 +74,8 @@ def test_path_draws_the_points(name):
         ("ellipse", [0, 0.5, 1, 2, 5, 10, 20, 50]),
         ("rosenbrock", [0, 3, 10, 30, 100, 300, 1000, 3000]),
         ("saddle", [-4, -3, -2, -1, 0, 1, 2, 3, 4]),
+        # Round numbers, though the lowest value is none.
+        (lambda x, y: x**2 + 10 * y**2 - 0.93, [-1, -0.5, 0, 1, 4, 9, 19, 49]),
     ],
 )
 def test_levels_of_contours_suit_the_function(name, levels):
@@ -221,12 +223,13 @@ def test_height_is_above_the_minimum():
     np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), descent.traces[0].values - 100)
 
 
-@pytest.mark.parametrize("name", [*LANDSCAPES, "eight", "wide", "one step"])
+@pytest.mark.parametrize("name", [*LANDSCAPES, "eight", "wide", "one step", "two panels"])
 def test_nothing_is_cut_off_and_the_legend_covers_nothing(name):
     options = {
         "eight": ("rosenbrock", EIGHT | {"steps": 50}),
         "wide": ("bowl", {"start": (9, -4)}),
         "one step": ("bowl", {"steps": 1}),
+        "two panels": (lambda x, y: math.sin(3 * x) + y**2 / 4 - 500, {"settings": [{}], "panels": ["path", "rates"]}),
     }
     function, more = options.get(name, (name, {}))
     figure, axes = plots.overview(function, **more)
@@ -239,7 +242,9 @@ def test_nothing_is_cut_off_and_the_legend_covers_nothing(name):
     for ax in axes.values():
         boxes.append(ax.get_tightbbox(renderer))  # with labels, ticks and colour bar
         assert not box.overlaps(boxes[-1])
-    boxes.append(axes["surface"].zaxis.label.get_window_extent(renderer))
+    labels = [ax.zaxis.label if ax.name == "3d" else ax.xaxis.label for ax in axes.values()]
+    labels += [bar.yaxis.label for bar in axes["path"].child_axes]
+    boxes += [label.get_window_extent(renderer) for label in labels]
     for each in boxes:
         assert -0.5 <= each.x0 < each.x1 <= edge.x1 + 0.5
         assert -0.5 <= each.y0 < each.y1 <= edge.y1 + 0.5

@@ -40,7 +40,7 @@ examples:
   fastrms path
   fastrms path --function rosenbrock --steps 1000 --animate
   fastrms path --with decay_rate=0.5 --with decay_rate=0.99 --with momentum=0.9,centered
-  fastrms path --with epsilon=0.1 --with epsilon=0.1,eps_in_sqrt --beside adagrad,lr=0.5
+  fastrms path --with epsilon=5 --with epsilon=5,eps_in_sqrt --beside adagrad,lr=0.5
   fastrms path --function my_module:f --start 1 2 --x -3 3 --y -3 3
 """
 

@@ -293,6 +293,8 @@ def _overview(descent: Descent, panels: Sequence[str]) -> "tuple[Figure, dict[st
     figure.legend(
         list(labelled.values()), list(labelled), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
+    # The layout takes what things measure in the last drawing, and is not right in the first.
+    figure.draw_without_rendering()
     return figure, {name: axes[name] for name in panels}, lines
 
 
@@ -490,6 +492,8 @@ class _Scale:
         series = np.outer(powers, mantissas).ravel()
         # The first of them above the smallest, and the last to be above the largest.
         series = series[max(0, np.searchsorted(series, smallest)) : np.searchsorted(series, largest) + 1]
+        # Round numbers above a round number, which for a known minimum of 0 is that.
+        self.lowest = math.floor(self.lowest / series[0]) * series[0]
         self.levels = np.unique([self.lowest, *(self.lowest + series)])
         if spread > 8:
             self.unit = series[0]
