@@ -72,7 +72,7 @@ def test_alone_it_draws_the_four_methods(seen, capsys, tmp_path):
 
 def test_settings_and_methods_from_the_command_line(seen):
     arguments = ["--with", "decay_rate=0.99, momentum=0.9", "--with", "centered,epsilon=1e-3,nonfinite=skip"]
-    arguments += ["--with", "", "--beside", "adagrad,lr=0.5", "momentum", "--lr", "0.2"]
+    arguments += ["--with", "", "--with", "lr=0.4", "--beside", "adagrad,lr=0.5", "momentum", "--lr", "0.2"]
     arguments += ["--start", "-1", "0.5", "--steps", "5", "--x", "-3", "1", "--panels", "path"]
     assert main(["path", *arguments, "--quiet"]) == 0
     (descent,) = seen
@@ -80,6 +80,7 @@ def test_settings_and_methods_from_the_command_line(seen):
         "RMSProp, lr 0.2, decay_rate 0.99, momentum 0.9",
         "RMSProp, lr 0.2, centered, epsilon 0.001, nonfinite skip",
         "RMSProp, lr 0.2",
+        "RMSProp, lr 0.4",
         "AdaGrad, lr 0.5",
         "momentum, lr 0.01",
     ]

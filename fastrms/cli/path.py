@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 __all__ = ["STEM", "add_command", "run"]
 
 STEM = "fastrms-path"
+FORMATS = ("png", "svg", "pdf")
 
+# In lines as they are printed: the examples below them are not to be joined.
 _DESCRIPTION = """
-Draw what RMSProp does on a function of two variables: its path from above and on the surface, the function's value
-and the rate of each step. By default with default options, beside gradient descent, momentum and AdaGrad.
+Draw what RMSProp does on a function of two variables: its path from above and on
+the surface, the function's value, and the rate of each step. By default with
+default options, beside gradient descent, momentum and AdaGrad.
 """
 _EXAMPLES = """
 examples:
@@ -84,16 +87,32 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "none with --with)",
     )
     add("--lr", type=positive, help="learning rate of RMSProp where --with has none (default: one for the function)")
-    add("--steps", type=whole_number(0), metavar="N", help="of each path (default: some for the function)")
+    add("--steps", type=whole_number(0), metavar="N", help="of each path (default: enough for the function)")
     for name, metavar, what in (
         ("--start", ("X", "Y"), "where paths begin"),
         ("--x", ("LOW", "HIGH"), "limits of x in the picture"),
         ("--y", ("LOW", "HIGH"), "limits of y in the picture"),
     ):
         add(name, nargs=2, type=float, metavar=metavar, help=f"{what} (default: of the function)")
-    add("--panels", nargs="+", choices=PANELS, default=PANELS, help="what to draw (default: all four)")
-    add("--format", nargs="+", choices=("png", "svg", "pdf"), default=["png"], help="of the picture (default: png)")
-    add("--animate", action="store_true", help=f"write {STEM}.gif too, in which the paths grow; takes some seconds")
+    add(
+        "--panels",
+        nargs="+",
+        choices=PANELS,
+        default=PANELS,
+        metavar="PANEL",
+        help=f"what to draw: {', '.join(PANELS)} (default: all four)",
+    )
+    add(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["png"],
+        metavar="FORMAT",
+        help=f"of the picture: {', '.join(FORMATS)} (default: png)",
+    )
+    add(
+        "--animate", action="store_true", help=f"write {STEM}.gif too, in which the paths grow; takes about ten seconds"
+    )
     add(
         "--output",
         type=Path,

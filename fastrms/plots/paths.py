@@ -379,7 +379,7 @@ def _draw_values(ax: "Axes", descent: Descent) -> list[_Line]:
         _make_logarithmic(ax, data)
         top = 10 * (np.nanmax(grid) - lowest)
         if high > top:
-            ax.set_ylim(0.5 * min(np.nanmin(each[:, 1]) for each in data), top)
+            ax.set_ylim(0.5 * np.nanmin(np.concatenate(data)[:, 1]), top)
     return lines
 
 
