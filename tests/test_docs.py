@@ -98,7 +98,9 @@ INNER = {
     "__init__", "__main__", "attributes", "buffers", "checkpoints", "dialects", "errors", "functional", "optimizer",
     "options", "overlap", "runs",
 }  # fmt: skip
-MODULES = sorted(f"fastrms.{path.stem}" for path in (ROOT / "fastrms").glob("*.py") if path.stem not in INNER)
+MODULES = sorted(
+    ["fastrms.plots"] + [f"fastrms.{path.stem}" for path in (ROOT / "fastrms").glob("*.py") if path.stem not in INNER]
+)
 
 
 def test_the_api_page_has_every_public_name_and_module():

@@ -107,6 +107,10 @@ ARROWS = {
     "torch": {"errors", "options", "kernels", "kernels.choice", "optimizer"},
     "scipy": {"errors", "options", "optimizer"},
     "interop": {"dialects", "errors", "options", "optimizer", "kernels.reference"},
+    "landscapes": {"errors"},
+    "descent": {"errors", "landscapes", "optimizer", "options"},
+    "plots.measurements": set(),
+    "plots.paths": {"descent", "errors"},
 }  # fmt: skip
 
 

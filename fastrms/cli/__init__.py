@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import fastrms
-from fastrms.cli import bench, demo, info
+from fastrms.cli import bench, demo, info, path
 from fastrms.cli.common import CommandError
 from fastrms.errors import FastrmsError
 
@@ -51,4 +51,5 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_command(commands)
     bench.add_command(commands)
     info.add_command(commands)
+    path.add_command(commands)
     return parser

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrms.cli import cases
-from fastrms.cli.common import CommandError, make_console, positive, require, say, whole_number
+from fastrms.cli.common import (
+    CommandError,
+    make_console,
+    make_folder,
+    positive,
+    require,
+    save_figure,
+    say,
+    whole_number,
+)
 from fastrms.cli.progress import show_progress
 
 if TYPE_CHECKING:
@@ -91,11 +100,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     require("bench", "rich", *([] if args.in_situ else ["matplotlib"]))
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"expected a folder to write to: {error.strerror or error}"
-        raise CommandError(f"--output: {args.output}: {what}") from None
+    make_folder(args.output)
     import numba
 
     limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -132,17 +137,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int:
     from fastrms.cli import measure, report
-    from fastrms.cli.contenders import CONTENDERS, find_kernel, load_kernel
+    from fastrms.cli.contenders import CONTENDERS, load_kernel
 
-    # A user's module lies where they are; an installed program does not look there by itself.
-    sys.path.insert(0, os.getcwd())
-    try:
-        for name in args.kernel:
-            find_kernel(name)
-    finally:
-        sys.path.pop(0)
+    own = {name: load_kernel(name) for name in args.kernel}
     chosen, skipped = _choose(args)
-    chosen |= {name: load_kernel(name) for name in args.kernel}
+    chosen |= own
     shape = tuple(args.shape or cases.MANY_ARRAYS[1])
     sizes = args.sizes or (cases.QUICK_SIZES if args.quick else cases.SIZES)
     todo = [
@@ -291,10 +290,7 @@ def _save_plot(path: Path, rows: "list[Row]") -> Path:
     from fastrms.plots import plot_throughput
 
     figure, _ = plot_throughput([dict(vars(row)) for row in rows])
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+    save_figure(figure, path)
     return path
 
 

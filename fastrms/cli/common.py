@@ -1,16 +1,33 @@
 """What the subcommands share: their error, a check for optional packages, types of arguments, and output."""
 
 import argparse
+import importlib
 import importlib.util
 import math
+import os
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["CommandError", "is_plain", "make_console", "make_table", "positive", "require", "say", "whole_number"]
+__all__ = [
+    "CommandError",
+    "find_object",
+    "is_plain",
+    "make_console",
+    "make_folder",
+    "make_table",
+    "positive",
+    "require",
+    "save_figure",
+    "say",
+    "whole_number",
+]
 
 # Where the name to install is not the name to import.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
@@ -30,6 +47,42 @@ def require(extra: str, *modules: str) -> None:
         names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
         verb = "is" if len(missing) == 1 else "are"
         raise CommandError(f'{names} {verb} not installed; install with: python -m pip install "fastrms[{extra}]"')
+
+
+def find_object(option: str, name: str) -> Any:
+    """What `name`, ``module:object``, given as `option`, stands for; a module may lie in the current folder."""
+    module, colon, attribute = name.partition(":")
+    if not (colon and module and attribute):
+        raise CommandError(f"{option}: expected module:function, got {name!r}")
+    folder = os.getcwd()
+    sys.path.insert(0, folder)  # an installed program does not look there by itself
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a module runs when it is imported
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise CommandError(f"{option}: {name}: the module cannot be imported: {why}") from None
+    finally:
+        sys.path.remove(folder)
+    try:
+        return getattr(found, attribute)
+    except AttributeError:
+        raise CommandError(f"{option}: {name}: expected a function of that name in {module}, found none") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that ``--output`` names, ahead of the work: nobody wants to learn after it that it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--output: {folder}: expected a folder to write to: {error.strerror or error}") from None
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a picture to a file in the folder that ``--output`` names."""
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
 
 
 def make_console() -> "Console":

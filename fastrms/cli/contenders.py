@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastrms.cli.cases import DECAY_RATE, EPSILON, LR
-from fastrms.cli.common import CommandError
+from fastrms.cli.common import CommandError, find_object
 from fastrms.cli.problem import Problem, Runner, numbers
 from fastrms.kernels.reference import ReferenceRMSProp
 
-__all__ = ["CONTENDERS", "Contender", "find_kernel", "load_kernel", "missing"]
+__all__ = ["CONTENDERS", "Contender", "load_kernel", "missing"]
 
 
 @dataclass(frozen=True)
@@ -109,26 +109,11 @@ def _numpy_in_place(problem: Problem) -> Runner:
     return Runner(step, lambda: (params, cache))
 
 
-def find_kernel(name: str) -> Callable[..., object]:
-    """The function that ``--kernel module:function`` names."""
-    module, colon, function = name.partition(":")
-    if not (colon and module and function):
-        raise CommandError(f"--kernel: expected module:function, got {name!r}")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise CommandError(f"--kernel: {name}: the module cannot be imported: {error}") from None
-    except AttributeError:
-        raise CommandError(f"--kernel: {name}: expected a function of that name in {module}, found none") from None
-    if not callable(found):
-        raise CommandError(f"--kernel: {name}: expected a function, got {type(found).__name__}")
-    update: Callable[..., object] = found
-    return update
-
-
 def load_kernel(name: str) -> Contender:
     """A way that calls the user's own function, once for each array, as ``f(params, grads, cache, lr, d, eps)``."""
-    update = find_kernel(name)
+    update = find_object("--kernel", name)
+    if not callable(update):
+        raise CommandError(f"--kernel: {name}: expected a function, got {type(update).__name__}")
 
     def make(problem: Problem) -> Runner:
         params, cache = problem.copies()

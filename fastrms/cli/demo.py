@@ -12,7 +12,18 @@ import numpy as np
 
 import fastrms
 from fastrms.cli import data, mlp
-from fastrms.cli.common import CommandError, is_plain, make_console, make_table, positive, require, say, whole_number
+from fastrms.cli.common import (
+    CommandError,
+    is_plain,
+    make_console,
+    make_folder,
+    make_table,
+    positive,
+    require,
+    save_figure,
+    say,
+    whole_number,
+)
 from fastrms.cli.training import Training, first_difference, train_both
 from fastrms.kernels import choice
 from fastrms.optimizer import RMSProp
@@ -115,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     require("demo", "matplotlib", "rich", "sklearn")
     x, y = data.load_digits() if args.data is None else data.load_file(args.data)
     dataset = data.split(x, y, args.dtype, args.seed, "the digits" if args.data is None else str(args.data))
-    _make_folder(args.output)
+    make_folder(args.output)
     console = make_console()
 
     start_rng, batch_rng = np.random.default_rng(args.seed).spawn(2)
@@ -273,14 +284,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        # Ahead of the training: nobody wants to learn of it after.
-        raise CommandError(f"--output: {folder}: expected a folder to write to: {error.strerror or error}") from None
-
-
 def _save_plot(path: Path, title: str, reference: Training, fast: Training) -> None:
     pair = {REFERENCE: reference, FAST: fast}
     figure, _ = plot_training(
@@ -288,7 +291,4 @@ def _save_plot(path: Path, title: str, reference: Training, fast: Training) -> N
         {name: (each.step_time, each.optimizer_time) for name, each in pair.items()},
         title=title,
     )
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+    save_figure(figure, path)

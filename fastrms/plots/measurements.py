@@ -1,4 +1,4 @@
-"""Plots of what fastrms measures. Needs Matplotlib (extras ``demo`` and ``bench``), imported when a plot is made."""
+"""Plots of what fastrms measures."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,0 +1,253 @@
+"""``fastrms path``: draw what RMSProp does on a function of two variables, beside other methods."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastrms.cli.common import (
+    CommandError,
+    find_object,
+    make_console,
+    make_folder,
+    make_table,
+    positive,
+    require,
+    save_figure,
+    say,
+    whole_number,
+)
+from fastrms.cli.progress import show_progress
+from fastrms.descent import METHODS, Descent, descend
+from fastrms.landscapes import LANDSCAPES, Landscape
+from fastrms.plots import PANELS, animate, overview
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["STEM", "add_command", "run"]
+
+STEM = "fastrms-path"
+FORMATS = ("png", "svg", "pdf")
+
+# In lines as they are printed: the examples below them are not to be joined.
+_DESCRIPTION = """
+Draw what RMSProp does on a function of two variables: its path from above and on
+the surface, the function's value, and the rate of each step. By default with
+default options, beside gradient descent, momentum and AdaGrad.
+"""
+_EXAMPLES = """
+examples:
+  fastrms path
+  fastrms path --function rosenbrock --steps 1000 --animate
+  fastrms path --with decay_rate=0.5 --with decay_rate=0.99 --with momentum=0.9,centered
+  fastrms path --with epsilon=5 --with epsilon=5,eps_in_sqrt --beside adagrad,lr=0.5
+  fastrms path --function my_module:f --start 1 2 --x -3 3 --y -3 3
+"""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``path`` and its options to the subcommands."""
+    parser = commands.add_parser(
+        "path",
+        help="draw the path of RMSProp on a function of two variables, beside other methods",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    names = ", ".join(LANDSCAPES)
+    add(
+        "--function",
+        default="ellipse",
+        metavar="NAME",
+        help=f"{names}; or your own, module:name, called as f(x, y) with two floats (default: %(default)s)",
+    )
+    add(
+        "--gradient",
+        metavar="module:name",
+        help="of your own function, called likewise, returns (df/dx, df/dy) (default: central differences)",
+    )
+    add(
+        "--with",
+        dest="settings",
+        action="append",
+        type=_options,
+        metavar="OPTIONS",
+        help="options of RMSProp, such as decay_rate=0.99,centered; repeat it for several paths side by side",
+    )
+    add(
+        "--beside",
+        nargs="*",
+        type=_method,
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}, each with options if you like, such as adagrad,lr=0.5 (default: all three; "
+        "none with --with)",
+    )
+    add("--lr", type=positive, help="learning rate of RMSProp where --with has none (default: one for the function)")
+    add("--steps", type=whole_number(0), metavar="N", help="of each path (default: enough for the function)")
+    for name, metavar, what in (
+        ("--start", ("X", "Y"), "where paths begin"),
+        ("--x", ("LOW", "HIGH"), "limits of x in the picture"),
+        ("--y", ("LOW", "HIGH"), "limits of y in the picture"),
+    ):
+        add(name, nargs=2, type=float, metavar=metavar, help=f"{what} (default: of the function)")
+    add(
+        "--panels",
+        nargs="+",
+        choices=PANELS,
+        default=PANELS,
+        metavar="PANEL",
+        help=f"what to draw: {', '.join(PANELS)} (default: all four)",
+    )
+    add(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["png"],
+        metavar="FORMAT",
+        help=f"of the picture: {', '.join(FORMATS)} (default: png)",
+    )
+    add(
+        "--animate", action="store_true", help=f"write {STEM}.gif too, in which the paths grow; takes about ten seconds"
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help=f"folder for {STEM}.png, made if it is missing (default: this folder)",
+    )
+    add("--quiet", action="store_true", help="print nothing but errors; pictures are still made")
+    parser.set_defaults(run=run)
+
+
+def _options(text: str) -> dict[str, Any]:
+    """A type for argparse: "decay_rate=0.99,centered" as options; a name alone is True."""
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = (each.strip() for each in part.partition("="))
+        if not name or name in options or bool(equals) != bool(value):
+            raise argparse.ArgumentTypeError(
+                f"expected options such as decay_rate=0.99,centered, each once, got {text!r}"
+            )
+        options[name] = _value(value) if equals else True
+    return options
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _method(text: str) -> tuple[str, dict[str, Any]]:
+    """A type for argparse: "adagrad,lr=0.5" as the name of a method and its options."""
+    name, _, options = text.partition(",")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(METHODS)}, got {name!r}")
+    return name, _options(options)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``fastrms path`` and return 0.
+
+    Raises
+    ------
+    CommandError
+        A package, the function or the output folder cannot be used, or options do not go together.
+    FastrmsError
+        As `fastrms.descent.descend` raises it.
+    """
+    require("plot", "matplotlib", "rich")
+    landscape = _landscape(args.function, args.gradient)
+    settings = args.settings
+    if args.lr is not None:
+        settings = [{"lr": args.lr, **options} for options in settings or [{}]]
+    region = (args.x or landscape.region[0], args.y or landscape.region[1]) if args.x or args.y else None
+    beside = args.beside
+    if beside is None:
+        beside = () if args.settings else tuple(METHODS)
+    descent = descend(landscape, settings, beside, start=args.start, steps=args.steps, region=region)
+    make_folder(args.output)
+    console = make_console()
+    console.quiet = args.quiet
+    _print_paths(console, descent)
+    figure, _ = overview(descent, panels=args.panels)
+    for suffix in dict.fromkeys(args.format):
+        path = args.output / f"{STEM}.{suffix}"
+        save_figure(figure, path)
+        say(console, f"Picture: {path}")
+    if args.animate:
+        path = args.output / f"{STEM}.gif"
+        with show_progress(console, 1) as on_progress:
+            try:
+                animate(
+                    descent, path, panels=args.panels, on_picture=lambda k, total: on_progress(k / total, "animation")
+                )
+            except OSError as error:
+                raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+        say(console, f"Animation: {path}")
+    return 0
+
+
+def _landscape(name: str, gradient: str | None) -> Landscape:
+    if name in LANDSCAPES:
+        if gradient is not None:
+            raise CommandError(f"--gradient: {name} has one; it is for functions of your own")
+        return LANDSCAPES[name]
+    if ":" not in name:
+        raise CommandError(f"--function: expected one of {', '.join(LANDSCAPES)}, or module:name, got {name!r}")
+    found = find_object("--function", name)
+    if isinstance(found, Landscape):
+        if gradient is not None:
+            raise CommandError(f"--gradient: {name} is a Landscape, which can have one itself")
+        return found
+    derivatives = None if gradient is None else _guarded("--gradient", gradient, find_object("--gradient", gradient))
+    return Landscape(_guarded("--function", name, found), derivatives, name=name)
+
+
+def _guarded(option: str, name: str, function: Any) -> Callable[[float, float], Any]:
+    """The function, whose errors are those of the command."""
+    if not callable(function):
+        raise CommandError(f"{option}: {name}: expected a function, got {type(function).__name__}")
+
+    def call(x: float, y: float) -> Any:
+        try:
+            return function(x, y)
+        except (ArithmeticError, ValueError):  # no value there
+            raise
+        except Exception as error:
+            at = f"x={x:g}, y={y:g}"
+            raise CommandError(f"{option}: {name}: at {at} it raised {type(error).__name__}: {error}") from None
+
+    return call
+
+
+def _print_paths(console: "Console", descent: Descent) -> None:
+    landscape = descent.landscape
+    start = descent.traces[0].points[0]
+    formula = f", f(x, y) = {landscape.formula}" if landscape.formula else ""
+    say(console, f"Function: {landscape.name}{formula}")
+    say(console, f"Start: x = {start[0]:g}, y = {start[1]:g}, f = {descent.traces[0].values[0]:.4g}")
+    table = make_table(console, "", "steps", "x", "y", "f(x, y)", "from minimum", "first rate", "last rate")
+    for trace in descent.traces:
+        end = trace.points[-1]
+        distances = [float(np.hypot(*(end - minimum))) for minimum in landscape.minima]
+        rates = np.sqrt(trace.rates.prod(axis=1))
+        numbers = [*end, trace.values[-1], *([min(distances)] if distances else [None])]
+        numbers += [rates[0], rates[-1]] if len(rates) else [None, None]
+        cells = ["" if number is None else f"{number:.3g}" for number in numbers]
+        steps = f"{len(trace.rates):,}{'' if trace.lost_at is None else ', diverged'}"
+        table.add_row(trace.label, steps, *cells)
+    say(console)
+    console.print(table)
+    say(console)

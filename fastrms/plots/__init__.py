@@ -1,0 +1,20 @@
+"""Plots: of what was measured, and of paths on functions of two variables.
+
+Matplotlib (extras ``plot``, ``demo`` and ``bench``) is imported when one is made.
+"""
+
+from fastrms.plots.measurements import format_seconds, plot_throughput, plot_training
+from fastrms.plots.paths import PANELS, animate, overview, path, rates, surface, values
+
+__all__ = [
+    "PANELS",
+    "animate",
+    "format_seconds",
+    "overview",
+    "path",
+    "plot_throughput",
+    "plot_training",
+    "rates",
+    "surface",
+    "values",
+]
