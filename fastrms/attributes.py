@@ -1,10 +1,11 @@
-"""Attributes of `RMSProp` that are made alike: views of a buffer, and options that hold for all groups."""
+"""Attributes of `RMSProp` that are made alike: views of a buffer, options of all groups, and those of the whole."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastrms.errors import OptionError
 
-__all__ = ["option_of_all_groups", "views"]
+__all__ = ["checked", "option_of_all_groups", "views"]
 
 
 def views(name: str, meaning: str) -> property:
@@ -43,3 +44,16 @@ def option_of_all_groups(name: str, meaning: str) -> property:
             raise
 
     return property(get, set_all, doc=f"{meaning} Setting it sets it for all groups.")
+
+
+def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) -> property:
+    """An option of the optimizer as a whole: setting it checks the value, and calls the method `changed`."""
+
+    def get(self: Any) -> Any:
+        return getattr(self, f"_{name}")
+
+    def set_checked(self: Any, value: Any) -> None:
+        setattr(self, f"_{name}", check(value))
+        getattr(self, changed)()
+
+    return property(get, set_checked, doc=meaning)

@@ -270,6 +270,7 @@ def descend(
     Returns
     -------
     descent : Descent
+        The landscape, and a `Trace` for each path: its points, values and rates.
 
     Raises
     ------

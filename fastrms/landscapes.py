@@ -116,7 +116,18 @@ class Landscape:
             object.__setattr__(self, what, value)  # the dataclass is frozen
 
     def value_at(self, x: float, y: float) -> float:
-        """The function's value at a point; NaN where it has none, or one beyond 1e150."""
+        """The function's value at a point.
+
+        Parameters
+        ----------
+        x, y : float
+            The point.
+
+        Returns
+        -------
+        value : float
+            NaN where it has none, or one beyond 1e150.
+        """
         value = float(self._call(self.function, x, y, math.nan))
         return value if abs(value) <= LARGEST else math.nan
 
@@ -126,6 +137,16 @@ class Landscape:
         The difference in x is ``(f(x + h, y) - f(x - h, y)) / 2h`` with ``h = cbrt(2**-52) * max(1, abs(x))``, about
         6e-6, and likewise in y. This h balances rounding, which grows as 1/h, with the error of the formula, which
         grows as h**2 (W. Press and others, Numerical Recipes, 3rd edition, 2007, section 5.7): about 10 digits hold.
+
+        Parameters
+        ----------
+        x, y : float
+            The point.
+
+        Returns
+        -------
+        gradient : ndarray, shape (2,), float64
+            NaN where there is none.
         """
         if self.gradient is not None:
             return self._call(self.gradient, x, y, (math.nan, math.nan))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms.attributes import option_of_all_groups, views
+from fastrms.attributes import checked, option_of_all_groups, views
 from fastrms.buffers import FlatBuffer
 from fastrms.checkpoints import Checkpointed
 from fastrms.errors import DtypeError, NonfiniteError, StructureError
@@ -281,50 +281,35 @@ class RMSProp(Checkpointed):
     decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
     epsilon: Any = option_of_all_groups("epsilon", "Constant added to the denominator.")
 
-    @property
-    def global_clip_norm(self) -> float | None:
-        """Bound on the Euclidean norm of all gradients together, or None."""
-        return self._global_clip_norm
-
-    @global_clip_norm.setter
-    def global_clip_norm(self, value: float | None) -> None:
-        self._global_clip_norm = check_option("global_clip_norm", value)
-        self._options_changed()
-
-    @property
-    def nonfinite(self) -> str:
-        """What a step does about gradients that are inf or NaN: "propagate", "raise" or "skip"."""
-        return self._nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
-        self._nonfinite = check_one_of("nonfinite", value, NONFINITE)
-        self._options_changed()
+    global_clip_norm: Any = checked(
+        "global_clip_norm",
+        lambda value: check_option("global_clip_norm", value),
+        "_options_changed",
+        "Bound on the Euclidean norm of all gradients together, or None.",
+    )
+    nonfinite: Any = checked(
+        "nonfinite",
+        lambda value: check_one_of("nonfinite", value, NONFINITE),
+        "_options_changed",
+        'What a step does about gradients that are inf or NaN: "propagate", "raise" or "skip".',
+    )
+    kernel: Any = checked(
+        "kernel",
+        lambda value: check_one_of("kernel", value, choice.KERNELS),
+        "_kernel_changed",
+        'What runs the update: "auto", "numpy", "serial" or "parallel".',
+    )
+    num_threads: Any = checked(
+        "num_threads",
+        lambda value: check_threads(value, choice.max_threads()),
+        "_kernel_changed",
+        "Threads of the parallel kernel, or None for all that Numba started with.",
+    )
 
     @property
     def cache_dtype(self) -> str | None:
         """The dtype of the state: "bfloat16", or None for that of the parameters."""
         return self._cache_dtype
-
-    @property
-    def kernel(self) -> str:
-        """What runs the update: "auto", "numpy", "serial" or "parallel"."""
-        return self._kernel
-
-    @kernel.setter
-    def kernel(self, value: str) -> None:
-        self._kernel = check_one_of("kernel", value, choice.KERNELS)
-        self._kernel_changed()
-
-    @property
-    def num_threads(self) -> int | None:
-        """Threads of the parallel kernel, or None for all that Numba started with."""
-        return self._num_threads
-
-    @num_threads.setter
-    def num_threads(self, value: int | None) -> None:
-        self._num_threads = check_threads(value, choice.max_threads())
-        self._kernel_changed()
 
     def step(self, gradients: Any = None) -> Any:
         """Take one step and return the updated parameters, which are the same views as before.

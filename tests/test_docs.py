@@ -95,8 +95,8 @@ def test_the_index_has_every_page_as_a_link_and_in_a_table_of_contents():
 
 # Modules for use inside the package: what of them is public, `fastrms` itself has. Any other is public as a module.
 INNER = {
-    "__init__", "__main__", "attributes", "buffers", "checkpoints", "dialects", "errors", "functional", "optimizer",
-    "options", "overlap", "runs",
+    "__init__", "__main__", "attributes", "buffers", "checkpoints", "descent", "dialects", "errors", "functional",
+    "landscapes", "optimizer", "options", "overlap", "runs",
 }  # fmt: skip
 MODULES = sorted(
     ["fastrms.plots"] + [f"fastrms.{path.stem}" for path in (ROOT / "fastrms").glob("*.py") if path.stem not in INNER]
@@ -122,18 +122,26 @@ def _public(module):
     """The full names of what a module has in `__all__`, and of the public members of its classes, with the objects."""
     for name in module.__all__:
         thing = getattr(module, name)
+        if not callable(thing):
+            continue  # a constant, which has a comment
         yield f"{module.__name__}.{name}", thing
         if inspect.isclass(thing):
             for member in dir(thing):
                 owner = next(base for base in thing.__mro__ if member in base.__dict__)
-                if not member.startswith("_") and owner.__module__.startswith("fastrms"):
-                    yield f"{module.__name__}.{name}.{member}", inspect.getattr_static(thing, member)
+                value = inspect.getattr_static(thing, member)
+                # Fields of a dataclass are documented as parameters.
+                if member.startswith("_") or member in getattr(thing, "__dataclass_fields__", ()):
+                    continue
+                if owner.__module__.startswith("fastrms"):
+                    yield f"{module.__name__}.{name}.{member}", value
 
 
 def _raises(thing):
     """Whether a function, or the making of an object of a class, raises an error in its own body."""
-    function = thing.__init__ if inspect.isclass(thing) else getattr(thing, "__func__", thing)
-    if not inspect.isfunction(function):
+    made_by = "__post_init__" if hasattr(thing, "__post_init__") else "__init__"
+    function = getattr(thing, made_by) if inspect.isclass(thing) else getattr(thing, "__func__", thing)
+    # What a decorator made (the __init__ of a dataclass, for instance) has no source.
+    if not inspect.isfunction(function) or function.__code__.co_filename == "<string>":
         return False
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     return any(isinstance(node, ast.Raise) for node in ast.walk(tree))

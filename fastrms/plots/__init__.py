@@ -3,12 +3,16 @@
 Matplotlib (extras ``plot``, ``demo`` and ``bench``) is imported when one is made.
 """
 
+from fastrms.descent import descend
+from fastrms.landscapes import Landscape
 from fastrms.plots.measurements import format_seconds, plot_throughput, plot_training
 from fastrms.plots.paths import PANELS, animate, overview, path, rates, surface, values
 
 __all__ = [
     "PANELS",
+    "Landscape",
     "animate",
+    "descend",
     "format_seconds",
     "overview",
     "path",

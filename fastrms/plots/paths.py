@@ -94,10 +94,12 @@ def surface(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: A
 
     Parameters
     ----------
-    function, **options
+    function : str, callable, Landscape or Descent, default "ellipse"
         As for `path`.
     ax : mpl_toolkits.mplot3d.axes3d.Axes3D, optional
         Where to draw: axes made with ``projection="3d"``. By default those of a new figure of pyplot.
+    **options
+        As for `path`.
 
     Returns
     -------
@@ -108,23 +110,74 @@ def surface(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: A
     ------
     OptionError, OptionTypeError, ImportError
         As for `path`.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> from fastrms import plots
+    >>> plots.surface("saddle", ax=Figure().add_subplot(projection="3d")).get_xlabel()
+    'x'
     """
     return _draw_alone(_draw_surface, function, ax, options)
 
 
 def values(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: Any) -> "Axes":
-    """Draw the function's value after each step of several methods; parameters and results are those of `path`.
+    """Draw the function's value after each step of several methods.
 
     Where the minimum is known it is the height above it, on a logarithmic axis.
+
+    Parameters
+    ----------
+    function : str, callable, Landscape or Descent, default "ellipse"
+        As for `path`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw. By default axes of a new figure of pyplot.
+    **options
+        As for `path`.
+
+    Returns
+    -------
+    ax : matplotlib.axes.Axes
+        With a line for each path.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> from fastrms import plots
+    >>> ax = plots.values("bowl", beside=["adagrad"], ax=Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['AdaGrad, lr 0.1']
     """
     return _draw_alone(_draw_values, function, ax, options)
 
 
 def rates(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: Any) -> "Axes":
-    """Draw the rate of each step, what it multiplied the gradient by; parameters and results are those of `path`.
+    """Draw the rate of each step, what it multiplied the gradient by.
 
     Of the rates in x and y, which RMSProp and AdaGrad have, it is the geometric mean. Gradient descent has a constant
     rate, AdaGrad one that only falls, and RMSProp one that rises again where gradients become small.
+
+    Parameters
+    ----------
+    function : str, callable, Landscape or Descent, default "ellipse"
+        As for `path`.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw. By default axes of a new figure of pyplot.
+    **options
+        As for `path`.
+
+    Returns
+    -------
+    ax : matplotlib.axes.Axes
+        With a line for each path.
+
+    Examples
+    --------
+    >>> from matplotlib.figure import Figure
+    >>> from fastrms import plots
+    >>> ax = plots.rates("bowl", beside=["adagrad"], ax=Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['AdaGrad, lr 0.1']
     """
     return _draw_alone(_draw_rates, function, ax, options)
 
@@ -136,10 +189,12 @@ def overview(
 
     Parameters
     ----------
-    function, **options
+    function : str, callable, Landscape or Descent, default "ellipse"
         As for `path`.
     panels : sequence of str
         Which; all four by default.
+    **options
+        As for `path`.
 
     Returns
     -------
@@ -152,6 +207,13 @@ def overview(
     ------
     OptionError, OptionTypeError, ImportError
         As for `path`; or a panel is unknown, or given twice.
+
+    Examples
+    --------
+    >>> from fastrms import plots
+    >>> figure, axes = plots.overview("rosenbrock", panels=["path", "rates"], steps=10)
+    >>> sorted(axes)
+    ['path', 'rates']
     """
     figure, axes, _ = _overview(_descent(function, options), panels)
     return figure, axes
@@ -169,13 +231,17 @@ def animate(
 
     Parameters
     ----------
-    function, panels, **options
-        As for `overview`.
+    function : str, callable, Landscape or Descent
+        As for `path`.
     file : str, Path or binary file
         Where to write it.
+    panels : sequence of str
+        As for `overview`.
     on_picture : callable
         Called with the number of pictures that are drawn and that of all, after each; there are 51 at most, evenly
         spaced over the steps.
+    **options
+        As for `path`.
 
     Raises
     ------
