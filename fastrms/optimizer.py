@@ -250,7 +250,12 @@ class RMSProp(Checkpointed):
 
     def _kernel_changed(self) -> None:
         large = any(run.size >= choice.TRY_PARALLEL_FROM for run in self._runs)
-        watch = self._kernel == "auto" and large and self._threads() > 1 and choice.threads_work()
+        watch = (
+            self._kernel == "auto"
+            and large
+            and (self._num_threads or choice.max_threads()) > 1
+            and choice.threads_work()
+        )
         self._chooser = choice.Chooser() if watch else None
         self._options_changed()
 
@@ -393,9 +398,8 @@ class RMSProp(Checkpointed):
     def _step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
         """Take a step with gradients at these addresses, one for each parameter, or for each that is present.
 
-        For adapters to other frameworks, which have looked at their tensors and hold them: dense, of the dtypes and
-        shapes of the parameters, in other memory than this optimizer's. Not with the NumPy kernel, which cannot read
-        there, and not with `nonfinite`.
+        For adapters, which have looked at their tensors and hold them: dense, of the parameters' dtypes and shapes, in
+        memory of their own. Not with the NumPy kernel, which cannot read there, and not with `nonfinite`.
         """
         with self._lock:
             kernel = self._kernel if self._chooser is None else self._chooser.kernel
@@ -538,7 +542,10 @@ class RMSProp(Checkpointed):
                 lines.append(f"{what}: {self._kernel}, as asked for")
             elif self._chooser is None or run.size < choice.TRY_PARALLEL_FROM:
                 few = f"{choice.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
-                lines.append(f"{what}: serial; " + (few if self._threads() > 1 else "there is one thread"))
+                lines.append(
+                    f"{what}: serial; "
+                    + (few if (self._num_threads or choice.max_threads()) > 1 else "there is one thread")
+                )
             else:
                 lines.append(f"{what}: {self._chooser.kernel}; {self._chooser.reason}")
         return lines
@@ -553,9 +560,6 @@ class RMSProp(Checkpointed):
             of the buffer. (A step looks for replaced items of `params`, and of `grads` where it uses them, and raises.)
         """
         return [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
-
-    def _threads(self) -> int:
-        return self._num_threads or choice.max_threads()
 
     def _clip_scales(self, of_run: list[str], present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
         """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""

@@ -146,7 +146,7 @@ def values(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: An
     >>> from fastrms import plots
     >>> ax = plots.values("bowl", beside=["adagrad"], ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['AdaGrad, lr 0.1']
+    ['RMSProp, lr 0.1', 'AdaGrad, lr 0.1']
     """
     return _draw_alone(_draw_values, function, ax, options)
 
@@ -177,7 +177,7 @@ def rates(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: Any
     >>> from fastrms import plots
     >>> ax = plots.rates("bowl", beside=["adagrad"], ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['AdaGrad, lr 0.1']
+    ['RMSProp, lr 0.1', 'AdaGrad, lr 0.1']
     """
     return _draw_alone(_draw_rates, function, ax, options)
 
