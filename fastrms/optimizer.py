@@ -115,10 +115,8 @@ class RMSProp(Checkpointed):
         One mapping of options for each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
     buffers : dict of str to FlatBuffer
         The flat buffers behind the views: ``opt.buffers["grads"].flat`` is one dense vector.
-    steps : int
-        Steps taken.
-    skipped_steps : int
-        Steps not taken, with nonfinite="skip".
+    steps, skipped_steps : int
+        Steps taken, and steps not taken, with nonfinite="skip".
 
     Raises
     ------
@@ -250,12 +248,7 @@ class RMSProp(Checkpointed):
 
     def _kernel_changed(self) -> None:
         large = any(run.size >= choice.TRY_PARALLEL_FROM for run in self._runs)
-        watch = (
-            self._kernel == "auto"
-            and large
-            and (self._num_threads or choice.max_threads()) > 1
-            and choice.threads_work()
-        )
+        watch = self._kernel == "auto" and large and self._threads() > 1 and choice.threads_work()
         self._chooser = choice.Chooser() if watch else None
         self._options_changed()
 
@@ -542,10 +535,7 @@ class RMSProp(Checkpointed):
                 lines.append(f"{what}: {self._kernel}, as asked for")
             elif self._chooser is None or run.size < choice.TRY_PARALLEL_FROM:
                 few = f"{choice.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
-                lines.append(
-                    f"{what}: serial; "
-                    + (few if (self._num_threads or choice.max_threads()) > 1 else "there is one thread")
-                )
+                lines.append(f"{what}: serial; " + (few if self._threads() > 1 else "there is one thread"))
             else:
                 lines.append(f"{what}: {self._chooser.kernel}; {self._chooser.reason}")
         return lines
@@ -560,6 +550,9 @@ class RMSProp(Checkpointed):
             of the buffer. (A step looks for replaced items of `params`, and of `grads` where it uses them, and raises.)
         """
         return [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
+
+    def _threads(self) -> int:
+        return self._num_threads or choice.max_threads()
 
     def _clip_scales(self, of_run: list[str], present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
         """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""
