@@ -16,7 +16,7 @@ class _Dialect:
 
     `names` maps its arguments to options, `defaults` are its defaults (where it has none here, ours is the same),
     `fixed` is what its update rule implies, `required` arguments have no default there, None turns those of
-    `none_is_off` off, and `ignored` ones change nothing in the numbers.
+    `none_is_off` off, and `ignored` ones change nothing in the numbers. `state` maps our buffers to what it calls them.
     """
 
     names: Mapping[str, str]
@@ -25,6 +25,7 @@ class _Dialect:
     required: tuple[str, ...] = ()
     none_is_off: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    state: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 # eps under the root, and the learning rate inside the momentum buffer: TensorFlow's form, which many follow.
@@ -54,6 +55,7 @@ DIALECTS: Mapping[str, _Dialect] = {
         },
         {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8},
         ignored=("foreach", "capturable", "differentiable"),
+        state={"cache": "square_avg", "momentum_buffer": "momentum_buffer", "grad_avg": "grad_avg"},
     ),
     "keras": _Dialect(
         {
@@ -71,6 +73,7 @@ DIALECTS: Mapping[str, _Dialect] = {
         fixed=_INSIDE | {"decoupled_weight_decay": True},
         none_is_off=("weight_decay", "clipnorm", "clipvalue", "global_clipnorm"),
         ignored=("name",),
+        state={"cache": "velocity", "momentum_buffer": "momentum", "grad_avg": "average_gradient"},
     ),
     "tensorflow": _Dialect(
         {

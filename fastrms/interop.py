@@ -21,9 +21,8 @@ __all__ = ["from_keras", "from_torch", "to_keras", "to_torch"]
 
 Array = NDArray[Any]
 
-# Our state, the option that asks for it, and what it is called there.
-_TORCH = {"cache": "square_avg", "momentum_buffer": "momentum_buffer", "grad_avg": "grad_avg"}
-_KERAS = {"cache": "velocity", "momentum_buffer": "momentum", "grad_avg": "average_gradient"}
+# What our state is called there, and the option that asks for it.
+_TORCH, _KERAS = DIALECTS["torch"].state, DIALECTS["keras"].state
 _OPTION_OF = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 
 # Options that no other project needs to know: where state started from, and subnormal numbers.

@@ -25,6 +25,7 @@ try:
 except ImportError as error:
     raise ImportError('PyTorch is not installed; install with: python -m pip install "fastrms[torch]"') from error
 
+from fastrms.dialects import DIALECTS
 from fastrms.errors import OptionError, StructureError
 from fastrms.kernels import dlpack, pointers
 from fastrms.kernels.choice import KERNELS
@@ -39,18 +40,8 @@ _gradient = operator.attrgetter("grad")
 # What was registered for the steps of all optimizers.
 _HOOKS_OF_ALL = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
-# By PyTorch's names, those of RMSProp.
-_NAMES = {
-    "lr": "lr",
-    "alpha": "decay_rate",
-    "eps": "epsilon",
-    "weight_decay": "weight_decay",
-    "momentum": "momentum",
-    "centered": "centered",
-    "maximize": "maximize",
-}
-# By PyTorch's names of state, the buffers of RMSProp.
-_STATE = {"square_avg": "cache", "momentum_buffer": "momentum_buffer", "grad_avg": "grad_avg"}
+# Arguments by PyTorch's names, and what our state is called there.
+_NAMES, _STATE = DIALECTS["torch"].names, DIALECTS["torch"].state
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -180,7 +171,7 @@ class RMSprop(torch.optim.RMSprop):
         with_grad, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
         rmsprop(
             with_grad, grads, square_avgs, grad_avgs, momentum_buffers, steps, has_complex=has_complex,
-            **{name: group[name] for name in (*_NAMES, "foreach", "capturable", "differentiable")},
+            **{name: group[name] for name in (*_NAMES, *DIALECTS["torch"].ignored)},
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,7 +275,7 @@ class _Pack:
     def check_state(self, state: dict[torch.Tensor, dict[str, Any]]) -> None:
         """Raise StructureError if there is state that does not belong to these parameters."""
         for k, p in enumerate(self.params):
-            for name in _STATE:
+            for name in _STATE.values():
                 found, shape = state.get(p, {}).get(name), self.optimizer.params[k].shape
                 if found is not None and tuple(found.shape) != shape:
                     raise StructureError(f"state: expected {name} of shape {shape}, got {tuple(found.shape)}")
@@ -299,7 +290,7 @@ class _Pack:
             self._begun[k] = len(given) > 0
             self._steps[k] = float(given.get("step", 0))
             views = self._state_of(k)
-            for name in _STATE:
+            for name in _STATE.values():
                 if name in views:
                     views[name].copy_(given[name]) if name in given else views[name].zero_()
             if given:
@@ -315,7 +306,7 @@ class _Pack:
         """The state of parameter k as PyTorch has it, in views of the buffers."""
         views = {"step": torch.from_numpy(self._steps[k : k + 1]).reshape(())}
         group = self.optimizer.param_groups[0]
-        for name, buffer in _STATE.items():
+        for buffer, name in _STATE.items():
             if name == "square_avg" or (group["momentum"] > 0 if name == "momentum_buffer" else group["centered"]):
                 views[name] = torch.from_numpy(self.optimizer.buffers[buffer].leaves[k])
         return views

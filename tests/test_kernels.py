@@ -104,7 +104,7 @@ ARROWS = {
         "kernels.reference",
     },
     "functional": {"optimizer"},
-    "torch": {"errors", "options", "kernels", "kernels.choice", "optimizer"},
+    "torch": {"dialects", "errors", "options", "kernels", "kernels.choice", "optimizer"},
     "scipy": {"errors", "options", "optimizer"},
     "interop": {"dialects", "errors", "options", "optimizer", "kernels.reference"},
     "landscapes": {"errors"},
