@@ -472,6 +472,49 @@ def test_a_model_in_another_dtype_after_the_optimizer_was_made():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of what it does itself
+def test_a_compiled_model_and_a_compiled_training_step():
+    both = []
+    for kind in (RMSprop, torch.optim.RMSprop):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+        optimizer = kind(model.parameters())
+        # Without a compiler of C++, which not every machine has; the rest is as with the default one.
+        compiled = torch.compile(model, backend="aot_eager")
+        x = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(10, 3)
+
+        def train(optimizer=optimizer, compiled=compiled, x=x):
+            optimizer.zero_grad()
+            loss = ((compiled(x) - x.sum(1, keepdim=True)) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        losses = [train() for _ in range(5)] + [torch.compile(train, backend="aot_eager")() for _ in range(5)]
+        assert losses[-1] < losses[0]
+        both.append((list(model.parameters()), losses))
+    assert_near(*[params for params, _ in both])
+    torch.testing.assert_close(both[0][1], both[1][1])
+
+
+def test_tied_layers_are_one_parameter():
+    both = []
+    for kind in (RMSprop, torch.optim.RMSprop):
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        second.weight = first.weight
+        model = torch.nn.Sequential(first, torch.nn.Tanh(), second)
+        optimizer = kind(model.parameters())
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(torch.ones(2, 4)) ** 2).sum().backward()
+            optimizer.step()
+        assert second.weight is first.weight
+        both.append(list(model.parameters()))
+    assert len(both[0]) == 3
+    assert_near(*both, torch.float32)
+
+
 @pytest.mark.skipif(not JIT, reason="compiled code finds the tensors")
 def test_the_compiled_way_is_there():
     assert dlpack.exchange_function(torch.Tensor) != 0
