@@ -157,12 +157,25 @@ class RMSprop(torch.optim.RMSprop):
             with torch.enable_grad():
                 loss = closure()
         in_torch = self.defaults["differentiable"]
+        if len(self._packs) != len(self.param_groups) or not all(map(_Pack.is_of, self._packs, self.param_groups)):
+            self._pack_again()
         with torch.set_grad_enabled(in_torch):
             for pack in self._packs:
                 left = pack.group["params"] if in_torch or pack.group["capturable"] else pack.step(self.state)
                 if left:
                     self._step_in_torch(pack.group, left)
         return loss
+
+    def _pack_again(self) -> None:
+        """Follow what somebody has done to `param_groups`, which are plain lists and dicts."""
+        old = {id(pack.group): pack for pack in self._packs}
+        self._packs = []
+        for group in self.param_groups:
+            pack = old.get(id(group))
+            if pack is None or not pack.is_of(group):
+                pack = _Pack(group, self._kernel)
+                pack.take_over(self.state)
+            self._packs.append(pack)
 
     def _step_in_torch(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         """The step of `torch.optim.RMSprop`, for some parameters of a group."""
@@ -181,17 +194,17 @@ class RMSprop(torch.optim.RMSprop):
         # `load_state_dict` ends here too: what came is copied to the buffers, and the state consists of views again.
         before = dict(self.__dict__)
         super().__setstate__(state)
-        if "_packs" not in before:  # a copy, or unpickled
+        if len(before.get("_packs", ())) != len(self.param_groups):  # a copy, or unpickled
             self._packs = [_Pack(group, self._kernel) for group in self.param_groups]
         try:
-            for pack, group in zip(self._packs, self.param_groups, strict=True):
-                pack.check_state(self.state)
-                pack.group = group
             for pack in self._packs:
-                pack.take_over(self.state)
+                pack.check_state(self.state)
         except StructureError:
             self.__dict__.update(before)
             raise
+        for pack, group in zip(self._packs, self.param_groups, strict=True):
+            pack.group = group
+            pack.take_over(self.state)
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(RMSprop._step)
@@ -209,6 +222,7 @@ class _Pack:
 
     def __init__(self, group: dict[str, Any], kernel: str) -> None:
         self.group = group
+        self._listed = list(group["params"])
         # Without differentiable and capturable, which PyTorch's own step is needed for.
         moves = [_can_be_moved(p) and not (group["differentiable"] or group["capturable"]) for p in group["params"]]
         self.params = tuple(p for p, move in zip(group["params"], moves, strict=True) if move)
@@ -236,6 +250,11 @@ class _Pack:
         self._note_what_is_written()
         for k in range(count):
             self._bind(k)
+
+    def is_of(self, group: dict[str, Any]) -> bool:
+        """Whether this is still the group, with the same parameters."""
+        params = group["params"]
+        return self.group is group and len(params) == len(self._listed) and all(map(operator.is_, params, self._listed))
 
     def step(self, state: dict[torch.Tensor, dict[str, Any]]) -> list[torch.Tensor]:
         """Take a step with all parameters that this can be done for, and return the others that have a gradient."""

@@ -301,6 +301,33 @@ def test_groups_schedulers_and_added_groups(way):
     assert_same_state(ours, other)
 
 
+def test_groups_that_somebody_changes_by_hand(way):
+    both = []
+    for make in (lambda p: RMSprop(p, momentum=0.9, **way), lambda p: torch.optim.RMSprop(p, momentum=0.9)):
+        params = parameters()
+        optimizer = make([{"params": params[:2]}, {"params": params[2:3]}])
+        extra = torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
+        for step in range(12):
+            groups = optimizer.param_groups
+            if step == 2:
+                groups[0]["params"].append(params[3])
+            if step == 4:
+                groups[1]["params"] = [params[4], params[2]]
+            if step == 6:
+                groups.append({**groups[0], "params": [extra], "lr": 0.5})
+            if step == 7:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                groups = optimizer.param_groups
+            if step == 8:
+                del groups[0]
+            if step == 10:
+                groups[0]["params"][1] = params[1]
+            give([*params, extra], step)
+            optimizer.step()
+        both.append([*params, extra])
+    assert_near(*both)
+
+
 @pytest.mark.parametrize(
     "options", [{"eps": 0.0}, {"alpha": 1.0}, {"momentum": 1.5}, {"lr": torch.tensor(0.1)}], ids=str
 )
