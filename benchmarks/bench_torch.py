@@ -38,8 +38,10 @@ def optimizer(way: str, params: Any) -> Any:
     return RMSprop(params) if way == WAYS[0] else torch.optim.RMSprop(params, foreach=way == WAYS[1])
 
 
-def step_alone(shape: tuple[int, ...], count: int) -> Callable[[str], tuple[Callable[[], Any], Any]]:
-    """A case: the step over so many parameters of a shape, with gradients that are there."""
+def step_alone(
+    shape: tuple[int, ...], count: int, zeroed: bool = False
+) -> Callable[[str], tuple[Callable[[], Any], Any]]:
+    """A case: the step over so many parameters of a shape, with gradients that are there, or are set to 0 after it."""
 
     def make(way: str) -> tuple[Callable[[], Any], Any]:
         import torch
@@ -48,7 +50,13 @@ def step_alone(shape: tuple[int, ...], count: int) -> Callable[[str], tuple[Call
         params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(count)]
         for p in params:
             p.grad = torch.randn(shape, generator=generator)
-        return optimizer(way, params).step, params
+        own = optimizer(way, params)
+
+        def step_and_zero() -> None:
+            own.step()
+            own.zero_grad(set_to_none=False)
+
+        return step_and_zero if zeroed else own.step, params
 
     return make
 
@@ -80,6 +88,7 @@ def training_step(*sizes: int) -> Callable[[str], tuple[Callable[[], Any], Any]]
 # What is measured, and how much faster than the better of PyTorch's settings it should be.
 CASES = {
     "step, 1,000 × 10x10": (step_alone((10, 10), 1000), 25.0),
+    "step and zero_grad(set_to_none=False), 1,000 × 10x10": (step_alone((10, 10), 1000, zeroed=True), 1.0),
     "step, 1 × 10,000,000": (step_alone((10_000_000,), 1), 4.0),
     "training step of 64-32-10": (training_step(64, 32, 10), 1.0),
     "training step of 64-[32]x50-10": (training_step(64, *[32] * 50, 10), 1.0),

@@ -86,11 +86,17 @@ class Run:
 
     def point_to_buffer(self) -> None:
         """Take the gradients from the gradient buffer."""
-        self._spans[:, 2] = 0
+        self._spans[:, 2] = self._whole[:, 2] = 0
 
     def point_to(self, addresses: NDArray[np.int64]) -> None:
         """Take the gradients from these addresses, which are those of all leaves of the layout."""
-        self._spans[:, 2] = addresses[self.numbers]
+        own = addresses[self.numbers]
+        starts = own - self.dtype.itemsize * self._spans[:, 0]
+        self.point_to_buffer()
+        if self._gathers and bool(np.all(starts == starts[0])):
+            self._whole[:, 2] = starts[0]  # neighbours, as parts of one array are: nothing has to be gathered
+        else:
+            self._spans[:, 2] = own
 
     def part_of(self, buffer: FlatBuffer) -> NDArray[Any]:
         """The elements of this run in `buffer`, 1-D."""

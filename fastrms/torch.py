@@ -146,6 +146,29 @@ class RMSprop(torch.optim.RMSprop):
             return _step_with_hooks(self, closure)
         return self._step(closure)
 
+    @torch.compiler.disable
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or set them to 0, as for every optimizer of PyTorch.
+
+        Parameters
+        ----------
+        set_to_none : bool, default True
+            If False, gradients are set to 0, and become views of one buffer for each group, where nobody would notice:
+            dense ones that are alone in their memory. They stay the same tensors. Autograd adds to them there, one
+            operation sets all to 0, and a step reads them as one array.
+        """
+        if set_to_none:
+            super().zero_grad()
+            return
+        self._follow_groups()
+        for pack in self._packs:
+            for gradient in pack.zero_gradients():
+                if gradient.grad_fn is not None:
+                    gradient.detach_()
+                else:
+                    gradient.requires_grad_(False)
+                gradient.zero_()
+
     # PyTorch would put a wrapper around `step` that opens a range of the profiler, also when nobody profiles, which
     # takes longer (50 us for 1,000 parameters) than all that is in it for a small model. With this mark it does not.
     step.hooked = True  # type: ignore[attr-defined]
@@ -157,8 +180,7 @@ class RMSprop(torch.optim.RMSprop):
             with torch.enable_grad():
                 loss = closure()
         in_torch = self.defaults["differentiable"]
-        if len(self._packs) != len(self.param_groups) or not all(map(_Pack.is_of, self._packs, self.param_groups)):
-            self._pack_again()
+        self._follow_groups()
         with torch.set_grad_enabled(in_torch):
             for pack in self._packs:
                 left = pack.group["params"] if in_torch or pack.group["capturable"] else pack.step(self.state)
@@ -166,8 +188,10 @@ class RMSprop(torch.optim.RMSprop):
                     self._step_in_torch(pack.group, left)
         return loss
 
-    def _pack_again(self) -> None:
+    def _follow_groups(self) -> None:
         """Follow what somebody has done to `param_groups`, which are plain lists and dicts."""
+        if len(self._packs) == len(self.param_groups) and all(map(_Pack.is_of, self._packs, self.param_groups)):
+            return
         old = {id(pack.group): pack for pack in self._packs}
         self._packs = []
         for group in self.param_groups:
@@ -247,6 +271,10 @@ class _Pack:
         self._single = [k for k, p in enumerate(self.params) if p.numel() == 1]
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places, self._gradients = (np.zeros((2, count), np.int64) for _ in range(2))
+        # Where `zero_gradients` moves gradients to. Not the gradient buffer of `optimizer`, which a step may write: who
+        # keeps a gradient after PyTorch has put another one in its place would see it change.
+        self._flat: Any = None
+        self._places_in_flat = [-1] * count
         self._note_what_is_written()
         for k in range(count):
             self._bind(k)
@@ -294,6 +322,41 @@ class _Pack:
             self._steps[present] += 1
             torch.autograd.graph.increment_version([self.params[k] for k in np.flatnonzero(present)])
         return [*self.rest, *(self.params[k] for k in np.flatnonzero(states == dlpack.UNUSUAL))]
+
+    def zero_gradients(self) -> list[torch.Tensor]:
+        """Set gradients to 0 that lie in one buffer, or can be put there, and return the others."""
+        others = [p.grad for p in self.rest if p.grad is not None]
+        if not self.params:
+            return others
+        gradients = tuple(map(_gradient, self.params))
+        self._locate(gradients, self._gradients, self._written)
+        addresses, states = self._gradients
+        there = []
+        found = zip(gradients, addresses.tolist(), states.tolist(), self._places_in_flat, strict=True)
+        for k, (gradient, address, kind, place) in enumerate(found):
+            ours = kind == dlpack.ORDINARY and not gradient.requires_grad
+            ours = ours and (address == place or self._move_gradient(k, gradient))
+            there.append(ours)
+            if not ours and gradient is not None:
+                others.append(gradient)
+        if all(there):
+            torch.from_numpy(self._flat.block).zero_()
+            torch.autograd.graph.increment_version(gradients)
+            return others
+        for k in np.flatnonzero(there).tolist():
+            self._flat.leaves[k][...] = 0
+            torch.autograd.graph.increment_version(gradients[k])
+        return others
+
+    def _move_gradient(self, k: int, gradient: torch.Tensor) -> bool:
+        """Let the gradient of parameter k be a view of its place in one buffer, if nobody else would notice."""
+        if not _can_be_moved(gradient):
+            return False
+        if self._flat is None:
+            self._flat = self.optimizer.buffers["params"].like()
+            self._places_in_flat = [leaf.ctypes.data for leaf in self._flat.leaves]
+        gradient.data = torch.from_numpy(self._flat.leaves[k])
+        return True
 
     def check_state(self, state: dict[torch.Tensor, dict[str, Any]]) -> None:
         """Raise StructureError if there is state that does not belong to these parameters."""
