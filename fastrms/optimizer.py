@@ -1,19 +1,15 @@
-"""`RMSProp`: holds the buffers and the options, checks a step, and hands runs of elements to a kernel."""
+"""`RMSProp`: the buffers, the options and what users call; `stepping` has what a step does."""
 
 import copy
-import threading
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastrms import kernels
 from fastrms.attributes import checked, option_of_all_groups, views
 from fastrms.buffers import FlatBuffer
 from fastrms.checkpoints import Checkpointed
-from fastrms.errors import DtypeError, NonfiniteError, StructureError
-from fastrms.kernels import choice, cpu, pointers
-from fastrms.kernels.norms import combine, scale_to
+from fastrms.errors import DtypeError
+from fastrms.kernels import choice
 from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
     NONFINITE,
@@ -24,17 +20,14 @@ from fastrms.options import (
     check_option,
     check_threads,
     parameter_groups,
-    resolve_lr,
 )
 from fastrms.overlap import refuse_overlap
-from fastrms.runs import Run
+from fastrms.stepping import Stepping
 
 __all__ = ["RMSProp"]
 
-_Call = tuple[kernels.Kernel, tuple[Any, ...]]
 
-
-class RMSProp(Checkpointed):
+class RMSProp(Stepping, Checkpointed):
     """RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
 
     With default options each step computes, element by element of a parameter p with gradient g and cache v, ::
@@ -219,53 +212,6 @@ class RMSProp(Checkpointed):
         self._skipped = np.zeros(len(layout.leaves), np.int64)  # steps that each parameter sat out
         self._connect()
 
-    def _new_state(self) -> FlatBuffer:
-        return self.buffers["params"].like(dtype=None if self._cache_dtype is None else np.uint16)
-
-    def _connect(self) -> None:
-        """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
-        self._grads = self.buffers["grads"]
-        self._params = self.buffers["params"]
-        layout = self._grads.layout
-        segment_of = np.array([leaf.segment for leaf in layout.leaves])
-        self._runs: list[Run] = []
-        for segment in range(len(layout.segments)):
-            for k, group in enumerate(self.param_groups):
-                numbers = np.flatnonzero((segment_of == segment) & (self._group_of == k))
-                if len(numbers):
-                    self._runs.append(Run(k, group, layout, numbers))
-        self._state: list[tuple[bool, bool]] = []  # which state each group has: momentum buffer, mean gradient
-        for k, group in enumerate(self.param_groups):
-            group.bind(self._params.views[k] if self._grouped else self._params.views, self._options_changed)
-        # Two threads that step the same optimizer, or one that saves it meanwhile, take turns.
-        self.__dict__.setdefault("_lock", threading.RLock())
-        choice.call_after_fork(self)
-        self._kernel_changed()
-
-    def _in_child_of_fork(self) -> None:
-        self._lock = threading.RLock()  # a thread that held it is not here
-        self._kernel_changed()
-
-    def _kernel_changed(self) -> None:
-        large = any(run.size >= choice.TRY_PARALLEL_FROM for run in self._runs)
-        watch = self._kernel == "auto" and large and self._threads() > 1 and choice.threads_work()
-        self._chooser = choice.Chooser() if watch else None
-        self._options_changed()
-
-    def _options_changed(self) -> None:
-        # The calls of a step, if they are the same from one to the next, by whether gradients lie elsewhere than in
-        # the buffer, and by kernel.
-        self._steady_calls: dict[tuple[bool, str], list[_Call]] = {}
-        # Where one call of `cpu.serial_from` is the whole step: its arguments, but for the address of the items.
-        self._steady_from: dict[str, tuple[Any, ...]] = {}
-        # Of the gradients of this step, where clipping needs them.
-        self._norms = np.full(len(self._skipped), np.nan)
-        state = [(group["momentum"] > 0, group["centered"]) for group in self.param_groups]
-        if state != self._state:
-            self._state = state
-            self._prepare()
-        self._zero_copy = self._kernel != "numpy" and pointers.available()
-
     params: Any = views("params", "The parameters, in the structure that was given.")
     grads: Any = views(
         "grads",
@@ -347,177 +293,6 @@ class RMSProp(Checkpointed):
             with choice.limit_threads(self._num_threads):
                 return self._step(gradients)
 
-    def _step(self, gradients: Any) -> Any:
-        kernel = self._kernel if self._chooser is None else self._chooser.kernel
-        params, grads = self._params, self._grads
-        from_buffer = gradients is None or gradients is grads.views
-        try:
-            # Whether nothing was put in the place of a view: looks first whether items are the same objects, some
-            # nanoseconds each. (For a single array, None == None.)
-            intact = params.watched == params.kept and (not from_buffer or grads.watched == grads.kept)
-        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
-            intact = False
-        if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
-            raise StructureError(problems[0])
-
-        items, arrays, in_place = None, None, False
-        calls: list[_Call] | None = None
-        if not from_buffer:
-            items = grads.layout.flatten(gradients, "gradients")
-            if self._zero_copy:
-                # `items` keeps the arrays alive until the kernels have read them.
-                address = pointers.items_of(items)
-                steady = self._steady_from.get(kernel)
-                if steady is None:
-                    in_place = self._find(address)
-                elif in_place := cpu.serial_from(address, *steady) < 0:
-                    calls = []  # that was all
-            if not in_place:
-                arrays = grads.check(items, "gradients", skip_none=True)
-        if calls is None and arrays is None and self._nonfinite == "propagate":
-            calls = self._steady_calls.get((in_place, kernel))
-        if calls is None:
-            calls = self._plan(kernel, items if in_place else None, arrays)
-        if calls is None:
-            self.skipped_steps += 1
-        else:
-            for update, arguments in calls:
-                update(*arguments)
-            self.steps += 1
-        if self._chooser is not None:
-            self._chooser.step_done()
-        return params.views
-
-    def _step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
-        """Take a step with gradients at these addresses, one for each parameter, or for each that is present.
-
-        For adapters, which have looked at their tensors and hold them: dense, of the parameters' dtypes and shapes, in
-        memory of their own. Not with the NumPy kernel, which cannot read there, and not with `nonfinite`.
-        """
-        with self._lock:
-            kernel = self._kernel if self._chooser is None else self._chooser.kernel
-            for run in self._runs:
-                run.point_to(addresses)
-                if self._kernel_of(run, kernel) != "serial":  # which gathers by itself
-                    run.gather()
-            calls = self._steady_calls.get((True, kernel)) if present is None else None
-            if calls is None:
-                calls = self._make_calls(self._rates(), kernel, present, True)
-            for update, arguments in calls:
-                update(*arguments)
-            self.steps += 1
-            if present is not None:
-                self._skipped[~present] += 1
-            if self._chooser is not None:
-                self._chooser.step_done()
-
-    def _plan(self, kernel: str, found: tuple[Any, ...] | None, arrays: list[Any] | None) -> list[_Call] | None:
-        """The kernel calls of this step, or None where it is skipped because a gradient is not finite.
-
-        Gradients are in the arrays that were `found`, or in `arrays`, which are stored, or in the gradient buffer.
-        """
-        in_place = found is not None
-        calls = self._steady_calls.get((in_place, kernel))
-        rates = self._rates() if calls is None else None
-        present = None
-        if arrays is not None:
-            self._grads.store(arrays)
-            if any(array is None for array in arrays):
-                present = np.array([array is not None for array in arrays])
-                calls = None
-        if calls is None:
-            calls = self._make_calls(rates or self._rates(), kernel, present, in_place)
-        if self._nonfinite != "propagate":
-            wrong = self._not_finite(kernel, in_place, present)
-            if len(wrong) and self._nonfinite == "raise":
-                leaves, values = self._grads.layout.leaves, found or self._grads.leaves
-                raise NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
-            if len(wrong):
-                return None
-        if present is not None:
-            self._skipped[~present] += 1
-        return calls
-
-    def _not_finite(self, kernel: str, in_place: bool, present: NDArray[np.bool_] | None) -> NDArray[np.intp]:
-        """The numbers of the parameters whose gradients have an inf or NaN."""
-        finite = np.isfinite(self._norms) if present is None else np.isfinite(self._norms) | ~present
-        # A norm can be inf though no value is, and where there is none it is NaN: read the gradients.
-        if not finite.all():
-            for run in self._runs:
-                if not in_place:
-                    run.point_to_buffer()
-                finite[run.numbers] = run.norms.finite(run.part_of(self._grads), self._kernel_of(run, kernel))
-        return np.flatnonzero(~finite if present is None else ~finite & present)
-
-    def _prepare(self) -> None:
-        """Make the state that the options ask for, and let the runs know."""
-        for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
-            if name not in self.buffers and any(group[option] for group in self.param_groups):
-                self.buffers[name] = self._new_state()
-        for run in self._runs:
-            run.prepare(self.buffers)
-
-    def _find(self, items: int) -> bool:
-        """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
-        if not all(run.find(items) for run in self._runs):
-            return False
-        for run in self._runs:  # only now, so that nothing is written if any array is a wrong one
-            run.gather()
-        return True
-
-    def _rates(self) -> list[float]:
-        return [resolve_lr(group, self.steps) for group in self.param_groups]
-
-    @np.errstate(all="ignore")  # what is set there, and may raise, is for the user's own arithmetic
-    def _make_calls(
-        self, rates: list[float], kernel: str, present: NDArray[np.bool_] | None, in_place: bool
-    ) -> list[_Call]:
-        """The kernel calls of the next step, for those parameters that are present (None: all).
-
-        `kernel` is the one for large runs; "auto" stands for serial. With `in_place`, gradients are read where
-        `_find` found them, otherwise from the gradient buffer.
-        """
-        if not in_place:
-            for run in self._runs:
-                run.point_to_buffer()
-        of_run = [self._kernel_of(run, kernel) for run in self._runs]
-        scales = self._clip_scales(of_run, present)
-        steady = scales is None and present is None
-        calls: list[_Call] = []
-        for run, name in zip(self._runs, of_run, strict=True):
-            options = run.group
-            corrections = None
-            if options["bias_correction"]:
-                own_steps = self.steps + 1 - self._skipped[run.numbers]
-                corrections = 1.0 / (1.0 - options["decay_rate"] ** own_steps)
-            steady = steady and not callable(options["lr"]) and corrections is None
-            arguments = run.arguments(
-                rates[run.group_number],
-                in_place,
-                None if present is None else present[run.numbers],
-                None if scales is None else scales[run.numbers],
-                corrections,
-            )
-            if in_place and name == "serial":
-                # The function that found them, with which a first step compiles no other. 0: they are found.
-                calls.append((cpu.serial_from, (0, *run.with_sources(arguments))))
-            else:
-                update = kernels.UPDATES[name]
-                calls.append((choice.one_at_a_time(update) if name == "parallel" else update, arguments))
-        if steady:
-            self._steady_calls[in_place, kernel] = calls
-            if len(calls) == 1 and calls[0][0] is cpu.serial_from and self._nonfinite == "propagate":
-                self._steady_from[kernel] = calls[0][1][1:]
-        return calls
-
-    def _kernel_of(self, run: Run, kernel: str) -> str:
-        """The kernel for a run where `kernel` is the one for large runs."""
-        if not choice.threads_work() and kernel == "parallel":
-            return "serial"
-        if self._kernel != "auto":
-            return kernel
-        return kernel if kernel == "parallel" and run.size >= choice.TRY_PARALLEL_FROM else "serial"
-
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, and why.
 
@@ -550,33 +325,6 @@ class RMSProp(Checkpointed):
             of the buffer. (A step looks for replaced items of `params`, and of `grads` where it uses them, and raises.)
         """
         return [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
-
-    def _threads(self) -> int:
-        return self._num_threads or choice.max_threads()
-
-    def _clip_scales(self, of_run: list[str], present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
-        """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""
-        if self._global_clip_norm is None and all(group["clip_norm"] is None for group in self.param_groups):
-            return None
-        scales = np.ones(len(self._skipped))
-        norms = np.zeros(len(self._skipped))
-        self._norms = np.full(len(self._skipped), np.nan)
-        for run, kernel in zip(self._runs, of_run, strict=True):
-            options = run.group
-            grads = run.part_of(self._grads)
-            bound = np.inf if options["clip_value"] is None else options["clip_value"]
-            own = run.norms(grads, bound, kernel)
-            if options["clip_value"] is None:  # otherwise inf does not show
-                self._norms[run.numbers] = own
-            if options["clip_norm"] is not None:
-                scales[run.numbers] = scale_to(options["clip_norm"], own)
-                own = np.minimum(own, options["clip_norm"])
-            norms[run.numbers] = own
-        if self._global_clip_norm is not None:
-            if present is not None:
-                norms[~present] = 0.0  # what lies in their place is of an earlier step
-            scales *= scale_to(self._global_clip_norm, np.array(combine(norms)))
-        return scales
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}

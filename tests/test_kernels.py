@@ -99,8 +99,9 @@ ARROWS = {
     "runs": {"buffers", "options", "kernels", "kernels.norms"},
     "attributes": {"errors"},
     "checkpoints": {"errors", "options"},
+    "stepping": {"errors", "options", "buffers", "runs", "kernels", "kernels.norms"},
     "optimizer": {
-        "errors", "options", "attributes", "buffers", "overlap", "checkpoints", "runs", "kernels", "kernels.norms",
+        "errors", "options", "attributes", "buffers", "overlap", "checkpoints", "stepping", "kernels",
         "kernels.reference",
     },
     "functional": {"optimizer"},
