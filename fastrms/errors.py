@@ -17,6 +17,7 @@ __all__ = [
     "NonfiniteError",
     "OptionError",
     "OptionTypeError",
+    "RankError",
     "StructureError",
 ]
 
@@ -43,6 +44,10 @@ class StructureError(FastrmsError, ValueError):
 
 class CheckpointError(FastrmsError, ValueError):
     """A state or a file is damaged, of another optimizer, or no checkpoint; the optimizer is as it was."""
+
+
+class RankError(FastrmsError, RuntimeError):
+    """Another rank of an MPI program could not go on, for the reason in the message; nothing was changed."""
 
 
 class NonfiniteError(FastrmsError, FloatingPointError):
@@ -79,11 +84,28 @@ class NonfiniteError(FastrmsError, FloatingPointError):
         error : NonfiniteError
             Its message names the first ten.
         """
+        return cls.of_counts(
+            {path: (int(np.isnan(a).sum()), int(np.isinf(a).sum()), a.size) for path, a in gradients.items()}
+        )
+
+    @classmethod
+    def of_counts(cls, found: Mapping[str, tuple[int, int, int]]) -> "NonfiniteError":
+        """Make the error about gradients whose values were counted.
+
+        Parameters
+        ----------
+        found : mapping of str to (int, int, int)
+            How many NaN, inf and values in all, by the path of the parameter.
+
+        Returns
+        -------
+        error : NonfiniteError
+            Its message names the first ten.
+        """
         counts, texts = {}, []
-        for path, array in gradients.items():
-            nans, infs = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+        for path, (nans, infs, size) in found.items():
             counts[path] = nans + infs
-            texts.append(f"gradients{path}: {nans} NaN and {infs} inf among {array.size} values")
+            texts.append(f"gradients{path}: {nans} NaN and {infs} inf among {size} values")
         more = f"; and {len(texts) - 10} more parameters" if len(texts) > 10 else ""
         return cls(f"expected finite gradients, got {'; '.join(texts[:10])}{more}; nothing was changed", counts)
 

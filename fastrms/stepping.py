@@ -1,6 +1,7 @@
 """`Stepping`: from the options and a step's gradients to the kernel calls that are the step."""
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from fastrms import kernels
 from fastrms.buffers import FlatBuffer
 from fastrms.errors import NonfiniteError, StructureError
 from fastrms.kernels import choice, cpu, pointers
-from fastrms.kernels.norms import combine, scale_to
+from fastrms.kernels.norms import AddUp, combine, scale_to
 from fastrms.options import ParamGroup, resolve_lr
 from fastrms.runs import Run
 
@@ -36,14 +37,19 @@ class Stepping:
     _num_threads: int | None
     _skipped: NDArray[np.int64]
 
+    @property
+    def _own(self) -> Mapping[str, FlatBuffer]:
+        """The buffers that this process updates: all, unless ranks have parts of them (`fastrms.mpi`)."""
+        return self.buffers
+
     def _new_state(self) -> FlatBuffer:
-        return self.buffers["params"].like(dtype=None if self._cache_dtype is None else np.uint16)
+        return self._own["params"].like(dtype=None if self._cache_dtype is None else np.uint16)
 
     def _connect(self) -> None:
         """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
         self._grads = self.buffers["grads"]
         self._params = self.buffers["params"]
-        layout = self._grads.layout
+        layout = self._own["grads"].layout
         segment_of = np.array([leaf.segment for leaf in layout.leaves])
         self._runs: list[Run] = []
         for segment in range(len(layout.segments)):
@@ -85,16 +91,9 @@ class Stepping:
 
     def _step(self, gradients: Any) -> Any:
         kernel = self._kernel if self._chooser is None else self._chooser.kernel
-        params, grads = self._params, self._grads
+        grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
-        try:
-            # Whether nothing was put in the place of a view: looks first whether items are the same objects, some
-            # nanoseconds each. (For a single array, None == None.)
-            intact = params.watched == params.kept and (not from_buffer or grads.watched == grads.kept)
-        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
-            intact = False
-        if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
-            raise StructureError(problems[0])
+        self._refuse_replaced(from_buffer)
 
         items, arrays, in_place = None, None, False
         calls: list[_Call] | None = None
@@ -122,7 +121,18 @@ class Stepping:
             self.steps += 1
         if self._chooser is not None:
             self._chooser.step_done()
-        return params.views
+        return self._params.views
+
+    def _refuse_replaced(self, from_buffer: bool) -> None:
+        """Raise if something was put in the place of a view of parameters, or of gradients where these are used."""
+        params, grads = self._params, self._grads
+        try:
+            # Looks first whether items are the same objects, some nanoseconds each. (For a single array, None == None.)
+            intact = params.watched == params.kept and (not from_buffer or grads.watched == grads.kept)
+        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
+            intact = False
+        if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
+            raise StructureError(problems[0])
 
     def _step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
         """Take a step with gradients at these addresses, one for each parameter, or for each that is present.
@@ -152,22 +162,26 @@ class Stepping:
 
         Gradients are in the arrays that were `found`, or in `arrays`, which are stored, or in the gradient buffer.
         """
-        in_place = found is not None
-        calls = self._steady_calls.get((in_place, kernel))
-        rates = self._rates() if calls is None else None
+        rates = self._rates()
         present = None
         if arrays is not None:
             self._grads.store(arrays)
             if any(array is None for array in arrays):
                 present = np.array([array is not None for array in arrays])
-                calls = None
+        return self._calls_for(rates, kernel, present, found)
+
+    def _calls_for(
+        self, rates: list[float], kernel: str, present: NDArray[np.bool_] | None, found: tuple[Any, ...] | None
+    ) -> list[_Call] | None:
+        """As `_plan`, with gradients that are stored or were `found`, for those parameters that are present."""
+        in_place = found is not None
+        calls = self._steady_calls.get((in_place, kernel)) if present is None else None
         if calls is None:
-            calls = self._make_calls(rates or self._rates(), kernel, present, in_place)
+            calls = self._make_calls(rates, kernel, present, in_place)
         if self._nonfinite != "propagate":
             wrong = self._not_finite(kernel, in_place, present)
             if len(wrong) and self._nonfinite == "raise":
-                leaves, values = self._grads.layout.leaves, found or self._grads.leaves
-                raise NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
+                raise self._error_about(wrong, found)
             if len(wrong):
                 return None
         if present is not None:
@@ -182,8 +196,12 @@ class Stepping:
             for run in self._runs:
                 if not in_place:
                     run.point_to_buffer()
-                finite[run.numbers] = run.norms.finite(run.part_of(self._grads), self._kernel_of(run, kernel))
+                finite[run.numbers] = run.norms.finite(run.part_of(self._own["grads"]), self._kernel_of(run, kernel))
         return np.flatnonzero(~finite if present is None else ~finite & present)
+
+    def _error_about(self, wrong: NDArray[np.intp], found: tuple[Any, ...] | None) -> NonfiniteError:
+        leaves, values = self._grads.layout.leaves, found or self._grads.leaves
+        return NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
 
     def _prepare(self) -> None:
         """Make the state that the options ask for, and let the runs know."""
@@ -191,7 +209,7 @@ class Stepping:
             if name not in self.buffers and any(group[option] for group in self.param_groups):
                 self.buffers[name] = self._new_state()
         for run in self._runs:
-            run.prepare(self.buffers)
+            run.prepare(self._own)
 
     def _find(self, items: int) -> bool:
         """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
@@ -257,6 +275,10 @@ class Stepping:
     def _threads(self) -> int:
         return self._num_threads or choice.max_threads()
 
+    def _add_up_of(self, run: Run) -> AddUp | None:
+        """What makes sums of squares of parameters from those that `run` has, or None where it has whole ones."""
+        return None
+
     def _clip_scales(self, of_run: list[str], present: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
         """The factor on each parameter's gradient that clipping by norm asks for, or None where it is off."""
         if self._global_clip_norm is None and all(group["clip_norm"] is None for group in self.param_groups):
@@ -266,9 +288,9 @@ class Stepping:
         self._norms = np.full(len(self._skipped), np.nan)
         for run, kernel in zip(self._runs, of_run, strict=True):
             options = run.group
-            grads = run.part_of(self._grads)
+            grads = run.part_of(self._own["grads"])
             bound = np.inf if options["clip_value"] is None else options["clip_value"]
-            own = run.norms(grads, bound, kernel)
+            own = run.norms(grads, bound, kernel, self._add_up_of(run))
             if options["clip_value"] is None:  # otherwise inf does not show
                 self._norms[run.numbers] = own
             if options["clip_norm"] is not None:

@@ -107,6 +107,12 @@ ARROWS = {
     "functional": {"optimizer"},
     "torch": {"dialects", "errors", "options", "kernels", "kernels.choice", "optimizer"},
     "scipy": {"errors", "options", "optimizer"},
+    "ranks": {"errors"},
+    "handover": {"buffers", "ranks"},
+    "unsharded": {"optimizer", "options", "ranks"},
+    "mpi": {
+        "errors", "options", "buffers", "runs", "kernels", "kernels.norms", "optimizer", "ranks", "handover", "unsharded",
+    },
     "interop": {"dialects", "errors", "options", "optimizer", "kernels.reference"},
     "landscapes": {"errors"},
     "descent": {"errors", "landscapes", "optimizer", "options"},

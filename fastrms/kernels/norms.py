@@ -6,6 +6,7 @@ the chunks of a span one after another. Threads share out chunks, so who compute
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -17,7 +18,10 @@ from fastrms.kernels.choice import one_at_a_time
 from fastrms.kernels.compiled import inner, jit
 from fastrms.kernels.cpu import gradient_part
 
-__all__ = ["CHUNK", "LANES", "SpanNorms", "combine", "scale_to"]
+__all__ = ["CHUNK", "LANES", "AddUp", "SpanNorms", "combine", "scale_to"]
+
+# Makes sums of squares of whole spans from those of the parts that this process has.
+AddUp = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 CHUNK = 4096
 # With 8 or 16 lanes the compiler unrolls the inner loop and keeps it scalar: four times slower (75 us against 20 at
@@ -101,15 +105,23 @@ class SpanNorms:
         self._partials = np.empty(self._first_chunk[-1])
         self._sums = np.empty(len(spans))
 
-    def __call__(self, grads: NDArray[Any], clip: float, kernel: str) -> NDArray[np.float64]:
-        """The norms of `grads` with its values limited to [-clip, clip], by the serial, parallel or numpy code."""
+    def __call__(
+        self, grads: NDArray[Any], clip: float, kernel: str, add_up: AddUp | None = None
+    ) -> NDArray[np.float64]:
+        """The norms of `grads` with its values limited to [-clip, clip], by the serial, parallel or numpy code.
+
+        With `add_up`, which gets a sum for each span, spans are parts, and the norms are those of the whole.
+        """
         sums = self._sum_squares(grads, clip, 1.0, kernel)
+        sums = sums if add_up is None else add_up(sums)
         norms = np.sqrt(sums)
         for outside, prescale in ((sums < _TOO_SMALL, _PRESCALE), (np.isinf(sums), 1.0 / _PRESCALE)):
             if grads.dtype == np.float64 and outside.any():
-                again = SpanNorms(self.spans[outside])
+                again = np.zeros(len(sums))
+                again[outside] = SpanNorms(self.spans[outside])._sum_squares(grads, clip, prescale, kernel)
+                again = again if add_up is None else add_up(again)
                 with np.errstate(over="ignore"):  # a norm above the range of float64 is inf
-                    norms[outside] = np.sqrt(again._sum_squares(grads, clip, prescale, kernel)) / prescale
+                    norms[outside] = np.sqrt(again[outside]) / prescale
         return norms
 
     def finite(self, grads: NDArray[Any], kernel: str) -> NDArray[np.bool_]:
