@@ -36,9 +36,7 @@ class Handover:
         Whether anything was handed over since the last step.
     """
 
-    def __init__(
-        self, ranks: Ranks, whole: FlatBuffer, own: FlatBuffer, bounds: Sequence[Sequence[int]], bucket: int = BUCKET
-    ) -> None:
+    def __init__(self, ranks: Ranks, whole: FlatBuffer, own: FlatBuffer, bounds: Sequence[Sequence[int]]) -> None:
         self._ranks, self._whole, self._own, self._bounds = ranks, whole, own, bounds
         layout = whole.layout
         self._leaves = len(layout.leaves)
@@ -46,8 +44,8 @@ class Handover:
         for number, segment in enumerate(layout.segments if ranks.size > 1 else ()):
             inside = [k for k, leaf in enumerate(layout.leaves) if leaf.segment == number and leaf.stop > leaf.start]
             starts = [layout.leaves[k].start for k in inside]
-            for start in range(0, segment.size, bucket):
-                stop = min(start + bucket, segment.size)
+            for start in range(0, segment.size, BUCKET):
+                stop = min(start + BUCKET, segment.size)
                 first, last = np.searchsorted(starts, [start + 1, stop]) - [1, 0]
                 buckets.append((inside[first], start, number, stop, inside[first:last]))
         buckets.sort(reverse=True)

@@ -111,7 +111,8 @@ ARROWS = {
     "handover": {"buffers", "ranks"},
     "unsharded": {"optimizer", "options", "ranks"},
     "mpi": {
-        "errors", "options", "buffers", "runs", "kernels", "kernels.norms", "optimizer", "ranks", "handover", "unsharded",
+        "errors", "options", "buffers", "runs", "kernels", "kernels.norms", "optimizer", "ranks", "handover",
+        "unsharded",
     },
     "interop": {"dialects", "errors", "options", "optimizer", "kernels.reference"},
     "landscapes": {"errors"},

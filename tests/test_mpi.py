@@ -1,0 +1,134 @@
+"""`fastrms.mpi` under a real mpiexec, on 1 to 5 ranks; what they do is in mpi_program.py."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import JIT, assert_same_bits, leaves
+
+from fastrms import RMSProp
+
+PROGRAM = Path(__file__).parent / "mpi_program.py"
+CASES = [
+    "bits", "bfloat16", "groups", "none", "sums", "large_norms", "mean", "nonfinite", "ready", "long_messages",
+    "checkpoints", "start", "errors_in_steps", "sizes", "threads", "communicators",
+]  # fmt: skip
+# A hang is a failure, and one that says what had been printed.
+SECONDS = 300
+
+needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
+
+
+def mpiexec(ranks, *command, folder="."):
+    """Run a command on so many ranks; its exit status and all that it prints."""
+    program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("there is no mpiexec")
+    environment = os.environ | {"MPI_TEST_FOLDER": str(folder), "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
+    try:
+        run = subprocess.run(
+            [program, "-n", str(ranks), *map(str, command)], env=environment, cwd=folder, text=True, timeout=SECONDS,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"no end after {SECONDS} s, with\n{(error.stdout or b'').decode()}") from None
+    return run.returncode, run.stdout
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """What all cases print on so many ranks, from one start of them."""
+
+    @functools.cache
+    def run(ranks):
+        return mpiexec(ranks, sys.executable, PROGRAM, *CASES, folder=tmp_path_factory.mktemp(f"ranks-{ranks}"))
+
+    return run
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5] if JIT else [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_on_ranks(case, ranks, outcome):
+    _, printed = outcome(ranks)
+    assert f"ok {case}\n" in printed, printed
+
+
+@needs_mpi
+def test_all_of_them_end_without_an_error(outcome):
+    for ranks in (2, 3):
+        status, printed = outcome(ranks)
+        assert (status, printed.split()[1::2]) == (0, CASES), printed
+
+
+@needs_mpi
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    status, printed = mpiexec(3, sys.executable, PROGRAM, "save", folder=tmp_path)
+    assert (status, printed) == (0, "ok save\n")
+    for ranks in (1, 2):
+        status, printed = mpiexec(ranks, sys.executable, PROGRAM, "resume", folder=tmp_path)
+        assert (status, printed) == (0, "ok resume\n")
+    # Without MPI, from the same numbers.
+    import mpi_program
+
+    layout = mpi_program.LAYOUTS["odd"]
+    never_stopped = RMSProp(mpi_program.params_of(layout), momentum=0.9, centered=True, bias_correction=True)
+    resumed = RMSProp.from_checkpoint(tmp_path / "across.npz")
+    for step in range(6):
+        never_stopped.step(mpi_program.gradients_of_all(layout, step))
+        if step >= 3:
+            resumed.step(mpi_program.gradients_of_all(layout, step))
+    others = [RMSProp.from_checkpoint(tmp_path / f"resumed-{ranks}.npz") for ranks in (1, 2)]
+    for opt in (resumed, *others):
+        for name, array in never_stopped.state_dict()["arrays"].items():
+            assert_same_bits(opt.state_dict()["arrays"][name], array, name)
+        assert leaves(opt.params)[0].shape == leaves(never_stopped.params)[0].shape
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("outside", "rank 2 of 3 ends with ValueError: no data on this rank; it ends the other ranks too"),
+        ("inside", r"StructureError: gradients\[0\]: expected shape \(50,\), got \(51,\)"),
+    ],
+)
+def test_an_exception_on_one_rank_ends_all(case, message, tmp_path):
+    status, printed = mpiexec(3, sys.executable, PROGRAM, case, folder=tmp_path)
+    assert status != 0
+    assert re.search(message, printed), printed
+    assert "Traceback (most recent call last)" in printed
+    assert ("the hook that was there" in printed) == (case == "outside")
+    assert "unreachable" not in printed
+    assert f"ok {case}" not in printed
+
+
+@needs_mpi
+def test_an_interactive_session_goes_on(tmp_path):
+    # As where somebody tries things out: an exception there ends nothing.
+    code = """if True:
+        import sys
+        import numpy as np
+        from fastrms.mpi import ShardedRMSProp
+        sys.ps1 = ">>> "
+        opt = ShardedRMSProp([np.ones(3)], kernel="numpy")
+        sys.excepthook(ValueError, ValueError("a slip"), None)
+        opt.step([np.ones(3)])
+        print("went on")
+    """
+    status, printed = mpiexec(2, sys.executable, "-c", code, folder=tmp_path)
+    assert (status, printed.count("went on"), printed.count("ValueError: a slip")) == (0, 2, 2), printed
+
+
+def test_without_mpi4py_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    for name in ("fastrms.ranks", "fastrms.mpi", "fastrms.handover", "fastrms.unsharded"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match=r"mpi4py is not installed.*fastrms\[mpi\]"):
+        importlib.import_module("fastrms.mpi")
