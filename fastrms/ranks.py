@@ -288,12 +288,12 @@ def end_together() -> None:
         finally:
             if not (hasattr(sys, "ps1") or sys.flags.interactive or MPI.Is_finalized()):
                 world = MPI.COMM_WORLD
-                print(
+                # In one piece, as other ranks write there too.
+                sys.stderr.write(
                     f"fastrms: rank {world.rank} of {world.size} ends with {kind.__name__}: {error}; it ends the other "
-                    "ranks too, which would wait for it (MPI_Abort)",
-                    file=sys.stderr,
-                    flush=True,
+                    "ranks too, which would wait for it (MPI_Abort)\n"
                 )
+                sys.stderr.flush()
                 world.Abort(1)
 
     sys.excepthook = hook

@@ -22,6 +22,8 @@ from fastrms.mpi import ShardedRMSProp
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
 KERNELS = ["numpy", "serial", "parallel"] if JIT else ["numpy"]
+if not JIT:
+    np.seterr(all="ignore")  # the kernels run on NumPy's scalars, which warn where compiled code does not
 STEPS = 5
 
 # Parts of ranks begin at multiples of 16 elements, so that sizes around these have whole, cut and empty parts.

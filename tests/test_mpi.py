@@ -21,6 +21,7 @@ CASES = [
 ]  # fmt: skip
 # A hang is a failure, and one that says what had been printed.
 SECONDS = 300
+RANKS = [1, 2, 3, 4, 5] if JIT else [1, 3]
 
 needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
 
@@ -30,7 +31,7 @@ def mpiexec(ranks, *command, folder="."):
     program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         pytest.skip("there is no mpiexec")
-    environment = os.environ | {"MPI_TEST_FOLDER": str(folder), "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"MPI_TEST_FOLDER": str(folder), "PYTHONWARNINGS": "error"}
     try:
         run = subprocess.run(
             [program, "-n", str(ranks), *map(str, command)], env=environment, cwd=folder, text=True, timeout=SECONDS,
@@ -53,7 +54,7 @@ def outcome(tmp_path_factory):
 
 
 @needs_mpi
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5] if JIT else [1, 3])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", CASES)
 def test_on_ranks(case, ranks, outcome):
     _, printed = outcome(ranks)
@@ -62,7 +63,7 @@ def test_on_ranks(case, ranks, outcome):
 
 @needs_mpi
 def test_all_of_them_end_without_an_error(outcome):
-    for ranks in (2, 3):
+    for ranks in RANKS:
         status, printed = outcome(ranks)
         assert (status, printed.split()[1::2]) == (0, CASES), printed
 
