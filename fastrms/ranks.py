@@ -25,7 +25,7 @@ except ImportError as error:
 except RuntimeError as error:  # what mpi4py raises where there is no library of MPI to load
     raise ImportError(f"mpi4py finds no MPI ({error}); install with: {_INSTALL}") from None
 
-__all__ = ["Ranks", "end_together"]
+__all__ = ["MPI", "Ranks", "end_all", "end_together"]
 
 Array = NDArray[Any]
 
@@ -270,6 +270,16 @@ def _threads(comm: MPI.Intracomm) -> int:
 # Seconds between an exception that nobody catches and the end of all ranks.
 _LAST_WORDS = 0.5
 
+
+def end_all() -> None:
+    """End all ranks, and with them this program, after what was written to the standard outputs is passed on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # What a launcher has not passed on by then is lost: of MPICH's, in one of ten runs, all of it.
+    time.sleep(_LAST_WORDS)
+    MPI.COMM_WORLD.Abort(1)
+
+
 _hook = threading.Lock()
 _installed = False
 
@@ -297,9 +307,6 @@ def end_together() -> None:
                     f"fastrms: rank {world.rank} of {world.size} ends with {kind.__name__}: {error}; it ends the other "
                     "ranks too, which would wait for it (MPI_Abort)\n"
                 )
-                sys.stderr.flush()
-                # What a launcher has not passed on by then is lost: of MPICH's, in one of ten runs, all of it.
-                time.sleep(_LAST_WORDS)
-                world.Abort(1)
+                end_all()
 
     sys.excepthook = hook

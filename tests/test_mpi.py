@@ -133,3 +133,66 @@ def test_without_mpi4py_it_is_said_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ImportError, match=r"mpi4py is not installed.*fastrms\[mpi\]"):
         importlib.import_module("fastrms.mpi")
+
+
+TINY = ["--hidden", "5", "--epochs", "2", "--batch-size", "179"]  # the last batch has 5 rows
+
+
+def demo(ranks, folder, *arguments):
+    return mpiexec(ranks, sys.executable, "-m", "fastrms", "demo", "--mpi", *TINY, *arguments, folder=folder)
+
+
+@needs_mpi
+@pytest.mark.skipif(not JIT, reason="a training, for which the interpreter takes minutes")
+@pytest.mark.parametrize(("ranks", "gradients", "dtype"), [(2, "list", "float32"), (3, "buffer", "float64")])
+def test_the_demo_has_the_losses_of_one_process(ranks, gradients, dtype, tmp_path):
+    status, printed = demo(ranks, tmp_path, "--gradients", gradients, "--dtype", dtype)
+    assert status == 0, printed
+    assert printed.count("speed-up") == 1  # of one rank
+    assert re.search(rf"one process +{ranks} ranks +speed-up", printed)
+    first, every = map(float, re.search(r"the first 10 at most (\S+) of the loss apart, all 18 at most (\S+) ",
+                                        printed).groups())  # fmt: skip
+    assert max(first, every) < (1e-5 if dtype == "float32" else 1e-13)
+    losses = re.search(r"final training loss +(\S+) +(\S+)", printed).groups()
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-4)
+    assert (tmp_path / "fastrms-demo.png").stat().st_size > 10_000
+
+
+@needs_mpi
+@pytest.mark.skipif(not JIT, reason="a training, for which the interpreter takes minutes")
+def test_the_demo_on_one_rank_and_with_more_ranks_than_rows(tmp_path):
+    assert re.search(r"one process +1 rank +speed-up", demo(1, tmp_path)[1])
+    status, printed = demo(3, tmp_path, "--batch-size", "2", "--epochs", "1", "--quiet")
+    assert (status, printed) == (0, "")
+
+
+@needs_mpi
+@pytest.mark.skipif(not JIT, reason="a training, for which the interpreter takes minutes")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "none.npz"], "fastrms demo: error: none.npz: cannot be read: No such file or directory\n"),
+        (["--lr", "1e38", "--epochs", "50"], "fastrms demo: error: the training diverged: the loss is "),
+    ],
+)
+def test_an_error_of_the_demo_ends_all_ranks_with_one_message(arguments, message, tmp_path):
+    status, printed = demo(2, tmp_path, *arguments)
+    assert status != 0
+    assert printed.count("fastrms demo: error: ") == 1
+    assert message in printed
+
+
+@needs_mpi
+@pytest.mark.skipif(not JIT, reason="a training, for which the interpreter takes minutes")
+def test_the_demo_fails_where_the_losses_are_not_those_of_one_process(tmp_path):
+    # Ranks see other rows than one process does.
+    code = """if True:
+        import sys
+        from fastrms.cli import main, data_parallel
+        whole = data_parallel.loss_and_gradients
+        data_parallel.loss_and_gradients = lambda params, x, y, out: whole(params, 1.01 * x, y, out)
+        sys.exit(main(sys.argv[1:]))
+    """
+    status, printed = mpiexec(2, sys.executable, "-c", code, "demo", "--mpi", *TINY, folder=tmp_path)
+    assert status != 0
+    assert "expected at most 3.5e-04 of the first 10" in printed

@@ -111,6 +111,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="DIR",
         help=f"folder for {PLOT_NAME}, made if it is missing (default: this folder)",
     )
+    add(
+        "--mpi",
+        action="store_true",
+        help="under mpiexec: train on all ranks, each with its rows of a batch, and compare with one process",
+    )
     add("--quiet", action="store_true", help="print nothing but errors; the plot is still made")
     parser.set_defaults(run=run)
 
@@ -124,6 +129,18 @@ def run(args: argparse.Namespace) -> int:
         A package, the data or the output folder cannot be used; the training diverged; or bits differ.
     """
     require("demo", "matplotlib", "rich", "sklearn")
+    if not args.mpi:
+        return _run(args, train_both, REFERENCE, FAST)
+    require("mpi", "mpi4py")
+    from fastrms.cli import data_parallel
+
+    comm = data_parallel.comm
+    args.quiet = args.quiet or comm.rank > 0  # all ranks do the same, and the first one tells of it
+    with data_parallel.ending_together():
+        return _run(args, data_parallel.train_one_and_all, "one process", _count(comm.size, "rank"))
+
+
+def _run(args: argparse.Namespace, train: Callable[..., tuple[Training, Training]], one: str, other: str) -> int:
     x, y = data.load_digits() if args.data is None else data.load_file(args.data)
     dataset = data.split(x, y, args.dtype, args.seed, "the digits" if args.data is None else str(args.data))
     make_folder(args.output)
@@ -133,11 +150,13 @@ def run(args: argparse.Namespace) -> int:
     sizes = [dataset.train_x.shape[1], *args.hidden, dataset.classes]
     batch_size = min(args.batch_size, len(dataset.train_y))
     batches = -(-len(dataset.train_y) // batch_size)
+    version = fastrms.__version__
+    pair = f"fastrms {version}, {one} and {other}" if args.mpi else f"{one} and {other} {version}"
     if not args.quiet:
-        for line in _describe(args, dataset, sizes, batch_size, batches):
+        for line in _describe(args, dataset, sizes, batch_size, batches, pair):
             say(console, line)
     with _progress(console, args.quiet, args.epochs, batches) as on_step:
-        reference, fast = train_both(
+        reference, fast = train(
             mlp.init_params(sizes, args.dtype, start_rng),
             dataset.train_x,
             dataset.train_y,
@@ -150,7 +169,9 @@ def run(args: argparse.Namespace) -> int:
             on_step=on_step,
         )
 
-    difference = _difference(reference, fast)
+    if not reference.losses:
+        return 0  # the other training is the first rank's
+    same, difference = _compare(args, reference, fast)
     if difference is None and not np.isfinite(reference.losses).all():
         step = int(np.argmin(np.isfinite(reference.losses)))
         raise CommandError(
@@ -158,14 +179,14 @@ def run(args: argparse.Namespace) -> int:
             f"use a smaller --lr than {args.lr:g}"
         )
     if not args.quiet:
-        _print_results(console, dataset, reference, fast)
+        _print_results(console, dataset, {one: reference, other: fast})
         if isinstance(fast.optimizer, RMSProp):
             say(console, f"Kernel: {fast.optimizer.explain()[0]}")
     path = args.output / PLOT_NAME
-    _save_plot(path, f"RMSProp on a network of {_network(sizes)}, {args.dtype}", reference, fast)
+    _save_plot(path, f"RMSProp on a network of {_network(sizes)}, {args.dtype}", {one: reference, other: fast})
     if not args.quiet:
         if difference is None:
-            say(console, f"Losses of all {len(reference.losses)} steps: the same bits; final parameters too.", "green")
+            say(console, same, "green")
         say(console, f"Plot: {path}")
     if difference is not None:
         raise CommandError(f"the two trainings are not the same: {difference}")
@@ -173,11 +194,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe(
-    args: argparse.Namespace, dataset: data.Dataset, sizes: list[int], batch_size: int, batches: int
+    args: argparse.Namespace, dataset: data.Dataset, sizes: list[int], batch_size: int, batches: int, pair: str
 ) -> Iterator[str]:
     size = mlp.count_params(sizes)
     source = "handwritten digits" if args.data is None else str(args.data)
-    yield f"RMSProp, NumPy reference and fastrms {fastrms.__version__}"
+    yield f"RMSProp, {pair}"
     yield (
         f"Data: {source}; {len(dataset.train_y):,} rows to train, {len(dataset.test_y):,} to test, "
         f"{dataset.classes} classes"
@@ -222,6 +243,18 @@ def _progress(console: "Console", quiet: bool, epochs: int, batches: int) -> Ite
         yield on_step
 
 
+def _compare(args: argparse.Namespace, reference: Training, fast: Training) -> tuple[str, str | None]:
+    """What to say where two trainings are the same, and how they differ where they do."""
+    if not args.mpi:
+        text = f"Losses of all {len(reference.losses)} steps: the same bits; final parameters too."
+        return text, _difference(reference, fast)
+    if not np.isfinite(reference.losses).all() and not np.isfinite(fast.losses).all():
+        return "", None
+    from fastrms.cli.data_parallel import apart
+
+    return apart(reference, fast, args.dtype)
+
+
 def _difference(reference: Training, fast: Training) -> str | None:
     """Where the bits of the two trainings differ first and by how much, or None where they do not."""
     steps = len(reference.losses)
@@ -249,15 +282,15 @@ def _difference(reference: Training, fast: Training) -> str | None:
     return None
 
 
-def _print_results(console: "Console", dataset: data.Dataset, reference: Training, fast: Training) -> None:
-    pair = (reference, fast)
+def _print_results(console: "Console", dataset: data.Dataset, trainings: dict[str, Training]) -> None:
+    pair = trainings.values()
     losses = [f"{mlp.evaluate(each.optimizer.params, dataset.train_x, dataset.train_y)[0]:.6g}" for each in pair]
     found = [f"{mlp.evaluate(each.optimizer.params, dataset.test_x, dataset.test_y)[1]:.2%}" for each in pair]
     steps = [each.step_time for each in pair]
     optimizers = [each.optimizer_time for each in pair]
     plain = is_plain(console)
 
-    table = make_table(console, "", REFERENCE, FAST, "speed-up")
+    table = make_table(console, "", *trainings, "speed-up")
     table.add_row("final training loss", *losses, "")
     table.add_row("test accuracy", *found, "")
     table.add_row("training step", *(format_seconds(time, plain=plain) for time in steps), _ratio(steps))
@@ -284,8 +317,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _save_plot(path: Path, title: str, reference: Training, fast: Training) -> None:
-    pair = {REFERENCE: reference, FAST: fast}
+def _save_plot(path: Path, title: str, pair: dict[str, Training]) -> None:
     figure, _ = plot_training(
         {name: np.array(each.losses) for name, each in pair.items()},
         {name: (each.step_time, each.optimizer_time) for name, each in pair.items()},
