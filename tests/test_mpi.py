@@ -196,3 +196,45 @@ def test_the_demo_fails_where_the_losses_are_not_those_of_one_process(tmp_path):
     status, printed = mpiexec(2, sys.executable, "-c", code, "demo", "--mpi", *TINY, folder=tmp_path)
     assert status != 0
     assert "expected at most 3.5e-04 of the first 10" in printed
+
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "mpi.py"
+
+
+@needs_mpi
+@pytest.mark.skipif(not JIT, reason="measures compiled code")
+def test_the_benchmark_counts_the_bytes_that_the_formula_says():
+    arguments = ["--seconds", "0", "--sizes", "10000", "100000", "--ranks", "1", "2"]
+    run = subprocess.run([sys.executable, str(BENCHMARK), *arguments], capture_output=True, text=True, timeout=SECONDS)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (row,) = re.findall(r"^\| 100,000 \| 2 \|.*$", run.stdout, re.MULTILINE)
+    sent, formula = (int(cell.replace(",", "")) for cell in row.strip("| ").split(" | ")[-2:])
+    assert formula == 400_000
+    # Headers, barriers and the small message of a step besides; and whatever else uses the device meanwhile.
+    assert 400_000 <= sent < 600_000
+    for name in ("mpi-inputs", "mpi-here", "mpi-network"):
+        assert name in run.stdout
+
+
+def test_the_model_of_the_benchmark(tmp_path):
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("benchmark_mpi", BENCHMARK)
+    model = sys.modules["benchmark_mpi"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(model)
+    true = model.Machine(latency=3e-6, bandwidth=4e9, rate=2e9, overhead=2e-5, alone=5e-6, flops=5e10)
+    assert model.bytes_of_rank(100, 4) == 600
+    assert true.communication(10**6, 8) == pytest.approx(9 * 3e-6 + 7e6 / 4e9)
+    assert true.update(10**6, 1) == pytest.approx(5e-6 + 1e6 / 2e9)
+    times = {ranks: {size: (true.step(size, ranks), true.communication(size, ranks)) for size in (10**3, 10**5, 10**7)}
+             for ranks in (1, 2, 4, 8)}  # fmt: skip
+    for ranks in times[8]:
+        times[8][ranks] = (1.0, 0.5)  # for more ranks than cores, which are not fitted
+    found = model.fit(times, 5e10, cores=4)
+    for name in ("latency", "bandwidth", "rate", "overhead", "alone", "flops"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6)
+    over = true.takes_over(10**8)
+    assert true.communication(10**8, over) > true.update(10**8, over) + true.gradients(10**8, over)
+    assert true.communication(10**8, over // 2) <= true.update(10**8, over // 2) + true.gradients(10**8, over // 2)
+    model.plot(times, found, true).savefig(tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 10_000
+    del sys.modules["benchmark_mpi"]

@@ -1,0 +1,371 @@
+"""`fastrms.mpi` on this machine: the time of a step and the bytes that it sends, and a model of many ranks.
+
+    python benchmarks/mpi.py                 # measure on 1, 2 and 4 ranks (some minutes), fit, print
+    python benchmarks/mpi.py --write         # and put tables into docs/mpi.md and the plot into docs/_static
+    python benchmarks/mpi.py --latency 5e-6 --bandwidth 3e9      # the model for another network
+
+It starts mpiexec by itself. tests/test_mpi.py runs a moment of it, and looks at the bytes.
+"""
+# ruff: noqa: RUF001 - a multiplication sign in a table is meant
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import fill, markdown
+
+sys.path.pop(0)
+
+from fastrms.plots import format_seconds
+
+ROOT = Path(__file__).parent.parent
+PAGE, PLOT = ROOT / "docs" / "mpi.md", ROOT / "docs" / "_static" / "mpi.svg"
+
+RANKS = (1, 2, 4)
+SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+BYTES_OF = (100_000, 1_000_000)  # sizes of which the bytes are counted
+ITEMSIZE = np.dtype(np.float32).itemsize
+
+PREDICTED_RANKS = (8, 64, 512, 4096)
+PREDICTED_SIZES = (10**6, 10**7, 10**8, 10**9, 10**10)
+# A network that is not here: 2 us and 100 Gbit/s a rank, as InfiniBand EDR is sold.
+LATENCY, BANDWIDTH = 2e-6, 12.5e9
+# Rows of a batch of all ranks, for the time of the gradients: 6 floating-point operations a parameter and row.
+ROWS = 4096
+
+# Messages of MPICH through the loopback device, which counts bytes, and not through memory.
+OVER_TCP = {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "UCX_TLS": "tcp,self"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model is made of: seconds and bytes a second.
+
+    Attributes
+    ----------
+    latency : float
+        Of one message.
+    bandwidth : float
+        Bytes a second that a rank sends.
+    rate : float
+        Parameters a second that a rank updates.
+    overhead, alone : float
+        Of a step that has nothing to do, on several ranks and on one.
+    flops : float
+        Operations a second of a rank in matrix products.
+    """
+
+    latency: float
+    bandwidth: float
+    rate: float
+    overhead: float
+    alone: float
+    flops: float
+
+    def update(self, size: int, ranks: int) -> float:
+        """Seconds in which a rank updates its shard."""
+        return (self.overhead if ranks > 1 else self.alone) + size / ranks / self.rate
+
+    def communication(self, size: int, ranks: int) -> float:
+        """Seconds in which a rank sends its part of reduce-scatter and all-gather, and the small message ahead."""
+        rounds = math.ceil(math.log2(ranks))
+        return 3 * rounds * self.latency + bytes_of_rank(size, ranks) / self.bandwidth
+
+    def step(self, size: int, ranks: int) -> float:
+        """Seconds of a step."""
+        return self.update(size, ranks) + self.communication(size, ranks)
+
+    def gradients(self, size: int, ranks: int, rows: int = ROWS) -> float:
+        """Seconds in which a rank finds the gradients of its rows of the batch."""
+        return 6 * size * rows / ranks / self.flops
+
+    def takes_over(self, size: int) -> int | None:
+        """The smallest power of two at which communication takes longer than everything else, up to 2**24."""
+        for ranks in (2**k for k in range(1, 25)):
+            if self.communication(size, ranks) > self.gradients(size, ranks) + self.update(size, ranks):
+                return ranks
+        return None
+
+
+def bytes_of_rank(size: int, ranks: int) -> float:
+    """What a rank sends in a step, float32: all but its own part of the gradients, and its own part to all others."""
+    return 2 * (ranks - 1) / ranks * size * ITEMSIZE
+
+
+# The measurements, in processes of their own.
+
+
+def mpiexec(ranks: int, *arguments: str, over_tcp: bool = False) -> dict[str, Any]:
+    """Run this file on so many ranks, and return what the first one found."""
+    program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        raise SystemExit('there is no mpiexec; install one with: python -m pip install "fastrms[mpi-bundled]"')
+    # Of a BLAS with threads of its own, each rank would want all cores.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | (OVER_TCP if over_tcp else {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        command = [program, "-n", str(ranks), sys.executable, __file__, "--worker", str(path), *arguments]
+        subprocess.run(command, env=environment, check=True)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def work(path: Path, sizes: Sequence[int], seconds: float) -> None:
+    """What each rank does: steps of each size in turns, and the parts of their time."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    timed = {size: Timed(size) for size in sizes}
+    for each in timed.values():
+        for _ in range(3):
+            each.step(comm)
+    begin = time.perf_counter()
+    rounds = 0
+    while comm.bcast(rounds < 5 or time.perf_counter() - begin < seconds):
+        rounds += 1
+        for size, each in timed.items():
+            for _ in range(max(1, min(50, 100_000 // size))):
+                each.step(comm)
+    found: dict[str, Any] = {"seconds": {}, "flops": flops(comm)}
+    for size, each in timed.items():
+        # The slowest rank is what a step takes.
+        slowest = np.max(comm.allgather(np.array(each.seconds)), axis=0)
+        found["seconds"][size] = [float(x) for x in np.median(slowest, axis=0)]
+        loopback = [sent_by_loopback()]
+        comm.Barrier()
+        for _ in range(10):
+            each.step(comm, keep=False)
+        comm.Barrier()
+        loopback.append(sent_by_loopback())
+        if None not in loopback:
+            found.setdefault("bytes", {})[size] = (loopback[1] - loopback[0]) / 10 / comm.size  # type: ignore[operator]
+    if comm.rank == 0:
+        path.write_text(json.dumps(found), encoding="utf-8")
+
+
+class Timed:
+    """An optimizer whose steps are timed: the whole, and of that reductions, all-gather and the message ahead."""
+
+    def __init__(self, size: int) -> None:
+        from fastrms.mpi import ShardedRMSProp
+
+        self.opt = ShardedRMSProp([np.ones(size, np.float32)], kernel="serial")
+        self.opt.grads[0][...] = np.linspace(-1, 1, size)
+        self.seconds: list[tuple[float, float]] = []
+        self._communication = 0.0
+        ranks = self.opt._ranks
+        for name in ("reduce", "all_gather", "take_largest"):
+            setattr(ranks, name, self._timed(getattr(ranks, name)))
+
+    def _timed(self, method: Any) -> Any:
+        def run(*arguments: Any) -> None:
+            start = time.perf_counter()
+            method(*arguments)
+            self._communication += time.perf_counter() - start
+
+        return run
+
+    def step(self, comm: Any, keep: bool = True) -> None:
+        """Take a step, all ranks at the same time."""
+        comm.Barrier()
+        self._communication = 0.0
+        start = time.perf_counter()
+        self.opt.step()
+        whole = time.perf_counter() - start
+        if keep:
+            self.seconds.append((whole, self._communication))
+
+
+def flops(comm: Any) -> float:
+    """Operations a second of a matrix product of float32, on each rank while all have one."""
+    a = np.ones((512, 512), np.float32)
+    times = []
+    for _ in range(20):
+        comm.Barrier()
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 512**3 / statistics.median(times)
+
+
+def sent_by_loopback() -> int | None:
+    """The bytes that the loopback device has sent, on Linux."""
+    try:
+        lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[9]) for line in lines if line.strip().startswith("lo:")), None)
+
+
+# The model.
+
+
+def fit(times: dict[int, dict[int, tuple[float, float]]], flops_of_rank: float, cores: int) -> Machine:
+    """Latency, bandwidth and rate that come nearest to what was measured, each part of a time in its ratio.
+
+    Only of numbers of ranks for which there are cores: others wait for one another's turn.
+    """
+    updates, communications = [], []
+    for ranks, by_size in times.items():
+        if ranks > cores:
+            continue
+        for size, (whole, communication) in by_size.items():
+            updates.append(([float(ranks > 1), float(ranks == 1), size / ranks], whole - communication))
+            if ranks > 1:
+                rounds = math.ceil(math.log2(ranks))
+                communications.append(([3.0 * rounds, bytes_of_rank(size, ranks)], communication))
+    overhead, alone, per_parameter = solve(updates)
+    latency, per_byte = solve(communications)
+    return Machine(latency, 1 / per_byte, 1 / per_parameter, overhead, alone, flops_of_rank)
+
+
+def solve(rows: list[tuple[list[float], float]]) -> list[float]:
+    """Factors, none of them negative, with the least sum of squares of relative errors."""
+    from scipy.optimize import nnls
+
+    matrix = np.array([[x / value for x in factors] for factors, value in rows])
+    scale = matrix.max(axis=0)
+    found = nnls(matrix / scale, np.ones(len(rows)))[0] / scale
+    return [float(max(x, 1e-30)) for x in found]
+
+
+# What is printed and written.
+
+
+def tables(times: Any, sent: Any, here: Machine, network: Machine) -> dict[str, str]:
+    """All tables by name, as Markdown."""
+    measured = []
+    for size in sorted(next(iter(times.values()))):
+        for ranks in times:
+            whole, communication = times[ranks][size]
+            bytes_sent = sent.get(ranks, {}).get(size)
+            measured.append(
+                [f"{size:,}", str(ranks), format_seconds(whole), format_seconds(whole - communication),
+                 format_seconds(communication) if ranks > 1 else "–", format_seconds(here.step(size, ranks)),
+                 "–" if bytes_sent is None else f"{bytes_sent:,.0f}", f"{bytes_of_rank(size, ranks):,.0f}"]
+            )  # fmt: skip
+    header = ["parameters, float32", "ranks", "step", "of which update", "communication", "step, by the model",
+              "bytes sent by a rank", "by the formula"]  # fmt: skip
+    inputs = markdown(
+        ["", "latency", "bandwidth of a rank", "update of a rank", "overhead of a step", "matrix products of a rank"],
+        [[name, format_seconds(m.latency), f"{m.bandwidth / 1e9:.3g} GB/s", f"{m.rate / 1e9:.3g} billion parameters/s",
+          format_seconds(m.overhead), f"{m.flops / 1e9:.3g} GFLOP/s"]
+         for name, m in (("this machine, fitted", here), ("a network, given", network))],
+    )  # fmt: skip
+    return {
+        "mpi-measured": markdown(header, measured),
+        "mpi-inputs": inputs,
+        "mpi-here": predicted(here),
+        "mpi-network": predicted(network),
+    }
+
+
+def predicted(machine: Machine) -> str:
+    """The model's table: a step, and how much of it is communication."""
+    rows = []
+    for size in PREDICTED_SIZES:
+        cells = []
+        for ranks in PREDICTED_RANKS:
+            step = machine.step(size, ranks)
+            cells.append(f"{format_seconds(step)} ({machine.communication(size, ranks) / step:.0%})")
+        over = machine.takes_over(size)
+        rows.append([f"{size:.0e}".replace("e+", "e"), *cells, "none" if over is None else f"{over:,}"])
+    return markdown(["parameters", *(f"{ranks:,} ranks" for ranks in PREDICTED_RANKS), "takes over at"], rows)
+
+
+def plot(times: Any, here: Machine, network: Machine) -> Any:
+    """Steps over ranks: the model's lines for both machines, what was measured, and where communication takes over."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    ranks = 2 ** np.arange(13)
+    colours = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73")
+    for axes, machine, title in ((panels[0], here, "latency and bandwidth of this machine"),
+                                 (panels[1], network, "2 µs and 12.5 GB/s")):  # fmt: skip
+        for size, colour in zip(PREDICTED_SIZES, colours, strict=True):
+            label = f"$10^{{{round(math.log10(size))}}}$ parameters"
+            axes.plot(ranks, [machine.step(size, int(p)) for p in ranks], color=colour, label=label)
+            axes.plot(ranks, [machine.update(size, int(p)) for p in ranks], color=colour, linestyle=(0, (1, 1.5)))
+            over = machine.takes_over(size)
+            if over is not None and over <= ranks[-1]:
+                axes.plot(over, machine.step(size, over), color=colour, marker="v", markersize=9)
+        axes.set(xscale="log", yscale="log", xlabel="ranks", title=title)
+        axes.set_xticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
+        axes.minorticks_off()
+        axes.grid(color="#EEEEEE", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+    for size, colour in zip(PREDICTED_SIZES, colours, strict=True):
+        points = [(p, by_size[size][0]) for p, by_size in times.items() if size in by_size]
+        if points:
+            panels[0].plot(*zip(*points, strict=True), "o", color=colour, markeredgecolor="#FFFFFF")
+    panels[0].set_ylabel("seconds of a step")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def measure(seconds: float, sizes: Sequence[int], ranks: Sequence[int]) -> tuple[Any, Any, float]:
+    """Times by ranks and size, bytes by ranks and size, and operations a second of a rank."""
+    times, sent, rates = {}, {}, {}
+    for count in ranks:
+        found = mpiexec(count, "--sizes", *map(str, sizes), "--seconds", str(seconds))
+        times[count] = {int(size): tuple(values) for size, values in found["seconds"].items()}
+        rates[count] = found["flops"]
+    for count in ranks:
+        if count > 1:
+            counted = mpiexec(count, "--sizes", *map(str, set(BYTES_OF) & set(sizes)), "--seconds", "0", over_tcp=True)
+            sent[count] = {int(size): value for size, value in counted.get("bytes", {}).items()}
+    return times, sent, rates[max(count for count in ranks if count <= max(2, cores()))]
+
+
+def cores() -> int:
+    """How many cores there are for ranks."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> int:
+    """Measure, fit, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put tables into docs/mpi.md, the plot into docs/_static")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each number of ranks (default: 30)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of parameters")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="numbers of ranks")
+    parser.add_argument("--latency", type=float, default=LATENCY, help="of the network, in seconds (default: 2e-6)")
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes a second of a rank (default: 12.5e9)")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.sizes, args.seconds)
+        return 0
+    times, sent, rate = measure(args.seconds, args.sizes, args.ranks)
+    here = fit(times, rate, cores())
+    network = Machine(args.latency, args.bandwidth, here.rate, here.overhead, here.alone, here.flops)
+    made = tables(times, sent, here, network)
+    for name, table in made.items():
+        print(f"\n{name}\n\n{table}")
+    if args.write:
+        fill([PAGE], made)
+        plot(times, here, network).savefig(PLOT, metadata={"Date": None})
+        print(f"\nwritten: {PAGE}, {PLOT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
