@@ -9,6 +9,7 @@ from fastrms.errors import (
     NonfiniteError,
     OptionError,
     OptionTypeError,
+    StorageError,
     StructureError,
 )
 from fastrms.functional import rmsprop_update, warmup
@@ -27,6 +28,7 @@ __all__ = [
     "OptionTypeError",
     "ParamGroup",
     "RMSProp",
+    "StorageError",
     "StructureError",
     "dialect",
     "from_bfloat16",

@@ -135,6 +135,7 @@ class Checkpointed:
         lr: float | Callable[[int], float] | None = None,
         kernel: str = "auto",
         num_threads: int | None = None,
+        storage: str | os.PathLike[str] | None = None,
     ) -> Any:
         """Make the optimizer that a file of `save` is of, with its parameters, their structure and all options.
 
@@ -148,6 +149,8 @@ class Checkpointed:
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
+        storage : path of a new or empty folder, or None, default None
+            As for `RMSProp`: where to keep parameters and state, if not in memory.
 
         Returns
         -------
@@ -159,13 +162,15 @@ class Checkpointed:
         CheckpointError
             As for `load`; or the keys of a dict of parameters are not text or numbers.
         """
-        return _new_from_file(cls, Path(path), lr, kernel=kernel, num_threads=num_threads)
+        return _new_from_file(cls, Path(path), lr, kernel=kernel, num_threads=num_threads, storage=storage)
 
 
 def _state_dict(opt: _Optimizer) -> dict[str, Any]:
     arrays = {_SKIPPED: opt._skipped.copy()}
     for name, segment in _segments(opt):
-        arrays[name] = segment.copy()
+        arrays[name] = np.empty_like(segment)
+        for part in opt._in_parts(segment):
+            arrays[name][part] = segment[part]
     return _head(opt) | {"arrays": arrays}
 
 
@@ -193,11 +198,7 @@ def _new_from_file(cls: Any, path: Path, lr: Any, **options: Any) -> _Optimizer:
     with _opened(path, None) as source:
         head = source.head
         _check_head(head)
-        arrays = _empty_arrays(head["parameters"], source.kinds)
-        try:
-            params = _decode(head["structure"], arrays)
-        except (KeyError, IndexError, TypeError, ValueError, RecursionError):
-            raise CheckpointError("structure: cannot be rebuilt; make an RMSProp and use load()") from None
+        params = _params_of(head, source.kinds)
         if lr is None and any(group.get("lr") is None for group in head["param_groups"]):
             raise CheckpointError("lr: it was a function, which no file holds; give it: from_checkpoint(path, lr=...)")
         groups = [{"params": part} for part in params] if head["grouped"] else params
@@ -208,6 +209,15 @@ def _new_from_file(cls: Any, path: Path, lr: Any, **options: Any) -> _Optimizer:
     if lr is not None:
         opt.lr = lr
     return opt
+
+
+def _params_of(head: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> Any:
+    """Parameters of the structure, shapes and dtypes that a head has, which take no memory, without values."""
+    arrays = _empty_arrays(head["parameters"], kinds)
+    try:
+        return _decode(head["structure"], arrays)
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
+        raise CheckpointError("structure: cannot be rebuilt; make an RMSProp and use load()") from None
 
 
 def _head(opt: _Optimizer) -> dict[str, Any]:
@@ -287,17 +297,20 @@ def _take(opt: _Optimizer, source: _Source) -> None:
     # From here on nothing can fail.
     for name in names:
         if name not in opt.buffers:
-            opt.buffers[name] = opt._new_state()
-    for name, segment in _segments(opt):
-        segment[...] = arrays.get(name, 0)
-    opt._skipped[...] = arrays[_SKIPPED]
-    opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
-    opt._global_clip_norm, opt._nonfinite = (
-        check_option("global_clip_norm", head["global_clip_norm"]),
-        head["nonfinite"],
-    )
-    for group, loaded in zip(opt.param_groups, groups, strict=True):
-        group.take_over(loaded)
+            opt.buffers[name] = opt._new_state(name)
+    with opt._loading():
+        for name, segment in _segments(opt):
+            values = np.broadcast_to(arrays.get(name, segment.dtype.type(0)), segment.shape)
+            for part in opt._in_parts(segment):
+                segment[part] = values[part]
+        opt._skipped[...] = arrays[_SKIPPED]
+        opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
+        opt._global_clip_norm, opt._nonfinite = (
+            check_option("global_clip_norm", head["global_clip_norm"]),
+            head["nonfinite"],
+        )
+        for group, loaded in zip(opt.param_groups, groups, strict=True):
+            group.take_over(loaded)
     opt._connect()
 
 
@@ -331,8 +344,8 @@ def _check_head(head: Any) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind]) -> list[Array]:
-    """An array for each parameter that takes no memory, after a check that the file has as many numbers."""
+def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind] | None) -> list[Array]:
+    """An array for each parameter that takes no memory, after a check that the file, if any, has as many numbers."""
     sizes: dict[str, int] = {}
     for number, parameter in enumerate(parameters):
         shape, dtype = parameter.get("shape"), parameter.get("dtype")
@@ -342,7 +355,7 @@ def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind]
             raise CheckpointError(f"parameters[{number}]: expected a shape, got {shape!r}")
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     for dtype, size in sizes.items():
-        kind = kinds.get(f"params/{dtype}")
+        kind = (np.dtype(dtype), (size,)) if kinds is None else kinds.get(f"params/{dtype}")
         if kind != (np.dtype(dtype), (size,)):
             raise CheckpointError(f"arrays['params/{dtype}']: expected {size} numbers as the shapes say, got {kind}")
     try:

@@ -17,6 +17,7 @@ __all__ = [
     "NonfiniteError",
     "OptionError",
     "OptionTypeError",
+    "StorageError",
     "StructureError",
 ]
 
@@ -43,6 +44,10 @@ class StructureError(FastrmsError, ValueError):
 
 class CheckpointError(FastrmsError, ValueError):
     """A state or a file is damaged, of another optimizer, or no checkpoint; the optimizer is as it was."""
+
+
+class StorageError(FastrmsError, OSError):
+    """A folder cannot be, or is not, the storage of an optimizer, or is that of another one; it is as it was."""
 
 
 class NonfiniteError(FastrmsError, FloatingPointError):

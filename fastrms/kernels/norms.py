@@ -101,13 +101,17 @@ class SpanNorms:
         self._partials = np.empty(self._first_chunk[-1])
         self._sums = np.empty(len(spans))
 
+    def of(self, spans: NDArray[np.int64]) -> "SpanNorms":
+        """The same for other spans."""
+        return SpanNorms(spans)
+
     def __call__(self, grads: NDArray[Any], clip: float, kernel: str) -> NDArray[np.float64]:
         """The norms of `grads` with its values limited to [-clip, clip], by the serial, parallel or numpy code."""
         sums = self._sum_squares(grads, clip, 1.0, kernel)
         norms = np.sqrt(sums)
         for outside, prescale in ((sums < _TOO_SMALL, _PRESCALE), (np.isinf(sums), 1.0 / _PRESCALE)):
             if grads.dtype == np.float64 and outside.any():
-                again = SpanNorms(self.spans[outside])
+                again = self.of(self.spans[outside])
                 with np.errstate(over="ignore"):  # a norm above the range of float64 is inf
                     norms[outside] = np.sqrt(again._sum_squares(grads, clip, prescale, kernel)) / prescale
         return norms
