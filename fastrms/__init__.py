@@ -10,6 +10,7 @@ from fastrms.errors import (
     OptionError,
     OptionTypeError,
     RankError,
+    StorageError,
     StructureError,
 )
 from fastrms.functional import rmsprop_update, warmup
@@ -29,6 +30,7 @@ __all__ = [
     "ParamGroup",
     "RMSProp",
     "RankError",
+    "StorageError",
     "StructureError",
     "dialect",
     "from_bfloat16",

@@ -15,7 +15,7 @@ import math
 import os
 import secrets
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -40,10 +40,14 @@ _SKIPPED, _HEAD = "skipped", "head"
 # What a file may take around the numbers that are expected in it: in all, and for each array of parameters.
 _BESIDES, _BESIDES_EACH = 1 << 16, 1 << 11
 _MOST_DIMENSIONS = 64  # of NumPy
+_PART = 1 << 18  # numbers that are read at a time where not all can be in memory
 
 
 class _Source(Protocol):
-    """Where a state comes from: all but the arrays, what kind each array is, and the arrays themselves."""
+    """Where a state comes from: all but the arrays, what kind each array is, and the arrays themselves.
+
+    `read` gives one that was compared with its checksum, `parts` some slices of one that was not.
+    """
 
     @property
     def head(self) -> Mapping[str, Any]: ...
@@ -52,6 +56,8 @@ class _Source(Protocol):
     def kinds(self) -> Mapping[str, Kind]: ...
 
     def read(self, name: str) -> Array: ...
+
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]: ...
 
 
 class Checkpointed:
@@ -135,6 +141,7 @@ class Checkpointed:
         lr: float | Callable[[int], float] | None = None,
         kernel: str = "auto",
         num_threads: int | None = None,
+        storage: str | os.PathLike[str] | None = None,
     ) -> Any:
         """Make the optimizer that a file of `save` is of, with its parameters, their structure and all options.
 
@@ -148,6 +155,8 @@ class Checkpointed:
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
+        storage : path of a new or empty folder, or None, default None
+            As for `RMSProp`: where to keep parameters and state, if not in memory.
 
         Returns
         -------
@@ -159,27 +168,36 @@ class Checkpointed:
         CheckpointError
             As for `load`; or the keys of a dict of parameters are not text or numbers.
         """
-        return _new_from_file(cls, Path(path), lr, kernel=kernel, num_threads=num_threads)
+        return _new_from_file(cls, Path(path), lr, kernel=kernel, num_threads=num_threads, storage=storage)
 
 
 def _state_dict(opt: _Optimizer) -> dict[str, Any]:
     arrays = {_SKIPPED: opt._skipped.copy()}
     for name, segment in _segments(opt):
-        arrays[name] = segment.copy()
+        arrays[name] = np.empty_like(segment)
+        for part in opt._in_parts(segment):
+            arrays[name][part] = segment[part]
     return _head(opt) | {"arrays": arrays}
 
 
 def _save(opt: _Optimizer, path: Path) -> None:
     arrays = dict(_segments(opt)) | {_SKIPPED: opt._skipped}
-    head = json.dumps(_head(opt) | {"checksums": {name: _checksum(array) for name, array in arrays.items()}})
+    checksums = {name: _checksum(array[part] for part in opt._in_parts(array)) for name, array in arrays.items()}
+    head = json.dumps(_head(opt) | {"checksums": checksums})
     is_safetensors = _is_safetensors(path)
     with _replaced(path) as temporary:
         if is_safetensors:
             _safetensors("numpy").save_file(arrays, temporary, metadata={_HEAD: head})
         else:
-            with temporary.open("wb") as stream:
-                entries: Any = arrays | {_HEAD: np.frombuffer(head.encode(), np.uint8)}
-                np.savez(stream, **entries)
+            entries: dict[str, Array] = arrays | {_HEAD: np.frombuffer(head.encode(), np.uint8)}
+            # As np.savez does, and in parts.
+            with zipfile.ZipFile(temporary, "w") as archive:
+                for name, array in entries.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        header = np.lib.format.header_data_from_array_1_0(array)
+                        np.lib.format.write_array_header_1_0(entry, header)
+                        for part in opt._in_parts(array):
+                            entry.write(array[part].data)
 
 
 def _load(opt: _Optimizer, path: Path) -> None:
@@ -193,11 +211,7 @@ def _new_from_file(cls: Any, path: Path, lr: Any, **options: Any) -> _Optimizer:
     with _opened(path, None) as source:
         head = source.head
         _check_head(head)
-        arrays = _empty_arrays(head["parameters"], source.kinds)
-        try:
-            params = _decode(head["structure"], arrays)
-        except (KeyError, IndexError, TypeError, ValueError, RecursionError):
-            raise CheckpointError("structure: cannot be rebuilt; make an RMSProp and use load()") from None
+        params = _params_of(head, source.kinds)
         if lr is None and any(group.get("lr") is None for group in head["param_groups"]):
             raise CheckpointError("lr: it was a function, which no file holds; give it: from_checkpoint(path, lr=...)")
         groups = [{"params": part} for part in params] if head["grouped"] else params
@@ -208,6 +222,15 @@ def _new_from_file(cls: Any, path: Path, lr: Any, **options: Any) -> _Optimizer:
     if lr is not None:
         opt.lr = lr
     return opt
+
+
+def _params_of(head: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> Any:
+    """Parameters of the structure, shapes and dtypes that a head has, which take no memory, without values."""
+    arrays = _empty_arrays(head["parameters"], kinds)
+    try:
+        return _decode(head["structure"], arrays)
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
+        raise CheckpointError("structure: cannot be rebuilt; make an RMSProp and use load()") from None
 
 
 def _head(opt: _Optimizer) -> dict[str, Any]:
@@ -282,22 +305,34 @@ def _take(opt: _Optimizer, source: _Source) -> None:
             raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}")
     if unknown := source.kinds.keys() - expected.keys():
         raise CheckpointError(f"arrays: expected {', '.join(expected)}, got also {sorted(unknown)[0]!r}")
-    arrays = {name: source.read(name) for name in expected}
+    # What goes into storage may be larger than memory: it is read twice, first to see whether it is right.
+    arrays = {name: source.read(name) for name in expected if opt._storage is None or name == _SKIPPED}
+    for name in expected.keys() - arrays.keys():
+        _verify(source, name, expected[name][1][0])
 
-    # From here on nothing can fail.
+    # From here on nothing can fail; but for reading again what is to go into storage, which then is marked as torn.
     for name in names:
         if name not in opt.buffers:
-            opt.buffers[name] = opt._new_state()
-    for name, segment in _segments(opt):
-        segment[...] = arrays.get(name, 0)
-    opt._skipped[...] = arrays[_SKIPPED]
-    opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
-    opt._global_clip_norm, opt._nonfinite = (
-        check_option("global_clip_norm", head["global_clip_norm"]),
-        head["nonfinite"],
-    )
-    for group, loaded in zip(opt.param_groups, groups, strict=True):
-        group.take_over(loaded)
+            opt.buffers[name] = opt._new_state(name)
+    with opt._loading():
+        for name, segment in _segments(opt):
+            slices = opt._in_parts(segment)
+            if name in arrays:
+                segment[...] = arrays[name]
+            elif name in expected:
+                for part, numbers in source.parts(name, slices):
+                    segment[part] = numbers
+            else:
+                for part in slices:
+                    segment[part] = 0
+        opt._skipped[...] = arrays[_SKIPPED]
+        opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
+        opt._global_clip_norm, opt._nonfinite = (
+            check_option("global_clip_norm", head["global_clip_norm"]),
+            head["nonfinite"],
+        )
+        for group, loaded in zip(opt.param_groups, groups, strict=True):
+            group.take_over(loaded)
     opt._connect()
 
 
@@ -331,8 +366,8 @@ def _check_head(head: Any) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind]) -> list[Array]:
-    """An array for each parameter that takes no memory, after a check that the file has as many numbers."""
+def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind] | None) -> list[Array]:
+    """An array for each parameter that takes no memory, after a check that the file, if any, has as many numbers."""
     sizes: dict[str, int] = {}
     for number, parameter in enumerate(parameters):
         shape, dtype = parameter.get("shape"), parameter.get("dtype")
@@ -342,7 +377,7 @@ def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind]
             raise CheckpointError(f"parameters[{number}]: expected a shape, got {shape!r}")
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     for dtype, size in sizes.items():
-        kind = kinds.get(f"params/{dtype}")
+        kind = (np.dtype(dtype), (size,)) if kinds is None else kinds.get(f"params/{dtype}")
         if kind != (np.dtype(dtype), (size,)):
             raise CheckpointError(f"arrays['params/{dtype}']: expected {size} numbers as the shapes say, got {kind}")
     try:
@@ -362,7 +397,7 @@ def _encode(tree: Any) -> Any:
     return tree
 
 
-def _decode(code: Any, leaves: list[Array]) -> Any:
+def _decode(code: Any, leaves: Sequence[Any]) -> Any:
     """The nesting that `_encode` was given, with `leaves` for their numbers."""
     if isinstance(code, int):
         return leaves[code]
@@ -389,6 +424,10 @@ class _Memory:
     def read(self, name: str) -> Array:
         array: Array = self._arrays[name]
         return array
+
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
+        for part in slices:
+            yield part, self._arrays[name][part]
 
 
 class _Npz:
@@ -430,8 +469,17 @@ class _Npz:
 
     def read(self, name: str) -> Array:
         array = np.frombuffer(self._bytes(name), self._entries[name][1][0])
-        _compare_checksum(self.head, name, array)
+        _compare_checksum(self.head, name, [array])
         return array
+
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
+        info, (dtype, (size,)) = self._entries[name]
+        with self._archive.open(info) as stream:
+            _npy_kind(stream)
+            for part in slices:
+                yield part, np.frombuffer(stream.read((part.stop - part.start) * dtype.itemsize), dtype)
+            if stream.read(1):  # which looks at the archive's own checksum, too
+                raise CheckpointError(f"{name}: expected {size} numbers, got more")
 
 
 def _npy_kind(stream: Any) -> Kind:
@@ -464,8 +512,13 @@ class _Safetensors:
 
     def read(self, name: str) -> Array:
         array: Array = self._file.get_tensor(name)
-        _compare_checksum(self.head, name, array)
+        _compare_checksum(self.head, name, [array])
         return array
+
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
+        tensor = self._file.get_slice(name)
+        for part in slices:
+            yield part, tensor[part]
 
 
 @contextlib.contextmanager
@@ -531,15 +584,26 @@ def _parse(text: bytes) -> Any:
     return json.loads(text.decode("utf-8"))
 
 
-def _checksum(array: Array) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8).data, digest_size=16).hexdigest()
+def _checksum(parts: Iterable[Array]) -> str:
+    """Of an array that consists of these parts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return digest.hexdigest()
 
 
-def _compare_checksum(head: Any, name: str, array: Array) -> None:
+def _compare_checksum(head: Any, name: str, parts: Iterable[Array]) -> None:
     checksums = head.get("checksums")
     expected = checksums.get(name) if isinstance(checksums, Mapping) else None
-    if _checksum(array) != expected:
-        raise CheckpointError(f"{name}: expected the checksum {expected!r}, got {_checksum(array)!r}: it is damaged")
+    if (found := _checksum(parts)) != expected:
+        raise CheckpointError(f"{name}: expected the checksum {expected!r}, got {found!r}: it is damaged")
+
+
+def _verify(source: _Source, name: str, size: int) -> None:
+    """Compare an array with its checksum, as `source.read` does, without having all of it in memory."""
+    if not isinstance(source, _Memory):
+        slices = (slice(start, min(start + _PART, size)) for start in range(0, size, _PART))
+        _compare_checksum(source.head, name, (values for _, values in source.parts(name, slices)))
 
 
 def _is_count(value: Any) -> bool:

@@ -18,6 +18,7 @@ __all__ = [
     "OptionError",
     "OptionTypeError",
     "RankError",
+    "StorageError",
     "StructureError",
 ]
 
@@ -48,6 +49,10 @@ class CheckpointError(FastrmsError, ValueError):
 
 class RankError(FastrmsError, RuntimeError):
     """Another rank of an MPI program could not go on, for the reason in the message; nothing was changed."""
+
+
+class StorageError(FastrmsError, OSError):
+    """A folder cannot be, or is not, the storage of an optimizer, or is that of another one; it is as it was."""
 
 
 class NonfiniteError(FastrmsError, FloatingPointError):

@@ -41,7 +41,7 @@ _REDUCTIONS = ("sum", "mean")
 _CHECKS = ("broadcast", "raise")
 
 
-class ShardedRMSProp(Unsharded, RMSProp):
+class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoint has no storage
     """RMSProp over the ranks of an MPI program, each of which has 1/P of the state and does 1/P of the update.
 
     As `fastrms.RMSProp`, with the same options, kernels and bits; ``docs/mpi.md`` has what is different. All ranks
@@ -121,6 +121,8 @@ class ShardedRMSProp(Unsharded, RMSProp):
         try:
             check_one_of("reduction", reduction, _REDUCTIONS)
             check_one_of("check_params", check_params, _CHECKS)
+            if options.get("storage") is not None:
+                raise OptionError("storage: expected None, as a ShardedRMSProp has its buffers in memory, got a path")
             super().__init__(params, lr, decay_rate, epsilon, **options)
         except Exception as caught:
             error = caught
@@ -343,9 +345,7 @@ class ShardedRMSProp(Unsharded, RMSProp):
         if calls is None:
             self.skipped_steps += 1
         else:
-            for update, arguments in calls:
-                update(*arguments)
-            self.steps += 1
+            self._run(calls)
             if self.size > 1:
                 for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
                     self._ranks.all_gather(segment, bounds)

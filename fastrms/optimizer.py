@@ -1,14 +1,15 @@
 """`RMSProp`: the buffers, the options and what users call; `stepping` has what a step does."""
 
 import copy
+import os
 from typing import Any
 
 import numpy as np
 
 from fastrms.attributes import checked, option_of_all_groups, views
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import FlatBuffer, Layout
 from fastrms.checkpoints import Checkpointed
-from fastrms.errors import DtypeError
+from fastrms.errors import DtypeError, StorageError
 from fastrms.kernels import choice
 from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
@@ -23,11 +24,12 @@ from fastrms.options import (
 )
 from fastrms.overlap import refuse_overlap
 from fastrms.stepping import Stepping
+from fastrms.storage import Storage, Stored, check_storage
 
 __all__ = ["RMSProp"]
 
 
-class RMSProp(Stepping, Checkpointed):
+class RMSProp(Stepping, Checkpointed, Stored):
     """RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
 
     With default options each step computes, element by element of a parameter p with gradient g and cache v, ::
@@ -96,6 +98,10 @@ class RMSProp(Stepping, Checkpointed):
         What a step does where a gradient has an inf or NaN: use it, which stays in its element; raise NonfiniteError;
         or do nothing, and count that in `skipped_steps`. The latter two leave parameters, state and `steps` as they
         were, and cost one reading of the gradients, or none where the norms that clipping needs tell it.
+    storage : path of a new or empty folder, or None, default None
+        Keep the buffers in files there, mapped into memory, and take steps in parts of some MB: for parameters larger
+        than memory. `reopen` goes on with them later, `flush` and `close` say when all is on the disk. Bits are the
+        same. ``docs/storage.md`` has what happens after a crash.
 
     Attributes
     ----------
@@ -156,6 +162,7 @@ class RMSProp(Stepping, Checkpointed):
         num_threads: int | None = None,
         cache_dtype: str | None = None,
         nonfinite: str = "propagate",
+        storage: str | os.PathLike[str] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -179,18 +186,19 @@ class RMSProp(Stepping, Checkpointed):
         self._nonfinite = check_one_of("nonfinite", nonfinite, NONFINITE)
         self._kernel = check_one_of("kernel", kernel, choice.KERNELS)
         self._num_threads = check_threads(num_threads, choice.max_threads())
+        check_storage(storage)
 
         groups = parameter_groups(params)
         self._grouped = groups is not None
         arrays = params if groups is None else [group["params"] for group in groups]
-        values = FlatBuffer(arrays, "params")
-        layout = values.layout
+        values = FlatBuffer(arrays, "params") if storage is None else None
+        layout = Layout(arrays, "params") if values is None else values.layout
         for leaf in layout.leaves:
             if (dtype := layout.dtype_of(leaf)) not in (np.float32, np.float64):
                 raise DtypeError(
                     f"params{leaf.path}: expected float32 or float64, got {dtype}; convert it with .astype(np.float32)"
                 )
-        refuse_overlap(values, arrays)
+        refuse_overlap(layout, arrays)
 
         self._cache_dtype = check_cache_dtype(cache_dtype, {segment.dtype for segment in layout.segments})
 
@@ -203,14 +211,20 @@ class RMSProp(Stepping, Checkpointed):
             dtypes = {layout.dtype_of(layout.leaves[i]) for i in np.flatnonzero(self._group_of == number)}
             self.param_groups.append(ParamGroup(defaults | own, f"param_groups[{number}]", dtypes, self._cache_dtype))
 
-        self.buffers: dict[str, FlatBuffer] = {"params": values, "grads": values.like()}
-        self.buffers["cache"] = self._new_state()
-        for cache, k in zip(self.buffers["cache"].leaves, self._group_of, strict=True):
-            start = self.param_groups[k]["initial_scale"]
-            cache[...] = start if self._cache_dtype is None else to_bfloat16(start)
+        self.buffers: dict[str, FlatBuffer] = {}
         self.steps = self.skipped_steps = 0
         self._skipped = np.zeros(len(layout.leaves), np.int64)  # steps that each parameter sat out
-        self._connect()
+        self._storage = None if storage is None else Storage.of(storage, layout)
+        if values is not None:
+            self.buffers = {"params": values, "grads": values.like()}
+            self._start_state()
+            self._connect()
+        elif self._storage is not None:
+            with self._storage.making(self, layout) as reopened:
+                if not reopened:
+                    self.buffers["params"].gather(arrays, "params")
+                    self._start_state()
+                self._connect()
 
     params: Any = views("params", "The parameters, in the structure that was given.")
     grads: Any = views(
@@ -293,6 +307,14 @@ class RMSProp(Stepping, Checkpointed):
             with choice.limit_threads(self._num_threads):
                 return self._step(gradients)
 
+    def _start_state(self) -> None:
+        self.buffers["cache"] = self._new_state("cache")
+        for cache, k in zip(self.buffers["cache"].leaves, self._group_of, strict=True):
+            if start := self.param_groups[k]["initial_scale"]:  # new memory is 0
+                flat = cache.reshape(-1)
+                for part in self._in_parts(flat):
+                    flat[part] = start if self._cache_dtype is None else to_bfloat16(start)
+
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, and why.
 
@@ -327,6 +349,11 @@ class RMSProp(Stepping, Checkpointed):
         return [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._storage is not None:  # a copy would be in memory, for which this one may well be too large
+            raise StorageError(
+                f"{self.storage}: an optimizer with storage cannot be copied or pickled; use save() and "
+                "RMSProp.from_checkpoint(), or close() and RMSProp.reopen()"
+            )
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,29 +4,29 @@ from typing import Any
 
 import numpy as np
 
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import Layout
 from fastrms.errors import StructureError
 
 __all__ = ["refuse_overlap"]
 
 
-def refuse_overlap(buffer: FlatBuffer, arrays: Any) -> None:
-    """Raise StructureError if two of the parameters that `buffer` was made from share memory."""
-    if overlap := _find_overlap(buffer, arrays):
+def refuse_overlap(layout: Layout, arrays: Any) -> None:
+    """Raise StructureError if two of the parameters that `layout` is of share memory."""
+    if overlap := _find_overlap(layout, arrays):
         raise StructureError(
             f"params{overlap[0]} and params{overlap[1]} share memory; give tied parameters once and add up their "
             "gradients, or copy one of them"
         )
 
 
-def _find_overlap(buffer: FlatBuffer, arrays: Any) -> tuple[str, str] | None:
+def _find_overlap(layout: Layout, arrays: Any) -> tuple[str, str] | None:
     """The paths of two of them, or None.
 
     Two views that lie within one another's bounds without sharing an element, such as ``a[::2]`` and ``a[1::2]``, do
     not overlap.
     """
     spans = []
-    for item, leaf in zip(buffer.layout.flatten(arrays, "arrays"), buffer.layout.leaves, strict=True):
+    for item, leaf in zip(layout.flatten(arrays, "arrays"), layout.leaves, strict=True):
         if isinstance(item, np.ndarray) and item.size:
             low, high = np.lib.array_utils.byte_bounds(item)
             spans.append((low, high, leaf.path, item))

@@ -11,6 +11,7 @@ from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cpu, pointers
 from fastrms.kernels.norms import SpanNorms
 from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule
+from fastrms.storage import Storage
 
 __all__ = ["Run"]
 
@@ -25,9 +26,18 @@ class Run:
     layout : Layout
     numbers : ndarray of int
         Which leaves of the layout.
+    storage : Storage or None, default None
+        Where the buffers are, if not in memory.
     """
 
-    def __init__(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        group_number: int,
+        group: ParamGroup,
+        layout: Layout,
+        numbers: NDArray[np.int64],
+        storage: Storage | None = None,
+    ) -> None:
         leaves = [layout.leaves[i] for i in numbers]
         self.group_number = group_number
         self.group = group
@@ -43,8 +53,9 @@ class Run:
         for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
             row[0], row[1] = number, len(leaf.shape)
             row[2 : 2 + len(leaf.shape)] = leaf.shape
-        # Small arrays are faster copied together and updated as one.
-        self._gathers = self.size < pointers.GATHER_BELOW * len(leaves)
+        self._storage = storage
+        # Small arrays are faster copied together and updated as one, where that is a copy in memory.
+        self._gathers = self.size < pointers.GATHER_BELOW * len(leaves) and storage is None
         # Kernels read these; they are written in place, so that a step without changes makes no array.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(leaves), 2), self.dtype)
@@ -53,7 +64,7 @@ class Run:
     @cached_property
     def norms(self) -> SpanNorms:
         """The norm of each parameter's gradient."""
-        return SpanNorms(self._spans)
+        return SpanNorms(self._spans) if self._storage is None else self._storage.norms(self._spans)
 
     def prepare(self, buffers: Mapping[str, FlatBuffer]) -> None:
         """Take note of where the buffers lie and which state the options ask for."""

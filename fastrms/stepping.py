@@ -14,6 +14,7 @@ from fastrms.kernels import choice, cpu, pointers
 from fastrms.kernels.norms import AddUp, combine, scale_to
 from fastrms.options import ParamGroup, resolve_lr
 from fastrms.runs import Run
+from fastrms.storage import Storage
 
 __all__ = ["Stepping"]
 
@@ -36,14 +37,18 @@ class Stepping:
     _nonfinite: str
     _num_threads: int | None
     _skipped: NDArray[np.int64]
+    _storage: Storage | None
 
     @property
     def _own(self) -> Mapping[str, FlatBuffer]:
         """The buffers that this process updates: all, unless ranks have parts of them (`fastrms.mpi`)."""
         return self.buffers
 
-    def _new_state(self) -> FlatBuffer:
-        return self._own["params"].like(dtype=None if self._cache_dtype is None else np.uint16)
+    def _new_state(self, name: str) -> FlatBuffer:
+        params, dtype = self._own["params"], None if self._cache_dtype is None else np.uint16
+        if self._storage is None:
+            return params.like(dtype=dtype)
+        return self._storage.buffer(name, params.layout if dtype is None else params.layout.with_dtype(dtype))
 
     def _connect(self) -> None:
         """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
@@ -56,7 +61,7 @@ class Stepping:
             for k, group in enumerate(self.param_groups):
                 numbers = np.flatnonzero((segment_of == segment) & (self._group_of == k))
                 if len(numbers):
-                    self._runs.append(Run(k, group, layout, numbers))
+                    self._runs.append(Run(k, group, layout, numbers, self._storage))
         self._state: list[tuple[bool, bool]] = []  # which state each group has: momentum buffer, mean gradient
         for k, group in enumerate(self.param_groups):
             group.bind(self._params.views[k] if self._grouped else self._params.views, self._options_changed)
@@ -67,6 +72,8 @@ class Stepping:
 
     def _in_child_of_fork(self) -> None:
         self._lock = threading.RLock()  # a thread that held it is not here
+        if self._storage is not None:
+            self._storage.in_child_of_fork()
         self._kernel_changed()
 
     def _kernel_changed(self) -> None:
@@ -90,6 +97,8 @@ class Stepping:
         self._zero_copy = self._kernel != "numpy" and pointers.available()
 
     def _step(self, gradients: Any) -> Any:
+        if self._storage is not None:
+            self._storage.check_open()
         kernel = self._kernel if self._chooser is None else self._chooser.kernel
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
@@ -116,9 +125,7 @@ class Stepping:
         if calls is None:
             self.skipped_steps += 1
         else:
-            for update, arguments in calls:
-                update(*arguments)
-            self.steps += 1
+            self._run(calls)
         if self._chooser is not None:
             self._chooser.step_done()
         return self._params.views
@@ -133,6 +140,14 @@ class Stepping:
             intact = False
         if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
             raise StructureError(problems[0])
+
+    def _run(self, calls: list[_Call]) -> None:
+        if self._storage is None:
+            for update, arguments in calls:
+                update(*arguments)
+        else:
+            self._storage.step(self, calls)
+        self.steps += 1
 
     def _step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
         """Take a step with gradients at these addresses, one for each parameter, or for each that is present.
@@ -149,9 +164,7 @@ class Stepping:
             calls = self._steady_calls.get((True, kernel)) if present is None else None
             if calls is None:
                 calls = self._make_calls(self._rates(), kernel, present, True)
-            for update, arguments in calls:
-                update(*arguments)
-            self.steps += 1
+            self._run(calls)
             if present is not None:
                 self._skipped[~present] += 1
             if self._chooser is not None:
@@ -207,7 +220,7 @@ class Stepping:
         """Make the state that the options ask for, and let the runs know."""
         for name, option in (("momentum_buffer", "momentum"), ("grad_avg", "centered")):
             if name not in self.buffers and any(group[option] for group in self.param_groups):
-                self.buffers[name] = self._new_state()
+                self.buffers[name] = self._new_state(name)
         for run in self._runs:
             run.prepare(self._own)
 
@@ -252,7 +265,7 @@ class Stepping:
                 None if scales is None else scales[run.numbers],
                 corrections,
             )
-            if in_place and name == "serial":
+            if in_place and name == "serial" and self._storage is None:  # which cuts calls of `UPDATES`
                 # The function that found them, with which a first step compiles no other. 0: they are found.
                 calls.append((cpu.serial_from, (0, *run.with_sources(arguments))))
             else:

@@ -193,7 +193,7 @@ def _new_whole(opt: _Optimizer) -> RMSProp:
         whole = RMSProp(opt.params, kernel="numpy", **own, **options)
     for name in _state_of(opt):
         if name not in whole.buffers:  # of an option that was on before
-            whole.buffers[name] = whole._new_state()
+            whole.buffers[name] = whole._new_state(name)
     whole.steps, whole.skipped_steps = opt.steps, opt.skipped_steps
     whole._skipped[...] = opt._skipped
     return whole
@@ -225,7 +225,7 @@ def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
     opt._broadcast_params()
     for name in names:
         if name not in opt.buffers:
-            opt.buffers[name] = opt._new_state()
+            opt.buffers[name] = opt._new_state(name)
     for own, all_, bounds in _segments(opt, whole):
         opt._ranks.scatter(all_, own, bounds)
     opt.steps, opt.skipped_steps, opt._global_clip_norm, opt._nonfinite, skipped = numbers

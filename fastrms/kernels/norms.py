@@ -105,6 +105,10 @@ class SpanNorms:
         self._partials = np.empty(self._first_chunk[-1])
         self._sums = np.empty(len(spans))
 
+    def of(self, spans: NDArray[np.int64]) -> "SpanNorms":
+        """The same for other spans."""
+        return SpanNorms(spans)
+
     def __call__(
         self, grads: NDArray[Any], clip: float, kernel: str, add_up: AddUp | None = None
     ) -> NDArray[np.float64]:
@@ -118,7 +122,7 @@ class SpanNorms:
         for outside, prescale in ((sums < _TOO_SMALL, _PRESCALE), (np.isinf(sums), 1.0 / _PRESCALE)):
             if grads.dtype == np.float64 and outside.any():
                 again = np.zeros(len(sums))
-                again[outside] = SpanNorms(self.spans[outside])._sum_squares(grads, clip, prescale, kernel)
+                again[outside] = self.of(self.spans[outside])._sum_squares(grads, clip, prescale, kernel)
                 again = again if add_up is None else add_up(again)
                 with np.errstate(over="ignore"):  # a norm above the range of float64 is inf
                     norms[outside] = np.sqrt(again[outside]) / prescale

@@ -1,0 +1,691 @@
+"""Buffers in memory-mapped files, for parameters and state that are larger than memory.
+
+A folder has one file for each buffer, ``head.json`` with structure, dtypes and options as checkpoints have them,
+``counts.bin`` with the counts of steps, and ``lock``, which whoever has the folder open holds. `Storage` is such a
+folder; `Stored` has the methods of `fastrms.RMSProp` that are about it.
+
+The system keeps what is mapped in its page cache and writes it to the disk when it thinks fit; nothing of that is
+memory of the process, but for the pages that it has touched. So a step goes through the arrays in parts of some MB,
+and gives the pages of each part back when it is done: a call of a kernel becomes many calls, on slices. No bit depends
+on where arrays are cut, which is part of the kernels' contract.
+"""
+
+import atexit
+import contextlib
+import errno
+import json
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.checkpoints import _check_head, _decode, _encode, _head, _params_of, _replaced
+from fastrms.errors import FastrmsError, OptionTypeError, StorageError, StructureError
+from fastrms.kernels.norms import CHUNK, SpanNorms
+from fastrms.options import GROUP_DEFAULTS, check_one_of
+
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["Storage", "Stored", "StoredBuffer", "check_storage"]
+
+Array = NDArray[Any]
+_Optimizer = Any  # an RMSProp, which is a `Stored` and imports this file
+
+# Of what is in the folder. Head and arrays are those of checkpoints, which have a version of their own.
+VERSION = 1
+
+_HEAD, _COUNTS, _LOCK = "head.json", "counts.bin", "lock"
+_BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three are always there
+
+# How much of each array a step works on at a time. With 2 GB of data in 512 MB of memory, 1 MB took 1.2 s a step, every
+# time; 4 and 16 MB took up to 2.9 s now and then. Tried and left out: to ask for the next part ahead (MADV_WILLNEED,
+# 2.5 s), to start writing a part when it is done (sync_file_range, POSIX_FADV_DONTNEED, 2.5 s), and to wait until it is
+# written (msync, 1.9 s). The system does both better by itself, unless nothing is given back: 3.5 s.
+PART_BYTES = 1 << 20
+
+# Advice that Linux takes from 5.14 on, for which `mmap` has no names: get all pages at once, to be read or written,
+# instead of each when it is touched. 60 ms a step instead of 110 where all is in the page cache (5e7 float32).
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
+
+# What `counts.bin` begins with; the steps that each parameter sat out follow.
+_UNDER_WAY, _STEPS, _SKIPPED_STEPS, _SKIPPED = range(4)
+_NOTHING, _STEP, _LOAD = range(3)
+_WHAT = {_NOTHING: "nothing was under way", _STEP: "a step was under way", _LOAD: "a load was under way"}
+
+_open: "weakref.WeakSet[Stored]" = weakref.WeakSet()
+
+
+def check_storage(storage: Any) -> None:
+    """Raise OptionTypeError if this is nothing that RMSProp takes as `storage`."""
+    if storage is not None and not isinstance(storage, str | os.PathLike | Storage):
+        raise OptionTypeError(f"storage: expected the path of a folder or None, got {type(storage).__name__} object")
+
+
+class _File:
+    """A file of a fixed size, mapped into memory. The mapping lives as long as an array that shows it.
+
+    Parameters
+    ----------
+    path : Path
+    nbytes : int
+        Its size, if it is to be made; otherwise what it has to be.
+    new : bool
+        Whether it is to be made.
+    """
+
+    def __init__(self, path: Path, nbytes: int, new: bool) -> None:
+        self.path = path
+        size = max(nbytes, mmap.PAGESIZE)  # nothing cannot be mapped
+        with path.open("wb+" if new else "rb+") as stream:
+            if new:
+                _reserve(stream.fileno(), size, path)
+            elif (found := os.fstat(stream.fileno()).st_size) != size:
+                raise StorageError(f"{path}: expected {size:,} bytes, got {found:,}: the file is damaged")
+            self.map = mmap.mmap(stream.fileno(), size)
+        self.memory: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
+        self._start = self.memory.ctypes.data
+
+    def has(self, array: Array) -> bool:
+        """Whether the array, which is dense, lies in this file."""
+        return 0 <= array.ctypes.data - self._start < self.memory.nbytes
+
+    def advise(self, array: Array, advice: int) -> None:
+        """`madvise` for the pages of an array that lies in here."""
+        low = array.ctypes.data - self._start
+        start = low // mmap.PAGESIZE * mmap.PAGESIZE
+        self.map.madvise(advice, start, min(low + array.nbytes, len(self.map)) - start)
+
+
+def _reserve(file: int, size: int, path: Path) -> None:
+    """Give a file its size, and its place on the disk: a write to memory can only say with SIGBUS that it is full."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.ftruncate(file, size)
+    except OSError as error:
+        message = f"storage: expected room for {size:,} bytes, got: {os.strerror(error.errno or 0)}"
+        raise OSError(error.errno, message, str(path)) from None
+
+
+class StoredBuffer(FlatBuffer):
+    """A `FlatBuffer` whose memory is a file."""
+
+    storage: "Storage"
+
+    def store(self, arrays: Any) -> None:
+        """As `FlatBuffer.store`, and the pages are given back in between."""
+        own = [array is not None and array.base is self._memory for array in arrays]
+        if any(own):
+            # Views of this very block, which that method knows how to copy.
+            super().store(arrays)
+            self.storage.release(self.block)
+            return
+        pending = 0
+        for array, view in zip(arrays, self.leaves, strict=True):
+            if array is not None:
+                pending += view.nbytes
+                self._copy(view, array)
+                if pending > PART_BYTES:
+                    self.storage.release(self.block)
+                    pending = 0
+        self.storage.release(self.block)
+
+    def _copy(self, view: Array, array: Any) -> None:
+        if view.nbytes <= PART_BYTES or not view.ndim:
+            view[...] = array
+            return
+        rows = PART_BYTES * len(view) // view.nbytes
+        for i in range(0, len(view), max(1, rows)):
+            if rows:
+                view[i : i + rows] = array[i : i + rows]
+                self.storage.release(view[i : i + rows])
+            else:
+                self._copy(view[i], array[i])
+
+
+class PartNorms(SpanNorms):
+    """`SpanNorms` of gradients in a file, which are read in parts; the bits are the same.
+
+    Parameters
+    ----------
+    spans : ndarray of int64, shape (k, 3)
+        As for `SpanNorms`.
+    storage : Storage
+    """
+
+    def __init__(self, spans: NDArray[np.int64], storage: "Storage") -> None:
+        super().__init__(spans)
+        self._storage = storage
+
+    def of(self, spans: NDArray[np.int64]) -> SpanNorms:
+        """The same for other spans."""
+        return PartNorms(spans, self._storage)
+
+    def _sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
+        if self.spans[:, 2].any():  # they are elsewhere in memory
+            return super()._sum_squares(grads, clip, prescale, kernel)
+        # A span for each chunk: its sum is what the chunk would add to that of its span, which is done here in the
+        # same order.
+        counts = np.diff(self._first_chunk)
+        number = np.arange(self._first_chunk[-1]) - np.repeat(self._first_chunk[:-1], counts)
+        pieces = np.zeros((len(number), 3), np.int64)
+        pieces[:, 0] = np.repeat(self.spans[:, 0], counts) + number * CHUNK
+        pieces[:, 1] = np.minimum(pieces[:, 0] + CHUNK, np.repeat(self.spans[:, 1], counts))
+        partials = np.empty(len(pieces))
+        first = 0
+        while first < len(pieces):
+            end = pieces[first, 0] + PART_BYTES // grads.itemsize
+            last = max(first + 1, int(np.searchsorted(pieces[:, 1], end, side="right")))
+            partials[first:last] = SpanNorms(pieces[first:last])._sum_squares(grads, clip, prescale, kernel)
+            self._storage.release(grads[pieces[first, 0] : pieces[last - 1, 1]])
+            first = last
+        sums = np.zeros(len(counts))
+        sums[counts > 0] = partials[self._first_chunk[:-1][counts > 0]]
+        for k in np.flatnonzero(counts > 1):
+            # One after another, which `sum` does not promise.
+            sums[k] = np.add.accumulate(partials[self._first_chunk[k] : self._first_chunk[k + 1]])[-1]
+        return sums
+
+
+class Storage:
+    """A folder with the buffers of an optimizer; `create` and `open` make the object.
+
+    Attributes
+    ----------
+    path : Path
+    reopened : bool
+        Whether the buffers were there before.
+    head : dict
+        What ``head.json`` said when it was opened.
+    """
+
+    path: Path
+    reopened: bool
+    head: Mapping[str, Any]
+    _made_folder: bool = False
+
+    @classmethod
+    def of(cls, storage: Any, layout: Layout) -> "Storage":
+        """What was opened by `open`, or a new one for arrays of this layout at a path."""
+        return storage if isinstance(storage, Storage) else cls.create(Path(storage), layout)
+
+    @classmethod
+    def create(cls, path: Path, layout: Layout) -> "Storage":
+        """Make the folder, and take it into possession."""
+        numbers = range(len(layout.leaves))
+        try:
+            _decode(_encode(layout.structure(numbers)), numbers)
+        except TypeError:
+            raise StructureError(
+                "storage: expected dicts whose keys are text or numbers, which a file can hold, got others in params"
+            ) from None
+        new = cls.__new__(cls)
+        new._made_folder = _make_folder(path)
+        new._start(path, False)
+        new._take_lock(os.O_CREAT | os.O_EXCL)
+        try:
+            new._map_counts(len(layout.leaves))
+        except BaseException:
+            new.discard()
+            raise
+        return new
+
+    @classmethod
+    def open(cls, path: Path, after_crash: str) -> "Storage":
+        """Open what is there; the buffers are mapped when somebody asks for them."""
+        old = cls.__new__(cls)
+        if not (path / _HEAD).exists():
+            files = path.is_dir() and any(path.iterdir())
+            rest = "; it was not finished: remove it, and make a new one with RMSProp(params, storage=...)"
+            raise StorageError(f"{path}: expected a folder with {_HEAD}, got none{rest if files else ''}")
+        old._start(path, True)
+        old._take_lock(os.O_CREAT)
+        try:
+            old.head = _read_head(path / _HEAD)
+            old._map_counts(len(old.head["parameters"]))
+            under_way, steps = old.counts[_UNDER_WAY], old.counts[_STEPS]
+            if not old.head["storage"]["clean"] and after_crash == "raise":
+                raise StorageError(
+                    f"{path}: expected a folder that was closed, got one of a process that ended without: "
+                    f"{_WHAT.get(int(under_way), 'it is damaged')}, {steps} steps were finished, "
+                    f"{old.head['steps']} when it was flushed last. Parameters and state may be of different steps; "
+                    'after_crash="use" takes them as they are'
+                )
+        except BaseException:
+            old._unlock()
+            raise
+        return old
+
+    @contextlib.contextmanager
+    def making(self, opt: _Optimizer, layout: Layout) -> Iterator[bool]:
+        """Around the making of an optimizer: its buffers are there, in the end its counts; nothing, after an error.
+
+        What comes says whether they were there before.
+        """
+        try:
+            if len(self.counts) != _SKIPPED + len(layout.leaves):
+                raise StorageError(f"{self.path / _HEAD}: structure and parameters do not fit together")
+            for name in ("params", "grads"):
+                opt.buffers[name] = self.buffer(name, layout)
+            if self.reopened:
+                for name in self.names[2:]:
+                    opt.buffers[name] = opt._new_state(name)
+            yield self.reopened
+            if self.reopened:
+                opt.steps, opt.skipped_steps = int(self.counts[_STEPS]), int(self.counts[_SKIPPED_STEPS])
+                opt._skipped[...] = self.counts[_SKIPPED:]
+            else:
+                self._write_head(opt, clean=False)
+        except BaseException:
+            self.discard()
+            raise
+        _open.add(opt)
+
+    def _start(self, path: Path, reopened: bool) -> None:
+        self.path, self.reopened, self.head = path, reopened, {}
+        self._files: dict[str, _File] = {}
+        self._lock: int | None = None
+        self._closed: str | None = None  # why nothing can be done with it any more
+        self._interrupted = False  # whether something that began here has not ended
+        self._head_says_open = False  # whether the head on the disk knows all buffers, and that they are in use
+
+    def _take_lock(self, flags: int) -> None:
+        path = self.path / _LOCK
+        try:
+            self._lock = os.open(path, os.O_RDWR | flags, 0o666)
+            if sys.platform != "win32":
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileExistsError, BlockingIOError):
+            self._unlock()
+            raise StorageError(
+                f"{self.path}: expected a folder that nobody has open, got one that another process, or another "
+                "optimizer of this one, has; it has to be closed there first"
+            ) from None
+        except OSError as error:
+            if self._lock is None or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise  # otherwise a file system without locks: nobody can tell
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            if sys.platform != "win32" and self._closed is None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._lock, fcntl.LOCK_UN)  # for children of fork, too, which have it open
+            os.close(self._lock)
+            self._lock = None
+
+    def _map_counts(self, parameters: int) -> None:
+        nbytes = 8 * (_SKIPPED + parameters)
+        self._counts_file = _File(self.path / _COUNTS, nbytes, not self.reopened)
+        self.counts: NDArray[np.int64] = self._counts_file.memory[:nbytes].view(np.int64)
+
+    @property
+    def names(self) -> list[str]:
+        """The buffers that there are, on the disk or mapped."""
+        found = {*self.head.get("storage", {}).get("buffers", []), *self._files}
+        return [name for name in _BUFFERS if name in found]
+
+    def buffer(self, name: str, layout: Layout) -> StoredBuffer:
+        """A buffer of this layout in a file: one that is there, or a new one of zeros."""
+        self.check_open()
+        new = name not in self.names
+        file = _File(self.path / f"{name}.bin", layout.nbytes, new)
+        self._files[name] = file
+        self._head_says_open = self._head_says_open and not new
+        buffer = StoredBuffer.__new__(StoredBuffer)
+        buffer._allocate(layout, file.memory)
+        buffer.storage = self
+        return buffer
+
+    @property
+    def is_open(self) -> bool:
+        """Whether steps can be taken."""
+        return self._closed is None
+
+    def check_open(self) -> None:
+        """Raise StorageError if it was closed, or is the parent's."""
+        if self._closed is not None:
+            raise StorageError(f"{self.path}: {self._closed}")
+
+    # What is there, and what is being done with it.
+
+    def begin(self, opt: _Optimizer, what: int = _STEP) -> None:
+        """Note, ahead of the first write, that something is under way."""
+        self.check_open()
+        if not self._head_says_open:
+            self._write_head(opt, clean=False)
+        self.counts[_UNDER_WAY] = what
+        self._interrupted = True
+
+    def end(self, opt: _Optimizer, steps: int) -> None:
+        """Note that it is done, and how many steps there are now."""
+        self.counts[_SKIPPED:] = opt._skipped
+        self.counts[_SKIPPED_STEPS] = opt.skipped_steps
+        self.counts[_STEPS] = steps
+        self.counts[_UNDER_WAY] = _NOTHING
+        self._interrupted = False
+
+    @contextlib.contextmanager
+    def loading(self, opt: _Optimizer) -> Iterator[None]:
+        """Around all writes of a load."""
+        self.begin(opt, _LOAD)
+        yield
+        self.end(opt, opt.steps)
+        self._write_head(opt, clean=False)  # options are others now
+
+    def flush(self, opt: _Optimizer) -> None:
+        """Write all to the disk, and then that it is there. Gradients are no state, and are left to the system."""
+        self.check_open()
+        for name, file in self._files.items():
+            if name != "grads":
+                file.map.flush()
+                self.release(file.memory)
+        if not self._interrupted:
+            self.end(opt, opt.steps)
+        self._counts_file.map.flush()
+        self._write_head(opt, clean=not self._interrupted)
+
+    def close(self, opt: _Optimizer) -> None:
+        """Flush, and let others have it; views live on, and can be read."""
+        try:
+            self.flush(opt)
+        finally:
+            self._let_go("expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) goes on")
+            for buffer in opt.buffers.values():
+                for array in (buffer._memory, buffer.block, *buffer.segments, *buffer.leaves):
+                    array.flags.writeable = False
+
+    def _let_go(self, reason: str) -> None:
+        self._unlock()
+        self._closed = reason
+
+    def in_child_of_fork(self) -> None:
+        """The memory is the parent's as well, and so is the lock."""
+        if self._closed is None:
+            self._closed = (
+                "expected the process that opened it, got a child of fork(), whose steps would be steps of its "
+                "parent's parameters; close it before the fork, or open another folder"
+            )
+            self._unlock()
+
+    def discard(self) -> None:
+        """Remove what was made, after an error."""
+        if not self.reopened:
+            for name in [*(f"{name}.bin" for name in _BUFFERS), _COUNTS, _HEAD, _LOCK]:
+                (self.path / name).unlink(missing_ok=True)
+            if self._made_folder:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+        self._let_go("it was not made")
+
+    def _write_head(self, opt: _Optimizer, clean: bool) -> None:
+        own = {"version": VERSION, "clean": clean, "buffers": self.names}
+        with _replaced(self.path / _HEAD) as temporary:
+            temporary.write_text(json.dumps(_head(opt) | {"storage": own}), encoding="utf-8")
+        self._head_says_open = not clean
+
+    # Calls in parts.
+
+    def release(self, array: Array) -> None:
+        """Give back the pages of a dense array, if it lies in one of the files; what it has is in the page cache."""
+        # Elsewhere it is not there, or is not known to leave changed pages of a file alone.
+        if sys.platform == "linux":
+            self._advise(array, mmap.MADV_DONTNEED)
+
+    def _populate(self, array: Array, advice: int) -> None:
+        """Get the pages of a dense array, if it lies in one of the files, where the system can do so at once."""
+        if sys.platform == "linux":
+            try:
+                self._advise(array, advice)
+            except OSError as error:
+                # EFAULT: the disk cannot be read or written, for which touching them would end the process.
+                if error.errno == errno.EFAULT:
+                    raise OSError(errno.EIO, "cannot be read or written", str(self.path)) from None
+
+    def _advise(self, array: Array, advice: int) -> None:
+        for file in self._files.values():
+            if array.nbytes and file.has(array):
+                file.advise(array, advice)
+
+    def parts(self, array: Array) -> Iterator[slice]:
+        """Slices that make up a 1-D array; the pages of each are given back when the next is asked for."""
+        size = max(1, PART_BYTES // array.itemsize)
+        for start in range(0, len(array), size):
+            part = slice(start, min(start + size, len(array)))
+            yield part
+            self.release(array[part])
+
+    def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
+        """What tells the norm of each parameter's gradient."""
+        return PartNorms(spans, self)
+
+    def step(self, opt: _Optimizer, calls: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+        """Make the calls of kernels that are a step, in parts."""
+        self.begin(opt)
+        for update, arguments in calls:
+            self._call_in_parts(update, *arguments)
+        self.end(opt, opt.steps + 1)
+
+    def _call_in_parts(
+        self,
+        update: Callable[..., None],
+        params: Array,
+        grads: Array,
+        cache: Array,
+        momentum_buffer: Array | None,
+        grad_avg: Array | None,
+        hyper: Array,
+        spans: NDArray[np.int64],
+        factors: Array,
+        extended: bool,
+    ) -> None:
+        """One call of a kernel as many on slices of its arrays. Arguments as for `kernels.reference.update`."""
+        starts, stops = (np.ascontiguousarray(spans[:, column]) for column in (0, 1))
+        size = PART_BYTES // params.itemsize
+        for low in range(0, len(params), size):
+            high = min(low + size, len(params))
+            own = slice(np.searchsorted(stops, low, side="right"), np.searchsorted(starts, high, side="left"))
+            here = spans[own].copy()
+            if not len(here):
+                continue
+            # Of the first and last span what lies in this part; and of the arrays, what these have.
+            first, last = max(low, here[0, 0]), min(here[-1, 1], high)
+            if here[0, 2]:  # the address of its gradient, of which the beginning may have been read
+                here[0, 2] += (first - here[0, 0]) * grads.itemsize
+            here[0, 0], here[-1, 1] = first, last
+            here[:, :2] -= first
+            arrays = [None if a is None else a[first:last] for a in (params, grads, cache, momentum_buffer, grad_avg)]
+            there = [array for array in arrays if array is not None]
+            for array in there:
+                if array is not arrays[1]:
+                    self._populate(array, _POPULATE_WRITE)
+                elif not here[:, 2].any():
+                    self._populate(array, _POPULATE_READ)
+            update(*arrays, hyper, here, factors[own], extended)
+            for array in there:
+                self.release(array)
+
+
+def _make_folder(path: Path) -> bool:
+    """Make a folder, or find that there is an empty one; whether it was made."""
+    try:
+        path.mkdir()
+        return True
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            errno.ENOENT, "storage: expected a folder to make another one in, got none", str(path.parent)
+        ) from None
+    except FileExistsError:
+        if not path.is_dir():
+            raise StorageError(f"storage: expected the path of a folder, got that of a file: {path}") from None
+        found = sorted(item.name for item in path.iterdir())
+        if _HEAD in found:
+            raise StorageError(
+                f"storage: expected a new folder, got one with an optimizer in it: {path}; RMSProp.reopen(path) goes "
+                "on with that one"
+            ) from None
+        if found:
+            raise StorageError(
+                f"storage: expected a new or empty folder, got one with {found[0]!r} in it: {path}; give another path"
+            ) from None
+        return False
+
+
+def _read_head(path: Path) -> Any:
+    """The head, after a check of what does not depend on the buffers."""
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+        _check_head(head)
+        own = head.get("storage")
+        if not isinstance(own, dict) or type(own.get("clean")) is not bool or not isinstance(own.get("buffers"), list):
+            raise StorageError("storage: expected a dict with 'clean' and 'buffers'")
+        if own.get("version") != VERSION:
+            raise StorageError(f"storage: expected version {VERSION}, got {own.get('version')!r}")
+        if not set(_BUFFERS[:3]) <= set(own["buffers"]) <= set(_BUFFERS):
+            raise StorageError(f"storage: expected the buffers of an optimizer, got {own['buffers']}")
+    except (FastrmsError, ValueError, TypeError, RecursionError) as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from None
+    return head
+
+
+class Stored:
+    """The methods of `fastrms.RMSProp` about its storage."""
+
+    _lock: Any
+    _storage: Storage | None = None
+
+    @property
+    def storage(self) -> Path | None:
+        """The folder that has the buffers, or None where they are in memory."""
+        return None if self._storage is None else self._storage.path
+
+    @classmethod
+    def reopen(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        lr: float | Callable[[int], float] | None = None,
+        kernel: str = "auto",
+        num_threads: int | None = None,
+        after_crash: str = "raise",
+    ) -> Any:
+        """Go on with an optimizer that was made with ``storage=path`` and closed: same bits, options and steps.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The folder.
+        lr : float or callable, optional
+            Instead of what was saved; needed where that was a function, which no file holds.
+        kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
+            As for `RMSProp`; it is not saved, as it changes no bit.
+        num_threads : int or None, default None
+            As for `RMSProp`; not saved either.
+        after_crash : {"raise", "use"}, default "raise"
+            What to do if the process that had it open ended without closing it, so that parameters and state may be of
+            different steps: raise StorageError, which says what is known, or use what is there.
+
+        Returns
+        -------
+        optimizer : RMSProp
+            Its buffers are the files; nothing is read until it is used.
+
+        Raises
+        ------
+        StorageError
+            There is no optimizer in the folder, it is damaged, open elsewhere, or was not closed; or `lr` is needed.
+        OptionError, OptionTypeError
+            A bad option.
+        """
+        check_one_of("after_crash", after_crash, ("raise", "use"))
+        storage = Storage.open(Path(path), after_crash)
+        try:
+            head, where = storage.head, storage.path / _HEAD
+            groups = [dict(group) for group in head["param_groups"]]
+            if lr is None and any(group.get("lr") is None for group in groups):
+                raise StorageError("lr: it was a function, which no file holds; give it: reopen(path, lr=...)")
+            for group in groups:
+                group["lr"] = group.get("lr") if lr is None else lr
+                if unknown := group.keys() - GROUP_DEFAULTS.keys():
+                    raise StorageError(f"{where}: unknown option {sorted(unknown)[0]!r}")
+            try:
+                params = _params_of(head, None)
+                parts = params if head["grouped"] else [params]
+                given = [{"params": part, **group} for part, group in zip(parts, groups, strict=True)]
+            except (FastrmsError, ValueError, TypeError) as error:
+                raise StorageError(f"{where}: cannot be read: {error}") from None
+            of_all = {name: head[name] for name in ("global_clip_norm", "nonfinite", "cache_dtype")}
+            if not head["grouped"]:
+                of_all |= groups[0]
+            make: Any = cls
+            params = given if head["grouped"] else params
+            opt: _Optimizer = make(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
+            if _head(opt)["parameters"] != head["parameters"]:
+                raise StorageError(f"{where}: structure and parameters do not fit together")
+        except BaseException:
+            storage.discard()
+            raise
+        return opt
+
+    def flush(self) -> None:
+        """Write parameters, state, counts and options to the disk, if they are in storage; return when they are there.
+
+        What a crash leaves is what was there then, or newer. In memory there is nothing to do.
+
+        Raises
+        ------
+        StorageError
+            It was closed.
+        OSError
+            It cannot be written.
+        """
+        if self._storage is not None:
+            with self._lock:
+                self._storage.flush(self)
+
+    def close(self) -> None:
+        """Flush, and let others open the folder; this optimizer takes no step any more. In memory nothing to do.
+
+        Views of parameters and state live on, and can be read, not written. ``with RMSProp(params, storage=path) as
+        opt`` closes at the end, and so do the end of the optimizer's life and that of a program that ends by itself.
+        A second call does nothing.
+
+        Raises
+        ------
+        OSError
+            It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
+        """
+        if self._storage is not None and self._storage.is_open:
+            with self._lock:
+                if self._storage.is_open:  # still, when it is this thread's turn
+                    self._storage.close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _in_parts(self, array: Array) -> Iterator[slice]:
+        """Slices of an array of this optimizer: of one in storage some MB at a time, whose memory is given back."""
+        return iter([slice(None)]) if self._storage is None else self._storage.parts(array)
+
+    def _loading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._storage is None else self._storage.loading(self)
+
+
+@atexit.register
+def _close_all() -> None:
+    for optimizer in list(_open):
+        optimizer.close()

@@ -1,0 +1,727 @@
+"""Buffers in files: the bits of buffers in memory, and what can happen to files."""
+
+import collections
+import copy
+import gc
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import JIT, assert_same_bits, leaves, same_structure, wide
+
+import fastrms.storage
+from fastrms import DtypeError, FastrmsError, OptionError, OptionTypeError, RMSProp, StorageError, StructureError
+from fastrms.kernels import norms, pointers
+
+STATE = ("params", "cache", "momentum_buffer", "grad_avg")
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of one page, so that small arrays are cut."""
+    monkeypatch.setattr(fastrms.storage, "PART_BYTES", 4096)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run"
+
+
+def assert_same(ours, theirs):
+    assert (ours.steps, ours.skipped_steps) == (theirs.steps, theirs.skipped_steps)
+    assert ours._skipped.tolist() == theirs._skipped.tolist()
+    assert ours.buffers.keys() == theirs.buffers.keys()
+    for name in ours.buffers.keys() & set(STATE):
+        for mine, other in zip(ours.buffers[name].segments, theirs.buffers[name].segments, strict=True):
+            assert_same_bits(mine, other, name)
+    assert [dict(group) | {"params": None} for group in ours.param_groups] == [
+        dict(group) | {"params": None} for group in theirs.param_groups
+    ]
+
+
+def arrays(rng, dtypes):
+    """Of sizes around those of parts and of the chunks of norms, and empty ones."""
+    sizes = [(3,), (0,), (norms.CHUNK * 2 + 5,), (), (70, 41), (1, 9001), (2, 0, 3), (2500,)]
+    return [np.asarray(wide(rng, shape, dtypes[i % len(dtypes)], -2, 2)) for i, shape in enumerate(sizes)]
+
+
+# What is on, and the dtypes of parameters.
+CASES = {
+    "default": ({}, "f"),
+    "two dtypes": ({}, "fd"),
+    "momentum": ({"momentum": 0.9, "nesterov": True, "initial_scale": 0.5}, "f"),
+    "centered": ({"centered": True, "bias_correction": True, "weight_decay": 0.1}, "df"),
+    "all state": ({"momentum": 0.5, "centered": True, "clip_value": 1.0, "maximize": True}, "fd"),
+    "bfloat16": ({"momentum": 0.9, "centered": True, "initial_scale": 0.1, "cache_dtype": "bfloat16"}, "f"),
+    "norm": ({"clip_norm": 0.5}, "fd"),
+    "global norm": ({"global_clip_norm": 0.1, "nonfinite": "skip"}, "fd"),
+    "both norms": ({"clip_norm": 3.0, "global_clip_norm": 2.0, "clip_value": 0.5, "nonfinite": "raise"}, "d"),
+    "schedule": ({"lr": lambda step: 0.1 / (step + 1), "decoupled_weight_decay": True, "weight_decay": 0.1}, "f"),
+}
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel", "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_are_those_in_memory(case, kernel, path, small_parts, rng):
+    options, dtypes = CASES[case]
+    start = arrays(rng, dtypes)
+    inside = RMSProp(start, kernel=kernel, **options)
+    opt = RMSProp(start, kernel=kernel, storage=path, **options)
+    assert_same(opt, inside)
+    for step in range(8):
+        gradients = [np.asarray(wide(rng, p.shape, p.dtype, -30, 3)) for p in start]
+        if step == 2:
+            gradients[2] = gradients[5] = None
+        if step == 3:
+            gradients[4] = gradients[4].astype(np.float16)  # has to be cast, so all go through the gradient buffer
+        if step == 4:
+            gradients = [None, *gradients[1:3], *[None] * 5]
+        if step == 5 and "nonfinite" in options:
+            gradients[5][0, 8999] = np.nan
+        for optimizer in (inside, opt):
+            try:
+                if step in (6, 5):
+                    optimizer.buffers["grads"].gather(gradients)
+                    optimizer.step()
+                else:
+                    optimizer.step(gradients)
+            except FloatingPointError:
+                assert options["nonfinite"] == "raise"
+        if step == 6:
+            opt.close()
+            lr = {"lr": options["lr"]} if callable(options.get("lr")) else {}
+            opt = RMSProp.reopen(path, kernel=kernel, **lr)
+        assert_same(opt, inside)
+    assert opt.steps == 8 - ("nonfinite" in options)
+    opt.close()
+
+
+def test_a_float64_norm_outside_the_range_of_squares(path, small_parts, rng):
+    for size in (1e-200, 1e200):
+        start = [np.ones(20_001), np.ones(3)]
+        gradients = [size * rng.standard_normal(p.shape) for p in start]
+        inside = RMSProp(start, clip_norm=1.0)
+        opt = RMSProp(start, clip_norm=1.0, storage=path / str(size)) if path.mkdir(exist_ok=True) is None else None
+        for optimizer in (inside, opt):
+            optimizer.buffers["grads"].gather(gradients)
+            optimizer.step()
+        assert_same(opt, inside)
+        opt.close()
+
+
+Layer = collections.namedtuple("Layer", "W b")
+STRUCTURES = {
+    "array": np.ones((3, 5000), np.float32),
+    "0-d": np.float64(2.0),
+    "empty": np.ones((0, 3)),
+    "dict": {"W": np.ones((70, 70)), 3: np.zeros(2, np.float32), None: {"deep": [np.ones(1)]}},
+    "tuple": (np.ones(3), [np.ones(2)]),
+    "not contiguous": [np.ones((70, 80)).T, np.arange(20_000.0)[::-2], np.arange(3, dtype=">f4")],
+    "three dimensions": [np.arange(24_000, dtype="f").reshape(2, 60, 200).transpose(2, 0, 1)],
+    "groups": [{"params": [np.ones(9000)], "lr": 0.5}, {"params": {"b": np.ones(3)}, "momentum": 0.5}],
+    "one group": [{"params": [np.ones(9000, "f")], "initial_scale": 1.5}],
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_structure_values_and_options_come_back(structure, path, small_parts):
+    params = STRUCTURES[structure]
+    with RMSProp(params, lr=0.25, storage=str(path)) as opt:
+        inside = RMSProp(params, lr=0.25)
+        assert opt.storage == path
+        assert inside.storage is None
+        opt.step(opt.params)
+        inside.step(inside.params)
+    with RMSProp.reopen(str(path)) as again:
+        given = [group["params"] for group in params] if "group" in structure else params
+        assert same_structure(given, again.params)
+        assert_same(again, inside)
+        assert repr(again) == repr(inside)
+    with RMSProp.reopen(path, lr=0.125) as again:
+        assert {group["lr"] for group in again.param_groups} == {0.125}
+
+
+def test_a_namedtuple_comes_back_as_a_tuple(path):
+    RMSProp(Layer(np.ones(2), np.ones(1)), storage=path).close()
+    assert type(RMSProp.reopen(path).params) is tuple
+
+
+def test_options_that_change_and_state_that_is_added_later(path):
+    opt, inside = RMSProp([np.ones(9)], storage=path), RMSProp([np.ones(9)])
+    gradient = [np.linspace(-1, 1, 9)]
+    for optimizer in (opt, inside):
+        optimizer.step(gradient)
+        optimizer.param_groups[0]["momentum"] = 0.5
+        optimizer.step(gradient)
+        optimizer.param_groups[0]["momentum"] = 0.0  # its buffer stays
+        optimizer.global_clip_norm, optimizer.nonfinite = 0.25, "skip"
+        optimizer.step([np.full(9, np.nan)])
+    opt.close()
+    opt = RMSProp.reopen(path)
+    assert (opt.global_clip_norm, opt.nonfinite, opt.skipped_steps) == (0.25, "skip", 1)
+    assert_same(opt, inside)
+    for optimizer in (opt, inside):
+        optimizer.param_groups[0]["momentum"] = 0.5
+        optimizer.param_groups[0]["centered"] = True
+        optimizer.step(gradient)
+    assert_same(opt, inside)
+
+
+@pytest.mark.skipif(not JIT or not pointers.available(), reason="gradients are copied on this interpreter")
+def test_gradients_in_memory_are_read_where_they_lie(path, rng):
+    start = [rng.standard_normal(n).astype("f") for n in [3] * 50 + [9000]]
+    opt, inside = RMSProp(start, storage=path), RMSProp(start)
+    opt.buffers["grads"].flat[...] = np.nan
+    for _ in range(3):
+        opt.step(start)
+        inside.step(start)
+    assert np.isnan(opt.buffers["grads"].flat).all()
+    assert_same(opt, inside)
+
+
+def test_a_learning_rate_that_is_a_function_has_to_be_given_again(path):
+    RMSProp([np.ones(2)], lr=lambda step: 0.5, storage=path).close()
+    with pytest.raises(StorageError, match=r"lr: it was a function, which no file holds; give it: reopen\(path, lr="):
+        RMSProp.reopen(path)
+    with RMSProp.reopen(path, lr=lambda step: 0.25 / (step + 1)) as opt:
+        opt.step([np.ones(2)])
+        assert opt.lr(0) == 0.25
+
+
+def contents(path):
+    """What is in a folder, but for when it was changed."""
+    return {item.name: item.read_bytes() for item in path.iterdir()} if path.is_dir() else None
+
+
+def test_what_cannot_be_made_leaves_nothing(tmp_path):
+    path = tmp_path / "new"
+    for error, arguments in (
+        (DtypeError, {"params": [np.ones(2), np.ones(2, int)]}),
+        (OptionError, {"params": [np.ones(2)], "lr": -1.0}),
+        (StructureError, {"params": {(1, 2): np.ones(2)}}),
+    ):
+        with pytest.raises(error):
+            RMSProp(**arguments, storage=path)
+        assert not path.exists()
+    path.mkdir()  # an empty folder that was there stays
+    with pytest.raises(OptionError):
+        RMSProp([np.ones(2)], momentum=2, storage=path)
+    assert contents(path) == {}
+    RMSProp([np.ones(2)], storage=path).close()
+
+
+class Breaks:
+    """An array that can be looked at, and is gone when it is to be copied."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def __array__(self, dtype=None, copy=None):
+        self.looks += 1
+        if self.looks > 1:
+            raise OSError("the disk is gone")
+        return np.ones(3)
+
+
+def test_an_error_while_parameters_are_copied_leaves_nothing(tmp_path):
+    with pytest.raises(FastrmsError, match="the disk is gone"):
+        RMSProp([np.ones(2), Breaks()], storage=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_refused_stay_as_they_are(tmp_path, path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    with pytest.raises(StorageError, match="expected the path of a folder, got that of a file"):
+        RMSProp([np.ones(2)], storage=tmp_path / "file")
+    with pytest.raises(StorageError, match=r"expected a new or empty folder, got one with 'thesis\.tex' in it"):
+        RMSProp([np.ones(2)], storage=tmp_path / "folder")
+    with pytest.raises(StorageError, match=r"expected a folder with head\.json, got none; it was not finished"):
+        RMSProp.reopen(tmp_path / "folder")
+    for nothing in (tmp_path / "file", tmp_path / "nowhere"):
+        with pytest.raises(StorageError, match=r"expected a folder with head\.json, got none$"):
+            RMSProp.reopen(nothing)
+    with pytest.raises(FileNotFoundError, match="expected a folder to make another one in"):
+        RMSProp([np.ones(2)], storage=tmp_path / "no" / "where")
+    RMSProp([np.ones(2)], storage=path).close()
+    before = contents(path)
+    with pytest.raises(StorageError, match=r"got one with an optimizer in it: .*; RMSProp\.reopen\(path\) goes on"):
+        RMSProp([np.ones(2)], storage=path)
+    assert contents(path) == before
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "folder", "run"]
+    assert contents(tmp_path / "folder") == {"thesis.tex": b"mine"}
+
+
+def rewrite(path, **changes):
+    head = json.loads((path / "head.json").read_text())
+    (path / "head.json").write_text(json.dumps(head | changes))
+
+
+DAMAGE = {
+    "no JSON": (lambda path: (path / "head.json").write_text("{"), "cannot be read"),
+    "not a head": (lambda path: (path / "head.json").write_text("[]"), "cannot be read"),
+    "newer": (lambda path: rewrite(path, version=99), "version: expected 1 to 1, got 99"),
+    "a checkpoint's": (lambda path: rewrite(path, storage=None), "expected a dict with 'clean' and 'buffers'"),
+    "newer storage": (
+        lambda path: rewrite(path, storage={"version": 2, "clean": True, "buffers": ["params", "grads", "cache"]}),
+        "storage: expected version 1, got 2",
+    ),
+    "no cache": (
+        lambda path: rewrite(path, storage={"version": 1, "clean": True, "buffers": ["params", "grads"]}),
+        "expected the buffers of an optimizer",
+    ),
+    "other buffers": (
+        lambda path: rewrite(
+            path, storage={"version": 1, "clean": True, "buffers": ["params", "grads", "cache", "../x"]}
+        ),
+        "expected the buffers of an optimizer",
+    ),
+    "no structure": (lambda path: rewrite(path, structure=None), "cannot be rebuilt"),
+    "another structure": (lambda path: rewrite(path, structure=["list", [0]]), "do not fit"),
+    "groups": (lambda path: rewrite(path, param_groups=[{"speed": 1, "lr": 1.0}]), "unknown option 'speed'"),
+    "no group": (lambda path: rewrite(path, param_groups=[]), "cannot be read"),
+    "shorter": (lambda path: os.truncate(path / "cache.bin", 5), r"cache\.bin: expected 4,096 bytes, got 5"),
+    "counts": (lambda path: os.truncate(path / "counts.bin", 5), r"counts\.bin: expected 4,096 bytes, got 5"),
+    "gone": (lambda path: (path / "params.bin").unlink(), r"params\.bin"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused_and_left_alone(damage, path):
+    if os.sysconf("SC_PAGESIZE") != 4096:
+        pytest.skip("sizes in messages are those of 4 KiB pages")
+    RMSProp([np.ones(2), np.ones(3)], storage=path).close()
+    spoil, message = DAMAGE[damage]
+    spoil(path)
+    before = contents(path)
+    for _ in range(2):  # and it is not left locked
+        with pytest.raises(OSError, match=message):
+            RMSProp.reopen(path)
+    assert contents(path) == before
+
+
+def test_wrong_arguments(path):
+    RMSProp([np.ones(2)], storage=path).close()
+    with pytest.raises(OptionError, match="after_crash: expected one of"):
+        RMSProp.reopen(path, after_crash="ignore")
+    with pytest.raises(OptionError, match="kernel: expected one of"):
+        RMSProp.reopen(path, kernel="fast")
+    with pytest.raises(OptionError, match="lr: expected a number"):
+        RMSProp.reopen(path, lr=-1)
+    for wrong in (True, 3, b"path", ["path"]):
+        with pytest.raises(OptionTypeError, match="storage: expected the path of a folder or None, got"):
+            RMSProp([np.ones(2)], storage=wrong)
+    RMSProp.reopen(path).close()
+
+
+# Other processes.
+
+
+def run(program, *arguments, status=0):
+    """Run a program, with these arguments in `sys.argv`, and return what it prints, with how it ended."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    assert status or not done.stderr, done.stderr
+    return done.stdout.split()
+
+
+TRAIN = """
+    import os, signal, sys
+    import numpy as np
+    import fastrms.storage
+    from fastrms import RMSProp
+    fastrms.storage.PART_BYTES = 4096
+    start = np.linspace(-1, 1, 9000)
+    opt = RMSProp([start], storage=sys.argv[1], momentum=0.5)
+    def train(steps):
+        for _ in range(steps):
+            opt.step([opt.params[0] - 0.5])
+"""
+
+
+def trained(steps):
+    opt = RMSProp([np.linspace(-1, 1, 9000)], momentum=0.5)
+    for _ in range(steps):
+        opt.step([opt.params[0] - 0.5])
+    return opt
+
+
+CRASHES = {
+    "between steps": ("train(3)\n    os.kill(os.getpid(), signal.SIGKILL)", "nothing was under way, 3 .* 0 when"),
+    "after a flush": (
+        "train(3); opt.flush(); train(2); os.kill(os.getpid(), signal.SIGKILL)",
+        "nothing was under way, 5 steps were finished, 3 when it was flushed last",
+    ),
+    "at the start": ("os.kill(os.getpid(), signal.SIGKILL)", "nothing was under way, 0 steps were finished"),
+    "without close": ("train(1); os._exit(-9)", "nothing was under way, 1 steps were finished"),
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal")
+@pytest.mark.parametrize("crash", CRASHES)
+def test_killed_between_steps(crash, path):
+    end, message = CRASHES[crash]
+    run(TRAIN + f"    {end}\n", path, status=247 if "exit" in end else -signal.SIGKILL)
+    before = contents(path)
+    with pytest.raises(StorageError, match=message):
+        RMSProp.reopen(path)
+    assert contents(path) == before
+    with RMSProp.reopen(path, after_crash="use") as opt:
+        # Only the process ended; what it wrote to memory was the system's.
+        assert_same(opt, trained(opt.steps))
+        assert f"{opt.steps} steps" in message or opt.steps == 3
+        opt.step([opt.params[0] - 0.5])
+    with RMSProp.reopen(path) as opt:
+        assert_same(opt, trained(opt.steps))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal")
+@pytest.mark.parametrize("part", [0, 5, 11])
+def test_killed_in_a_step(part, path):
+    program = (
+        TRAIN
+        + f"""
+    train(2); opt.flush(); train(2)
+    release, left = fastrms.storage.Storage.release, [4 * {part} + 1]
+    def release_or_die(self, array):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        release(self, array)
+    fastrms.storage.Storage.release = release_or_die
+    train(1)
+    """
+    )
+    run(program, path, status=-signal.SIGKILL)
+    with pytest.raises(StorageError, match="a step was under way, 4 steps were finished, 2 when it was flushed last"):
+        RMSProp.reopen(path)
+    with RMSProp.reopen(path, after_crash="use") as opt:
+        assert opt.steps == 4
+        before, after = trained(4), trained(5)
+        new = opt.params[0] == after.params[0]
+        done = 512 * (part + 1)  # elements of 8 bytes in the parts that were done
+        assert_same_bits(opt.params[0][:done], after.params[0][:done])
+        assert_same_bits(opt.params[0][done:], before.params[0][done:])
+        assert 0 < new.sum() < 9000
+    RMSProp.reopen(path).close()  # what was used is what counts
+
+
+def test_killed_while_it_is_made(path):
+    program = TRAIN.replace("opt = ", "fastrms.storage.Storage._write_head = lambda *a, **k: os._exit(3)\n    opt = ")
+    run(program, path, status=3)
+    with pytest.raises(StorageError, match="it was not finished: remove it"):
+        RMSProp.reopen(path)
+    with pytest.raises(StorageError, match="expected a new or empty folder"):
+        RMSProp([np.ones(2)], storage=path)
+
+
+def test_an_error_in_a_step_shows_when_it_is_opened_again(path, small_parts, monkeypatch):
+    opt = RMSProp([np.ones(9000)], storage=path, kernel="numpy")
+    opt.step([np.ones(9000)])
+    monkeypatch.setattr(opt._storage, "release", lambda array: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    monkeypatch.undo()
+    opt.close()
+    with pytest.raises(StorageError, match="a step was under way, 1 steps were finished"):
+        RMSProp.reopen(path)
+    with RMSProp.reopen(path, after_crash="use") as opt:
+        opt.step([np.ones(9000)])
+    RMSProp.reopen(path).close()
+
+
+@pytest.mark.parametrize("end", ["", "del opt", "sys.exit(0)", "raise SystemExit"])
+def test_a_program_that_ends_by_itself_closes(end, path):
+    run(TRAIN + f"    train(2)\n    {end}\n", path)
+    with RMSProp.reopen(path) as opt:
+        assert_same(opt, trained(2))
+
+
+def test_an_optimizer_that_nobody_has_any_more_is_closed(path):
+    opt = RMSProp([np.ones(3)], storage=path)
+    opt.step([np.ones(3)])
+    view = opt.params[0]
+    value = view.copy()
+    del opt
+    with RMSProp.reopen(path) as again:
+        assert_same_bits(again.params[0], value)
+        again.step([np.ones(3)])
+        assert_same_bits(again.params[0], view)  # both show the same file
+        assert (view != value).all()
+
+
+def test_closed(path):
+    opt = RMSProp([np.ones(9000)], storage=path)
+    opt.step([np.ones(9000)])
+    whole, part = opt.params[0], opt.params[0][5:]
+    values = whole.copy()
+    opt.close()
+    opt.close()
+    state = RMSProp([np.zeros(9000)]).state_dict()
+    for call in (
+        "step()",
+        "step([whole])",
+        "flush()",
+        "load_state_dict(state)",
+        "param_groups[0].update(momentum=0.5)",
+    ):
+        with pytest.raises(StorageError, match=r"one that was closed; RMSProp\.reopen\(path\) goes on"):
+            eval(f"opt.{call}", {"opt": opt, "whole": whole, "state": state})
+    with pytest.raises(ValueError, match="read-only"):
+        whole[...] = 0
+    assert_same_bits(opt.state_dict()["arrays"]["params/float64"], values)
+    del opt
+    gc.collect()
+    assert_same_bits(whole, values)
+    for item in list(path.iterdir()):
+        item.unlink()
+    path.rmdir()
+    assert_same_bits(part, values[5:])  # the file lives as long as a view of it
+
+
+LOCKED = "expected a folder that nobody has open, got one that another process, or another optimizer of this one, has"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_two_at_once(path):
+    opt = RMSProp([np.linspace(-1, 1, 9000)], storage=path)
+    opt.step([opt.params[0]])
+    values = opt.params[0].copy()
+    for after_crash in ("raise", "use"):
+        with pytest.raises(StorageError, match=LOCKED):
+            RMSProp.reopen(path, after_crash=after_crash)
+    program = """
+        import sys
+        from fastrms import RMSProp, StorageError
+        try:
+            RMSProp.reopen(sys.argv[1], after_crash="use")
+        except StorageError as error:
+            print("refused" if "another process" in str(error) else error)
+    """
+    assert run(program, path) == ["refused"]
+    assert_same_bits(opt.params[0], values)
+    opt.close()
+    RMSProp.reopen(path).close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_of_fork_can_read_and_takes_no_step(path):
+    program = """
+        import os, sys
+        import numpy as np
+        from fastrms import RMSProp, StorageError
+        opt = RMSProp([np.ones(3)], storage=sys.argv[1])
+        opt.step([np.ones(3)])
+        child = os.fork()
+        if not child:
+            for call in (opt.step, opt.flush):
+                try:
+                    call()
+                except StorageError as error:
+                    print("refused" if "child of fork" in str(error) else error)
+            print(float(opt.params[0][0]) < 1)
+            opt.close()
+            sys.exit()  # which does not close it for the parent
+        os.waitpid(child, 0)
+        try:
+            RMSProp.reopen(sys.argv[1])
+        except StorageError as error:
+            print("locked" if "nobody has open" in str(error) else error)
+        opt.step([np.ones(3)])
+        print(opt.steps)
+    """
+    assert run(program, path) == ["refused", "refused", "True", "locked", "2"]
+    assert RMSProp.reopen(path).steps == 2
+
+
+def test_the_parent_can_close_while_a_child_lives(path):
+    program = """
+        import os, sys
+        import numpy as np
+        from fastrms import RMSProp
+        opt = RMSProp([np.ones(3)], storage=sys.argv[1])
+        read, write = os.pipe()
+        if not os.fork():
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        os.close(read)
+        opt.close()
+        print(RMSProp.reopen(sys.argv[1]).steps)
+    """
+    assert run(program, path) == ["0"]
+
+
+FULL = """
+    import resource, sys
+    import numpy as np
+    from fastrms import RMSProp
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    {before}
+    try:
+        {code}
+    except OSError as error:
+        print(error.errno, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_no_room_is_an_error_when_it_is_made(tmp_path):
+    program = FULL.format(before="", code="RMSProp([np.ones(20_000)], storage=sys.argv[1])")
+    words = run(program, tmp_path / "new")
+    assert words[0] == "27"
+    assert " ".join(words).endswith(
+        f"expected room for 160,000 bytes, got: File too large: '{tmp_path}/new/params.bin'"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_no_room_for_state_that_is_added_later(tmp_path):
+    before = """
+    opt = RMSProp([np.ones(12_000)], storage=sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 100_000))
+    """
+    program = FULL.format(before=before, code="opt.param_groups[0]['momentum'] = 0.5") + "    opt.step()\n"
+    # The option is set, and there is nowhere to keep its state: each step says so, and nothing is changed.
+    assert "room" in run(program.replace("    opt.step()\n", ""), tmp_path / "new")
+    with RMSProp.reopen(tmp_path / "new") as opt:
+        assert opt.steps == 0
+        opt.step([np.ones(12_000)])
+        assert opt.momentum_buffer is None or opt.param_groups[0]["momentum"] == 0.5
+
+
+# Copies and checkpoints.
+
+
+def test_no_copies_that_would_be_in_memory(path):
+    opt = RMSProp([np.ones(3)], storage=path)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(StorageError, match="cannot be copied or pickled; use save"):
+            copied(opt)
+    buffer = pickle.loads(pickle.dumps(opt.buffers["params"]))  # a buffer alone can be, into memory
+    assert_same_bits(buffer.flat, np.ones(3))
+    assert type(buffer) is fastrms.FlatBuffer
+    assert opt.buffers["params"].like().flat.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", ["all state", "bfloat16"])
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_checkpoints_between_memory_and_storage(case, ending, tmp_path, small_parts, rng):
+    options, dtypes = CASES[case]
+    start = arrays(rng, dtypes)
+    gradients = [np.asarray(wide(rng, p.shape, p.dtype, -2, 2)) for p in start]
+    inside, opt = RMSProp(start, **options), RMSProp(start, storage=tmp_path / "a", **options)
+    for optimizer in (inside, opt):
+        optimizer.step(gradients)
+        optimizer.save(tmp_path / f"{optimizer is opt}.{ending}")
+    assert (tmp_path / f"True.{ending}").stat().st_size == (tmp_path / f"False.{ending}").stat().st_size
+    for name, array in inside.state_dict()["arrays"].items():
+        assert_same_bits(opt.state_dict()["arrays"][name], array)
+    elsewhere = RMSProp.from_checkpoint(tmp_path / f"False.{ending}", storage=tmp_path / "b")
+    assert_same(elsewhere, inside)
+    assert_same(RMSProp.from_checkpoint(tmp_path / f"True.{ending}"), inside)
+    opt.step(gradients)
+    views = leaves(opt.params)
+    opt.load(tmp_path / f"False.{ending}")
+    assert_same(opt, inside)
+    assert [id(view) for view in leaves(opt.params)] == [id(view) for view in views]
+    opt.step(gradients)
+    opt.load_state_dict(inside.state_dict())
+    assert_same(opt, inside)
+    opt.close()
+    with RMSProp.reopen(tmp_path / "a") as again:
+        again.step(gradients)
+        inside.step(gradients)
+        assert_same(again, inside)
+
+
+def test_a_damaged_checkpoint_changes_nothing(tmp_path, small_parts):
+    opt = RMSProp([np.ones(9000)], storage=tmp_path / "a")
+    opt.step([np.ones(9000)])
+    opt.save(tmp_path / "a.npz")
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[40_000] ^= 1
+    (tmp_path / "a.npz").write_bytes(data)
+    opt.step([np.ones(9000)])
+    values = opt.params[0].copy()
+    with pytest.raises(FastrmsError):
+        opt.load(tmp_path / "a.npz")
+    assert_same_bits(opt.params[0], values)
+    assert opt.steps == 2
+
+
+# Memory.
+
+MEMORY = """
+    import os, sys
+    import numpy as np
+    from fastrms import RMSProp
+
+    def peak():
+        # In bytes, of what is resident at once, since the last call.
+        with open("/proc/self/status") as stream:
+            status = dict(line.split(":") for line in stream)
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")
+        return 1024 * int(status["VmHWM"].split()[0])
+
+    kernel, size = sys.argv[2], 20_000_000
+    warm = RMSProp([np.ones(70_000, "f"), np.ones(70_000, "f")], kernel=kernel, clip_norm=1.0, momentum=0.5)
+    warm.step()
+    warm.step([np.ones(70_000, "f")] * 2)
+    warm.save(sys.argv[1] + "/warm.npz")
+    warm.load(sys.argv[1] + "/warm.npz")
+    peak()
+    before = peak()
+    opt = RMSProp(
+        [np.broadcast_to(np.float32(1), (4, size // 4)), np.broadcast_to(np.float32(1), 5)],
+        storage=sys.argv[1] + "/run", kernel=kernel, clip_norm=1.0, momentum=0.5, initial_scale=0.5,
+    )
+    print("making", peak() - before)
+    for _ in range(2):
+        opt.step()
+    print("step", peak() - before)
+    opt.step([np.broadcast_to(0.5, (4, size // 4)), np.ones(5)])
+    print("casting", peak() - before)
+    opt.save(sys.argv[1] + "/a.npz")
+    print("save", peak() - before)
+    opt.load(sys.argv[1] + "/a.npz")
+    print("load", peak() - before)
+    opt.close()
+    print("close", peak() - before)
+    with RMSProp.reopen(sys.argv[1] + "/run", kernel=kernel) as opt:
+        opt.step()
+        print("reopened", peak() - before)
+        assert opt.params[0][0, 0] == opt.params[0][-1, -1] < 1
+    print(sum(buffer.nbytes for buffer in opt.buffers.values()), "in", len(opt.buffers))
+"""
+
+
+@pytest.mark.skipif(not JIT or sys.platform != "linux", reason="pages are given back on Linux; the JIT for its speed")
+@pytest.mark.parametrize("kernel", ["serial", "parallel", "numpy"])
+def test_what_is_in_memory_at_once_is_bounded(kernel, tmp_path):
+    words = run(MEMORY, tmp_path, kernel)
+    found = dict(zip(words[:-3:2], map(int, words[1:-3:2]), strict=True))
+    assert words[-3:] == [str(4 * 80_000_064), "in", "4"]
+    # 80 MB a buffer, 320 MB in all.
+    assert {what: nbytes for what, nbytes in found.items() if nbytes > 25 << 20} == {}
+    assert len(found) == 7
+
+
+def test_the_folder_has_what_its_page_says(path):
+    RMSProp([np.ones(2)], storage=path, momentum=0.5, centered=True).close()
+    page = (Path(__file__).parent.parent / "docs" / "storage.md").read_text(encoding="utf-8")
+    for item in path.iterdir():
+        assert f"`{item.name}`" in page
