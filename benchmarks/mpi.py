@@ -153,6 +153,7 @@ def work(path: Path, sizes: Sequence[int], seconds: float) -> None:
         loopback.append(sent_by_loopback())
         if None not in loopback:
             found.setdefault("bytes", {})[size] = (loopback[1] - loopback[0]) / 10 / comm.size  # type: ignore[operator]
+    found["ready"] = overlapped(comm, seconds)
     if comm.rank == 0:
         path.write_text(json.dumps(found), encoding="utf-8")
 
@@ -188,6 +189,31 @@ class Timed:
         whole = time.perf_counter() - start
         if keep:
             self.seconds.append((whole, self._communication))
+
+
+def overlapped(comm: Any, seconds: float) -> list[float]:
+    """Seconds of a backward pass of twelve matrix products alone, with a step after it, and with `ready` in it."""
+    from fastrms.mpi import ShardedRMSProp
+
+    params = [np.zeros((700, 700), np.float32) for _ in range(12)]
+    x = np.ones((400, 700), np.float32)
+    after, early = (ShardedRMSProp(params, kernel="serial") for _ in range(2))
+    times: list[list[float]] = [[], [], []]
+    begin = time.perf_counter()
+    while comm.bcast(len(times[0]) < 5 or time.perf_counter() - begin < seconds / 3):
+        for opt in (after, early):
+            comm.Barrier()
+            start = time.perf_counter()
+            for k in reversed(range(len(params))):
+                np.matmul(x.T, x, out=opt.grads[k])
+                if opt is early:
+                    opt.ready(k, opt.grads[k])
+            computed = time.perf_counter()
+            opt.step()
+            times[1 if opt is after else 2].append(time.perf_counter() - start)
+            if opt is after:
+                times[0].append(computed - start)
+    return [float(x) for x in np.max(comm.allgather(np.median(times, axis=1)), axis=0)]
 
 
 def flops(comm: Any) -> float:
@@ -246,7 +272,7 @@ def solve(rows: list[tuple[list[float], float]]) -> list[float]:
 # What is printed and written.
 
 
-def tables(times: Any, sent: Any, here: Machine, network: Machine) -> dict[str, str]:
+def tables(times: Any, sent: Any, ready: Any, here: Machine, network: Machine) -> dict[str, str]:
     """All tables by name, as Markdown."""
     measured = []
     for size in sorted(next(iter(times.values()))):
@@ -268,6 +294,10 @@ def tables(times: Any, sent: Any, here: Machine, network: Machine) -> dict[str, 
     )  # fmt: skip
     return {
         "mpi-measured": markdown(header, measured),
+        "mpi-ready": markdown(
+            ["ranks", "backward pass alone", "with step() after it", "with ready() in it, and step()"],
+            [[str(ranks), *map(format_seconds, found)] for ranks, found in ready.items()],
+        ),
         "mpi-inputs": inputs,
         "mpi-here": predicted(here),
         "mpi-network": predicted(network),
@@ -321,18 +351,18 @@ def plot(times: Any, here: Machine, network: Machine) -> Any:
     return figure
 
 
-def measure(seconds: float, sizes: Sequence[int], ranks: Sequence[int]) -> tuple[Any, Any, float]:
-    """Times by ranks and size, bytes by ranks and size, and operations a second of a rank."""
-    times, sent, rates = {}, {}, {}
+def measure(seconds: float, sizes: Sequence[int], ranks: Sequence[int]) -> tuple[Any, Any, Any, float]:
+    """Times by ranks and size, bytes by ranks and size, `overlapped` by ranks, and operations a second of a rank."""
+    times, sent, ready, rates = {}, {}, {}, {}
     for count in ranks:
         found = mpiexec(count, "--sizes", *map(str, sizes), "--seconds", str(seconds))
         times[count] = {int(size): tuple(values) for size, values in found["seconds"].items()}
-        rates[count] = found["flops"]
+        rates[count], ready[count] = found["flops"], found["ready"]
     for count in ranks:
         if count > 1:
             counted = mpiexec(count, "--sizes", *map(str, set(BYTES_OF) & set(sizes)), "--seconds", "0", over_tcp=True)
             sent[count] = {int(size): value for size, value in counted.get("bytes", {}).items()}
-    return times, sent, rates[max(count for count in ranks if count <= max(2, cores()))]
+    return times, sent, ready, rates[max(count for count in ranks if count <= max(2, cores()))]
 
 
 def cores() -> int:
@@ -354,10 +384,10 @@ def main() -> int:
     if args.worker:
         work(args.worker, args.sizes, args.seconds)
         return 0
-    times, sent, rate = measure(args.seconds, args.sizes, args.ranks)
+    times, sent, ready, rate = measure(args.seconds, args.sizes, args.ranks)
     here = fit(times, rate, cores())
     network = Machine(args.latency, args.bandwidth, here.rate, here.overhead, here.alone, here.flops)
-    made = tables(times, sent, here, network)
+    made = tables(times, sent, ready, here, network)
     for name, table in made.items():
         print(f"\n{name}\n\n{table}")
     if args.write:

@@ -302,7 +302,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
         All errors come before the first write to parameters and state.
         """
         with self._lock:
-            if self._num_threads is None:
+            if self._num_threads is None or not self._uses_threads:
                 return self._step(gradients)
             with choice.limit_threads(self._num_threads):
                 return self._step(gradients)
@@ -371,5 +371,6 @@ class RMSProp(Stepping, Checkpointed, Stored):
 
 # What `_connect` makes, and pickles and copies leave out.
 _DERIVED = (
-    "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_zero_copy", "_chooser"
+    "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_zero_copy",
+    "_chooser", "_uses_threads",
 )  # fmt: skip

@@ -80,6 +80,8 @@ class Stepping:
         large = any(run.size >= choice.TRY_PARALLEL_FROM for run in self._runs)
         watch = self._kernel == "auto" and large and self._threads() > 1 and choice.threads_work()
         self._chooser = choice.Chooser() if watch else None
+        # Where nothing parallel can run, no threads are started for the sake of a limit on them.
+        self._uses_threads = watch or self._kernel == "parallel"
         self._options_changed()
 
     def _options_changed(self) -> None:

@@ -28,7 +28,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Pages that run other libraries, in a process of their own: what those do to a process (threads, settings) is not for
 # other tests to bear.
 WITH_OTHERS = {
-    "interop.md": ("torch", "keras"), "migrating.md": ("torch", "keras", "optax"), "torch.md": ("torch",)
+    "interop.md": ("torch", "keras"), "migrating.md": ("torch", "keras", "optax"), "torch.md": ("torch",),
+    "mpi.md": ("mpi4py",),
 }  # fmt: skip
 # From within Keras, where it makes an array of one of its variables.
 WARNINGS = ["-W", "error", "-W", "ignore:__array__ implementation:DeprecationWarning"]
@@ -96,7 +97,7 @@ def test_the_index_has_every_page_as_a_link_and_in_a_table_of_contents():
 # Modules for use inside the package: what of them is public, `fastrms` itself has. Any other is public as a module.
 INNER = {
     "__init__", "__main__", "attributes", "buffers", "checkpoints", "descent", "dialects", "errors", "functional",
-    "landscapes", "optimizer", "options", "overlap", "runs", "stepping",
+    "handover", "landscapes", "optimizer", "options", "overlap", "ranks", "runs", "stepping", "unsharded",
 }  # fmt: skip
 MODULES = sorted(
     ["fastrms.plots"] + [f"fastrms.{path.stem}" for path in (ROOT / "fastrms").glob("*.py") if path.stem not in INNER]
