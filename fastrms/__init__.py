@@ -4,6 +4,7 @@ from fastrms.buffers import FlatBuffer, Layout
 from fastrms.dialects import dialect
 from fastrms.errors import (
     CheckpointError,
+    DeviceError,
     DtypeError,
     FastrmsError,
     NonfiniteError,
@@ -18,6 +19,7 @@ from fastrms.options import ParamGroup
 
 __all__ = [
     "CheckpointError",
+    "DeviceError",
     "DtypeError",
     "FastrmsError",
     "FlatBuffer",

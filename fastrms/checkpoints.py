@@ -59,6 +59,15 @@ class Checkpointed:
 
     _lock: Any
 
+    def _read(self, segment: Any) -> Array:
+        """The numbers of a segment of a buffer, where NumPy can use them."""
+        array: Array = segment
+        return array
+
+    def _write(self, segment: Any, values: Any) -> None:
+        """Set the numbers of a segment of a buffer."""
+        segment[...] = values
+
     def state_dict(self) -> dict[str, Any]:
         """All that makes the next steps what they would have been, copied: plain arrays, numbers and text.
 
@@ -144,7 +153,7 @@ class Checkpointed:
             Its name ends in .npz or .safetensors.
         lr : float or callable, optional
             Instead of what was saved; needed where that was a function, which no file holds.
-        kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
+        kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
@@ -165,12 +174,12 @@ class Checkpointed:
 def _state_dict(opt: _Optimizer) -> dict[str, Any]:
     arrays = {_SKIPPED: opt._skipped.copy()}
     for name, segment in _segments(opt):
-        arrays[name] = segment.copy()
+        arrays[name] = opt._read(segment).copy()
     return _head(opt) | {"arrays": arrays}
 
 
 def _save(opt: _Optimizer, path: Path) -> None:
-    arrays = dict(_segments(opt)) | {_SKIPPED: opt._skipped}
+    arrays = {name: opt._read(segment) for name, segment in _segments(opt)} | {_SKIPPED: opt._skipped}
     head = json.dumps(_head(opt) | {"checksums": {name: _checksum(array) for name, array in arrays.items()}})
     is_safetensors = _is_safetensors(path)
     with _replaced(path) as temporary:
@@ -289,7 +298,7 @@ def _take(opt: _Optimizer, source: _Source) -> None:
         if name not in opt.buffers:
             opt.buffers[name] = opt._new_state()
     for name, segment in _segments(opt):
-        segment[...] = arrays.get(name, 0)
+        opt._write(segment, arrays.get(name, 0))
     opt._skipped[...] = arrays[_SKIPPED]
     opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
     opt._global_clip_norm, opt._nonfinite = (

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, StructureError
 from fastrms.kernels import choice, cpu, pointers
 from fastrms.kernels.norms import combine, scale_to
@@ -39,6 +39,9 @@ class Stepping:
     def _new_state(self) -> FlatBuffer:
         return self.buffers["params"].like(dtype=None if self._cache_dtype is None else np.uint16)
 
+    def _new_run(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> Run:
+        return Run(group_number, group, layout, numbers)
+
     def _connect(self) -> None:
         """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
         self._grads = self.buffers["grads"]
@@ -50,7 +53,7 @@ class Stepping:
             for k, group in enumerate(self.param_groups):
                 numbers = np.flatnonzero((segment_of == segment) & (self._group_of == k))
                 if len(numbers):
-                    self._runs.append(Run(k, group, layout, numbers))
+                    self._runs.append(self._new_run(k, group, layout, numbers))
         self._state: list[tuple[bool, bool]] = []  # which state each group has: momentum buffer, mean gradient
         for k, group in enumerate(self.param_groups):
             group.bind(self._params.views[k] if self._grouped else self._params.views, self._options_changed)
@@ -87,15 +90,7 @@ class Stepping:
         kernel = self._kernel if self._chooser is None else self._chooser.kernel
         params, grads = self._params, self._grads
         from_buffer = gradients is None or gradients is grads.views
-        try:
-            # Whether nothing was put in the place of a view: looks first whether items are the same objects, some
-            # nanoseconds each. (For a single array, None == None.)
-            intact = params.watched == params.kept and (not from_buffer or grads.watched == grads.kept)
-        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
-            intact = False
-        if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
-            raise StructureError(problems[0])
-
+        self._look_at_views(from_buffer)
         items, arrays, in_place = None, None, False
         calls: list[_Call] | None = None
         if not from_buffer:
@@ -123,6 +118,17 @@ class Stepping:
         if self._chooser is not None:
             self._chooser.step_done()
         return params.views
+
+    def _look_at_views(self, from_buffer: bool) -> None:
+        """Raise StructureError if something was put in the place of a view that this step uses."""
+        params, grads = self._params, self._grads
+        try:
+            # Looks first whether items are the same objects, some nanoseconds each. (For a single array, None == None.)
+            intact = params.watched == params.kept and (not from_buffer or grads.watched == grads.kept)
+        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
+            intact = False
+        if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
+            raise StructureError(problems[0])
 
     def _step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
         """Take a step with gradients at these addresses, one for each parameter, or for each that is present.

@@ -5,12 +5,12 @@ target otherwise.
 
 What keeps the bits equal to the processor's
 --------------------------------------------
-The rule of an element is `fastrms.kernels.cpu.rule` itself. Two things in it mean something else on a GPU. A product and
-a sum would be contracted to one instruction that rounds once, and neither CUDA target of Numba can be told not to (NVVM
-has the option; they do not pass it on). And `np.sqrt` is not known there. So the rule's source is compiled with each
-``a * b`` as `multiply`, an instruction that is never contracted (``mul.rn``), and with CUDA's own square root. Division
-and square root round correctly unless fastmath is asked for, and subnormal numbers are kept. `tests/test_ptx.py`
-compiles everything without a GPU and reads the result.
+The rule of an element is `fastrms.kernels.cpu.rule` itself. Two things in it mean something else on a GPU. A product
+and a sum would be contracted to one instruction that rounds once, and neither CUDA target of Numba can be told not to
+(NVVM has the option; they do not pass it on). And `np.sqrt` is not known there. So the rule's source is compiled with
+each ``a * b`` as `multiply`, an instruction that is never contracted (``mul.rn``), and with CUDA's own square root.
+Division and square root round correctly unless fastmath is asked for, and subnormal numbers are kept.
+`tests/test_ptx.py` compiles everything without a GPU and reads the result.
 
 Sums of squares are taken in the chunks, on the lanes and in the order of `fastrms.kernels.norms`, one warp a chunk, and
 the sum over parameters is exact and rounded once, as `math.fsum` is.
@@ -23,7 +23,8 @@ import ast
 import ctypes
 import inspect
 import math
-from functools import cache
+import warnings
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -36,19 +37,10 @@ from numba.cuda.extending import intrinsic
 from fastrms.kernels import cpu, norms
 
 __all__ = [
-    "ABSENT",
-    "BLOCKS",
-    "CHUNK",
-    "THREADS",
-    "add_partials",
-    "convert_kernel",
-    "cuda",
-    "decide",
-    "fill",
-    "missing",
-    "square_chunks",
-    "update_kernel",
-]
+    "ABSENT", "CHUNK", "DOUBTFUL", "EVERY", "IN_BUFFER", "LANES", "LEGACY_STREAM", "PRESCALE", "SIMULATED", "THREADS",
+    "TOO_LARGE", "TOO_SMALL", "add_partials", "convert_kernel", "cuda", "decide", "fill", "handle_of", "interface_of",
+    "launch", "missing", "square_chunks", "update_kernel",
+]  # fmt: skip
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
@@ -63,6 +55,12 @@ BLOCKS = 65_536
 # Where a gradient is: at an address, in the gradient buffer, or nowhere, and then its parameter sits the step out.
 IN_BUFFER, ABSENT = 0, -1
 
+# Sums that have left the range of float64 are taken again, of gradients multiplied by this, or by its inverse.
+PRESCALE = norms._PRESCALE
+
+# The number of the default stream of a device, which waits for most others and they for it.
+LEGACY_STREAM = 1
+
 # What `square_chunks` and `add_partials` are to look at: every span; those whose sum has left the range of float64, at
 # either end; those whose norm is no finite number.
 EVERY, TOO_SMALL, TOO_LARGE, DOUBTFUL = range(4)
@@ -71,7 +69,6 @@ EVERY, TOO_SMALL, TOO_LARGE, DOUBTFUL = range(4)
 # subnormal number (2**-1126) to the sum of 2**29 ones.
 _DIGITS, _LOWEST = 40, -1126
 _DIGIT = 0xFFFFFFFF
-
 
 
 if SIMULATED:
@@ -112,7 +109,7 @@ else:
 class _Products(ast.NodeTransformer):
     """`a * b` as `multiply(a, b)`."""
 
-    def visit_BinOp(self, node):  # noqa: N802 - ast calls it so
+    def visit_BinOp(self, node):
         self.generic_visit(node)
         if not isinstance(node.op, ast.Mult):
             return node
@@ -132,6 +129,35 @@ def _for_device(function):
     scope = {"multiply": multiply, "np": names}
     exec(compile(ast.fix_missing_locations(_Products().visit(tree)), inspect.getsourcefile(function), "exec"), scope)
     return cuda.jit(device=True)(scope[function.__name__])
+
+
+@lru_cache(256)
+def _configured(kernel, blocks, threads, stream):
+    with warnings.catch_warnings():  # Numba warns of small launches, which are what small parameters need
+        warnings.simplefilter("ignore")
+        return kernel[blocks, threads, stream]
+
+
+def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any) -> None:
+    """Run a kernel on a stream: of `blocks` blocks at most `BLOCKS`, and at least one."""
+    configure = _configured.__wrapped__ if SIMULATED else _configured  # the simulator's kernels hold one configuration
+    configure(kernel, max(1, min(blocks, BLOCKS)), threads, stream)(*arguments)
+
+
+def interface_of(thing: Any) -> dict[str, Any] | None:
+    """What the CUDA array interface says of something on the device; None if it is something else."""
+    try:
+        found = getattr(thing, "__cuda_array_interface__", None)
+        if found is None and getattr(thing, "__cuda_ndarray__", False):  # of the simulator, whose memory is ordinary
+            found = thing.__array_interface__
+    except Exception:  # whatever an attribute of the user's own raises; torch's, for dtypes that it cannot describe
+        return None
+    return found
+
+
+def handle_of(stream: Any) -> int:
+    """The number of a stream by which libraries tell each other of it; the simulator's only one is the default one."""
+    return int(stream) or LEGACY_STREAM if hasattr(stream, "__int__") else LEGACY_STREAM
 
 
 _rule = _for_device(cpu.rule)
@@ -187,9 +213,8 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
     @cuda.jit
     def update(params, grads, cache, momentum_buffer, grad_avg, hyper, scale, correction, bounds, first_chunk,
                sources, factors, go):  # fmt: skip
-        if guarded:
-            if go[0] == 0:
-                return
+        if guarded and go[0] == 0:
+            return
         p = cuda.local.array(UNROLL, number)
         g = cuda.local.array(UNROLL, number)
         c = cuda.local.array(UNROLL, number)
@@ -259,10 +284,7 @@ def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, su
             stop = min(start + CHUNK, bounds[k, 1])
             total = 0.0
             for i in range(start + lane, stop, LANES):
-                if source == IN_BUFFER:
-                    g = grads[i]
-                else:
-                    g = number_at(source + (i - bounds[k, 0]) * grads.itemsize, clip)
+                g = grads[i] if source == IN_BUFFER else number_at(source + (i - bounds[k, 0]) * grads.itemsize, clip)
                 total += _square(g, clip, prescale)
             lanes[lane] = total
             cuda.syncthreads()
@@ -355,9 +377,9 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
 
     Read are `sources`, `span_norms` and `finite` of each parameter; its bound on the norm (`limits`, inf for none) and
     the one on all of them (`global_limit`); the sign of its gradient; and where bias is corrected the row of
-    `corrections` (otherwise -1) that has the factors by number of steps, which are `calls` less `missed` ones less those
-    that the parameter `sat_out`. Written are `factors`, `go` (0 where `guarded` and a gradient is not finite) and both
-    counts.
+    `corrections` (otherwise -1) that has the factors by number of steps, which are `calls` less `missed` ones less
+    those that the parameter `sat_out`. Written are `factors`, `go` (0 where `guarded` and a gradient is not finite)
+    and both counts.
     """
     digits = cuda.shared.array(_DIGITS, numba.int64)
     largest_of = cuda.shared.array(THREADS, numba.float64)
@@ -397,7 +419,7 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
         common[0] = largest
     cuda.syncthreads()
     largest = common[0]
-    if global_limit < math.inf and 0.0 < largest and largest < math.inf:
+    if global_limit < math.inf and largest > 0.0 and largest < math.inf:
         for k in range(me, size, width):
             if span_norms[k] > 0.0:
                 part = span_norms[k] / largest
@@ -409,7 +431,7 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
         common[0] = 1.0
         if global_limit < math.inf:
             norm = largest
-            if 0.0 < largest and largest < math.inf:
+            if largest > 0.0 and largest < math.inf:
                 norm = multiply(largest, math.sqrt(_rounded(digits)))
             if not norm <= global_limit:
                 common[0] = global_limit / norm
@@ -470,5 +492,7 @@ def missing() -> str | None:
     if "NO_DEVICE" in why:
         return f"there is a driver, but no device that this process can see (CUDA_VISIBLE_DEVICES?): {last}"
     if "cannot be found" in why or "not found" in why:
-        return "there is no NVIDIA driver (libcuda) on this machine; it comes with the system, not with a Python package"
+        return (
+            "there is no NVIDIA driver (libcuda) on this machine; it comes with the system, not with a Python package"
+        )
     return f"the driver cannot be started: {last}"
