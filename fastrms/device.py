@@ -39,9 +39,9 @@ def as_stream(value: Any) -> Any:
         It is something else.
     """
     if value is None:
-        return cuda.legacy_default_stream()
+        return _default_stream()
     if hasattr(value, "auto_synchronize"):  # Numba's; 0 is its default stream, which others know by another number
-        return value if kernels.handle_of(value) != kernels.LEGACY_STREAM else cuda.legacy_default_stream()
+        return value if kernels.handle_of(value) != kernels.LEGACY_STREAM else _default_stream()
     for name in ("cuda_stream", "ptr"):  # PyTorch's and CuPy's
         value = getattr(value, name, value)
     if hasattr(value, "__cuda_stream__"):
@@ -51,7 +51,12 @@ def as_stream(value: Any) -> Any:
             f"stream: expected None, the number of a stream, or a stream of Numba, CuPy or PyTorch, got {value!r} "
             f"({type(value).__name__})"
         )
-    return cuda.external_stream(int(value)) if value > kernels.LEGACY_STREAM else cuda.legacy_default_stream()
+    return cuda.external_stream(int(value)) if value > kernels.LEGACY_STREAM else _default_stream()
+
+
+def _default_stream() -> Any:
+    # The simulator of Numba's own target has no name for it.
+    return getattr(cuda, "legacy_default_stream", cuda.stream)()
 
 
 def let_wait(waiting: Any, handle: int, for_it: bool) -> None:
@@ -276,7 +281,7 @@ class Finder:
             row[2 : 2 + len(leaf.shape)] = leaf.shape
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places = np.zeros((2, len(self._leaves)), np.int64)
-        self._device = dlpack.CUDA | getattr(cuda.get_current_device(), "id", 0) << 32
+        self._device = dlpack.CUDA | getattr(getattr(cuda.current_context(), "device", None), "id", 0) << 32
         # Negative views of PyTorch's, of which memory has the positive number, are dense if they have one element.
         self._singles = [k for k, leaf in enumerate(self._leaves) if leaf.stop - leaf.start == 1]
 
