@@ -4,6 +4,7 @@ from fastrms.buffers import FlatBuffer, Layout
 from fastrms.dialects import dialect
 from fastrms.errors import (
     CheckpointError,
+    DeviceError,
     DtypeError,
     FastrmsError,
     NonfiniteError,
@@ -20,6 +21,7 @@ from fastrms.options import ParamGroup
 
 __all__ = [
     "CheckpointError",
+    "DeviceError",
     "DtypeError",
     "FastrmsError",
     "FlatBuffer",

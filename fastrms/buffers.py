@@ -272,11 +272,11 @@ class FlatBuffer:
         self._allocate(Layout(arrays, name))
         self.gather(arrays, name)
 
-    def _allocate(self, layout: Layout, memory: NDArray[np.uint8] | None = None) -> None:
+    def _allocate(self, layout: Layout, new_memory: Any = np.zeros) -> None:
         self.layout = layout
         # NumPy aligns to 16 bytes at least; take enough to start on a cache line.
         try:
-            memory = np.zeros(layout.nbytes + ALIGNMENT, np.uint8) if memory is None else memory
+            memory = new_memory(layout.nbytes + ALIGNMENT, np.uint8)
         except (MemoryError, ValueError):  # ValueError where NumPy cannot even count them
             raise MemoryError(
                 f"expected arrays that fit into memory, got {layout.nbytes:,} bytes of them, which each buffer takes"

@@ -65,6 +65,15 @@ class Checkpointed:
 
     _lock: Any
 
+    def _read(self, segment: Any) -> Array:
+        """The numbers of a segment of a buffer, where NumPy can use them."""
+        array: Array = segment
+        return array
+
+    def _write(self, segment: Any, values: Any) -> None:
+        """Set the numbers of a segment of a buffer."""
+        segment[...] = values
+
     def state_dict(self) -> dict[str, Any]:
         """All that makes the next steps what they would have been, copied: plain arrays, numbers and text.
 
@@ -151,7 +160,7 @@ class Checkpointed:
             Its name ends in .npz or .safetensors.
         lr : float or callable, optional
             Instead of what was saved; needed where that was a function, which no file holds.
-        kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
+        kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
@@ -174,14 +183,15 @@ class Checkpointed:
 def _state_dict(opt: _Optimizer) -> dict[str, Any]:
     arrays = {_SKIPPED: opt._skipped.copy()}
     for name, segment in _segments(opt):
-        arrays[name] = np.empty_like(segment)
-        for part in opt._in_parts(segment):
-            arrays[name][part] = segment[part]
+        there = opt._read(segment)
+        arrays[name] = np.empty_like(there)
+        for part in opt._in_parts(there):
+            arrays[name][part] = there[part]
     return _head(opt) | {"arrays": arrays}
 
 
 def _save(opt: _Optimizer, path: Path) -> None:
-    arrays = dict(_segments(opt)) | {_SKIPPED: opt._skipped}
+    arrays = {name: opt._read(segment) for name, segment in _segments(opt)} | {_SKIPPED: opt._skipped}
     checksums = {name: _checksum(array[part] for part in opt._in_parts(array)) for name, array in arrays.items()}
     head = json.dumps(_head(opt) | {"checksums": checksums})
     is_safetensors = _is_safetensors(path)
@@ -316,14 +326,13 @@ def _take(opt: _Optimizer, source: _Source) -> None:
             opt.buffers[name] = opt._new_state(name)
     with opt._loading():
         for name, segment in _segments(opt):
-            slices = opt._in_parts(segment)
-            if name in arrays:
-                segment[...] = arrays[name]
+            if opt._storage is None:
+                opt._write(segment, arrays.get(name, 0))
             elif name in expected:
-                for part, numbers in source.parts(name, slices):
+                for part, numbers in source.parts(name, opt._in_parts(segment)):
                     segment[part] = numbers
             else:
-                for part in slices:
+                for part in opt._in_parts(segment):
                     segment[part] = 0
         opt._skipped[...] = arrays[_SKIPPED]
         opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "CheckpointError",
+    "DeviceError",
     "DtypeError",
     "FastrmsError",
     "NonfiniteError",
@@ -45,6 +46,10 @@ class StructureError(FastrmsError, ValueError):
 
 class CheckpointError(FastrmsError, ValueError):
     """A state or a file is damaged, of another optimizer, or no checkpoint; the optimizer is as it was."""
+
+
+class DeviceError(FastrmsError, RuntimeError):
+    """A GPU was asked for, and there is none that can be used here; the message says what is missing."""
 
 
 class RankError(FastrmsError, RuntimeError):

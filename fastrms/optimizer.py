@@ -1,15 +1,17 @@
 """`RMSProp`: the buffers, the options and what users call; `stepping` has what a step does."""
 
 import copy
+import importlib
+import inspect
 import os
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from fastrms.attributes import checked, option_of_all_groups, views
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.checkpoints import Checkpointed
-from fastrms.errors import DtypeError, StorageError
+from fastrms.errors import DeviceError, DtypeError, OptionError, StorageError
 from fastrms.kernels import choice
 from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
@@ -27,6 +29,17 @@ from fastrms.stepping import Stepping
 from fastrms.storage import Storage, Stored, check_storage
 
 __all__ = ["RMSProp"]
+
+
+def _check_kernel(value: Any) -> str:
+    """Return `value` if it is the name of a kernel that an optimizer on the host can change to."""
+    if isinstance(value, str) and value == "cuda":
+        raise OptionError(
+            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
+            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
+            "load_state_dict() of this one"
+        )
+    return check_one_of("kernel", value, choice.KERNELS)
 
 
 class RMSProp(Stepping, Checkpointed, Stored):
@@ -84,9 +97,10 @@ class RMSProp(Stepping, Checkpointed, Stored):
         Count weighted squares and state below the smallest normal number as 0: subnormal numbers make a vector of
         arithmetic many times slower and arise in ordinary training. Elements in which none arises keep their bits;
         the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
-    kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
+    kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
         What runs the update. All give the same bits. "auto" begins with serial; in a training of some seconds with
         many parameters it tries parallel, and keeps what makes whole training steps faster (`explain` says which).
+        "cuda" makes a `fastrms.cuda.CudaRMSProp`, which keeps everything on a GPU and takes `stream` too.
     num_threads : int or None, default None
         Threads of the parallel kernel, up to those that Numba started with; None for all of them.
     cache_dtype : {"bfloat16"} or None, default None
@@ -125,6 +139,8 @@ class RMSProp(Stepping, Checkpointed, Stored):
         Parameters that are not float32 or float64 arrays.
     OptionError, OptionTypeError
         An option out of range or of the wrong kind, unknown in a group, or of no use in the dtype of a parameter.
+    DeviceError
+        With kernel="cuda", where there is no GPU that can be used.
 
     Examples
     --------
@@ -136,6 +152,18 @@ class RMSProp(Stepping, Checkpointed, Stored):
     >>> opt.grads[0][...] = 0.0
     >>> _ = opt.step()
     """
+
+    def __new__(cls, *args: Any, kernel: Any = "auto", **options: Any) -> Self:
+        """Make an optimizer; with kernel="cuda" one of the class whose buffers are on a GPU."""
+        if cls is RMSProp and isinstance(kernel, str) and kernel == "cuda":
+            try:  # by name, so that only who asks for it imports CUDA
+                cls = importlib.import_module("fastrms.cuda").CudaRMSProp
+            except ImportError as error:
+                raise DeviceError(
+                    f'kernel: expected a GPU for "cuda", but the package numba-cuda cannot be imported ({error}); '
+                    'install with: python -m pip install "fastrms[cuda]"'
+                ) from None
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -184,7 +212,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
         }
         self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
         self._nonfinite = check_one_of("nonfinite", nonfinite, NONFINITE)
-        self._kernel = check_one_of("kernel", kernel, choice.KERNELS)
+        self._kernel = _check_kernel(kernel)
         self._num_threads = check_threads(num_threads, choice.max_threads())
         check_storage(storage)
 
@@ -253,7 +281,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
     )
     kernel: Any = checked(
         "kernel",
-        lambda value: check_one_of("kernel", value, choice.KERNELS),
+        _check_kernel,
         "_kernel_changed",
         'What runs the update: "auto", "numpy", "serial" or "parallel".',
     )
@@ -368,6 +396,9 @@ class RMSProp(Stepping, Checkpointed, Stored):
         buffer = self.buffers["params"]
         return f"RMSProp({buffer!r}, groups={self.param_groups!r}, kernel={self._kernel!r}, steps={self.steps})"
 
+
+# help() and the documentation would show the signature of __new__.
+RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ignore[attr-defined]
 
 # What `_connect` makes, and pickles and copies leave out.
 _DERIVED = (

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, StructureError
 from fastrms.kernels import choice, cpu, pointers
 from fastrms.kernels.norms import AddUp, combine, scale_to
@@ -50,6 +50,9 @@ class Stepping:
             return params.like(dtype=dtype)
         return self._storage.buffer(name, params.layout if dtype is None else params.layout.with_dtype(dtype))
 
+    def _new_run(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> Run:
+        return Run(group_number, group, layout, numbers, self._storage)
+
     def _connect(self) -> None:
         """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
         self._grads = self.buffers["grads"]
@@ -61,7 +64,7 @@ class Stepping:
             for k, group in enumerate(self.param_groups):
                 numbers = np.flatnonzero((segment_of == segment) & (self._group_of == k))
                 if len(numbers):
-                    self._runs.append(Run(k, group, layout, numbers, self._storage))
+                    self._runs.append(self._new_run(k, group, layout, numbers))
         self._state: list[tuple[bool, bool]] = []  # which state each group has: momentum buffer, mean gradient
         for k, group in enumerate(self.param_groups):
             group.bind(self._params.views[k] if self._grouped else self._params.views, self._options_changed)
@@ -105,7 +108,6 @@ class Stepping:
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
         self._refuse_replaced(from_buffer)
-
         items, arrays, in_place = None, None, False
         calls: list[_Call] | None = None
         if not from_buffer:

@@ -341,7 +341,7 @@ class Storage:
         self._files[name] = file
         self._head_says_open = self._head_says_open and not new
         buffer = StoredBuffer.__new__(StoredBuffer)
-        buffer._allocate(layout, file.memory)
+        buffer._allocate(layout, lambda *size_and_dtype: file.memory)
         buffer.storage = self
         return buffer
 

@@ -452,7 +452,7 @@ class _Pack:
             return bool(
                 dlpack.locate(
                     self._function, pointers.items_of(tensors), self._kinds, id(None), self._expected, excluded,
-                    self._words, addresses, states,
+                    self._words, addresses, states, dlpack.CPU,
                 )
             )  # fmt: skip
         for k, tensor in enumerate(tensors):

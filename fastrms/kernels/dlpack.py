@@ -16,28 +16,45 @@ from numba.extending import intrinsic
 from fastrms.kernels.compiled import inner, jit
 from fastrms.kernels.cpu import int64_at
 
-__all__ = ["ABSENT", "ORDINARY", "UNUSUAL", "WORDS", "exchange_function", "kind_of", "locate"]
+__all__ = [
+    "ABSENT", "CPU", "CUDA", "ORDINARY", "UNUSUAL", "WORDS", "current_stream", "exchange_function", "kind_of", "locate",
+]  # fmt: skip
 
 # What `locate` says of a tensor.
 ORDINARY, ABSENT, UNUSUAL = 0, 1, 2
 
-# Struct DLPackExchangeAPI: version (major, minor: 32 bits each), previous table, then functions; this is the fourth.
-_FUNCTION = 5
+# Struct DLPackExchangeAPI: version (major, minor: 32 bits each), previous table, then functions; these are the fourth
+# and the fifth.
+_FUNCTION, _STREAM = 5, 6
 # Struct DLTensor, in words of 64 bits: data, device (type, number: 32 bits each), dimensions and dtype (32 bits each),
 # shape, strides, byte offset.
 WORDS = 6
-_CPU, _FLOAT = 1, 2
+_FLOAT = 2
+# Devices: in `locate` with the device's number in the upper half.
+CPU, CUDA = 1, 2
 
 
 def exchange_function(kind: type) -> int:
     """The address of ``dltensor_from_py_object_no_sync`` for tensors of this type, or 0 if there is none."""
+    return _function(kind, _FUNCTION)
+
+
+def current_stream(kind: type, device: int) -> int:
+    """The number of the stream on which tensors of this type are computed now, by this thread on this device."""
+    ask = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
+    stream = ctypes.c_void_p()
+    ask(_function(kind, _STREAM))(device & 0xFFFFFFFF, device >> 32, ctypes.byref(stream))
+    return stream.value or 0
+
+
+def _function(kind: type, number: int) -> int:
     capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
     if capsule is None or numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return 0
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    table = (ctypes.c_int64 * (_FUNCTION + 1)).from_address(pointer_of(capsule, b"dlpack_exchange_api"))
-    return table[_FUNCTION] if table[0] & 0xFFFFFFFF == 1 else 0
+    table = (ctypes.c_int64 * (_STREAM + 1)).from_address(pointer_of(capsule, b"dlpack_exchange_api"))
+    return table[number] if table[0] & 0xFFFFFFFF == 1 else 0
 
 
 def kind_of(itemsize: int) -> int:
@@ -64,9 +81,9 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
 
 
 @inner
-def _is_as_expected(words, expected, k):
-    """Whether a tensor that was described is a dense one on the CPU, of the dtype and shape that are expected."""
-    if words[1] & 0xFFFFFFFF != _CPU or words[2] & 0xFFFFFFFF != expected[k, 1]:
+def _is_as_expected(words, expected, k, device):
+    """Whether a tensor that was described is a dense one on `device`, of the dtype and shape that are expected."""
+    if words[1] != device or words[2] & 0xFFFFFFFF != expected[k, 1]:
         return False
     if (words[2] >> 32) & 0xFFFFFFFF != expected[k, 0]:
         return False
@@ -83,7 +100,7 @@ def _is_as_expected(words, expected, k):
 
 
 @jit()
-def locate(function, tensors, kinds, none, expected, excluded, words, addresses, states):
+def locate(function, tensors, kinds, none, expected, excluded, words, addresses, states, device):
     """Find out where tensors lie; whether all are ordinary.
 
     Parameters
@@ -105,7 +122,9 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
     addresses : ndarray of int64, shape (k,)
         Written: where the elements begin; 0 unless the tensor is ordinary.
     states : ndarray of int64, shape (k,)
-        Written: `ORDINARY` for a dense tensor on the CPU of that dtype and shape, `ABSENT`, or `UNUSUAL`.
+        Written: `ORDINARY` for a dense tensor on the device of that dtype and shape, `ABSENT`, or `UNUSUAL`.
+    device : int
+        `CPU`, or `CUDA` and the number of the device, times 2**32.
     """
     ordinary = True
     for k in range(addresses.size):
@@ -118,7 +137,7 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
             kind = int64_at(tensor + 8)
             for i in range(kinds.size):
                 if kind == kinds[i]:
-                    if _describe(function, tensor, words) and _is_as_expected(words, expected, k):
+                    if _describe(function, tensor, words) and _is_as_expected(words, expected, k, device):
                         state = ORDINARY
                         addresses[k] = words[0] + words[5]
                         for j in range(excluded.shape[0]):
