@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import Any
 
@@ -32,9 +32,11 @@ Array = NDArray[Any]
 # Parts begin on a cache line of 64 bytes, for float32 and float64.
 _MULTIPLE = 16
 
-# The most elements in one call of MPI, whose counts are C integers before MPI 4. What is longer goes in blocks.
-_MOST = 2**31 - 1
-_BLOCK = 1 << 24
+# The most elements in one call of MPI: less than 2**31 bytes, as counts are C integers before MPI 4, some algorithms
+# count bytes, and MPI takes as much memory again for a reduction. What is longer goes in blocks, through a copy: with
+# 2**22 elements each, 6e7 float32 took as long on 2 ranks as in one call.
+_MOST = 2**28 - 1
+_BLOCK = 1 << 22
 
 # Up to so many ranks, a piece of the gradients goes to its owner by a reduce-scatter.
 _FEW = 4
@@ -173,12 +175,8 @@ class Ranks:
         if whole.size <= _MOST:
             self.control.Reduce_scatter(whole, own, [b - a for a, b in pairwise(bounds)], MPI.SUM)
             return
-        # As many elements of each part in a block: a block of one part only would all go to one rank.
-        step = max(1, _BLOCK // self.size)
-        for first in range(0, bounds[1], step):
-            cuts = [(min(a + first, b), min(a + first + step, b)) for a, b in pairwise(bounds)]
+        for first, cuts, counts in self._even_blocks(bounds):
             block = np.concatenate([whole[a:b] for a, b in cuts])
-            counts = [b - a for a, b in cuts]
             self.control.Reduce_scatter(block, own[first : first + counts[self.rank]], counts, MPI.SUM)
 
     def start_reduce(self, whole: Array, own: Array, bounds: Sequence[int], start: int, stop: int) -> None:
@@ -213,9 +211,21 @@ class Ranks:
         if whole.size <= _MOST:
             self.control.Allgatherv(MPI.IN_PLACE, [whole, ([b - a for a, b in pairwise(bounds)], bounds[:-1])])
             return
-        for rank in range(self.size):
-            for start, stop in _blocks(*bounds[rank : rank + 2]):
-                self.control.Bcast(whole[start:stop], root=rank)
+        for _, cuts, counts in self._even_blocks(bounds):
+            block = np.empty(sum(counts), whole.dtype)
+            self.control.Allgatherv(whole[slice(*cuts[self.rank])], [block, counts])
+            for (a, b), stop in zip(cuts, accumulate(counts), strict=True):
+                whole[a:b] = block[stop - (b - a) : stop]
+
+    def _even_blocks(self, bounds: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, int]], list[int]]]:
+        """Blocks with as many elements of each part: one of a single part would all go to, or come from, one rank.
+
+        Yields where in a part they are, where in the whole, and how many there are of each part.
+        """
+        step = max(1, _BLOCK // self.size)
+        for first in range(0, bounds[1], step):
+            cuts = [(min(a + first, b), min(a + first + step, b)) for a, b in pairwise(bounds)]
+            yield first, cuts, [b - a for a, b in cuts]
 
     def gather(self, own: Array, whole: Array | None, bounds: Sequence[int]) -> None:
         """Copy all parts to rank 0, which alone has a `whole`."""
