@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastrms.buffers import FlatBuffer
-from fastrms.ranks import Ranks
+from fastrms.ranks import Bounds, Piece, Ranks
 
 __all__ = ["Handover"]
 
@@ -25,7 +25,7 @@ class Handover:
     ranks : Ranks
     whole, own : FlatBuffer
         The gradients of this rank, and its part of the sum.
-    bounds : sequence of sequence of int
+    bounds : sequence of ndarray of int
         Where the parts of each segment begin.
 
     Attributes
@@ -36,8 +36,8 @@ class Handover:
         Whether anything was handed over since the last step.
     """
 
-    def __init__(self, ranks: Ranks, whole: FlatBuffer, own: FlatBuffer, bounds: Sequence[Sequence[int]]) -> None:
-        self._ranks, self._whole, self._own, self._bounds = ranks, whole, own, bounds
+    def __init__(self, ranks: Ranks, whole: FlatBuffer, own: FlatBuffer, bounds: Sequence[Bounds]) -> None:
+        self._ranks, self._whole, self._own = ranks, whole, own
         layout = whole.layout
         self._leaves = len(layout.leaves)
         buckets = []
@@ -49,7 +49,9 @@ class Handover:
                 first, last = np.searchsorted(starts, [start + 1, stop]) - [1, 0]
                 buckets.append((inside[first], start, number, stop, inside[first:last]))
         buckets.sort(reverse=True)
-        self._buckets = [(number, start, stop) for _, start, number, stop, _ in buckets]
+        self._buckets = [
+            (number, Piece(bounds[number], ranks.rank, start, stop)) for _, start, number, stop, _ in buckets
+        ]
         self._missing_at_first = [len(leaves) for *_, leaves in buckets]
         self._buckets_of: list[list[int]] = [[] for _ in layout.leaves]
         for b, (*_, leaves) in enumerate(buckets):
@@ -83,7 +85,6 @@ class Handover:
         self.reset()
 
     def _start_next(self) -> None:
-        number, start, stop = self._buckets[self._next]
-        whole, own = self._whole.segments[number], self._own.segments[number]
-        self._ranks.start_reduce(whole, own, self._bounds[number], start, stop)
+        number, piece = self._buckets[self._next]
+        self._ranks.start_reduce(self._whole.segments[number], self._own.segments[number], piece)
         self._next += 1

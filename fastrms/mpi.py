@@ -29,7 +29,7 @@ from fastrms.kernels import choice
 from fastrms.kernels.norms import AddUp
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, check_one_of
-from fastrms.ranks import Ranks, end_together
+from fastrms.ranks import Bounds, Ranks, end_together
 from fastrms.runs import Run
 from fastrms.unsharded import Unsharded
 
@@ -159,10 +159,10 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     @property
     def shard(self) -> list[slice]:
         """Which elements of each segment of the flat buffers this rank updates and has the state of."""
-        return [slice(*bounds[self.rank : self.rank + 2]) for bounds in self._bounds]
+        return [slice(*bounds[self.rank : self.rank + 2].tolist()) for bounds in self._bounds]
 
     @cached_property
-    def _bounds(self) -> list[list[int]]:
+    def _bounds(self) -> list[Bounds]:
         return [self._ranks.bounds(segment.size) for segment in self.buffers["params"].layout.segments]
 
     @cached_property
@@ -207,6 +207,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
 
     def _connect(self) -> None:
         self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
+        self._leaves: dict[int, _Part] = {}
         super()._connect()
 
     def _options_changed(self) -> None:
@@ -332,9 +333,13 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 self._handover.finish()
 
     def _leaf(self, k: int) -> "_Part":
-        whole = self._grads
-        leaf = whole.layout.leaves[k]
-        return _Part(whole, Layout(whole.leaves[k]), [whole.segments[leaf.segment][leaf.start : leaf.stop]])
+        """The gradient of one parameter, as a buffer, which checks and stores as others do."""
+        if k not in self._leaves:
+            whole = self._grads
+            leaf = whole.layout.leaves[k]
+            segment = whole.segments[leaf.segment][leaf.start : leaf.stop]
+            self._leaves[k] = _Part(whole, Layout(whole.leaves[k]), [segment])
+        return self._leaves[k]
 
     def _step(self, gradients: Any) -> Any:
         if self.size == 1 and not self._handover.begun:

@@ -6,9 +6,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -25,16 +24,19 @@ except ImportError as error:
 except RuntimeError as error:  # what mpi4py raises where there is no library of MPI to load
     raise ImportError(f"mpi4py finds no MPI ({error}); install with: {_INSTALL}") from None
 
-__all__ = ["MPI", "Ranks", "end_all", "end_together"]
+__all__ = ["MPI", "Bounds", "Piece", "Ranks", "end_all", "end_together"]
 
 Array = NDArray[Any]
+Bounds = NDArray[np.int64]  # shape (ranks + 1,)
 
 # Parts begin on a cache line of 64 bytes, for float32 and float64.
 _MULTIPLE = 16
 
-# The most elements in one call of MPI, whose counts are C integers before MPI 4. What is longer goes in blocks.
-_MOST = 2**31 - 1
-_BLOCK = 1 << 24
+# The most elements in one call of MPI: less than 2**31 bytes, as counts are C integers before MPI 4, some algorithms
+# count bytes, and MPI takes as much memory again for a reduction. What is longer goes in blocks, through a copy: with
+# 2**22 elements each, 6e7 float32 took as long on 2 ranks as in one call.
+_MOST = 2**28 - 1
+_BLOCK = 1 << 22
 
 # Up to so many ranks, a piece of the gradients goes to its owner by a reduce-scatter.
 _FEW = 4
@@ -77,6 +79,42 @@ class _Pool:
 _pool_of = MPI.Comm.Create_keyval()
 
 
+class Piece:
+    """Elements of an array that are added up in one call.
+
+    Parameters
+    ----------
+    bounds : ndarray of int, shape (ranks + 1,)
+        Where the parts of the array begin.
+    rank : int
+        The number of this rank.
+    start, stop : int
+        Which elements.
+
+    Attributes
+    ----------
+    all, own : slice
+        Where they are in the array, and those of this rank in its part.
+    counts : ndarray of int, shape (ranks,)
+        How many go to each rank.
+    owner : int or None
+        The rank to which they are reduced, or None where they are scattered.
+    """
+
+    def __init__(self, bounds: Bounds, rank: int, start: int, stop: int) -> None:
+        low, high = np.clip(bounds[:-1], start, stop), np.clip(bounds[1:], start, stop)
+        self.all = slice(start, stop)
+        self.counts = high - low
+        first = int(low[rank] - bounds[rank]) if self.counts[rank] else 0
+        self.own = slice(first, first + int(self.counts[rank]))
+        largest = int(np.argmax(self.counts))
+        # A reduce-scatter is what MPICH is fastest at: 1e7 float32 on 2 ranks in 15 ms, with reductions to one rank
+        # each 40 ms. But of many ranks all would send to the one that has this piece, whereas a long reduction to one
+        # rank is shared out.
+        alone = self.counts[largest] == stop - start and len(self.counts) > _FEW
+        self.owner = largest if alone else None
+
+
 class Ranks:
     """The processes that share an optimizer.
 
@@ -113,10 +151,10 @@ class Ranks:
         control: MPI.Intracomm = self._channel.control
         return control
 
-    def bounds(self, size: int) -> list[int]:
+    def bounds(self, size: int) -> Bounds:
         """Where the parts of an array of `size` elements begin, and where the last one ends; the last may be empty."""
         share = -(-size // (self.size * _MULTIPLE)) * _MULTIPLE
-        return [min(rank * share, size) for rank in range(self.size + 1)]
+        return np.minimum(np.arange(self.size + 1, dtype=np.int64) * share, size)
 
     def agree(self, error: Exception | None, fact: Any = None) -> list[Any]:
         """Go on together or not at all.
@@ -168,35 +206,25 @@ class Ranks:
         for start, stop in _blocks(0, array.size):
             self.control.Bcast(array[start:stop])
 
-    def reduce(self, whole: Array, own: Array, bounds: Sequence[int]) -> None:
+    def reduce(self, whole: Array, own: Array, bounds: Bounds) -> None:
         """Add up an array over the ranks, of which each gets its part."""
         if whole.size <= _MOST:
-            self.control.Reduce_scatter(whole, own, [b - a for a, b in pairwise(bounds)], MPI.SUM)
+            counts: Any = np.diff(bounds)
+            self.control.Reduce_scatter(whole, own, counts, MPI.SUM)
             return
-        # As many elements of each part in a block: a block of one part only would all go to one rank.
-        step = max(1, _BLOCK // self.size)
-        for first in range(0, bounds[1], step):
-            cuts = [(min(a + first, b), min(a + first + step, b)) for a, b in pairwise(bounds)]
+        for first, cuts, counts in self._even_blocks(bounds):
             block = np.concatenate([whole[a:b] for a, b in cuts])
-            counts = [b - a for a, b in cuts]
             self.control.Reduce_scatter(block, own[first : first + counts[self.rank]], counts, MPI.SUM)
 
-    def start_reduce(self, whole: Array, own: Array, bounds: Sequence[int], start: int, stop: int) -> None:
-        """Begin to add up elements [start, stop); calls of `start_reduce` have one order on all ranks."""
-        cuts = [(min(max(start, a), b), max(min(stop, b), a)) for a, b in pairwise(bounds)]
-        counts = [max(0, b - a) for a, b in cuts]
-        first, count = cuts[self.rank][0] - bounds[self.rank], counts[self.rank]
-        part = own[first : first + count]
-        owner = int(np.argmax(counts))
-        # A reduce-scatter is what MPICH is fastest at: 1e7 float32 on 2 ranks in 15 ms, with reductions to one rank
-        # each 40 ms. But of many ranks all would send to the one that has this part, whereas a long reduction to one
-        # rank is shared out.
-        if counts[owner] == stop - start and self.size > _FEW:
-            request = self._channel.data.Ireduce(
-                whole[start:stop], part if self.rank == owner else None, MPI.SUM, root=owner
-            )
+    def start_reduce(self, whole: Array, own: Array, piece: "Piece") -> None:
+        """Begin to add up a piece; calls of `start_reduce` have one order on all ranks."""
+        data, part = self._channel.data, own[piece.own]
+        if piece.owner is None:
+            counts: Any = piece.counts
+            request = data.Ireduce_scatter(whole[piece.all], part, counts, MPI.SUM)
         else:
-            request = self._channel.data.Ireduce_scatter(whole[start:stop], part, counts, MPI.SUM)
+            mine = part if piece.owner == self.rank else None
+            request = data.Ireduce(whole[piece.all], mine, MPI.SUM, root=piece.owner)
         self._channel.requests.append(request)
 
     def progress(self) -> None:
@@ -208,16 +236,28 @@ class Ranks:
         MPI.Request.Waitall(self._channel.requests)
         self._channel.requests.clear()
 
-    def all_gather(self, whole: Array, bounds: Sequence[int]) -> None:
+    def all_gather(self, whole: Array, bounds: Bounds) -> None:
         """Give all ranks each other's part of an array, in place."""
         if whole.size <= _MOST:
-            self.control.Allgatherv(MPI.IN_PLACE, [whole, ([b - a for a, b in pairwise(bounds)], bounds[:-1])])
+            self.control.Allgatherv(MPI.IN_PLACE, [whole, (np.diff(bounds), bounds[:-1])])
             return
-        for rank in range(self.size):
-            for start, stop in _blocks(*bounds[rank : rank + 2]):
-                self.control.Bcast(whole[start:stop], root=rank)
+        for _, cuts, counts in self._even_blocks(bounds):
+            block = np.empty(sum(counts), whole.dtype)
+            self.control.Allgatherv(whole[slice(*cuts[self.rank])], [block, counts])
+            for (a, b), stop in zip(cuts, np.cumsum(counts), strict=True):
+                whole[a:b] = block[stop - (b - a) : stop]
 
-    def gather(self, own: Array, whole: Array | None, bounds: Sequence[int]) -> None:
+    def _even_blocks(self, bounds: Bounds) -> Iterator[tuple[int, Any, Any]]:
+        """Blocks with as many elements of each part: one of a single part would all go to, or come from, one rank.
+
+        Yields where in a part they are, where in the whole, and how many there are of each part.
+        """
+        step = max(1, _BLOCK // self.size)
+        for first in range(0, bounds[1], step):
+            starts, stops = (np.minimum(bounds[:-1] + first + more, bounds[1:]) for more in (0, step))
+            yield first, list(zip(starts.tolist(), stops.tolist(), strict=True)), stops - starts
+
+    def gather(self, own: Array, whole: Array | None, bounds: Bounds) -> None:
         """Copy all parts to rank 0, which alone has a `whole`."""
         for rank in range(self.size):
             for start, stop in _blocks(*bounds[rank : rank + 2]):
@@ -229,7 +269,7 @@ class Ranks:
                 elif rank == self.rank:
                     self.control.Send(part, dest=0)
 
-    def scatter(self, whole: Array | None, own: Array, bounds: Sequence[int]) -> None:
+    def scatter(self, whole: Array | None, own: Array, bounds: Bounds) -> None:
         """Copy its part to each rank, from rank 0, which alone has a `whole`."""
         for rank in range(self.size):
             for start, stop in _blocks(*bounds[rank : rank + 2]):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
-from fastrms.ranks import Ranks
+from fastrms.ranks import Bounds, Ranks
 
 __all__ = ["Unsharded"]
 
@@ -203,7 +203,7 @@ def _state_of(opt: RMSProp) -> list[str]:
     return sorted(name for name in opt.buffers if name not in ("params", "grads"))
 
 
-def _segments(opt: _Optimizer, whole: RMSProp | None) -> Iterator[tuple[Array, Any, list[int]]]:
+def _segments(opt: _Optimizer, whole: RMSProp | None) -> Iterator[tuple[Array, Any, Bounds]]:
     """Each segment of the state: this rank's part, that of the whole (None where it is not), and where parts begin."""
     for name in _state_of(opt):
         for number, own in enumerate(opt.buffers[name].segments):
