@@ -316,10 +316,7 @@ class Storage:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            if sys.platform != "win32" and self._closed is None:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(self._lock, fcntl.LOCK_UN)  # for children of fork, too, which have it open
-            os.close(self._lock)
+            os.close(self._lock)  # which unlocks; children of fork have closed theirs
             self._lock = None
 
     def _map_counts(self, parameters: int) -> None:

@@ -67,7 +67,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel", "auto"])
+# The interpreter would take minutes for the compiled ones.
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel", "auto"] if JIT else ["numpy"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_are_those_in_memory(case, kernel, path, small_parts, rng):
     options, dtypes = CASES[case]
