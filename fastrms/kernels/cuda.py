@@ -274,7 +274,7 @@ def _is_wanted(which, total, norm):
 @cuda.jit
 def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, sums, span_norms, partials):
     """Sum up the squares of each chunk of the spans that `which` asks for, into `partials`; with `LANES` threads."""
-    lanes = cuda.shared.array(LANES, numba.float64)
+    lanes = cuda.shared.array(2 * LANES, numba.float64)  # and after them their sums in pairs, the pairs of those, ...
     lane = cuda.threadIdx.x
     for chunk in range(cuda.blockIdx.x, first_chunk[first_chunk.size - 1], cuda.gridDim.x):
         k = _span_of(chunk, first_chunk)
@@ -288,19 +288,16 @@ def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, su
                 total += _square(g, clip, prescale)
             lanes[lane] = total
             cuda.syncthreads()
-            width = LANES
+            low, width = 0, LANES
             while width > 1:
+                pairs = low + width
                 width //= 2
-                pair = 0.0
                 if lane < width:
-                    pair = lanes[2 * lane] + lanes[2 * lane + 1]
-                cuda.syncthreads()
-                if lane < width:
-                    lanes[lane] = pair
+                    lanes[pairs + lane] = lanes[low + 2 * lane] + lanes[low + 2 * lane + 1]
+                low = pairs
                 cuda.syncthreads()
             if lane == 0:
-                partials[chunk] = lanes[0]
-            cuda.syncthreads()
+                partials[chunk] = lanes[low]
 
 
 @cuda.jit
@@ -442,7 +439,7 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
         factors[k, 0] = multiply(signs[k], multiply(factors[k, 0], common[0]))
         factors[k, 1] = 1.0
         if rows[k] >= 0:
-            number = calls - missed[0] + 1 - sat_out[k]
+            number = max(1, calls - missed[0] + 1 - sat_out[k])
             factors[k, 1] = corrections[rows[k], min(number, corrections.shape[1]) - 1]
         if takes_step and sources[k] == ABSENT:
             sat_out[k] += 1
