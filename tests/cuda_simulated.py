@@ -465,8 +465,7 @@ def test_another_stream_is_asked_for_by_its_number(rng):
 # Gradients that are not finite.
 
 
-@pytest.mark.parametrize("kind", ["numpy", "device", "float64"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("kind", "bad"), [("numpy", np.nan), ("device", np.inf), ("float64", -np.inf)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"clip_norm": 1.0}, {"clip_value": 0.5, "global_clip_norm": 1.0}, {"bias_correction": True, "momentum": 0.5}],
@@ -516,7 +515,8 @@ def test_bias_is_corrected_as_on_the_host_from_any_number_of_steps(decay_rate, r
     state = oracle.state_dict()
     for steps in (0, 3, 1022, 5000):
         for opt in (oracle, optimizer):
-            opt.load_state_dict(state | {"steps": steps, "arrays": state["arrays"] | {"skipped": np.array([1, 0])}})
+            sat_out = {"skipped": np.array([min(1, steps), 0])}
+            opt.load_state_dict(state | {"steps": steps, "arrays": state["arrays"] | sat_out})
             for t in range(4):
                 opt.step([[None if t == 1 else np.full(3, 0.5)], [np.full(2, -3.0)]])
         assert_same_state(optimizer, oracle, f"from {steps} on")
