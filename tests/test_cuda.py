@@ -1,4 +1,4 @@
-"""`RMSProp(kernel="cuda")` without a GPU: `cuda_simulated.py` in the simulator, and what is said where there is none."""
+"""`RMSProp(kernel="cuda")` without a GPU: `cuda_simulated.py` in the simulator, and what is said where none is."""
 
 import os
 import subprocess

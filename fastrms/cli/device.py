@@ -1,7 +1,7 @@
 """The GPU, if there is one: what it is, and a step on it beside its own copy."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,10 @@ def facts() -> Iterator[tuple[str, str]]:
     major, minor = device.compute_capability
     yield "GPU", f"{name}, compute capability {major}.{minor}"
     yield "GPU memory", f"{memory.total / 2**30:.1f} GiB, {memory.free / 2**30:.1f} free"
-    versions = {"CUDA runtime": cuda.runtime.get_version, "CUDA driver": cuda.cudadrv.driver.get_version}
+    versions: dict[str, Callable[[], tuple[int, int]]] = {
+        "CUDA runtime": lambda: cuda.runtime.get_version(),
+        "CUDA driver": lambda: kernels.driver_version(),
+    }
     for what, ask in versions.items():
         try:
             yield what, ".".join(map(str, ask()))

@@ -38,8 +38,8 @@ from fastrms.kernels import cpu, norms
 
 __all__ = [
     "ABSENT", "CHUNK", "DOUBTFUL", "EVERY", "IN_BUFFER", "LANES", "LEGACY_STREAM", "PRESCALE", "SIMULATED", "THREADS",
-    "TOO_LARGE", "TOO_SMALL", "add_partials", "convert_kernel", "cuda", "decide", "fill", "handle_of", "interface_of",
-    "launch", "missing", "square_chunks", "update_kernel",
+    "TOO_LARGE", "TOO_SMALL", "add_partials", "convert_kernel", "cuda", "decide", "driver_version", "fill",
+    "handle_of", "interface_of", "launch", "missing", "square_chunks", "update_kernel",
 ]  # fmt: skip
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
@@ -473,6 +473,14 @@ def convert_kernel(dimensions):
             target[i] = number_at(place, like)
 
     return convert
+
+
+def driver_version() -> tuple[int, int]:
+    """The newest version of CUDA that the driver can run."""
+    from numba.cuda.cudadrv import driver
+
+    found: tuple[int, int] = driver.driver.get_version()
+    return found
 
 
 def missing() -> str | None:
