@@ -45,6 +45,7 @@ __all__ = [
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
 CHUNK, LANES = norms.CHUNK, norms.LANES
+_LANES_AND_SUMS = 2 * LANES  # a name, as Numba takes no expression for the size of shared memory
 
 # Threads of a block of the update, and how many elements each has in flight: each has loaded all of them before it
 # stores one, or too few bytes are under way to keep the memory of a large GPU busy.
@@ -274,7 +275,7 @@ def _is_wanted(which, total, norm):
 @cuda.jit
 def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, sums, span_norms, partials):
     """Sum up the squares of each chunk of the spans that `which` asks for, into `partials`; with `LANES` threads."""
-    lanes = cuda.shared.array(2 * LANES, numba.float64)  # and after them their sums in pairs, the pairs of those, ...
+    lanes = cuda.shared.array(_LANES_AND_SUMS, numba.float64)  # and after them sums in pairs, pairs of those, ...
     lane = cuda.threadIdx.x
     for chunk in range(cuda.blockIdx.x, first_chunk[first_chunk.size - 1], cuda.gridDim.x):
         k = _span_of(chunk, first_chunk)
