@@ -61,6 +61,7 @@ class _DeviceRun(Run):
         whole = np.array([[0, self.size]]), np.array([0, self.whole_chunks]), np.array([kernels.IN_BUFFER])
         self.whole = tuple(map(cuda.to_device, whole))
         self.slots = slice(0, 0)  # its parameters among those of all runs, one run after the other
+        self.tables: tuple[Any, ...] = ()  # its items of `sources`, `sums`, `norms`, `finite` and `factors`
         self.hyper: tuple[Any, ...] = ()
 
     _arrays: Any
@@ -107,6 +108,11 @@ class _Tables:
         self.factors = cuda.to_device(np.zeros((count, 2)))
         self.limits, self.signs = (Staged(np.zeros(count), stream) for _ in range(2))
         self.rows = Staged(np.full(count, -1), stream)
+        for run in runs:  # slices take Numba longer than a launch
+            run.tables = tuple(
+                array[run.slots]
+                for array in (self.sources.array, self.sums, self.norms, self.finite, self.factors)
+            )  # fmt: skip
         # For correcting bias: a row for each decay rate, a column for each number of steps.
         self.decay_rates: list[float] = []
         self.corrections = np.ones((1, 1))
@@ -438,13 +444,13 @@ class CudaRMSProp(RMSProp):
             if ours:  # perhaps where another one is about to be copied to
                 apart = cuda.device_array(leaf.stop - leaf.start, np.dtype(interface["typestr"]))
                 copy_in(apart, interface, self._stream)
-                sources.append((leaf, kernels.interface_of(apart), apart))
+                sources.append((k, kernels.interface_of(apart), apart))
             else:
-                sources.append((leaf, interface, None))
+                sources.append((k, interface, None))
         if found.arrays:
             self._upload(found, grads)
-        for leaf, source, _ in sources:
-            copy_in(grads.segments[leaf.segment][leaf.start : leaf.stop], source, self._stream)
+        for k, source, _ in sources:
+            copy_in(grads.part(k), source, self._stream)
 
     def _upload(self, found: Found, grads: DeviceBuffer) -> None:
         if len(self._pinned) < 2:  # one is filled while the other is on its way
@@ -459,9 +465,9 @@ class CudaRMSProp(RMSProp):
             if pinned.nbytes:
                 grads.block.copy_to_device(pinned.block, stream=self._stream)
         else:
-            for array, view, memory in zip(found.arrays, grads.leaves, pinned.leaves, strict=True):
+            for k, (array, memory) in enumerate(zip(found.arrays, pinned.leaves, strict=True)):
                 if array is not None and memory.size:
-                    view.copy_to_device(memory, stream=self._stream)
+                    grads.part(k).copy_to_device(memory.reshape(-1), stream=self._stream)
         event.record(self._stream)
 
     def _measure(self) -> None:
@@ -480,9 +486,7 @@ class CudaRMSProp(RMSProp):
                 # A norm that is finite tells it, if nothing was clipped; otherwise the values do.
                 told = self._clips and bound == _NO_BOUND
                 passes.append((kernels.DOUBTFUL if told else kernels.EVERY, 0.0, _NO_BOUND))
-            sources, sums, norms, finite = (
-                array[run.slots] for array in (tables.sources.array, tables.sums, tables.norms, tables.finite)
-            )
+            sources, sums, norms, finite, _ = run.tables
             bounds, first_chunk = run.each
             for which, prescale, limit in passes:
                 if run.chunks:
@@ -526,13 +530,13 @@ class CudaRMSProp(RMSProp):
                 factored or needs_extended_rule(run.group), factored, guarded,
             )  # fmt: skip
             if factored or found.sources[run.numbers].any():
-                blocks, spans = run.chunks, (*run.each, tables.sources.array[run.slots])
+                blocks, spans = run.chunks, (*run.each, run.tables[0])
             else:
                 blocks, spans = run.whole_chunks, run.whole
             sign = run.dtype.type(-1 if run.group["maximize"] else 1)
             kernels.launch(
                 kernel, blocks, kernels.THREADS, self._stream, *run._arrays, run.hyper, sign, run.dtype.type(1), *spans,
-                tables.factors[run.slots], tables.go,
+                run.tables[-1], tables.go,
             )  # fmt: skip
 
 

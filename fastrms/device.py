@@ -148,12 +148,16 @@ class DeviceBuffer(FlatBuffer):
             self._stream.synchronize()
         return copied
 
+    def part(self, number: int) -> Any:
+        """The elements of one of `leaves`, 1-D."""
+        leaf = self.layout.leaves[number]
+        return self.segments[leaf.segment][leaf.start : leaf.stop]
+
     def store(self, arrays: Sequence[Any]) -> None:
         """Copy what `check` returned to the device."""
-        for array, view in zip(arrays, self.leaves, strict=True):
+        for k, (array, view) in enumerate(zip(arrays, self.leaves, strict=True)):
             if array is not None and view.size:
-                dense = np.array(array, view.dtype, order="C", copy=None)
-                view.copy_to_device(dense.reshape(view.shape), stream=self._stream)
+                self.part(k).copy_to_device(np.array(array, view.dtype, order="C").reshape(-1), stream=self._stream)
 
     def to_host(self) -> FlatBuffer:
         """A copy in ordinary memory."""

@@ -212,7 +212,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
         }
         self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
         self._nonfinite = check_one_of("nonfinite", nonfinite, NONFINITE)
-        self._kernel = _check_kernel(kernel)
+        self._kernel = _check_kernel(check_one_of("kernel", kernel, (*choice.KERNELS, "cuda")))
         self._num_threads = check_threads(num_threads, choice.max_threads())
         check_storage(storage)
 

@@ -16,17 +16,35 @@ from helpers import assert_same_bits, leaves, wide
 from test_contract import OPTIONS
 
 import fastrms
-from fastrms import CheckpointError, DeviceError, DtypeError, NonfiniteError, OptionError, OptionTypeError, RMSProp
-from fastrms import StructureError
+from fastrms import (
+    CheckpointError,
+    DeviceError,
+    DtypeError,
+    NonfiniteError,
+    OptionError,
+    OptionTypeError,
+    RMSProp,
+    StructureError,
+)
 from fastrms import cuda as ours
+from fastrms.cli import device
+from fastrms.cli.cases import Case
+from fastrms.cli.common import CommandError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import norms
+from fastrms.kernels.reference import ReferenceRMSProp
 
 cuda = kernels.cuda
 assert kernels.SIMULATED
 
-# The simulator starts a thread of Python for each; results may not depend on how many there are.
+# The simulator starts a thread of Python for each; results may not depend on how many there are. Sums of squares do
+# depend on chunks and lanes, here as on the host: fewer for both, but in one test.
+AS_RELEASED = {"CHUNK": kernels.CHUNK, "LANES": kernels.LANES}
 kernels.THREADS = 4
+for module in (kernels, norms):
+    module.CHUNK, module.LANES = 64, 4
+# They wait for one another, and so for the interpreter's lock: five times faster than with 5 ms.
+sys.setswitchinterval(1e-4)
 
 # NumPy's scalars, which kernels compute with here, warn of what arrays and compiled code leave to the result.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -107,7 +125,9 @@ def test_every_option_has_the_bits_of_the_host(part, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 31, 33, kernels.CHUNK - 1, kernels.CHUNK, kernels.CHUNK + 1, 2 * kernels.CHUNK + 3])
+@pytest.mark.parametrize(
+    "size", [1, 31, 33, kernels.CHUNK - 1, kernels.CHUNK, kernels.CHUNK + 1, 2 * kernels.CHUNK + 3]
+)
 def test_every_size_has_the_bits_of_the_host(size, dtype, rng):
     start = wide(rng, size, dtype, -3, 3)
     for options in ({}, {"momentum": 0.9, "clip_norm": 3.0}):
@@ -116,6 +136,14 @@ def test_every_size_has_the_bits_of_the_host(size, dtype, rng):
         oracle.step([gradient])
         optimizer.step([Theirs(gradient)])
         assert_same_state(optimizer, oracle, str(options))
+
+
+def test_chunks_and_lanes_as_released(rng, monkeypatch):
+    for module in (kernels, norms):
+        for name, value in AS_RELEASED.items():
+            monkeypatch.setattr(module, name, value)
+    for dtype in DTYPES:
+        test_every_size_has_the_bits_of_the_host(AS_RELEASED["CHUNK"] + 33, dtype, rng)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
@@ -321,9 +349,9 @@ def test_structures(tree, rng):
         "nested": lambda a: [{"W": a[0]}, (a[1], [a[2]])],
         "groups": lambda a: [{"params": {"W": a[0]}, "lr": 0.5}, {"params": [a[1], a[2]], "momentum": 0.5}],
     }[tree]
-    oracle, optimizer = pair(made(arrays(rng, [(3, 2), (4,), ()], DTYPES + [np.float64])))
+    oracle, optimizer = pair(made(arrays(rng, [(3, 2), (4,), ()], [*DTYPES, np.float64])))
     for _ in range(2):
-        given = made(arrays(rng, [(3, 2), (4,), ()], DTYPES + [np.float64]))
+        given = made(arrays(rng, [(3, 2), (4,), ()], [*DTYPES, np.float64]))
         if tree == "groups":
             given = [group["params"] for group in given]
         assert optimizer.step(given) is optimizer.params
@@ -437,8 +465,7 @@ def test_another_stream_is_asked_for_by_its_number(rng):
 # Gradients that are not finite.
 
 
-@pytest.mark.parametrize("kind", ["numpy", "device", "float64"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("kind", "bad"), [("numpy", np.nan), ("device", np.inf), ("float64", -np.inf)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"clip_norm": 1.0}, {"clip_value": 0.5, "global_clip_norm": 1.0}, {"bias_correction": True, "momentum": 0.5}],
@@ -488,7 +515,8 @@ def test_bias_is_corrected_as_on_the_host_from_any_number_of_steps(decay_rate, r
     state = oracle.state_dict()
     for steps in (0, 3, 1022, 5000):
         for opt in (oracle, optimizer):
-            opt.load_state_dict(state | {"steps": steps, "arrays": state["arrays"] | {"skipped": np.array([1, 0])}})
+            sat_out = {"skipped": np.array([min(1, steps), 0])}
+            opt.load_state_dict(state | {"steps": steps, "arrays": state["arrays"] | sat_out})
             for t in range(4):
                 opt.step([[None if t == 1 else np.full(3, 0.5)], [np.full(2, -3.0)]])
         assert_same_state(optimizer, oracle, f"from {steps} on")
@@ -599,8 +627,16 @@ def test_gradients_that_do_not_fit(rng):
     optimizer = RMSProp({"W": np.ones((3, 2), np.float32), "b": np.ones(2)}, kernel="cuda")
     good = Theirs(np.ones((3, 2), np.float32))
     wrong = {
-        "shape": (Theirs(np.ones((2, 3), np.float32)), StructureError, r"gradients\['W'\]: expected shape \(3, 2\), got"),
-        "complex": (Theirs(np.ones((3, 2), complex)), DtypeError, r"gradients\['W'\]: expected a dtype that can be cast"),
+        "shape": (
+            Theirs(np.ones((2, 3), np.float32)),
+            StructureError,
+            r"gradients\['W'\]: expected shape \(3, 2\), got",
+        ),
+        "complex": (
+            Theirs(np.ones((3, 2), complex)),
+            DtypeError,
+            r"gradients\['W'\]: expected a dtype that can be cast",
+        ),
         "bool": (Theirs(np.ones((3, 2), bool)), DtypeError, "got bool"),
         "byte order": (Theirs(np.ones((3, 2), ">f4")), DtypeError, "got >f4"),
         "mask": (Theirs(np.ones((3, 2)), mask=good), DtypeError, "mask"),
@@ -692,6 +728,27 @@ def test_a_child_of_fork_is_told():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_norms_and_chunks_are_the_hosts():
-    assert (kernels.CHUNK, kernels.LANES) == (norms.CHUNK, norms.LANES)
-    assert "cupy" not in sys.modules
+def test_chunks_and_lanes_are_those_of_the_host():
+    assert AS_RELEASED == {"CHUNK": 4096, "LANES": 32}
+
+
+# The command line.
+
+
+def test_a_step_is_measured_beside_a_copy():
+    rows = []
+    device.measure_device(Case(2, (3, 2), "float32"), 0.01, rows)
+    assert [row.kernel for row in rows] == ["device copy", "cuda"]
+    assert rows[0].percent_of_limit == 100
+    assert rows[1].percent_of_limit == 100 * rows[0].seconds / rows[1].seconds
+    assert [row.check for row in rows] == ["", "equal"]
+    assert not device.can_measure()
+    assert dict(device.facts()) == {"GPU": "Numba's simulator (NUMBA_ENABLE_CUDASIM=1)"}
+
+
+def test_other_bits_than_the_references_are_noticed(monkeypatch):
+    rows = []
+    monkeypatch.setattr(device, "ReferenceRMSProp", lambda params, *options: ReferenceRMSProp(params, 0.5))
+    with pytest.raises(CommandError, match="expected the bits of the reference"):
+        device.measure_device(Case(1, (3,), "float64"), 0.01, rows)
+    assert rows == []

@@ -47,6 +47,7 @@ def test_facts(capsys, monkeypatch):
     assert value(lines, "threading layer") in ("omp", "tbb", "workqueue")
     assert value(lines, "processor").endswith(f"{machine.processors()} to run on")
     assert value(lines, "BLAS")
+    assert value(lines, "GPU")  # or why there is none
     assert os.path.isdir(value(lines, "kernels cached in"))
     text = "\n".join(lines)
     assert "OMP_SOMETHING=7" in text

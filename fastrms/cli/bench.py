@@ -43,7 +43,8 @@ IN_SITU_KERNELS = ("auto", "serial", "parallel")
 _DESCRIPTION = """
 Time one RMSProp step: kernels of fastrms, NumPy, and other libraries where they are installed, over sizes and dtypes.
 Results are checked to be equal first. Beside each time stands how near it is to the limit of this machine: a loop that
-moves the same memory (20 bytes a float32 parameter) on as many threads. Writes fastrms-bench.json, .csv and .png.
+moves the same memory (20 bytes a float32 parameter) on as many threads. Where there is a GPU, its own tables: a step
+there beside a copy of as many bytes. Writes fastrms-bench.json, .csv and .png.
 """
 
 
@@ -136,7 +137,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int:
-    from fastrms.cli import measure, report
+    from fastrms.cli import device, measure, report
     from fastrms.cli.contenders import CONTENDERS, load_kernel
 
     own = {name: load_kernel(name) for name in args.kernel}
@@ -159,6 +160,8 @@ def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int
         say(console, f"left out: {CONTENDERS[name].label}: {why}")
     done, interrupted = 0, False
     remotes: dict[str, Remote] = {}
+    on_device: list[Row] = []
+    has_device = args.kernels is None and device.can_measure()
     try:
         with show_progress(console, len(todo)) as on_progress:
             on_progress(0, "starting")
@@ -173,6 +176,9 @@ def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int
                 finally:
                     if len(rows) > first:
                         report.print_rows(console, case.name, rows[first:])
+                if has_device:
+                    device.measure_device(case, args.min_time, on_device)
+                    report.print_rows(console, f"{case.name}, on the GPU", on_device[-2:])
                 done += 1
                 on_progress.case_done()
     except KeyboardInterrupt:
@@ -180,7 +186,7 @@ def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int
     finally:
         for remote in remotes.values():
             remote.end()
-    paths = report.write_results(args.output, STEM, _about(args, threads, skipped, not interrupted), rows)
+    paths = report.write_results(args.output, STEM, _about(args, threads, skipped, not interrupted), rows + on_device)
     if rows:
         paths.append(_save_plot(args.output / f"{STEM}.png", rows))
     return _finish(console, paths, interrupted, done, len(todo))

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _facts() -> Iterator[str]:
     import numba
 
-    from fastrms.cli import machine
+    from fastrms.cli import device, machine
     from fastrms.kernels import cpu, pointers
 
     variables = machine.environment()  # ahead of libraries that set some for themselves
@@ -86,6 +86,8 @@ def _facts() -> Iterator[str]:
     yield f"{'kernels cached in':18}{_cache_folder(cpu.serial)}"
     reads = "yes" if pointers.available() else "no"
     why = " (FASTRMS_ZERO_COPY=0)" if os.environ.get("FASTRMS_ZERO_COPY") == "0" else ""
+    for name, text in device.facts():
+        yield f"{name:18}{text}"
     yield f"{'step(list) copies':18}{'nothing, as a rule' if reads == 'yes' else 'every gradient'}{why}"
     for k, (name, value) in enumerate(variables.items()):
         yield f"{'' if k else 'environment':18}{name}={value}"

@@ -38,13 +38,14 @@ from fastrms.kernels import cpu, norms
 
 __all__ = [
     "ABSENT", "CHUNK", "DOUBTFUL", "EVERY", "IN_BUFFER", "LANES", "LEGACY_STREAM", "PRESCALE", "SIMULATED", "THREADS",
-    "TOO_LARGE", "TOO_SMALL", "add_partials", "convert_kernel", "cuda", "decide", "fill", "handle_of", "interface_of",
-    "launch", "missing", "square_chunks", "update_kernel",
+    "TOO_LARGE", "TOO_SMALL", "add_partials", "convert_kernel", "cuda", "decide", "driver_version", "fill",
+    "handle_of", "interface_of", "launch", "missing", "square_chunks", "update_kernel",
 ]  # fmt: skip
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
 CHUNK, LANES = norms.CHUNK, norms.LANES
+_LANES_AND_SUMS = 2 * LANES  # a name, as Numba takes no expression for the size of shared memory
 
 # Threads of a block of the update, and how many elements each has in flight: each has loaded all of them before it
 # stores one, or too few bytes are under way to keep the memory of a large GPU busy.
@@ -274,7 +275,7 @@ def _is_wanted(which, total, norm):
 @cuda.jit
 def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, sums, span_norms, partials):
     """Sum up the squares of each chunk of the spans that `which` asks for, into `partials`; with `LANES` threads."""
-    lanes = cuda.shared.array(LANES, numba.float64)
+    lanes = cuda.shared.array(_LANES_AND_SUMS, numba.float64)  # and after them sums in pairs, pairs of those, ...
     lane = cuda.threadIdx.x
     for chunk in range(cuda.blockIdx.x, first_chunk[first_chunk.size - 1], cuda.gridDim.x):
         k = _span_of(chunk, first_chunk)
@@ -288,19 +289,16 @@ def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, su
                 total += _square(g, clip, prescale)
             lanes[lane] = total
             cuda.syncthreads()
-            width = LANES
+            low, width = 0, LANES
             while width > 1:
+                pairs = low + width
                 width //= 2
-                pair = 0.0
                 if lane < width:
-                    pair = lanes[2 * lane] + lanes[2 * lane + 1]
-                cuda.syncthreads()
-                if lane < width:
-                    lanes[lane] = pair
+                    lanes[pairs + lane] = lanes[low + 2 * lane] + lanes[low + 2 * lane + 1]
+                low = pairs
                 cuda.syncthreads()
             if lane == 0:
-                partials[chunk] = lanes[0]
-            cuda.syncthreads()
+                partials[chunk] = lanes[low]
 
 
 @cuda.jit
@@ -442,7 +440,7 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
         factors[k, 0] = multiply(signs[k], multiply(factors[k, 0], common[0]))
         factors[k, 1] = 1.0
         if rows[k] >= 0:
-            number = calls - missed[0] + 1 - sat_out[k]
+            number = max(1, calls - missed[0] + 1 - sat_out[k])
             factors[k, 1] = corrections[rows[k], min(number, corrections.shape[1]) - 1]
         if takes_step and sources[k] == ABSENT:
             sat_out[k] += 1
@@ -476,6 +474,14 @@ def convert_kernel(dimensions):
             target[i] = number_at(place, like)
 
     return convert
+
+
+def driver_version() -> tuple[int, int]:
+    """The newest version of CUDA that the driver can run."""
+    from numba.cuda.cudadrv import driver
+
+    found: tuple[int, int] = driver.driver.get_version()
+    return found
 
 
 def missing() -> str | None:

@@ -1,0 +1,83 @@
+"""`RMSProp(kernel="cuda")` without a GPU: `cuda_simulated.py` in the simulator, and what is said where none is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SIMULATED = Path(__file__).parent / "cuda_simulated.py"
+
+# Numba's own CUDA target, which numba-cuda replaces where it is installed, by an import hook.
+BUILT_IN = """if True:
+    import sys
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "NumbaCudaFinder"]
+    from numba import cuda
+    assert "numba_cuda" not in cuda.__file__
+"""
+
+
+def run(arguments, **environment):
+    """Run Python with the variables set, and return its exit status and output."""
+    variables = {"NUMBA_ENABLE_CUDASIM": "0", "NUMBA_DISABLE_JIT": "0"} | environment
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | variables, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "chosen"),
+    [
+        ("numba-cuda", []),
+        (
+            "built in",
+            ["-k", "every_option_has and 0 or gradients_of_every_kind or goes_on_elsewhere or steady or said"],
+        ),
+    ],
+    ids=["numba-cuda", "built in"],
+)
+def test_in_the_simulator(target, chosen):
+    options = ["-q", "-p", "no:cacheprovider", str(SIMULATED), *chosen]
+    program = ["-c", f"{BUILT_IN}\n    import pytest; sys.exit(pytest.main({options!r}))"]
+    status, output = run(
+        program if target == "built in" else ["-m", "pytest", *options],
+        NUMBA_ENABLE_CUDASIM="1",
+        FASTRMS_NO_SKIPS="1",
+        NUMBA_NUM_THREADS="2",
+    )
+    assert status == 0, output
+    assert " passed" in output
+    assert "skipped" not in output
+
+
+WITHOUT = """if True:
+    import numpy as np
+    from fastrms import DeviceError, FastrmsError, RMSProp
+    try:
+        RMSProp([np.ones(3)], kernel="cuda")
+    except DeviceError as error:
+        assert isinstance(error, FastrmsError) and isinstance(error, RuntimeError)
+        print(error)
+"""
+
+
+def test_without_a_device_it_says_so():
+    status, output = run(["-c", WITHOUT], CUDA_VISIBLE_DEVICES="")  # or without a driver
+    assert status == 0, output
+    assert output.startswith('kernel: expected a GPU for "cuda", got none: there is ')
+
+
+def test_without_the_package_it_says_how_to_install_it():
+    hidden = 'import sys; sys.modules["numba.cuda"] = None\n'
+    status, output = run(["-c", hidden + WITHOUT])
+    assert status == 0, output
+    assert output.startswith('kernel: expected a GPU for "cuda", but the package numba-cuda cannot be imported (')
+    assert output.strip().endswith('install with: python -m pip install "fastrms[cuda]"')
+
+
+def test_nobody_who_does_not_ask_for_it_imports_cuda():
+    program = "import sys, fastrms, numpy as np; fastrms.RMSProp([np.ones(3)]).step([np.ones(3)])"
+    status, output = run(["-c", f"{program}; print([name for name in sys.modules if 'cuda' in name.split('.')])"])
+    assert (status, output.strip()) == (0, "[]")
