@@ -396,7 +396,7 @@ def test_killed_in_a_step(part, path):
     train(2); opt.flush(); train(2)
     release, left = fastrms.storage.Storage.release, [4 * {part} + 1]
     def release_or_die(self, array):
-        left[0] -= 1
+        left[0] -= bool(self.counts[0])  # where gradients are copied, that comes first
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         release(self, array)
