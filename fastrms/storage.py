@@ -25,16 +25,19 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers import FlatBuffer, Layout
-from fastrms.checkpoints import _check_head, _decode, _encode, _head, _params_of, _replaced
+from fastrms import mapped
+from fastrms.archives import replaced
+from fastrms.buffers import Layout
 from fastrms.errors import FastrmsError, OptionTypeError, StorageError, StructureError
-from fastrms.kernels.norms import CHUNK, SpanNorms
+from fastrms.heads import check_head, decode, encode, head_of, params_of
+from fastrms.kernels.norms import SpanNorms
+from fastrms.mapped import MappedFile, PartNorms, StoredBuffer
 from fastrms.options import GROUP_DEFAULTS, check_one_of
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Storage", "Stored", "StoredBuffer", "check_storage"]
+__all__ = ["Storage", "Stored", "check_storage"]
 
 Array = NDArray[Any]
 _Optimizer = Any  # an RMSProp, which is a `Stored` and imports this file
@@ -44,12 +47,6 @@ VERSION = 1
 
 _HEAD, _COUNTS, _LOCK = "head.json", "counts.bin", "lock"
 _BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three are always there
-
-# How much of each array a step works on at a time. With 2 GB of data in 512 MB of memory, 1 MB took 1.2 s a step, every
-# time; 4 and 16 MB took up to 2.9 s now and then. Tried and left out: to ask for the next part ahead (MADV_WILLNEED,
-# 2.5 s), to start writing a part when it is done (sync_file_range, POSIX_FADV_DONTNEED, 2.5 s), and to wait until it is
-# written (msync, 1.9 s). The system does both better by itself, unless nothing is given back: 3.5 s.
-PART_BYTES = 1 << 20
 
 # Advice that Linux takes from 5.14 on, for which `mmap` has no names: get all pages at once, to be read or written,
 # instead of each when it is touched. 60 ms a step instead of 110 where all is in the page cache (5e7 float32).
@@ -67,133 +64,6 @@ def check_storage(storage: Any) -> None:
     """Raise OptionTypeError if this is nothing that RMSProp takes as `storage`."""
     if storage is not None and not isinstance(storage, str | os.PathLike | Storage):
         raise OptionTypeError(f"storage: expected the path of a folder or None, got {type(storage).__name__} object")
-
-
-class _File:
-    """A file of a fixed size, mapped into memory. The mapping lives as long as an array that shows it.
-
-    Parameters
-    ----------
-    path : Path
-    nbytes : int
-        Its size, if it is to be made; otherwise what it has to be.
-    new : bool
-        Whether it is to be made.
-    """
-
-    def __init__(self, path: Path, nbytes: int, new: bool) -> None:
-        self.path = path
-        size = max(nbytes, mmap.PAGESIZE)  # nothing cannot be mapped
-        with path.open("wb+" if new else "rb+") as stream:
-            if new:
-                _reserve(stream.fileno(), size, path)
-            elif (found := os.fstat(stream.fileno()).st_size) != size:
-                raise StorageError(f"{path}: expected {size:,} bytes, got {found:,}: the file is damaged")
-            self.map = mmap.mmap(stream.fileno(), size)
-        self.memory: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
-        self._start = self.memory.ctypes.data
-
-    def has(self, array: Array) -> bool:
-        """Whether the array, which is dense, lies in this file."""
-        return 0 <= array.ctypes.data - self._start < self.memory.nbytes
-
-    def advise(self, array: Array, advice: int) -> None:
-        """`madvise` for the pages of an array that lies in here."""
-        low = array.ctypes.data - self._start
-        start = low // mmap.PAGESIZE * mmap.PAGESIZE
-        self.map.madvise(advice, start, min(low + array.nbytes, len(self.map)) - start)
-
-
-def _reserve(file: int, size: int, path: Path) -> None:
-    """Give a file its size, and its place on the disk: a write to memory can only say with SIGBUS that it is full."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, size)
-        else:
-            os.ftruncate(file, size)
-    except OSError as error:
-        message = f"storage: expected room for {size:,} bytes, got: {os.strerror(error.errno or 0)}"
-        raise OSError(error.errno, message, str(path)) from None
-
-
-class StoredBuffer(FlatBuffer):
-    """A `FlatBuffer` whose memory is a file."""
-
-    storage: "Storage"
-
-    def store(self, arrays: Any) -> None:
-        """As `FlatBuffer.store`, and the pages are given back in between."""
-        own = [array is not None and array.base is self._memory for array in arrays]
-        if any(own):
-            # Views of this very block, which that method knows how to copy.
-            super().store(arrays)
-            self.storage.release(self.block)
-            return
-        pending = 0
-        for array, view in zip(arrays, self.leaves, strict=True):
-            if array is not None:
-                pending += view.nbytes
-                self._copy(view, array)
-                if pending > PART_BYTES:
-                    self.storage.release(self.block)
-                    pending = 0
-        self.storage.release(self.block)
-
-    def _copy(self, view: Array, array: Any) -> None:
-        if view.nbytes <= PART_BYTES or not view.ndim:
-            view[...] = array
-            return
-        rows = PART_BYTES * len(view) // view.nbytes
-        for i in range(0, len(view), max(1, rows)):
-            if rows:
-                view[i : i + rows] = array[i : i + rows]
-                self.storage.release(view[i : i + rows])
-            else:
-                self._copy(view[i], array[i])
-
-
-class PartNorms(SpanNorms):
-    """`SpanNorms` of gradients in a file, which are read in parts; the bits are the same.
-
-    Parameters
-    ----------
-    spans : ndarray of int64, shape (k, 3)
-        As for `SpanNorms`.
-    storage : Storage
-    """
-
-    def __init__(self, spans: NDArray[np.int64], storage: "Storage") -> None:
-        super().__init__(spans)
-        self._storage = storage
-
-    def of(self, spans: NDArray[np.int64]) -> SpanNorms:
-        """The same for other spans."""
-        return PartNorms(spans, self._storage)
-
-    def _sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
-        if self.spans[:, 2].any():  # they are elsewhere in memory
-            return super()._sum_squares(grads, clip, prescale, kernel)
-        # A span for each chunk: its sum is what the chunk would add to that of its span, which is done here in the
-        # same order.
-        counts = np.diff(self._first_chunk)
-        number = np.arange(self._first_chunk[-1]) - np.repeat(self._first_chunk[:-1], counts)
-        pieces = np.zeros((len(number), 3), np.int64)
-        pieces[:, 0] = np.repeat(self.spans[:, 0], counts) + number * CHUNK
-        pieces[:, 1] = np.minimum(pieces[:, 0] + CHUNK, np.repeat(self.spans[:, 1], counts))
-        partials = np.empty(len(pieces))
-        first = 0
-        while first < len(pieces):
-            end = pieces[first, 0] + PART_BYTES // grads.itemsize
-            last = max(first + 1, int(np.searchsorted(pieces[:, 1], end, side="right")))
-            partials[first:last] = SpanNorms(pieces[first:last])._sum_squares(grads, clip, prescale, kernel)
-            self._storage.release(grads[pieces[first, 0] : pieces[last - 1, 1]])
-            first = last
-        sums = np.zeros(len(counts))
-        sums[counts > 0] = partials[self._first_chunk[:-1][counts > 0]]
-        for k in np.flatnonzero(counts > 1):
-            # One after another, which `sum` does not promise.
-            sums[k] = np.add.accumulate(partials[self._first_chunk[k] : self._first_chunk[k + 1]])[-1]
-        return sums
 
 
 class Storage:
@@ -223,7 +93,7 @@ class Storage:
         """Make the folder, and take it into possession."""
         numbers = range(len(layout.leaves))
         try:
-            _decode(_encode(layout.structure(numbers)), numbers)
+            decode(encode(layout.structure(numbers)), numbers)
         except TypeError:
             raise StructureError(
                 "storage: expected dicts whose keys are text or numbers, which a file can hold, got others in params"
@@ -292,7 +162,7 @@ class Storage:
 
     def _start(self, path: Path, reopened: bool) -> None:
         self.path, self.reopened, self.head = path, reopened, {}
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, MappedFile] = {}
         self._lock: int | None = None
         self._closed: str | None = None  # why nothing can be done with it any more
         self._interrupted = False  # whether something that began here has not ended
@@ -321,7 +191,7 @@ class Storage:
 
     def _map_counts(self, parameters: int) -> None:
         nbytes = 8 * (_SKIPPED + parameters)
-        self._counts_file = _File(self.path / _COUNTS, nbytes, not self.reopened)
+        self._counts_file = MappedFile(self.path / _COUNTS, nbytes, not self.reopened)
         self.counts: NDArray[np.int64] = self._counts_file.memory[:nbytes].view(np.int64)
 
     @property
@@ -334,7 +204,7 @@ class Storage:
         """A buffer of this layout in a file: one that is there, or a new one of zeros."""
         self.check_open()
         new = name not in self.names
-        file = _File(self.path / f"{name}.bin", layout.nbytes, new)
+        file = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
         self._files[name] = file
         self._head_says_open = self._head_says_open and not new
         buffer = StoredBuffer.__new__(StoredBuffer)
@@ -425,8 +295,8 @@ class Storage:
 
     def _write_head(self, opt: _Optimizer, clean: bool) -> None:
         own = {"version": VERSION, "clean": clean, "buffers": self.names}
-        with _replaced(self.path / _HEAD) as temporary:
-            temporary.write_text(json.dumps(_head(opt) | {"storage": own}), encoding="utf-8")
+        with replaced(self.path / _HEAD) as temporary:
+            temporary.write_text(json.dumps(head_of(opt) | {"storage": own}), encoding="utf-8")
         self._head_says_open = not clean
 
     # Calls in parts.
@@ -454,7 +324,7 @@ class Storage:
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Slices that make up a 1-D array; the pages of each are given back when the next is asked for."""
-        size = max(1, PART_BYTES // array.itemsize)
+        size = max(1, mapped.PART_BYTES // array.itemsize)
         for start in range(0, len(array), size):
             part = slice(start, min(start + size, len(array)))
             yield part
@@ -486,7 +356,7 @@ class Storage:
     ) -> None:
         """One call of a kernel as many on slices of its arrays. Arguments as for `kernels.reference.update`."""
         starts, stops = (np.ascontiguousarray(spans[:, column]) for column in (0, 1))
-        size = PART_BYTES // params.itemsize
+        size = mapped.PART_BYTES // params.itemsize
         for low in range(0, len(params), size):
             high = min(low + size, len(params))
             own = slice(np.searchsorted(stops, low, side="right"), np.searchsorted(starts, high, side="left"))
@@ -540,7 +410,7 @@ def _read_head(path: Path) -> Any:
     """The head, after a check of what does not depend on the buffers."""
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
-        _check_head(head)
+        check_head(head)
         own = head.get("storage")
         if not isinstance(own, dict) or type(own.get("clean")) is not bool or not isinstance(own.get("buffers"), list):
             raise StorageError("storage: expected a dict with 'clean' and 'buffers'")
@@ -614,7 +484,7 @@ class Stored:
                 if unknown := group.keys() - GROUP_DEFAULTS.keys():
                     raise StorageError(f"{where}: unknown option {sorted(unknown)[0]!r}")
             try:
-                params = _params_of(head, None)
+                params = params_of(head, None)
                 parts = params if head["grouped"] else [params]
                 given = [{"params": part, **group} for part, group in zip(parts, groups, strict=True)]
             except (FastrmsError, ValueError, TypeError) as error:
@@ -625,7 +495,7 @@ class Stored:
             make: Any = cls
             params = given if head["grouped"] else params
             opt: _Optimizer = make(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
-            if _head(opt)["parameters"] != head["parameters"]:
+            if head_of(opt)["parameters"] != head["parameters"]:
                 raise StorageError(f"{where}: structure and parameters do not fit together")
         except BaseException:
             storage.discard()

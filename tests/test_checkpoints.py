@@ -18,7 +18,7 @@ from helpers import JIT, same_structure, steps
 from test_contract import OPTIONS
 from test_nonfinite import everything
 
-from fastrms import CheckpointError, RMSProp, checkpoints
+from fastrms import CheckpointError, RMSProp, heads
 
 KINDS = ["dict", "npz", "safetensors"]
 MUTATIONS = 10_000
@@ -190,7 +190,7 @@ def test_other_state_dtype():
 CHANGES = {
     "no dict": (lambda s: [], "expected what RMSProp.state_dict"),
     "another dict": (lambda s: {"steps": 3}, "expected what RMSProp.state_dict"),
-    "newer": (lambda s: s | {"version": checkpoints.VERSION + 1}, "needs a newer fastrms"),
+    "newer": (lambda s: s | {"version": heads.VERSION + 1}, "needs a newer fastrms"),
     "version 0": (lambda s: s | {"version": 0}, "version: expected 1 to"),
     "no version": (lambda s: s | {"version": None}, "version: expected 1 to"),
     "steps": (lambda s: s | {"steps": -1}, "steps: expected a number of steps, got -1"),

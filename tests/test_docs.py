@@ -96,9 +96,9 @@ def test_the_index_has_every_page_as_a_link_and_in_a_table_of_contents():
 
 # Modules for use inside the package: what of them is public, `fastrms` itself has. Any other is public as a module.
 INNER = {
-    "__init__", "__main__", "attributes", "buffers", "checkpoints", "descent", "device", "dialects", "errors",
-    "functional", "handover", "landscapes", "optimizer", "options", "overlap", "ranks", "runs", "stepping", "storage",
-    "unsharded",
+    "__init__", "__main__", "archives", "attributes", "buffers", "checkpoints", "descent", "device", "dialects",
+    "errors", "functional", "handover", "heads", "landscapes", "mapped", "optimizer", "options", "overlap", "ranks",
+    "runs", "stepping", "storage", "unsharded",
 }  # fmt: skip
 MODULES = sorted(
     ["fastrms.plots"] + [f"fastrms.{path.stem}" for path in (ROOT / "fastrms").glob("*.py") if path.stem not in INNER]

@@ -99,8 +99,11 @@ ARROWS = {
     "kernels": {"kernels.cpu", "kernels.reference", "kernels"},
     "runs": {"buffers", "options", "kernels", "kernels.norms", "storage"},
     "attributes": {"errors"},
-    "checkpoints": {"errors", "options"},
-    "storage": {"buffers", "checkpoints", "errors", "kernels.norms", "options"},
+    "archives": {"errors"},
+    "heads": {"archives", "errors", "options"},
+    "checkpoints": {"archives", "errors", "heads", "options"},
+    "mapped": {"buffers", "errors", "kernels.norms"},
+    "storage": {"archives", "buffers", "errors", "heads", "kernels.norms", "mapped", "options"},
     "stepping": {"errors", "options", "buffers", "runs", "storage", "kernels", "kernels.norms"},
     "optimizer": {
         "errors", "options", "attributes", "buffers", "overlap", "checkpoints", "stepping", "storage", "kernels",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import JIT, assert_same_bits, leaves, same_structure, wide
 
-import fastrms.storage
+import fastrms.mapped
 from fastrms import DtypeError, FastrmsError, OptionError, OptionTypeError, RMSProp, StorageError, StructureError
 from fastrms.kernels import norms, pointers
 
@@ -26,7 +26,7 @@ STATE = ("params", "cache", "momentum_buffer", "grad_avg")
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of one page, so that small arrays are cut."""
-    monkeypatch.setattr(fastrms.storage, "PART_BYTES", 4096)
+    monkeypatch.setattr(fastrms.mapped, "PART_BYTES", 4096)
 
 
 @pytest.fixture
@@ -340,9 +340,9 @@ def run(program, *arguments, status=0):
 TRAIN = """
     import os, signal, sys
     import numpy as np
-    import fastrms.storage
+    import fastrms.mapped
     from fastrms import RMSProp
-    fastrms.storage.PART_BYTES = 4096
+    fastrms.mapped.PART_BYTES = 4096
     start = np.linspace(-1, 1, 9000)
     opt = RMSProp([start], storage=sys.argv[1], momentum=0.5)
     def train(steps):

@@ -1,0 +1,151 @@
+"""Buffers and norms of arrays that are files, mapped into memory, whose pages are given back when they were used."""
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.buffers import FlatBuffer
+from fastrms.errors import StorageError
+from fastrms.kernels.norms import CHUNK, SpanNorms
+
+__all__ = ["PART_BYTES", "MappedFile", "PartNorms", "StoredBuffer"]
+
+Array = NDArray[Any]
+_Storage = Any  # a `fastrms.storage.Storage`, which imports this file
+
+# How much of each array a step works on at a time. With 2 GB of data in 512 MB of memory, 1 MB took 1.2 s a step, every
+# time; 4 and 16 MB took up to 2.9 s now and then. Tried and left out: to ask for the next part ahead (MADV_WILLNEED,
+# 2.5 s), to start writing a part when it is done (sync_file_range, POSIX_FADV_DONTNEED, 2.5 s), and to wait until it is
+# written (msync, 1.9 s). The system does both better by itself, unless nothing is given back: 3.5 s.
+PART_BYTES = 1 << 20
+
+
+class MappedFile:
+    """A file of a fixed size, mapped into memory. The mapping lives as long as an array that shows it.
+
+    Parameters
+    ----------
+    path : Path
+    nbytes : int
+        Its size, if it is to be made; otherwise what it has to be.
+    new : bool
+        Whether it is to be made.
+    """
+
+    def __init__(self, path: Path, nbytes: int, new: bool) -> None:
+        self.path = path
+        size = max(nbytes, mmap.PAGESIZE)  # nothing cannot be mapped
+        with path.open("wb+" if new else "rb+") as stream:
+            if new:
+                _reserve(stream.fileno(), size, path)
+            elif (found := os.fstat(stream.fileno()).st_size) != size:
+                raise StorageError(f"{path}: expected {size:,} bytes, got {found:,}: the file is damaged")
+            self.map = mmap.mmap(stream.fileno(), size)
+        self.memory: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
+        self._start = self.memory.ctypes.data
+
+    def has(self, array: Array) -> bool:
+        """Whether the array, which is dense, lies in this file."""
+        return 0 <= array.ctypes.data - self._start < self.memory.nbytes
+
+    def advise(self, array: Array, advice: int) -> None:
+        """`madvise` for the pages of an array that lies in here."""
+        low = array.ctypes.data - self._start
+        start = low // mmap.PAGESIZE * mmap.PAGESIZE
+        self.map.madvise(advice, start, min(low + array.nbytes, len(self.map)) - start)
+
+
+def _reserve(file: int, size: int, path: Path) -> None:
+    """Give a file its size, and its place on the disk: a write to memory can only say with SIGBUS that it is full."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.ftruncate(file, size)
+    except OSError as error:
+        message = f"storage: expected room for {size:,} bytes, got: {os.strerror(error.errno or 0)}"
+        raise OSError(error.errno, message, str(path)) from None
+
+
+class StoredBuffer(FlatBuffer):
+    """A `FlatBuffer` whose memory is a file."""
+
+    storage: _Storage
+
+    def store(self, arrays: Any) -> None:
+        """As `FlatBuffer.store`, and the pages are given back in between."""
+        own = [array is not None and array.base is self._memory for array in arrays]
+        if any(own):
+            # Views of this very block, which that method knows how to copy.
+            super().store(arrays)
+            self.storage.release(self.block)
+            return
+        pending = 0
+        for array, view in zip(arrays, self.leaves, strict=True):
+            if array is not None:
+                pending += view.nbytes
+                self._copy(view, array)
+                if pending > PART_BYTES:
+                    self.storage.release(self.block)
+                    pending = 0
+        self.storage.release(self.block)
+
+    def _copy(self, view: Array, array: Any) -> None:
+        if view.nbytes <= PART_BYTES or not view.ndim:
+            view[...] = array
+            return
+        rows = PART_BYTES * len(view) // view.nbytes
+        for i in range(0, len(view), max(1, rows)):
+            if rows:
+                view[i : i + rows] = array[i : i + rows]
+                self.storage.release(view[i : i + rows])
+            else:
+                self._copy(view[i], array[i])
+
+
+class PartNorms(SpanNorms):
+    """`SpanNorms` of gradients in a file, which are read in parts; the bits are the same.
+
+    Parameters
+    ----------
+    spans : ndarray of int64, shape (k, 3)
+        As for `SpanNorms`.
+    storage : Storage
+    """
+
+    def __init__(self, spans: NDArray[np.int64], storage: _Storage) -> None:
+        super().__init__(spans)
+        self._storage = storage
+
+    def of(self, spans: NDArray[np.int64]) -> SpanNorms:
+        """The same for other spans."""
+        return PartNorms(spans, self._storage)
+
+    def _sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
+        if self.spans[:, 2].any():  # they are elsewhere in memory
+            return super()._sum_squares(grads, clip, prescale, kernel)
+        # A span for each chunk: its sum is what the chunk would add to that of its span, which is done here in the
+        # same order.
+        counts = np.diff(self._first_chunk)
+        number = np.arange(self._first_chunk[-1]) - np.repeat(self._first_chunk[:-1], counts)
+        pieces = np.zeros((len(number), 3), np.int64)
+        pieces[:, 0] = np.repeat(self.spans[:, 0], counts) + number * CHUNK
+        pieces[:, 1] = np.minimum(pieces[:, 0] + CHUNK, np.repeat(self.spans[:, 1], counts))
+        partials = np.empty(len(pieces))
+        first = 0
+        while first < len(pieces):
+            end = pieces[first, 0] + PART_BYTES // grads.itemsize
+            last = max(first + 1, int(np.searchsorted(pieces[:, 1], end, side="right")))
+            partials[first:last] = SpanNorms(pieces[first:last])._sum_squares(grads, clip, prescale, kernel)
+            self._storage.release(grads[pieces[first, 0] : pieces[last - 1, 1]])
+            first = last
+        sums = np.zeros(len(counts))
+        sums[counts > 0] = partials[self._first_chunk[:-1][counts > 0]]
+        for k in np.flatnonzero(counts > 1):
+            # One after another, which `sum` does not promise.
+            sums[k] = np.add.accumulate(partials[self._first_chunk[k] : self._first_chunk[k + 1]])[-1]
+        return sums
