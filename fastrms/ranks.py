@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 
 from fastrms.errors import OptionTypeError, RankError
 
-_INSTALL = 'python -m pip install "fastrms[mpi]", or "fastrms[mpi-bundled]", which brings an MPI'
 try:
     from mpi4py import MPI
-except ImportError as error:
-    raise ImportError(f"mpi4py is not installed, or finds no MPI ({error}); install with: {_INSTALL}") from None
-except RuntimeError as error:  # what mpi4py raises where there is no library of MPI to load
-    raise ImportError(f"mpi4py finds no MPI ({error}); install with: {_INSTALL}") from None
+except (ImportError, RuntimeError) as error:  # RuntimeError where there is no library of MPI to load
+    _found = "mpi4py is not installed" if find_spec("mpi4py") is None else "mpi4py finds no MPI"
+    raise ImportError(
+        f'{_found} ({" ".join(str(error).split())}); install with: python -m pip install "fastrms[mpi]", or '
+        '"fastrms[mpi-bundled]", which brings an MPI'
+    ) from None
 
 __all__ = ["MPI", "Bounds", "Piece", "Ranks", "end_all", "end_together"]
 

@@ -449,6 +449,11 @@ def start():
     for ours, theirs in zip(leaves(opt.params), leaves(params_of(layout)), strict=True):
         assert_same_bits(ours, theirs)
     ShardedRMSProp(params_of(layout), check_params="raise")
+    called = []
+    scheduled = ShardedRMSProp(params_of(layout), lr=lambda step: called.append(step) or 0.1)
+    for _ in range(2):
+        scheduled.step(params_of(layout))
+    assert called == [0, 1]  # once a step, and not before
     raises(fastrms.OptionTypeError, "comm: expected an intracommunicator", lambda: ShardedRMSProp(np.ones(3), comm=7))
     raises(fastrms.OptionError, "reduction: expected one of", lambda: ShardedRMSProp(np.ones(3), reduction="max"))
     raises(fastrms.OptionError, "check_params: expected", lambda: ShardedRMSProp(np.ones(3), check_params="no"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import JIT, assert_same_bits, leaves
 
@@ -135,6 +136,17 @@ def test_without_mpi4py_it_is_said_what_to_install(monkeypatch):
         importlib.import_module("fastrms.mpi")
 
 
+@needs_mpi
+def test_without_a_library_of_mpi_it_is_said_what_to_install(tmp_path):
+    environment = os.environ | {"MPI4PY_LIBMPI": str(tmp_path / "libmpi.so")}
+    run = subprocess.run(
+        [sys.executable, "-m", "fastrms", "demo", "--mpi"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    message = r"fastrms demo: error: mpi4py finds no MPI \(.*\); install with: .*\"fastrms\[mpi-bundled\]\".*\n"
+    assert re.fullmatch(message, run.stderr), run.stderr
+
+
 TINY = ["--hidden", "5", "--epochs", "2", "--batch-size", "179"]  # the last batch has 5 rows
 
 
@@ -162,7 +174,8 @@ def test_the_demo_has_the_losses_of_one_process(ranks, gradients, dtype, tmp_pat
 @pytest.mark.skipif(not JIT, reason="a training, for which the interpreter takes minutes")
 def test_the_demo_on_one_rank_and_with_more_ranks_than_rows(tmp_path):
     assert re.search(r"one process +1 rank +speed-up", demo(1, tmp_path)[1])
-    status, printed = demo(3, tmp_path, "--batch-size", "2", "--epochs", "1", "--quiet")
+    np.savez(tmp_path / "few.npz", X=np.arange(60.0).reshape(20, 3) % 7, y=np.arange(20) % 2)
+    status, printed = demo(3, tmp_path, "--batch-size", "2", "--epochs", "1", "--data", "few.npz", "--quiet")
     assert (status, printed) == (0, "")
 
 

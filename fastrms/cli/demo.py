@@ -132,7 +132,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.mpi:
         return _run(args, train_both, REFERENCE, FAST)
     require("mpi", "mpi4py")
-    from fastrms.cli import data_parallel
+    try:
+        from fastrms.cli import data_parallel
+    except ImportError as error:  # no library of MPI, for instance
+        raise CommandError(str(error)) from None
 
     comm = data_parallel.comm
     args.quiet = args.quiet or comm.rank > 0  # all ranks do the same, and the first one tells of it
