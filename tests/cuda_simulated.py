@@ -754,8 +754,8 @@ def test_other_bits_than_the_references_are_noticed(monkeypatch):
     assert rows == []
 
 
-# PyTorch's tensors, found by compiled code. Those of the processor stand for those of a device, as the simulator's memory
-# is theirs.
+# PyTorch's tensors, found by compiled code. Those of the processor stand for those of a device, as the simulator's
+# memory is theirs.
 
 
 def test_tensors_of_torch_are_read_where_they_lie(rng):
