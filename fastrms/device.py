@@ -254,6 +254,8 @@ class Found:
         they lie in the optimizer's own memory.
     streams : set of int
         Of those who made them.
+    kept : list
+        What has to live until the step has been asked for.
     """
 
     def __init__(self, count: int) -> None:
@@ -261,6 +263,7 @@ class Found:
         self.arrays: list[Any] = []
         self.others: list[tuple[int, Interface, bool]] = []
         self.streams: set[int] = set()
+        self.kept: list[Any] = []
 
 
 class Finder:
@@ -286,7 +289,7 @@ class Finder:
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places = np.zeros((2, len(self._leaves)), np.int64)
         self._device = dlpack.CUDA | getattr(getattr(cuda.current_context(), "device", None), "id", 0) << 32
-        # Negative views of PyTorch's, of which memory has the positive number, are dense if they have one element.
+        # Negative views of PyTorch's are parts of complex tensors, and dense only if they have one element.
         self._singles = [k for k, leaf in enumerate(self._leaves) if leaf.stop - leaf.start == 1]
 
     def find(self, items: tuple[Any, ...], written: NDArray[np.int64]) -> Found:
@@ -316,8 +319,12 @@ class Finder:
                 interface = kernels.interface_of(item)
                 if interface is None:
                     on_host.append(k)
-                else:
-                    self._look_at(k, item, interface, written, found)
+                    continue
+                if getattr(item, "is_neg", bool)():  # a view of PyTorch's, of which memory has the positive numbers
+                    item = item.resolve_neg()
+                    found.kept.append(item)
+                    interface = kernels.interface_of(item) or interface
+                self._look_at(k, item, interface, written, found)
         if on_host:
             if self._checker is None:
                 self._checker = _empty(self._grads.layout)  # of which nothing is ever written

@@ -31,7 +31,7 @@ from fastrms.cli import device
 from fastrms.cli.cases import Case
 from fastrms.cli.common import CommandError
 from fastrms.kernels import cuda as kernels
-from fastrms.kernels import norms
+from fastrms.kernels import dlpack, norms
 from fastrms.kernels.reference import ReferenceRMSProp
 
 cuda = kernels.cuda
@@ -752,3 +752,43 @@ def test_other_bits_than_the_references_are_noticed(monkeypatch):
     with pytest.raises(CommandError, match="expected the bits of the reference"):
         device.measure_device(Case(1, (3,), "float64"), 0.01, rows)
     assert rows == []
+
+
+# PyTorch's tensors, found by compiled code. Those of the processor stand for those of a device, as the simulator's
+# memory is theirs.
+
+
+def test_tensors_of_torch_are_read_where_they_lie(rng):
+    torch = pytest.importorskip("torch")
+    shapes = [(3, 2), (4,), (), (0,), (5,)]
+    oracle, optimizer = pair(arrays(rng, shapes, [np.float32] * 5))
+    optimizer._finder._device = dlpack.CPU
+    for t in range(3):
+        gradients = arrays(rng, shapes, [np.float32] * 5)
+        given = [torch.from_numpy(g.copy()) for g in gradients]
+        if t == 1:
+            gradients[1] = given[1] = None
+            given[4] = Theirs(gradients[4])
+        oracle.step(gradients)
+        found = optimizer._finder.find(tuple(given), optimizer._written)
+        assert found.sources[0] == given[0].data_ptr()
+        assert (found.sources[1] == kernels.ABSENT) == (t == 1)
+        assert found.others == found.arrays == []
+        assert kernels.LEGACY_STREAM in found.streams
+        optimizer.step(given)
+    assert_same_state(optimizer, oracle)
+
+
+def test_a_view_of_torch_whose_memory_has_the_positive_numbers(rng):
+    class Negative(Theirs):
+        def is_neg(self):
+            return True
+
+        def resolve_neg(self):
+            return Theirs(-self.array)
+
+    oracle, optimizer = pair([np.ones(3)])
+    gradient = rng.standard_normal(3)
+    oracle.step([-gradient])
+    optimizer.step([Negative(gradient)])
+    assert_same_state(optimizer, oracle)

@@ -166,6 +166,12 @@ _square = _for_device(norms._square)
 
 
 @cuda.jit(device=True)
+def _smaller(a, b):
+    """The smaller one; `min` cannot be compiled by Numba's own target (0.68)."""
+    return a if a < b else b
+
+
+@cuda.jit(device=True)
 def _span_of(chunk, first_chunk):
     """The number of the span that a chunk is part of."""
     low, high = 0, first_chunk.size - 1
@@ -230,7 +236,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
                     scale = number(factors[k, 0])
                     correction = number(factors[k, 1])
                 start = bounds[k, 0] + (chunk - first_chunk[k]) * CHUNK
-                stop = min(start + CHUNK, bounds[k, 1])
+                stop = _smaller(start + CHUNK, bounds[k, 1])
                 for first in range(start + cuda.threadIdx.x, stop, UNROLL * width):
                     for u in range(UNROLL):
                         i = first + u * width
@@ -282,7 +288,7 @@ def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, su
         source = sources[k]
         if source != ABSENT and _is_wanted(which, sums[k], span_norms[k]):  # alike for all threads of the block
             start = bounds[k, 0] + (chunk - first_chunk[k]) * CHUNK
-            stop = min(start + CHUNK, bounds[k, 1])
+            stop = _smaller(start + CHUNK, bounds[k, 1])
             total = 0.0
             for i in range(start + lane, stop, LANES):
                 g = grads[i] if source == IN_BUFFER else number_at(source + (i - bounds[k, 0]) * grads.itemsize, clip)
@@ -311,11 +317,11 @@ def add_partials(first_chunk, sources, which, prescale, partials, sums, span_nor
             last = first_chunk[k] if sources[k] == ABSENT else first_chunk[k + 1]
             for low in range(first_chunk[k], last, THREADS):
                 # Fetched by all threads, as one after another would wait for memory each time.
-                for i in range(low + cuda.threadIdx.x, min(low + THREADS, last), cuda.blockDim.x):
+                for i in range(low + cuda.threadIdx.x, _smaller(low + THREADS, last), cuda.blockDim.x):
                     tile[i - low] = partials[i]
                 cuda.syncthreads()
                 if cuda.threadIdx.x == 0:
-                    for i in range(min(THREADS, last - low)):
+                    for i in range(_smaller(THREADS, last - low)):
                         total += tile[i]
                 cuda.syncthreads()
             if cuda.threadIdx.x == 0:
@@ -440,8 +446,8 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
         factors[k, 0] = multiply(signs[k], multiply(factors[k, 0], common[0]))
         factors[k, 1] = 1.0
         if rows[k] >= 0:
-            number = max(1, calls - missed[0] + 1 - sat_out[k])
-            factors[k, 1] = corrections[rows[k], min(number, corrections.shape[1]) - 1]
+            number = _smaller(calls - missed[0] + 1 - sat_out[k], corrections.shape[1])
+            factors[k, 1] = corrections[rows[k], number - 1 if number > 1 else 0]
         if takes_step and sources[k] == ABSENT:
             sat_out[k] += 1
     cuda.syncthreads()
