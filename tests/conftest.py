@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from helpers import JIT
 
+from fastrms.kernels import dlpack
+
 # A skipped test looks like a passed one in a summary. Where everything that tests need is installed, as in CI, none may
 # be skipped.
 NO_SKIPS = os.environ.get("FASTRMS_NO_SKIPS") == "1"
@@ -45,3 +47,11 @@ def _scalars_as_compiled():
 def rng(request):
     """A generator seeded by the test's own name, so that adding a test does not change another's numbers."""
     return np.random.default_rng(list(request.node.name.encode()))
+
+
+@pytest.fixture(params=["compiled", "python", "numpy"])
+def way(request, monkeypatch):
+    """How tensors are found: by compiled code, or by Python as with a PyTorch without DLPack's table; or copied."""
+    if request.param == "python":
+        monkeypatch.setattr(dlpack, "exchange_function", lambda kind: 0)
+    return {"kernel": "numpy"} if request.param == "numpy" else {}
