@@ -331,9 +331,11 @@ def ready():
     opt.discard()
     for ours, theirs in zip(leaves(opt.params), before, strict=True):
         assert_same_bits(ours, theirs)
-    opt.step(mine)
-    alone.step(add(gradients))
-    same(opt, alone)
+    for way in ("ready", "dict"):
+        take(opt, mine, way, rng)
+        alone.step(add(gradients))
+        same(opt, alone)
+    assert opt._ranks._channel.requests == []
     handover.BUCKET, ranks._FEW = 1 << 20, 4
     # A single array has no key of its own.
     single = ShardedRMSProp(np.ones(20))
