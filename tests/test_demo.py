@@ -190,7 +190,7 @@ def test_table_of_known_times(capsys, rng):
     params = mlp.init_params([2, 2], "float32", rng)
     reference = trained([1e-3, 2e-3, 30e-3], [0.5e-3, 0.6e-3, 0.7e-3], params)
     fast = trained([4e-3, 4e-3, 4e-3], [0.1e-3, 0.2e-3, 0.3e-3], params)
-    demo._print_results(demo.make_console(), dataset, reference, fast)
+    demo._print_results(demo.make_console(), dataset, {"reference": reference, "fast": fast})
     rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert ["training step", "2.00 ms", "4.00 ms", "0.50x"] in rows  # medians; slower is said as it is
     assert ["of which optimizer", "600 us", "200 us", "3.00x"] in rows

@@ -16,6 +16,7 @@ from helpers import JIT, assert_same_bits, leaves
 from fastrms import RMSProp
 
 PROGRAM = Path(__file__).parent / "mpi_program.py"
+ENDING = Path(__file__).parent / "mpi_ending.py"
 CASES = [
     "bits", "bfloat16", "groups", "none", "sums", "large_norms", "mean", "nonfinite", "ready", "long_messages",
     "checkpoints", "start", "errors_in_steps", "sizes", "threads", "communicators",
@@ -102,7 +103,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     ],
 )
 def test_an_exception_on_one_rank_ends_all(case, message, tmp_path):
-    status, printed = mpiexec(3, sys.executable, PROGRAM, case, folder=tmp_path)
+    status, printed = mpiexec(3, sys.executable, ENDING, case, folder=tmp_path)
     assert status != 0
     assert re.search(message, printed), printed
     assert "Traceback (most recent call last)" in printed
