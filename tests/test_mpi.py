@@ -131,8 +131,8 @@ def test_an_interactive_session_goes_on(tmp_path):
 
 def test_without_mpi4py_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    for name in ("fastrms.ranks", "fastrms.mpi", "fastrms.handover", "fastrms.unsharded"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("", ".handover", ".ranks", ".sharded", ".unsharded"):
+        monkeypatch.delitem(sys.modules, f"fastrms.mpi{name}", raising=False)
     with pytest.raises(ImportError, match=r"mpi4py is not installed.*fastrms\[mpi\]"):
         importlib.import_module("fastrms.mpi")
 

@@ -16,8 +16,8 @@ from fastrms.cli.mlp import loss_and_gradients
 from fastrms.cli.training import Training
 from fastrms.errors import FastrmsError
 from fastrms.mpi import ShardedRMSProp
+from fastrms.mpi.ranks import MPI, end_all
 from fastrms.optimizer import RMSProp
-from fastrms.ranks import MPI, end_all
 
 __all__ = ["RankTraining", "apart", "comm", "ending_together", "train_one_and_all"]
 

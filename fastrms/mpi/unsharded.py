@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms.mpi.ranks import Bounds, Ranks
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
-from fastrms.ranks import Bounds, Ranks
 
 __all__ = ["Unsharded"]
 

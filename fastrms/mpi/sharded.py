@@ -1,15 +1,4 @@
-"""``ShardedRMSProp``: data-parallel training over MPI, with state and update divided among the ranks.
-
-    from fastrms.mpi import ShardedRMSProp        # mpiexec -n 4 python train.py
-
-Each rank has all parameters and the gradients of its own part of a batch. A step adds up the gradients so that each
-rank gets the sum for its shard (reduce-scatter), updates that with the same kernels as `fastrms.RMSProp`, and gives the
-new parameters to all (all-gather). So each rank has 1/P of the state and does 1/P of the update, as in stage 1 of ZeRO
-(S. Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, SC 2020).
-
-Needs mpi4py and an MPI (``python -m pip install "fastrms[mpi]"``, or ``"fastrms[mpi-bundled]"``, which brings one), and
-is not imported by ``import fastrms``.
-"""
+"""`ShardedRMSProp`: `fastrms.RMSProp` over the ranks of an MPI program."""
 
 import hashlib
 import zlib
@@ -24,14 +13,14 @@ from numpy.typing import NDArray
 
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, OptionError, StructureError
-from fastrms.handover import Handover
 from fastrms.kernels import choice
 from fastrms.kernels.norms import AddUp
+from fastrms.mpi.handover import Handover
+from fastrms.mpi.ranks import Bounds, Ranks, end_together
+from fastrms.mpi.unsharded import Unsharded
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, check_one_of
-from fastrms.ranks import Bounds, Ranks, end_together
 from fastrms.runs import Run
-from fastrms.unsharded import Unsharded
 
 __all__ = ["ShardedRMSProp"]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastrms.buffers import FlatBuffer
-from fastrms.ranks import Bounds, Piece, Ranks
+from fastrms.mpi.ranks import Bounds, Piece, Ranks
 
 __all__ = ["Handover"]
 
