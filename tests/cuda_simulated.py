@@ -195,9 +195,10 @@ TOO_LARGE, TOO_SMALL = 1e200, 1e-200
     ],
     ids=str,
 )
-@pytest.mark.parametrize("options", [{"clip_norm": 1e-3}, {"global_clip_norm": 1e-3}], ids=str)
-def test_norms_at_the_ends_of_the_range_have_the_bits_of_the_host(options, gradients):
-    oracle, optimizer = pair([np.ones(3), np.ones(2)], **options)
+@pytest.mark.parametrize("limit", [1e-3, 1e-250])
+@pytest.mark.parametrize("option", ["clip_norm", "global_clip_norm"])
+def test_norms_at_the_ends_of_the_range_have_the_bits_of_the_host(option, limit, gradients):
+    oracle, optimizer = pair([np.ones(3), np.ones(2)], **{option: limit})
     for opt in (oracle, optimizer):
         opt.step([np.full(3, gradients[0]), np.full(2, gradients[1])])
     assert_same_state(optimizer, oracle)
