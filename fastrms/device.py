@@ -38,6 +38,7 @@ def as_stream(value: Any) -> Any:
     OptionTypeError
         It is something else.
     """
+    given = value
     if value is None:
         return _default_stream()
     if hasattr(value, "auto_synchronize"):  # Numba's; 0 is its default stream, which others know by another number
@@ -51,7 +52,11 @@ def as_stream(value: Any) -> Any:
             f"stream: expected None, the number of a stream, or a stream of Numba, CuPy or PyTorch, got {value!r} "
             f"({type(value).__name__})"
         )
-    return cuda.external_stream(int(value)) if value > kernels.LEGACY_STREAM else _default_stream()
+    if value <= kernels.LEGACY_STREAM:
+        return _default_stream()
+    stream = cuda.external_stream(int(value))
+    stream.given = given  # which ends its stream when nobody has it any more
+    return stream
 
 
 def _default_stream() -> Any:
