@@ -38,6 +38,7 @@ def as_stream(value: Any) -> Any:
     OptionTypeError
         It is something else.
     """
+    given = value
     if value is None:
         return _default_stream()
     if hasattr(value, "auto_synchronize"):  # Numba's; 0 is its default stream, which others know by another number
@@ -51,7 +52,11 @@ def as_stream(value: Any) -> Any:
             f"stream: expected None, the number of a stream, or a stream of Numba, CuPy or PyTorch, got {value!r} "
             f"({type(value).__name__})"
         )
-    return cuda.external_stream(int(value)) if value > kernels.LEGACY_STREAM else _default_stream()
+    if value <= kernels.LEGACY_STREAM:
+        return _default_stream()
+    stream = cuda.external_stream(int(value))
+    stream.given = given  # which ends its stream when nobody has it any more
+    return stream
 
 
 def _default_stream() -> Any:
@@ -281,6 +286,7 @@ class Finder:
         self._leaves = layout.leaves
         self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
         self._checker: FlatBuffer | None = None
+        self._known: dict[tuple[str, np.dtype[Any]], np.dtype[Any]] = {}  # which dtypes can be stored as which
         # For `dlpack.locate`.
         self._expected = np.zeros((len(self._leaves), 2 + max(len(leaf.shape) for leaf in self._leaves)), np.int64)
         for row, leaf, dtype in zip(self._expected, self._leaves, self._dtypes, strict=True):
@@ -307,6 +313,7 @@ class Finder:
             As `RMSProp.step` raises them.
         """
         found = Found(len(items))
+        spans = written.tolist()
         left: Iterable[int] = range(len(items))
         if dlpack.exchange_function(type(items[0])):
             left = self._locate(items, written, found)
@@ -324,7 +331,7 @@ class Finder:
                     item = item.resolve_neg()
                     found.kept.append(item)
                     interface = kernels.interface_of(item) or interface
-                self._look_at(k, item, interface, written, found)
+                self._look_at(k, item, interface, spans, found)
         if on_host:
             if self._checker is None:
                 self._checker = _empty(self._grads.layout)  # of which nothing is ever written
@@ -349,23 +356,30 @@ class Finder:
             found.streams.add(dlpack.current_stream(kind, self._device) or kernels.LEGACY_STREAM)
         return np.flatnonzero(~ordinary).tolist()
 
-    def _look_at(self, k: int, item: Any, interface: Interface, written: NDArray[np.int64], found: Found) -> None:
-        path, leaf, dtype = f"gradients{self._leaves[k].path}", self._leaves[k], self._dtypes[k]
-        shape, theirs = tuple(interface["shape"]), np.dtype(interface["typestr"])
+    def _look_at(self, k: int, item: Any, interface: Interface, spans: list[list[int]], found: Found) -> None:
+        # 1,000 arrays come here one by one: texts are made where they are needed.
+        leaf, dtype, shape = self._leaves[k], self._dtypes[k], interface["shape"]
         if interface.get("mask") is not None:
-            raise DtypeError(f"{path}: expected an array, got a masked one on the device; the mask would be lost")
-        if shape != leaf.shape:
-            raise StructureError(f"{path}: expected shape {leaf.shape}, got {shape}")
-        if not _can_store(theirs, dtype) or not theirs.isnative:
-            raise DtypeError(f"{path}: expected {_castable_to(dtype)}, got {theirs}")
+            raise DtypeError(
+                f"gradients{leaf.path}: expected an array, got a masked one on the device; the mask would be lost"
+            )
+        if shape != leaf.shape and tuple(shape) != leaf.shape:
+            raise StructureError(f"gradients{leaf.path}: expected shape {leaf.shape}, got {tuple(shape)}")
+        theirs = self._known.get((interface["typestr"], dtype))
+        if theirs is None:
+            theirs = np.dtype(interface["typestr"])
+            if not _can_store(theirs, dtype) or not theirs.isnative:
+                raise DtypeError(f"gradients{leaf.path}: expected {_castable_to(dtype)}, got {theirs}")
+            self._known[interface["typestr"], dtype] = theirs
         if leaf.stop == leaf.start:
             return
-        address = int(interface["data"][0])
-        strides = interface.get("strides")
+        address, strides = interface["data"][0], interface.get("strides")
         found.streams.add(_stream_of(item, interface))
         end = address + (leaf.stop - leaf.start) * theirs.itemsize
-        ours = any(address < high and end > low for low, high in written.tolist())
-        if theirs == dtype and not ours and (strides is None or tuple(strides) == _dense_strides(shape, theirs)):
+        ours = False
+        for low, high in spans:
+            ours = ours or (address < high and end > low)
+        if theirs is dtype and not ours and (strides is None or tuple(strides) == _dense_strides(leaf.shape, theirs)):
             found.sources[k] = address
         else:
             found.others.append((k, interface, ours))

@@ -16,6 +16,12 @@ from fastrms.kernels import dlpack
 NO_SKIPS = os.environ.get("FASTRMS_NO_SKIPS") == "1"
 
 
+def pytest_configure(config):
+    # What is said where there is no GPU is tested too, so that all but `-m gpu` sees none.
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _no_skip(report):
     if NO_SKIPS and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"

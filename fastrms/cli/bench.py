@@ -177,8 +177,14 @@ def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int
                     if len(rows) > first:
                         report.print_rows(console, case.name, rows[first:])
                 if has_device:
-                    device.measure_device(case, args.min_time, on_device)
-                    report.print_rows(console, f"{case.name}, on the GPU", on_device[-2:])
+                    try:
+                        device.measure_device(case, args.min_time, on_device)
+                        report.print_rows(console, f"{case.name}, on the GPU", on_device[-2:])
+                    except CommandError:
+                        raise
+                    except Exception as error:  # of CUDA: too little memory, for instance
+                        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                        say(console, f"left out: {case.name} on the GPU: {text}")
                 done += 1
                 on_progress.case_done()
     except KeyboardInterrupt:

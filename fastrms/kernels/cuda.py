@@ -312,7 +312,9 @@ def add_partials(first_chunk, sources, which, prescale, partials, sums, span_nor
     """Add up the chunks of each span in their order: its norm, and whether its gradient is finite."""
     tile = cuda.shared.array(THREADS, numba.float64)
     for k in range(cuda.blockIdx.x, sources.size, cuda.gridDim.x):
-        if _is_wanted(which, sums[k], span_norms[k]):
+        wanted = _is_wanted(which, sums[k], span_norms[k])
+        cuda.syncthreads()  # all have looked, before one writes what they look at
+        if wanted:
             total = 0.0
             last = first_chunk[k] if sources[k] == ABSENT else first_chunk[k + 1]
             for low in range(first_chunk[k], last, THREADS):
@@ -333,7 +335,6 @@ def add_partials(first_chunk, sources, which, prescale, partials, sums, span_nor
                     finite[k] = 1 if math.isfinite(norm) else 0
                     if which == EVERY:
                         sums[k] = total
-            cuda.syncthreads()  # all have asked what is wanted of k
 
 
 @cuda.jit(device=True)
