@@ -18,8 +18,8 @@ from helpers import JIT, assert_same_bits, leaves
 from mpi4py import MPI
 
 import fastrms
-from fastrms import RankError, RMSProp, StructureError, handover, ranks
-from fastrms.mpi import ShardedRMSProp
+from fastrms import RankError, RMSProp, StructureError
+from fastrms.mpi import ShardedRMSProp, handover, ranks
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
