@@ -11,6 +11,9 @@ from helpers import JIT
 
 from fastrms.kernels import dlpack
 
+# Programs that tests start in processes of their own; here they would be imported, to be searched for doctests.
+collect_ignore = ["cuda_simulated.py", "mpi_ending.py", "mpi_program.py"]
+
 # A skipped test looks like a passed one in a summary. Where everything that tests need is installed, as in CI, none may
 # be skipped.
 NO_SKIPS = os.environ.get("FASTRMS_NO_SKIPS") == "1"
