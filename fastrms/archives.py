@@ -61,7 +61,9 @@ def write(path: Path, arrays: Mapping[str, Array], head: str, in_parts: Callable
         entries: dict[str, Array] = {**arrays, _HEAD: np.frombuffer(head.encode(), np.uint8)}
         with zipfile.ZipFile(temporary, "w") as archive:  # as np.savez does, and in parts
             for name, array in entries.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                # Entered twice: Ctrl-C on the way out of the inner one must not leave the entry open, for then the
+                # archive raises an error of its own in place of KeyboardInterrupt.
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry, entry:
                     header = np.lib.format.header_data_from_array_1_0(array)
                     np.lib.format.write_array_header_1_0(entry, header)
                     for part in in_parts(array):
