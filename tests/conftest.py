@@ -11,8 +11,8 @@ from helpers import JIT
 
 from fastrms.kernels import dlpack
 
-# Programs that tests start in processes of their own; here they would be imported, to be searched for doctests.
-collect_ignore = ["cuda_simulated.py", "mpi_ending.py", "mpi_program.py"]
+# What tests start in processes of their own; here it would be imported, to be searched for doctests.
+collect_ignore = ["mpi_ending.py", "mpi_program.py", "simulated", "simulated/simulator.py"]
 
 # A skipped test looks like a passed one in a summary. Where everything that tests need is installed, as in CI, none may
 # be skipped.

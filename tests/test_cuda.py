@@ -1,4 +1,4 @@
-"""`RMSProp(kernel="cuda")` without a GPU: `cuda_simulated.py` in the simulator, and what is said where none is."""
+"""`RMSProp(kernel="cuda")` without a GPU: the tests of `simulated` in the simulator, and what is said where none is."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SIMULATED = Path(__file__).parent / "cuda_simulated.py"
+SIMULATED = Path(__file__).parent / "simulated"
 
 # Numba's own CUDA target, which numba-cuda replaces where it is installed, by an import hook.
 BUILT_IN = """if True:
@@ -40,7 +40,8 @@ def run(arguments, **environment):
     ids=["numba-cuda", "built in"],
 )
 def test_in_the_simulator(target, chosen):
-    options = ["-q", "-p", "no:cacheprovider", str(SIMULATED), *chosen]
+    # NumPy's scalars, which kernels compute with there, warn of what arrays and compiled code leave to the result.
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(SIMULATED), *chosen]
     program = ["-c", f"{BUILT_IN}\n    import pytest; sys.exit(pytest.main({options!r}))"]
     status, output = run(
         program if target == "built in" else ["-m", "pytest", *options],

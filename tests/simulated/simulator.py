@@ -1,0 +1,75 @@
+"""What tests in Numba's CUDA simulator share; importing it makes the simulator fast enough for them.
+
+The simulator, which runs kernels in the interpreter, has to be chosen before Numba is imported, so pytest does not
+collect this folder by itself: `test_cuda.py` starts it. Device memory is ordinary memory here, and streams are one;
+what the simulator has no notion of is tested on a GPU, by `test_gpu.py`.
+"""
+
+import sys
+
+import numpy as np
+from helpers import assert_same_bits, wide
+
+from fastrms import RMSProp
+from fastrms.kernels import cuda as kernels
+from fastrms.kernels import norms
+
+cuda = kernels.cuda
+assert kernels.SIMULATED
+
+# The simulator starts a thread of Python for each; results may not depend on how many there are. Sums of squares do
+# depend on chunks and lanes, here as on the host: fewer for both, but in one test.
+AS_RELEASED = {"CHUNK": kernels.CHUNK, "LANES": kernels.LANES}
+kernels.THREADS = 4
+for module in (kernels, norms):
+    module.CHUNK, module.LANES = 64, 4
+norms._serial = norms._parallel = None  # or they would be compiled with these, and kept on disk for others
+# They wait for one another, and so for the interpreter's lock: five times faster than with 5 ms.
+sys.setswitchinterval(1e-4)
+
+DTYPES = [np.float32, np.float64]
+SHAPES = [(4, 3), (), (0,), (7,)]
+MIXED = [np.float32, np.float64, np.float64, np.float32]
+
+
+class Theirs:
+    """An array of another library on the device."""
+
+    def __init__(self, array, stream=None, **other):
+        self.array = array  # which has to live
+        found = array.__array_interface__
+        self.__cuda_array_interface__ = {
+            "shape": found["shape"],
+            "typestr": found["typestr"],
+            "data": found["data"],
+            "strides": found["strides"],
+            "version": 3,
+            "stream": stream,
+        } | other
+
+
+def arrays(rng, shapes=SHAPES, dtypes=MIXED, low=-3, high=1):
+    return [np.asarray(wide(rng, s, np.float64, low, high)).astype(d) for s, d in zip(shapes, dtypes, strict=True)]
+
+
+def pair(params, **options):
+    """The oracle, and what is to have its bits."""
+    return RMSProp(params, kernel="numpy", **options), RMSProp(params, kernel="cuda", **options)
+
+
+def numbers(optimizer):
+    """All arrays that a checkpoint has, by name."""
+    return optimizer.state_dict()["arrays"]
+
+
+def assert_same_state(optimizer, oracle, what=""):
+    theirs = numbers(oracle)
+    found = numbers(optimizer)
+    assert found.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert_same_bits(found[name], array, f"{name} {what}")
+    assert (optimizer.steps, optimizer.skipped_steps) == (oracle.steps, oracle.skipped_steps)
+
+
+def on_host(tree):
+    return [np.asarray(leaf.copy_to_host()) for leaf in tree]

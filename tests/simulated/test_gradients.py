@@ -1,0 +1,215 @@
+"""Gradients of all kinds, for `CudaRMSProp`."""
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+from simulated.simulator import DTYPES, Theirs, arrays, assert_same_state, cuda, kernels, numbers, pair
+
+from fastrms import NonfiniteError
+from fastrms.kernels import dlpack
+
+KINDS = {
+    "numpy": lambda g: g,
+    "device": lambda g: Theirs(g.copy()),
+    "numba": lambda g: cuda.to_device(g) if g.ndim else Theirs(g),
+    "strides given": lambda g: Theirs(g.copy(), strides=tuple(g.strides)),
+    "Fortran order": lambda g: Theirs(g.copy(order="F")),
+    "every second": lambda g: Theirs(np.repeat(g, 2, axis=-1)[..., ::2] if g.ndim else g),
+    "backwards": lambda g: Theirs(np.ascontiguousarray(g[::-1])[::-1] if g.ndim else g),
+    "float64": lambda g: Theirs(g.astype(np.float64)),
+    "the default stream": lambda g: Theirs(g.copy(), stream=1),
+    "no stream, an older version": lambda g: Theirs(g.copy(), version=2),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_every_kind(kind, options, rng):
+    shapes, dtypes = [(4, 3), (), (5,), (2, 1, 3)], [np.float32] * 4
+    oracle, optimizer = pair(arrays(rng, shapes, dtypes), **options)
+    for t in range(3):
+        gradients = arrays(rng, shapes, dtypes)
+        given = [KINDS[kind](g) for g in gradients]
+        before = [np.array(getattr(g, "array", gradients[k])) for k, g in enumerate(given)]
+        if t == 1:
+            gradients[2] = given[2] = None
+        oracle.step(gradients)
+        assert optimizer.step(given) is optimizer.params
+        for g, value in zip(given, before, strict=True):
+            if isinstance(g, Theirs):
+                assert_same_bits(g.array, value, "a gradient was written")
+    assert_same_state(optimizer, oracle)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.float16, np.float64])
+def test_gradients_of_other_dtypes_are_cast_as_numpy_casts(dtype, rng):
+    oracle, optimizer = pair([np.ones((2, 3), np.float32)])
+    gradient = (100 * rng.random((2, 3))).astype(dtype)
+    oracle.step([gradient])
+    optimizer.step([Theirs(gradient)])
+    assert_same_state(optimizer, oracle)
+
+
+def test_gradients_here_there_and_in_the_buffer_in_one_step(rng):
+    shapes, dtypes = [(3, 2), (4,), (5,), (2, 2), (3,)], [np.float32, np.float64, np.float32, np.float32, np.float64]
+    oracle, optimizer = pair(arrays(rng, shapes, dtypes))
+    for _ in range(20):  # more than there are copies of tables on their way
+        gradients = arrays(rng, shapes, dtypes)
+        oracle.step(gradients)
+        optimizer.grads[2].copy_to_device(gradients[2])
+        optimizer.step([gradients[0], Theirs(gradients[1]), optimizer.grads[2], Theirs(gradients[3].T.copy().T),
+                        gradients[4]])  # fmt: skip
+    assert_same_state(optimizer, oracle)
+
+
+def test_gradients_in_the_buffer(rng):
+    oracle, optimizer = pair(arrays(rng), momentum=0.9, global_clip_norm=0.5)
+    for t in range(3):
+        gradients = arrays(rng)
+        oracle.step(gradients)
+        for view, gradient in zip(optimizer.grads, gradients, strict=True):
+            if gradient.size:
+                view.copy_to_device(gradient)
+        optimizer.step(*[() if t else (optimizer.grads,)][0])
+    assert_same_state(optimizer, oracle)
+
+
+def test_gradients_that_are_the_optimizers_own_memory_are_copied_first(rng):
+    start = arrays(rng, [(3,)] * 4, [np.float32] * 4)
+    oracle, optimizer = pair(start)
+    gradients = arrays(rng, [(3,)] * 4, [np.float32] * 4)
+    for view, gradient in zip(optimizer.grads, gradients, strict=True):
+        view.copy_to_device(gradient)
+    # Two are swapped, one is the parameter itself, one another parameter.
+    oracle.step([gradients[1], gradients[0], oracle.params[2].copy(), oracle.params[0].copy()])
+    optimizer.step([optimizer.grads[1], optimizer.grads[0], optimizer.params[2], optimizer.params[0]])
+    assert_same_state(optimizer, oracle)
+
+
+@pytest.mark.parametrize("tree", ["array", "dict", "nested", "groups"])
+def test_structures(tree, rng):
+    made = {
+        "array": lambda a: a[0],
+        "dict": lambda a: {"W": a[0], 7: a[1]},
+        "nested": lambda a: [{"W": a[0]}, (a[1], [a[2]])],
+        "groups": lambda a: [{"params": {"W": a[0]}, "lr": 0.5}, {"params": [a[1], a[2]], "momentum": 0.5}],
+    }[tree]
+    oracle, optimizer = pair(made(arrays(rng, [(3, 2), (4,), ()], [*DTYPES, np.float64])))
+    for _ in range(2):
+        given = made(arrays(rng, [(3, 2), (4,), ()], [*DTYPES, np.float64]))
+        if tree == "groups":
+            given = [group["params"] for group in given]
+        assert optimizer.step(given) is optimizer.params
+        oracle.step(given)
+    assert_same_state(optimizer, oracle)
+    for name in ("params", "grads", "cache", "momentum_buffer"):
+        assert repr(type(getattr(optimizer, name))) == repr(type(getattr(oracle, name))) or tree == "array"
+
+
+def test_the_same_options_come_from_lists_and_from_groups_that_change(rng):
+    groups = [{"params": arrays(rng, [(3,)], [np.float32])}, {"params": arrays(rng, [(4,)], [np.float32])}]
+    oracle, optimizer = pair(groups, lr=lambda step: 0.1 / (1 + step))
+    changes = [
+        lambda opt: None,
+        lambda opt: opt.param_groups[1].update(lr=0.5, momentum=0.9),
+        lambda opt: opt.param_groups[0].update(centered=True, maximize=True),
+        lambda opt: setattr(opt, "nonfinite", "skip"),
+        lambda opt: opt.param_groups[0].update(bias_correction=True, decay_rate=0.5),
+        lambda opt: setattr(opt, "global_clip_norm", 0.1),
+        lambda opt: setattr(opt, "nonfinite", "propagate"),
+        lambda opt: opt.param_groups[1].update(bias_correction=True),
+        lambda opt: opt.param_groups[0].update(bias_correction=False),
+        lambda opt: opt.param_groups[1].update(bias_correction=False),
+        lambda opt: setattr(opt, "global_clip_norm", None),
+    ]
+    for t, change in enumerate(changes):
+        gradients = [arrays(rng, [(3,)], [np.float32]), arrays(rng, [(4,)], [np.float32])]
+        if t % 3 == 1:
+            gradients[1][0] = None
+        for opt in (oracle, optimizer):
+            change(opt)
+            opt.step(gradients)
+        assert_same_state(optimizer, oracle, f"after change {t}")
+
+
+# PyTorch's tensors, found by compiled code. Those of the processor stand for those of a device, as the simulator's
+# memory is theirs.
+
+
+def test_tensors_of_torch_are_read_where_they_lie(rng):
+    torch = pytest.importorskip("torch")
+    shapes = [(3, 2), (4,), (), (0,), (5,)]
+    oracle, optimizer = pair(arrays(rng, shapes, [np.float32] * 5))
+    optimizer._finder._device = dlpack.CPU
+    for t in range(3):
+        gradients = arrays(rng, shapes, [np.float32] * 5)
+        given = [torch.from_numpy(g.copy()) for g in gradients]
+        if t == 1:
+            gradients[1] = given[1] = None
+            given[4] = Theirs(gradients[4])
+        oracle.step(gradients)
+        found = optimizer._finder.find(tuple(given), optimizer._written)
+        assert found.sources[0] == given[0].data_ptr()
+        assert (found.sources[1] == kernels.ABSENT) == (t == 1)
+        assert found.others == found.arrays == []
+        assert kernels.LEGACY_STREAM in found.streams
+        optimizer.step(given)
+    assert_same_state(optimizer, oracle)
+
+
+def test_a_view_of_torch_whose_memory_has_the_positive_numbers(rng):
+    class Negative(Theirs):
+        def is_neg(self):
+            return True
+
+        def resolve_neg(self):
+            return Theirs(-self.array)
+
+    oracle, optimizer = pair([np.ones(3)])
+    gradient = rng.standard_normal(3)
+    oracle.step([-gradient])
+    optimizer.step([Negative(gradient)])
+    assert_same_state(optimizer, oracle)
+
+
+# Gradients that are not finite.
+
+
+@pytest.mark.parametrize(("kind", "bad"), [("numpy", np.nan), ("device", np.inf), ("float64", -np.inf)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip_norm": 1.0}, {"clip_value": 0.5, "global_clip_norm": 1.0}, {"bias_correction": True, "momentum": 0.5}],
+    ids=str,
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(options, bad, kind, rng):
+    params = arrays(rng)
+    _, raising = pair(params, nonfinite="raise", **options)
+    oracle, skipping = pair(params, nonfinite="skip", **options)
+    for t in range(4):
+        gradients = arrays(rng)
+        spoilt = [g.copy() for g in gradients]
+        spoilt[0][3, 2] = spoilt[3][6] = bad
+        if t == 2:
+            gradients[1] = spoilt[1] = None
+        before = numbers(raising), raising.steps
+        with pytest.raises(NonfiniteError, match=r"gradients\[0\]: . NaN and . inf among 12 values; gr") as caught:
+            raising.step([None if g is None else KINDS[kind](g) for g in spoilt])
+        assert caught.value.counts == {"[0]": 1, "[3]": 1}
+        after = numbers(raising), raising.steps
+        assert before[1] == after[1]
+        assert all(before[0][name].tobytes() == after[0][name].tobytes() for name in before[0])
+        raising.step(gradients)
+        for given in (spoilt, gradients):
+            oracle.step(given)
+            skipping.step([None if g is None else KINDS[kind](g) for g in given])
+    assert_same_state(skipping, oracle)
+    assert skipping.skipped_steps == raising.steps == 4
+
+
+def test_one_that_is_absent_is_not_asked_whether_it_is_finite():
+    for nonfinite in ("raise", "skip"):
+        oracle, optimizer = pair([np.ones(2), np.ones(3)], nonfinite=nonfinite)
+        optimizer.grads[0].copy_to_device(np.full(2, np.nan))
+        for opt in (oracle, optimizer):
+            opt.step([None, np.ones(3)])
+        assert_same_state(optimizer, oracle)

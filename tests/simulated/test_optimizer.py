@@ -1,0 +1,318 @@
+"""`CudaRMSProp` as an object: what it waits for, copies and checkpoints, what it says."""
+
+import copy
+import os
+import pickle
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits, leaves
+from simulated.simulator import Theirs, arrays, assert_same_state, cuda, numbers, on_host, pair
+
+import fastrms
+from fastrms import CheckpointError, DeviceError, DtypeError, OptionError, OptionTypeError, RMSProp, StructureError
+from fastrms import cuda as ours
+from fastrms.cli import device
+from fastrms.cli.cases import Case
+from fastrms.cli.common import CommandError
+from fastrms.kernels.reference import ReferenceRMSProp
+
+# Waiting for the device.
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Make everything that waits for the device raise; a list, to which the name of what was called is added."""
+    called = []
+
+    def refuse(name):
+        def refused(*args, **kwargs):
+            called.append(name)
+            raise AssertionError(f"{name} waits for the device")
+
+        return refused
+
+    array, stream, event = type(cuda.to_device(np.zeros(1))), type(cuda.stream()), type(cuda.event())
+    for kind, name in ((array, "copy_to_host"), (stream, "synchronize"), (event, "synchronize")):
+        monkeypatch.setattr(kind, name, refuse(f"{kind.__name__}.{name}"))
+    return called
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "centered": True, "weight_decay": 0.1},
+        {"clip_norm": 1.0, "global_clip_norm": 1.0},
+        {"bias_correction": True},
+        {"nonfinite": "skip", "bias_correction": True, "clip_value": 1.0},
+        {"lr": lambda step: 0.1, "bias_correction": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("kind", ["device", "buffer", "other addresses"])
+def test_a_steady_step_does_not_wait_for_the_device(kind, options, rng, no_waiting):
+    optimizer = RMSProp(arrays(rng), kernel="cuda", **options)
+    gradients = [Theirs(g) for g in arrays(rng)]
+    for _ in range(6):
+        if kind == "other addresses":
+            gradients = [Theirs(g) for g in arrays(rng)]
+        optimizer.step(None if kind == "buffer" else gradients)
+    assert no_waiting == []
+
+
+def test_what_asks_the_device_waits_for_it(rng, no_waiting):
+    optimizer = RMSProp(arrays(rng), kernel="cuda", nonfinite="skip")
+    optimizer.step(arrays(rng))
+    with pytest.raises(AssertionError, match="waits"):
+        optimizer.steps  # noqa: B018
+    with pytest.raises(AssertionError, match="waits"):
+        optimizer.state_dict()
+    with pytest.raises(AssertionError, match="waits"):
+        optimizer.synchronize()
+    optimizer = RMSProp(arrays(rng), kernel="cuda", nonfinite="raise")
+    with pytest.raises(AssertionError, match="waits"):
+        optimizer.step(arrays(rng))
+
+
+def test_another_stream_is_asked_for_by_its_number(rng):
+    """The simulator has no other streams, and says so where a GPU would wait."""
+    optimizer = RMSProp([np.ones(3)], kernel="cuda")
+    with pytest.raises(RuntimeError, match="External streams"):
+        optimizer.step([Theirs(np.ones(3), stream=77)])
+    optimizer.step([Theirs(np.ones(3), stream=1)])
+    for stream in (77, type("CuPy", (), {"ptr": 77})(), type("PyTorch", (), {"cuda_stream": 77})(),
+                   type("Other", (), {"__cuda_stream__": lambda self: (0, 77)})()):  # fmt: skip
+        with pytest.raises(RuntimeError, match="External streams"):
+            optimizer.stream = stream
+    for stream in (None, 0, 1, cuda.stream(), type("CuPy", (), {"ptr": 0})()):
+        optimizer.stream = stream
+        optimizer.step([np.ones(3)])
+        assert optimizer.params[0].stream is optimizer.stream
+    assert optimizer.steps == 6
+
+
+# Parameters, checkpoints, copies.
+
+
+def test_parameters_on_the_device(rng):
+    values = arrays(rng, [(3, 4), (), (0, 2), (5,)], [np.float32, np.float64, np.float32, np.float64])
+    there = [Theirs(np.asfortranarray(values[0])), Theirs(values[1]), Theirs(values[2]), Theirs(values[3][::-1])]
+    oracle = RMSProp([values[0], values[1], values[2], values[3][::-1]])
+    for tree in (there, tuple(there), {k: v for k, v in enumerate(there)}, [{"params": there}]):  # noqa: C416
+        assert_same_bits(numbers(RMSProp(tree, kernel="cuda"))["params/float32"], numbers(oracle)["params/float32"])
+        assert_same_bits(numbers(RMSProp(tree, kernel="cuda"))["params/float64"], numbers(oracle)["params/float64"])
+    memory = np.ones(10)
+    with pytest.raises(StructureError, match=r"params\[0\] and params\[1\] share memory"):
+        RMSProp([Theirs(memory[:6]), Theirs(memory[4:])], kernel="cuda")
+    with pytest.raises(StructureError, match=r"params\[0\]\[0\] and params\[1\]\[0\] share memory"):
+        RMSProp([{"params": [Theirs(memory[:6])]}, {"params": [Theirs(memory[:2])]}], kernel="cuda")
+    RMSProp([Theirs(memory[::2]), Theirs(memory[1::2]), memory.copy()], kernel="cuda")
+    with pytest.raises(DtypeError, match=r"params\[0\]: expected float32 or float64, got int64"):
+        RMSProp([Theirs(np.arange(3))], kernel="cuda")
+
+
+OF_A_RUN = {"momentum": 0.9, "centered": True, "bias_correction": True, "nonfinite": "skip", "clip_norm": 1.0}
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors", None])
+def test_a_run_goes_on_elsewhere_with_the_same_bits(ending, rng, tmp_path):
+    params = arrays(rng)
+    oracle, device = pair(params, **OF_A_RUN)
+    host = RMSProp(params, kernel="numpy", **OF_A_RUN)
+    for t in range(6):
+        gradients = arrays(rng)
+        if t % 2:
+            gradients[3] = None
+        if t == 2:
+            gradients[0][0, 0] = np.nan
+        for opt in (oracle, host, device):
+            opt.step(gradients)
+        if ending is None:
+            states = host.state_dict(), device.state_dict()
+            device.load_state_dict(states[0])
+            host.load_state_dict(states[1])
+        else:
+            for opt, name in ((host, "host"), (device, "device")):
+                opt.save(tmp_path / f"{name}.{ending}")
+            device.load(tmp_path / f"host.{ending}")
+            host = RMSProp.from_checkpoint(tmp_path / f"device.{ending}", kernel="numpy")
+        assert_same_state(device, oracle)
+        assert_same_state(host, oracle)
+    if ending:
+        for kind, options in ((RMSProp, {"kernel": "cuda"}), (ours.CudaRMSProp, {})):
+            again = kind.from_checkpoint(tmp_path / f"host.{ending}", **options)
+            assert type(again) is ours.CudaRMSProp
+            assert_same_state(again, oracle)
+
+
+def test_a_state_that_does_not_fit_changes_nothing(rng):
+    optimizer, other = RMSProp([np.ones(3)], kernel="cuda"), RMSProp([np.ones(4)])
+    optimizer.step([np.ones(3)])
+    before = numbers(optimizer)
+    with pytest.raises(CheckpointError, match="shape"):
+        optimizer.load_state_dict(other.state_dict())
+    assert all(before[name].tobytes() == array.tobytes() for name, array in numbers(optimizer).items())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_a_copy_goes_on_by_itself(copied, rng):
+    oracle, optimizer = pair(arrays(rng), **OF_A_RUN)
+    first = arrays(rng)
+    first[0] = None
+    for opt in (oracle, optimizer):
+        opt.step(first)
+    optimizer.stream = cuda.stream()
+    other = copied(optimizer)
+    assert type(other) is ours.CudaRMSProp
+    second = arrays(rng)
+    for opt in (oracle, other):
+        opt.step(second)
+    assert_same_state(other, oracle)
+    assert optimizer.steps == 1
+
+
+def test_the_views_are_the_same_for_life(rng):
+    optimizer = RMSProp(arrays(rng), kernel="cuda", momentum=0.9)
+    views = {name: list(getattr(optimizer, name)) for name in ("params", "grads", "cache", "momentum_buffer")}
+    state = optimizer.state_dict()
+    optimizer.step(arrays(rng))
+    optimizer.load_state_dict(state)
+    optimizer.stream = cuda.stream()
+    optimizer.step(arrays(rng))
+    for name, items in views.items():
+        assert all(a is b for a, b in zip(items, getattr(optimizer, name), strict=True))
+        for view, leaf in zip(items, optimizer.buffers[name].layout.leaves, strict=True):
+            assert tuple(view.shape) == leaf.shape
+    assert optimizer.check() == []
+    assert all(np.array_equal(a, b) for a, b in zip(on_host(optimizer.params), leaves(optimizer.params), strict=True))
+
+
+# What is said.
+
+
+def test_gradients_that_do_not_fit(rng):
+    optimizer = RMSProp({"W": np.ones((3, 2), np.float32), "b": np.ones(2)}, kernel="cuda")
+    good = Theirs(np.ones((3, 2), np.float32))
+    wrong = {
+        "shape": (
+            Theirs(np.ones((2, 3), np.float32)),
+            StructureError,
+            r"gradients\['W'\]: expected shape \(3, 2\), got",
+        ),
+        "complex": (
+            Theirs(np.ones((3, 2), complex)),
+            DtypeError,
+            r"gradients\['W'\]: expected a dtype that can be cast",
+        ),
+        "bool": (Theirs(np.ones((3, 2), bool)), DtypeError, "got bool"),
+        "byte order": (Theirs(np.ones((3, 2), ">f4")), DtypeError, "got >f4"),
+        "mask": (Theirs(np.ones((3, 2)), mask=good), DtypeError, "mask"),
+        "text": ("W", DtypeError, "expected an array, got str"),
+        "host, shape": (np.ones(6), StructureError, r"expected shape \(3, 2\), got \(6,\)"),
+    }
+    before = numbers(optimizer)
+    for item, error, message in wrong.values():
+        with pytest.raises(error, match=message):
+            optimizer.step({"W": item, "b": np.ones(2)})
+    with pytest.raises(StructureError, match="missing 'b'"):
+        optimizer.step({"W": good})
+    optimizer.param_groups[0]["lr"] = lambda step: -1.0
+    with pytest.raises(OptionError, match="at step 0"):
+        optimizer.step({"W": good, "b": np.ones(2)})
+    assert all(before[name].tobytes() == array.tobytes() for name, array in numbers(optimizer).items())
+    optimizer.lr = 0.1
+    oracle = RMSProp({"W": np.ones((3, 2), np.float32), "b": np.ones(2)}, lr=0.1)
+    for opt in (oracle, optimizer):
+        opt.step({"W": good.array if opt is oracle else good, "b": np.ones(2)})
+    assert_same_state(optimizer, oracle)
+
+
+def test_a_view_in_whose_place_something_else_was_put():
+    optimizer = RMSProp([np.ones(3), np.ones(2)], kernel="cuda")
+    optimizer.params[0] = np.ones(3)
+    assert len(optimizer.check()) == 1
+    with pytest.raises(StructureError, match=r"params\[0\]: expected the view that was there, got a ndarray"):
+        optimizer.step([np.ones(3), np.ones(2)])
+
+
+def test_what_cannot_be_had():
+    with pytest.raises(OptionError, match="cache_dtype: expected None"):
+        RMSProp([np.ones(3, np.float32)], kernel="cuda", cache_dtype="bfloat16")
+    for stream in (True, -1, "default", 1.5, object()):
+        with pytest.raises(OptionTypeError, match="stream: expected None"):
+            RMSProp([np.ones(3)], kernel="cuda", stream=stream)
+    optimizer = RMSProp([np.ones(3)], kernel="cuda")
+    optimizer.kernel = "cuda"
+    for kernel in ("serial", "auto ", None):
+        with pytest.raises(OptionError, match='kernel: expected "cuda"'):
+            optimizer.kernel = kernel
+    with pytest.raises(OptionError, match='kernel: expected "cuda"'):
+        ours.CudaRMSProp([np.ones(3)], kernel="parallel")
+    host = RMSProp([np.ones(3)])
+    with pytest.raises(OptionError, match="kernel: expected a kernel that runs on the host"):
+        host.kernel = "cuda"
+
+    class Mine(RMSProp):
+        pass
+
+    with pytest.raises(OptionError, match=r"derived from fastrms\.cuda\.CudaRMSProp"):
+        Mine([np.ones(3)], kernel="cuda")
+
+    class MineThere(ours.CudaRMSProp):
+        pass
+
+    assert MineThere([np.ones(3)]).kernel == "cuda"
+    circular = []
+    circular.append(circular)
+    with pytest.raises(StructureError, match="contains itself"):
+        RMSProp(circular, kernel="cuda")
+
+
+def test_what_it_says_of_itself():
+    optimizer = RMSProp([np.ones((3, 2), np.float32)], kernel="cuda", momentum=0.9)
+    assert isinstance(optimizer, RMSProp)
+    assert optimizer.explain() == ["group 0, 6 float32 in 1 arrays: cuda, as asked for"]
+    assert repr(optimizer.buffers["params"]) == "DeviceBuffer(1 arrays, 6 float32)"
+    assert optimizer.kernel == "cuda"
+    assert fastrms.cuda.why_not() is None
+    fastrms.warmup(["float32"], ["cuda"], momentum=0.9)
+    buffer = optimizer.buffers["params"]
+    assert type(pickle.loads(pickle.dumps(buffer))) is fastrms.FlatBuffer
+    buffer.gather([np.full((3, 2), 5.0)])
+    assert np.array_equal(optimizer.params[0].copy_to_host(), np.full((3, 2), 5.0, np.float32))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_of_fork_is_told():
+    optimizer = RMSProp([np.ones(3)], kernel="cuda")
+    child = os.fork()
+    if child == 0:
+        try:
+            optimizer.step([np.ones(3)])
+        except DeviceError as error:
+            os._exit(0 if "spawn" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# The command line.
+
+
+def test_a_step_is_measured_beside_a_copy():
+    rows = []
+    device.measure_device(Case(2, (3, 2), "float32"), 0.01, rows)
+    assert [row.kernel for row in rows] == ["device copy", "cuda"]
+    assert rows[0].percent_of_limit == 100
+    assert rows[1].percent_of_limit == 100 * rows[0].seconds / rows[1].seconds
+    assert [row.check for row in rows] == ["", "equal"]
+    assert not device.can_measure()
+    assert dict(device.facts()) == {"GPU": "Numba's simulator (NUMBA_ENABLE_CUDASIM=1)"}
+
+
+def test_other_bits_than_the_references_are_noticed(monkeypatch):
+    rows = []
+    monkeypatch.setattr(device, "ReferenceRMSProp", lambda params, *options: ReferenceRMSProp(params, 0.5))
+    with pytest.raises(CommandError, match="expected the bits of the reference"):
+        device.measure_device(Case(1, (3,), "float64"), 0.01, rows)
+    assert rows == []
