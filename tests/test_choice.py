@@ -83,6 +83,14 @@ def test_a_pause_between_steps_is_no_training():
     assert set(training.used) == {"parallel"}
 
 
+def test_a_pause_ahead_of_the_first_trial_is_none_either():
+    training = Training(serial=0.01, parallel=0.006)
+    for _ in range(10):
+        training.run(5)
+        training.now += 100.0
+    assert set(training.used) == {"serial"}
+
+
 def test_threads_that_wake_up_after_a_pause_do_not_decide():
     training = Training(serial=40e-6, parallel=24e-6).run(60_000)
     assert training.used[-1] == "parallel"
@@ -112,7 +120,7 @@ def test_single_slow_steps_do_not_decide():
         if len(training.used) % 7 == 0:
             training.now += 5.0  # an evaluation of the user's
             training.chooser.step_done()
-    assert training.used[-1] == "parallel"
+    assert training.used[-500:].count("parallel") > 450  # the rest are of trials
 
 
 @pytest.fixture

@@ -298,7 +298,8 @@ def _print_results(console: "Console", dataset: data.Dataset, trainings: dict[st
     table.add_row("test accuracy", *found, "")
     table.add_row("training step", *(format_seconds(time, plain=plain) for time in steps), _ratio(steps))
     table.add_row("of which optimizer", *(format_seconds(time, plain=plain) for time in optimizers), _ratio(optimizers))
-    table.add_row("optimizer's share", *(f"{each.optimizer_share:.1%}" for each in pair), "")
+    shares = [f"{part / whole:.1%}" for part, whole in zip(optimizers, steps, strict=True)]
+    table.add_row("optimizer's share", *shares, "")
     say(console)
     console.print(table)
     say(console)

@@ -62,11 +62,6 @@ class Training:
         """Median time of the optimizer in a step, in seconds."""
         return float(np.median(self.optimizer_seconds))
 
-    @property
-    def optimizer_share(self) -> float:
-        """The optimizer's share of the time of all steps, from 0 to 1."""
-        return sum(self.optimizer_seconds) / sum(self.step_seconds)
-
 
 def train_both(
     start: Sequence[Array],

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -177,12 +178,15 @@ class Chooser:
     def _make_plan(self) -> Generator[str, float, None]:
         """Yields the kernel for the next step, and is sent how long the training step took that it ended."""
         patience, expected = self.FIRST_LOOK, float("inf")
+        last: deque[float] = deque(maxlen=5)  # whose median stands for what is expected, until there was a trial
         while True:
             spent = slow_seconds = 0.0
             slow_steps = 0
             while spent < patience and (slow_steps < self.SLOW_STEPS or slow_seconds < self.SLOW_SECONDS):
                 period = yield self._best
-                counted = min(period, self.PAUSE * expected)
+                last.append(period)
+                usual = sorted(last)[len(last) // 2] if expected == float("inf") else expected
+                counted = min(period, self.PAUSE * usual)
                 spent += counted
                 slow = period > self.SLOWER * expected
                 slow_steps, slow_seconds = (slow_steps + 1, slow_seconds + counted) if slow else (0, 0.0)
