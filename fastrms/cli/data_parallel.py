@@ -19,7 +19,7 @@ from fastrms.mpi import ShardedRMSProp
 from fastrms.mpi.ranks import MPI, end_all
 from fastrms.optimizer import RMSProp
 
-__all__ = ["RankTraining", "apart", "comm", "ending_together", "train_one_and_all"]
+__all__ = ["RankTraining", "apart", "comm", "ending_together", "train_one_and_all", "what_ranks_cost"]
 
 Array = NDArray[Any]
 
@@ -120,6 +120,17 @@ def _wait_for_first() -> None:
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.001)
+
+
+def what_ranks_cost(training: Training) -> str:
+    """A sentence for those who expect more ranks to be faster."""
+    optimizer = training.optimizer
+    assert isinstance(optimizer, ShardedRMSProp)
+    sent = 2 * (comm.size - 1) / comm.size * optimizer.buffers["params"].nbytes
+    return (
+        f"Each rank sends {sent / 1e6:.1f} MB a step, and ranks of one machine share its cores: docs/mpi.md has when "
+        "that pays"
+    )
 
 
 def apart(one: Training, all_: Training, dtype: Any) -> tuple[str, str | None]:

@@ -184,7 +184,11 @@ def _run(args: argparse.Namespace, train: Callable[..., tuple[Training, Training
     if not args.quiet:
         _print_results(console, dataset, {one: reference, other: fast})
         if isinstance(fast.optimizer, RMSProp):
-            say(console, f"Kernel: {fast.optimizer.explain()[0]}")
+            say(console, f"Kernel{' of rank 0' if args.mpi else ''}: {fast.optimizer.explain()[0]}")
+        if args.mpi:
+            from fastrms.cli.data_parallel import what_ranks_cost
+
+            say(console, what_ranks_cost(fast))
     path = args.output / PLOT_NAME
     _save_plot(path, f"RMSProp on a network of {_network(sizes)}, {args.dtype}", {one: reference, other: fast})
     if not args.quiet:
@@ -209,7 +213,8 @@ def _describe(
     yield f"Network: {_network(sizes)}, {size:,} parameters, {args.dtype}"
     yield f"Training: {_count(args.epochs, 'epoch')} of {_count(batches, 'step')}, {batch_size:,} rows a batch"
     yield (
-        f"fastrms: kernel {args.kernel}, up to {_count(choice.max_threads(), 'thread')}, "
+        f"fastrms: kernel {args.kernel}, up to {_count(choice.max_threads(), 'thread')}"
+        f"{', which ranks share' if args.mpi else ''}, "
         f"gradients {'as a list' if args.gradients == 'list' else 'written into its buffer'}"
     )
 
