@@ -33,6 +33,15 @@ def inside():
     opt.step([np.ones(51 if LAST else 50)])
 
 
+def with_exit():
+    """One rank ends by itself, which mpi4py's runner is there for."""
+    opt = ShardedRMSProp([np.ones(50)], kernel="numpy")
+    if LAST:
+        sys.exit("no data on this rank")
+    opt.step([np.ones(50)])
+    raise AssertionError("unreachable")
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     print("ok", sys.argv[1])

@@ -113,6 +113,14 @@ def test_an_exception_on_one_rank_ends_all(case, message, tmp_path):
 
 
 @needs_mpi
+def test_under_the_runner_of_mpi4py_an_exit_of_one_rank_ends_all(tmp_path):
+    status, printed = mpiexec(3, sys.executable, "-m", "mpi4py", ENDING, "with_exit", folder=tmp_path)
+    assert status == 1
+    assert "no data on this rank" in printed
+    assert "unreachable" not in printed
+
+
+@needs_mpi
 def test_an_interactive_session_goes_on(tmp_path):
     # As where somebody tries things out: an exception there ends nothing.
     code = """if True:
