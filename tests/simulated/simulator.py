@@ -6,9 +6,11 @@ what the simulator has no notion of is tested on a GPU, by `test_gpu.py`.
 """
 
 import sys
+import threading
 
 import numpy as np
 from helpers import assert_same_bits, wide
+from numba.cuda.simulator import kernelapi
 
 from fastrms import RMSProp
 from fastrms.kernels import cuda as kernels
@@ -26,6 +28,39 @@ for module in (kernels, norms):
 norms._serial = norms._parallel = None  # or they would be compiled with these, and kept on disk for others
 # They wait for one another, and so for the interpreter's lock: five times faster than with 5 ms.
 sys.setswitchinterval(1e-4)
+
+
+class _Allocations(dict):
+    """The shared arrays of a block, by where they are asked for, which one thread at a time may do.
+
+    The simulator looks whether an array is there, and then makes one: two threads that look at the same time would
+    each have their own, and the sums of the block be wrong (in one of some ten runs on a busy machine).
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def get(self, key):
+        self._lock.acquire()
+        found = super().get(key)
+        if found is not None:
+            self._lock.release()
+        return found
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self._lock.release()
+
+
+_make_shared = kernelapi.FakeCUDAShared.__init__
+
+
+def _make_shared_in_turns(self, *arguments):
+    _make_shared(self, *arguments)
+    self._allocations = _Allocations()
+
+
+kernelapi.FakeCUDAShared.__init__ = _make_shared_in_turns
 
 DTYPES = [np.float32, np.float64]
 SHAPES = [(4, 3), (), (0,), (7,)]
