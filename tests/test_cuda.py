@@ -78,6 +78,24 @@ def test_without_the_package_it_says_how_to_install_it():
     assert output.strip().endswith('install with: python -m pip install "fastrms[cuda]"')
 
 
+def test_a_numpy_that_numba_cuda_does_not_know_is_named():
+    # As numba-cuda 0.30 fails with NumPy 2.5, on a machine that has a GPU.
+    broken = """if True:
+    from numba import cuda
+    from numba.cuda import descriptor
+
+    def refresh():
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+
+    cuda.is_available = lambda: True
+    descriptor.cuda_target.typing_context.refresh = refresh
+"""
+    status, output = run(["-c", f"{broken}\n{WITHOUT}"])
+    assert status == 0, output
+    assert "none: numba.cuda fails with NumPy " in output
+    assert output.strip().endswith('before 2.5, install with: python -m pip install "numpy<2.5"')
+
+
 def test_nobody_who_does_not_ask_for_it_imports_cuda():
     program = "import sys, fastrms, numpy as np; fastrms.RMSProp([np.ones(3)]).step([np.ones(3)])"
     status, output = run(["-c", f"{program}; print([name for name in sys.modules if 'cuda' in name.split('.')])"])

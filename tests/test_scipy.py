@@ -79,7 +79,9 @@ def test_a_decreasing_rate_converges():
 @pytest.mark.parametrize("jac", [rosen_der, None], ids=["jac", "differences"])
 @pytest.mark.parametrize("x0", [START, START.astype("f"), [2, 0]], ids=["float64", "float32", "integers"])
 def test_result_is_like_that_of_bfgs(x0, jac):
-    ours, theirs = (run(x0=x0, jac=jac, method=m, options={"return_all": True}) for m in (rmsprop, "BFGS"))
+    # SciPy's differences in float32 divide 0 by 0 from 1.18 on; all else is float64 there anyway.
+    starts = {rmsprop: x0, "BFGS": np.asarray(x0, float)}
+    ours, theirs = (run(x0=x, jac=jac, method=m, options={"return_all": True}) for m, x in starts.items())
     assert type(ours) is OptimizeResult
     assert {*ours} == {*theirs} - {"hess_inv"}
     for name in ("nit", "nfev", "njev", "status", "success", "message"):

@@ -82,6 +82,7 @@ def test_writing_into_views_is_no_replacement():
     assert opt.check() == []
 
 
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")  # of NumPy 2.5
 def test_check_finds_what_no_step_looks_at():
     opt = RMSProp(trees()["list"], momentum=0.9)
     assert opt.check() == []

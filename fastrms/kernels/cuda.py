@@ -31,10 +31,13 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import cuda
-from numba.cuda.extending import intrinsic
 
 from fastrms.kernels import cpu, norms
+
+with warnings.catch_warnings():  # numba-cuda 0.30 does what NumPy 2.5 warns of
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from numba import cuda
+    from numba.cuda.extending import intrinsic
 
 __all__ = [
     "ABSENT", "CHUNK", "DOUBTFUL", "EVERY", "IN_BUFFER", "LANES", "LEGACY_STREAM", "PRESCALE", "SIMULATED", "THREADS",
@@ -491,10 +494,27 @@ def driver_version() -> tuple[int, int]:
     return found
 
 
+@cache
+def _unfit() -> str | None:
+    """Why nothing can be compiled though CUDA is there: what the compiler knows of NumPy is loaded late."""
+    from numba.cuda import descriptor
+
+    try:
+        descriptor.cuda_target.typing_context.refresh()
+    except Exception as error:
+        return (
+            f"numba.cuda fails with NumPy {np.__version__} ({error}); numba-cuda 0.30 needs one before 2.5, install "
+            'with: python -m pip install "numpy<2.5"'
+        )
+    return None
+
+
 def missing() -> str | None:
     """What is missing to run these kernels: a sentence for the user; None if nothing is."""
-    if SIMULATED or cuda.is_available():
+    if SIMULATED:
         return None
+    if cuda.is_available():
+        return _unfit()
     why = str(cuda.cuda_error() or "").strip()
     if not why:
         return (
