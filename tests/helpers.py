@@ -2,8 +2,21 @@
 
 import numba
 import numpy as np
+import pytest
 
 JIT = not numba.config.DISABLE_JIT
+
+WITHOUT_TORCH = "torch is not installed. To run these tests: python -m pip install torch && python -m pytest -m torch"
+
+
+def need_torch():
+    """Return torch. Where it is not installed, skip the test or the test file that called.
+
+    A test that needs torch has the mark `torch`, and conftest.py calls this. A file that needs torch to be imported
+    calls this itself, and has ``pytestmark = pytest.mark.torch`` too. All skips come from one line with one reason, so
+    that pytest's summary has one line for all of them.
+    """
+    return pytest.importorskip("torch", reason=WITHOUT_TORCH)
 
 
 def steps(many):

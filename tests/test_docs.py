@@ -35,7 +35,13 @@ WITH_OTHERS = {
 WARNINGS = ["-W", "error", "-W", "ignore:__array__ implementation:DeprecationWarning"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _with_torch(value, needs):
+    return pytest.param(value, marks=[pytest.mark.torch] if needs else [])
+
+
+@pytest.mark.parametrize(
+    "page", [_with_torch(page, "torch" in WITH_OTHERS.get(page.name, ())) for page in PAGES], ids=lambda page: page.name
+)
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for what a page saves
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
@@ -161,7 +167,7 @@ def _gaps(name, thing, top):
         yield "it has no section Examples"
 
 
-@pytest.mark.parametrize("module", ["fastrms", *MODULES])
+@pytest.mark.parametrize("module", [_with_torch(name, name == "fastrms.torch") for name in ["fastrms", *MODULES]])
 def test_every_public_name_is_documented_in_full(module):
     module = pytest.importorskip(module, exc_type=ImportError)
     gaps = {
