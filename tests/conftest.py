@@ -8,7 +8,7 @@ os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, os.cpu_count() or 1)))
 
 import numpy as np
 import pytest
-from helpers import JIT, WITHOUT_TORCH, need_torch
+from helpers import JIT, WITHOUT_TORCH, need_torch, undefine_gradients
 
 from fastrms.kernels import dlpack
 
@@ -23,8 +23,15 @@ ALLOWED = {"0": "", "1": None, "but-torch": WITHOUT_TORCH}  # in the reason of a
 ADAPTER = Path(__file__).parent.parent / "fastrms" / "torch.py"
 
 
-class Skips:
-    """A plugin, because hooks of this file are not called for doctests in fastrms/."""
+class Everywhere:
+    """A plugin, because hooks and fixtures of this file are not called for doctests in fastrms/."""
+
+    @pytest.fixture(autouse=True)
+    def _undefined_gradients(self, request):
+        with pytest.MonkeyPatch.context() as patch:
+            if isinstance(request.node, pytest.DoctestItem):
+                undefine_gradients(patch)
+            yield
 
     @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
     def pytest_collection_modifyitems(self, items):
@@ -65,7 +72,7 @@ class Skips:
 def pytest_configure(config):
     if NO_SKIPS not in ALLOWED:
         raise pytest.UsageError(f"FASTRMS_NO_SKIPS: expected one of {', '.join(ALLOWED)}; got {NO_SKIPS!r}")
-    config.pluginmanager.register(Skips())
+    config.pluginmanager.register(Everywhere())
     # What is said where there is no GPU is tested too, so that all but `-m gpu` sees none.
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import JIT
+from helpers import JIT, UNDEFINE_GRADIENTS
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
@@ -43,8 +43,11 @@ def test_example(name, tmp_path):
     for module in needs:
         pytest.importorskip(module)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = (
+        f"import runpy; {UNDEFINE_GRADIENTS}; runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
+    )
     run = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")],
+        [sys.executable, "-W", "error", "-c", program],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
