@@ -1,31 +1,40 @@
-"""Compare two runs of the tests: `python .ci/lanes.py without.xml with.xml`.
+"""Fail where every lane skipped a test, or where `-m torch` was not exactly what was skipped without torch.
 
-The first is the JUnit report of all tests without torch, the second that of `-m torch` with it. Fails where the first
-skipped a test that the second did not run, or the second ran one that the first did not skip.
+`python .ci/lanes.py report.xml ...`: the lanes' JUnit reports, among them without-torch.xml and with-torch.xml.
 """
 
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 
 def read(path):
-    """The skipped tests and all tests of a report, by module and name; of a skipped module the name is ''."""
-    cases = [
-        ((case.get("classname") or case.get("name"), case.get("name") if case.get("classname") else ""), case)
-        for case in ElementTree.parse(path).iter("testcase")
-    ]
-    return {name for name, case in cases if case.find("skipped") is not None}, {name for name, _ in cases}
+    """The tests that a lane ran, and those that it skipped; for a module that was skipped as a whole the name is ''."""
+    tests = {True: set(), False: set()}
+    for case in ElementTree.parse(path).iter("testcase"):
+        test = (case.get("classname"), case.get("name")) if case.get("classname") else (case.get("name"), "")
+        tests[case.find("skipped") is not None].add(test)
+    return tests[False], tests[True]
 
 
-skipped, _ = read(sys.argv[1])
-not_run, run = read(sys.argv[2])
-modules = {module for module, name in skipped if not name}
-lost = {test for test in skipped if test[1] and test not in run} | {(m, "") for m in modules - {m for m, _ in run}}
-more = {test for test in run if test not in skipped and test[0] not in modules}
-for what, tests in (("skipped without torch, and not run by -m torch", lost), ("skipped by both", not_run),
-                    ("run by -m torch, and not skipped without torch", more)):  # fmt: skip
-    for test in sorted(tests):
-        print(f"{what}: {'::'.join(filter(None, test))}", file=sys.stderr)
-if lost or more or not_run or not run:
-    sys.exit("the lanes without and with torch are not two halves of the tests")
-print(f"{len(run)} tests need torch: skipped without it, and run with it")
+lanes = {Path(path).stem: read(path) for path in sys.argv[1:]}
+with_torch, _ = lanes["with-torch"]
+_, for_torch = lanes["without-torch"]
+run = set().union(*(run for run, _ in lanes.values()))
+run |= {(module, "") for module, _ in run}
+wrong = [
+    f"{lane} skipped {'::'.join(test)}, and no lane ran it"
+    for lane, (_, skipped) in lanes.items()
+    for test in skipped - run
+]
+wrong += [
+    f"with-torch ran {'::'.join(test)}, and without-torch did not skip it"
+    for test in with_torch
+    if test not in for_torch and (test[0], "") not in for_torch
+]
+modules = {(module, "") for module, _ in with_torch}
+wrong += [
+    f"without-torch skipped {'::'.join(t)}, and with-torch did not run it" for t in for_torch - with_torch - modules
+]
+print("\n".join(sorted(wrong)) or f"{len(with_torch)} tests need torch: one lane skipped them, and the other ran them")
+sys.exit(bool(wrong or not with_torch))
