@@ -152,6 +152,8 @@ class Stepping:
         else:
             self._storage.step(self, calls)
         self.steps += 1
+        if self._storage is not None:
+            self._storage.end(self)
 
     def _step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
         """Take a step with gradients at these addresses, one for each parameter, or for each that is present.
