@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -532,6 +533,83 @@ def errors_in_steps():
     opt.step(gradients[RANK])
     alone.step(add(gradients))
     same(opt, alone)
+
+
+def different_calls():
+    """Ranks that are in different calls all raise, nothing has changed, and they can go on."""
+    folder = Path(COMM.bcast(os.environ["MPI_TEST_FOLDER"]))
+    layout = LAYOUTS["mixed"]
+    params = params_of(layout)
+    opt, alone = ShardedRMSProp(params, momentum=0.9), RMSProp(params, momentum=0.9)
+    state = opt.state_dict()
+    last = SIZE - 1
+
+    def call(name):
+        return {
+            "step": lambda: opt.step(gradients[RANK]),
+            "save": lambda: opt.save(folder / "different.npz"),
+            "load": lambda: opt.load(folder / "different.npz"),
+            "load_state_dict": lambda: opt.load_state_dict(state),
+        }.get(name, lambda: getattr(opt, name)())
+
+    calls = ["step", "discard", "state_dict", "load_state_dict", "save", "load"]
+    pairs = list(itertools.permutations(calls, 2)) if SIZE == 2 else [("save", "step"), ("step", "load")]
+    for number, (mine, theirs) in enumerate(pairs if SIZE > 1 else ()):
+        gradients = gradients_of(layout, number)
+        begun = number % 3 == 0
+        if begun:  # what was handed over is there when all ranks step
+            for key, gradient in gradients[RANK].items():
+                opt.ready(key, gradient)
+        one, others = ("step", "state_dict") if begun else (mine, theirs)
+        error = raises(RankError, "expected the same call on all ranks, got ", call(one if last == RANK else others))
+        assert f"{one}() on rank {last}; nothing was changed" in str(error), str(error)
+        assert f"on rank{'s 0,' if SIZE > 2 else ' 0,'} " in str(error), str(error)
+        opt.step(None if begun else gradients[RANK])
+        alone.step(add(gradients))
+        same(opt, alone, f"{mine}, {theirs}")
+    assert not (folder / "different.npz").exists()
+
+    # Options and kinds of state that differ are found by what sends or receives them.
+    if SIZE > 1:
+        if last == RANK:
+            opt.param_groups[0]["centered"] = True
+            opt.param_groups[0]["centered"] = False  # and keeps its mean gradient
+        for name in ("state_dict", "save", "load", "load_state_dict"):
+            raises(fastrms.OptionError, "options or kinds of state: expected the same on all ranks, got others than on "
+                   f"rank 0 on rank {last}", call(name))  # fmt: skip
+        opt.param_groups[0]["centered"] = True
+        opt.param_groups[0]["epsilon"] = 1e-8 + 1e-3 * (last == RANK)
+        raises(fastrms.OptionError, "options or kinds of state: expected", opt.state_dict)
+        opt.load_state_dict(alone.state_dict())  # which mends options
+        assert (opt.epsilon, opt.param_groups[0]["centered"]) == (1e-8, False)
+        opt.state_dict()
+
+
+def timeouts():
+    """How long ranks wait: what may be given, and that a rank which comes in time is waited for."""
+    os.environ.pop("FASTRMS_MPI_TIMEOUT", None)
+    given = [("auto", 600.0), (None, None), (0, None), (np.inf, None), (2, 2.0), (np.float32(0.5), 0.5)]
+    for value, expected in given:
+        assert ShardedRMSProp(np.ones(3), timeout=value).timeout == expected
+    os.environ["FASTRMS_MPI_TIMEOUT"] = "17"
+    opt = ShardedRMSProp(np.ones(3), lr=0.1)
+    assert (opt.timeout, ShardedRMSProp(np.ones(3), timeout=3).timeout) == (17, 3)
+    os.environ["FASTRMS_MPI_TIMEOUT"] = "0"
+    assert ShardedRMSProp(np.ones(3)).timeout is None
+    os.environ["FASTRMS_MPI_TIMEOUT"] = "soon"
+    raises(fastrms.OptionError, "the environment variable FASTRMS_MPI_TIMEOUT: expected a number of seconds >= 0, got "
+           "'soon'", lambda: ShardedRMSProp(np.ones(3)))  # fmt: skip
+    del os.environ["FASTRMS_MPI_TIMEOUT"]
+    for value, kind in [(-1, fastrms.OptionError), (np.nan, fastrms.OptionError), (True, fastrms.OptionTypeError),
+                        ("1", fastrms.OptionTypeError), ([2], fastrms.OptionTypeError)]:  # fmt: skip
+        raises(kind, 'timeout: expected a number of seconds >= 0, None or "auto", got', setattr, opt, "timeout", value)
+        raises_on(SIZE - 1, kind, "timeout: expected a number of seconds >= 0",
+                  lambda value=value: ShardedRMSProp(np.ones(3), timeout=value if SIZE - 1 == RANK else 5))  # fmt: skip
+    assert opt.timeout == 17
+    for opt.timeout in (20, None):
+        time.sleep(0.2 * RANK)
+        opt.step(np.ones(3))
+    assert opt.steps == 2
 
 
 def sizes():

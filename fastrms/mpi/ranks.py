@@ -219,7 +219,7 @@ class Ranks:
             raise RankError(f"this optimizer lost the other ranks ({self._left}); make a new one on all ranks")
         request = self.control.Iallreduce(MPI.IN_PLACE, told, MPI.MAX)
         if not request.Test():
-            _wait(self.control, request, f"{call}() after {steps} steps", self.timeout)
+            _wait(self.control, request, f"{call}() (steps taken: {steps})", self.timeout)
 
     def refuse_different(self, call: str) -> NoReturn:
         """Raise on all ranks, which have come to different calls."""
@@ -245,10 +245,10 @@ class Ranks:
             return
         self._left = f"{type(error).__name__}: {error}"
         if not _interactive():
-            where = [*traceback.format_stack()[:-1], *traceback.format_exception(error)]
+            stack = [*traceback.format_stack()[:-1], *traceback.format_exception(error, chain=False)[1:]]
             _say(
-                f"{''.join(where)}fastrms: rank {self.rank} of {self.size} ends in the middle of a call with "
-                f"{self._left}; it ends the other ranks too (MPI_Abort)\n"
+                f"Traceback (most recent call last):\n{''.join(stack)}fastrms: rank {self.rank} of {self.size} ends in "
+                "the middle of a call; it ends the other ranks too, which would wait for it (MPI_Abort)\n"
             )
             end_all()
 
@@ -482,9 +482,9 @@ def _who_is_missing(comm: MPI.Intracomm, where: str, waited: float) -> str:
         places.setdefault(heard[rank], []).append(rank)
     waiting = "".join(f"; {named(ranks)} wait{'s' * (len(ranks) == 1)} in {place}" for place, ranks in places.items())
     return (
-        f"rank {comm.rank} of {comm.size} has waited {waited:.1f} s in {where} for {missing}, which came to no call of "
-        f"the same optimizer{waiting}; all ranks make the same calls in the same order (longer waits: timeout=, or the "
-        f"environment variable {_TIMEOUT_VARIABLE}, in seconds, 0 for no end)"
+        f"rank {comm.rank} of {comm.size} waited {waited:.1f} s in {where} for {missing}, which did not join{waiting}; "
+        "all ranks must make the same calls in the same order. For longer waits set timeout= or the environment "
+        f"variable {_TIMEOUT_VARIABLE} (seconds; 0 for no limit)"
     )
 
 
@@ -521,6 +521,7 @@ def end_all() -> None:
     # What a launcher has not passed on by then is lost: of MPICH's, in one of ten runs, all of it.
     time.sleep(_LAST_WORDS)
     MPI.COMM_WORLD.Abort(1)
+    os._exit(1)  # MPICH 5 comes back for a moment
 
 
 _hook = threading.Lock()
