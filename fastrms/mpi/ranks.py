@@ -9,7 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Real
@@ -154,6 +154,8 @@ class Ranks:
         The number of this process, and how many there are.
     timeout : float
         As given.
+    told : ndarray of float64
+        What `meet` exchanges, after `prepare_meet`.
     threads : int
         The cores that this process may use, each divided by the number of ranks that may use it.
     """
@@ -196,15 +198,28 @@ class Ranks:
         share = -(-size // (self.size * _MULTIPLE)) * _MULTIPLE
         return np.minimum(np.arange(self.size + 1, dtype=np.int64) * share, size)
 
-    def meet(self, told: Array, call: str, steps: int) -> None:
-        """Wait until all ranks have come to a call, and replace each number by the largest of the ranks.
+    def prepare_meet(self, length: int) -> None:
+        """Make `told`, the numbers that `meet` exchanges. All ranks call it at the same time, once.
+
+        Parameters
+        ----------
+        length : int
+            How many numbers: as many on all ranks and in all calls, so that ranks which are in different calls find it.
+        """
+        self.told = np.zeros(length)
+        self._meeting: MPI.Prequest | None = None
+        # With Open MPI, a step of 2 ranks with 1,000 parameters takes 4 us more of 31 without it.
+        with suppress(NotImplementedError):  # before MPI 4
+            self._meeting = self.control.Allreduce_init(MPI.IN_PLACE, self.told, MPI.MAX)
+            weakref.finalize(self, _free, self._meeting)
+
+    def meet(self, call: str, steps: int) -> None:
+        """Wait until all ranks have come to a call, and replace each number in `told` by the largest of the ranks.
 
         This is the first exchange of every call. It costs what a blocking one costs, and waits with an end.
 
         Parameters
         ----------
-        told : ndarray
-            Of one length in all calls, so that ranks which come to different calls find that out.
         call : str
             The name of the method.
         steps : int
@@ -217,7 +232,12 @@ class Ranks:
         """
         if self._left is not None:
             raise RankError(f"this optimizer lost the other ranks ({self._left}); make a new one on all ranks")
-        request = self.control.Iallreduce(MPI.IN_PLACE, told, MPI.MAX)
+        request: MPI.Request
+        if self._meeting is None:
+            request = self.control.Iallreduce(MPI.IN_PLACE, self.told, MPI.MAX)
+        else:
+            request = self._meeting
+            self._meeting.Start()
         if not request.Test():
             _wait(self.control, request, f"{call}() (steps taken: {steps})", self.timeout)
 
@@ -440,6 +460,11 @@ def check_timeout(value: Any) -> float:
     if not float(value) >= 0:
         raise OptionError(f"{name}: expected {kinds}, got {value!r}")
     return float(value) or math.inf
+
+
+def _free(request: MPI.Prequest) -> None:
+    if not MPI.Is_finalized() and request not in _given_up:
+        request.Free()
 
 
 # Requests that nobody waits for any more, with the memory that MPI may still use.

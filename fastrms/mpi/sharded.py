@@ -145,7 +145,9 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                     f"than on rank 0 on {named(others)}"
                 ))  # fmt: skip
             # Functions are not called yet: steps compare what they return.
-            self._check_facts(self._facts("step", self._fixed_rates()))
+            facts_of_step = self._facts("step", self._fixed_rates())
+            self._check_facts(facts_of_step)
+            self._ranks.prepare_meet(2 + len(leaves) + 2 * len(facts_of_step))
             if check_params == "raise":
                 self._compare_params()
             else:
@@ -271,10 +273,12 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         Returns whether any rank has begun to hand over gradients, and for which parameters any has a gradient.
         """
         # Facts are told with both signs: they are the same everywhere if the largest and the smallest are.
-        told = np.concatenate([[error is not None, self._handover.begun], present, facts, -facts])
-        self._ranks.meet(told, call, self.steps)
+        told, count = self._ranks.told, len(facts)
+        told[0], told[1] = error is not None, self._handover.begun
+        told[2 : -2 * count], told[-2 * count : -count], told[-count:] = present, facts, -facts
+        self._ranks.meet(call, self.steps)
         failed, begun = told[:2]
-        largest, smallest = told[-2 * len(facts) : -len(facts)], -told[-len(facts) :]
+        largest, smallest = told[-2 * count : -count], -told[-count:]
         if largest[0] != smallest[0]:
             self._ranks.refuse_different(call)
         if failed or (largest != smallest).any():
@@ -283,7 +287,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             self._ranks.agree(error)
             self._check_facts(facts)
             raise AssertionError("ranks found that they differ, and then that they do not")
-        return bool(begun), told[2 : 2 + len(present)] > 0
+        return bool(begun), told[2 : -2 * count] > 0
 
     @contextmanager
     def _together(self, call: str) -> Iterator[bool]:
