@@ -19,7 +19,8 @@ PROGRAM = Path(__file__).parent / "mpi_program.py"
 ENDING = Path(__file__).parent / "mpi_ending.py"
 CASES = [
     "bits", "bfloat16", "groups", "none", "sums", "large_norms", "mean", "nonfinite", "ready", "long_messages",
-    "checkpoints", "start", "errors_in_steps", "different_calls", "timeouts", "sizes", "threads", "communicators",
+    "checkpoints", "start", "errors_in_steps", "different_calls", "timeouts", "users_code", "aliases",
+    "memory", "signals_and_threads", "attributes", "sizes", "cores", "communicators",
 ]  # fmt: skip
 # A hang is a failure, and one that says what had been printed.
 SECONDS = 300

@@ -28,7 +28,7 @@ __all__ = ["ShardedRMSProp"]
 
 Array = NDArray[Any]
 
-_REDUCTIONS = ("sum", "mean")
+_REDUCTIONS = ("mean", "sum")
 _CHECKS = ("broadcast", "raise")
 _CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load")
 
