@@ -446,7 +446,7 @@ def save():
 
 def resume():
     layout = LAYOUTS["odd"]
-    opt = ShardedRMSProp.from_checkpoint(Path(os.environ["MPI_TEST_FOLDER"]) / "across.npz")
+    opt = ShardedRMSProp.from_checkpoint(Path(os.environ["MPI_TEST_FOLDER"]) / "across.npz", reduction="sum")
     for step in range(3, 6):
         opt.step(gradients_of_all(layout, step) if RANK == SIZE - 1 else dict.fromkeys(layout))
     opt.save(Path(os.environ["MPI_TEST_FOLDER"]) / f"resumed-{SIZE}.npz")
