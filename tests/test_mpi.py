@@ -183,6 +183,33 @@ def test_an_interactive_session_goes_on(tmp_path):
     assert (status, printed.count("went on"), printed.count("a slip")) == (0, 2, 2), printed
 
 
+@needs_mpi
+def test_an_interactive_session_goes_on_without_the_optimizer_whose_ranks_did_not_come(tmp_path):
+    code = """if True:
+        import sys
+        import time
+        import numpy as np
+        from mpi4py import MPI
+        from fastrms import RankError
+        from fastrms.mpi import ShardedRMSProp
+        sys.ps1 = ">>> "
+        opt = ShardedRMSProp([np.ones(3)], kernel="numpy", timeout=0.3)
+        if MPI.COMM_WORLD.rank == 0:
+            for text in ("which did not join", "this optimizer lost the other ranks"):
+                try:
+                    opt.step([np.ones(3)])
+                except RankError as error:
+                    assert text in str(error), str(error)
+                else:
+                    raise AssertionError("unreachable")
+        else:
+            time.sleep(2)
+        print("went on")
+    """
+    status, printed = mpiexec(2, sys.executable, "-c", code, folder=tmp_path)
+    assert (status, printed.count("went on")) == (0, 2), printed
+
+
 def test_without_mpi4py_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     for name in ("", ".handover", ".ranks", ".sharded", ".unsharded"):
