@@ -779,8 +779,7 @@ def memory():
             resource.setrlimit(resource.RLIMIT_AS, (used + 4_000_000, before[1]))
             held = []
             with suppress(MemoryError):  # what was freed before has no place for the state any more
-                for _ in range(1000):
-                    held.append(np.empty(2_000_000, np.float32))
+                held.extend(np.empty(2_000_000, np.float32) for _ in range(1000))
             for set_momentum in (lambda: setattr(opt, "momentum", 0.9),
                                  lambda: opt.param_groups[0].__setitem__("momentum", 0.9),
                                  lambda: opt.param_groups[0].update(nesterov=True, momentum=0.9)):  # fmt: skip
