@@ -34,7 +34,7 @@ _PART = 1 << 18  # numbers that are read at a time where not all can be in memor
 class Checkpointed:
     """The methods of `fastrms.RMSProp` that store and restore it."""
 
-    _lock: Any
+    _between_steps: Any
 
     def _read(self, segment: Any) -> Array:
         """The numbers of a segment of a buffer, where NumPy can use them."""
@@ -55,7 +55,7 @@ class Checkpointed:
             under ``"parameters"`` path, shape, dtype and group of each parameter in the order in which they lie there;
             the options, ``"steps"``, and the ``"version"`` of all this. A learning rate that is a function is None.
         """
-        with self._lock:
+        with self._between_steps("state_dict", changes=False):
             return _state_dict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class Checkpointed:
             Other paths, shapes, dtypes or groups than this optimizer's, options out of range, or no such state at all.
             Nothing is changed then.
         """
-        with self._lock:
+        with self._between_steps("load_state_dict"):
             _take(self, _Memory(state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -91,7 +91,7 @@ class Checkpointed:
         OSError
             It cannot be written; an older file is as it was.
         """
-        with self._lock:
+        with self._between_steps("save", changes=False):
             _save(self, Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -110,7 +110,7 @@ class Checkpointed:
         OSError
             It cannot be opened.
         """
-        with self._lock:
+        with self._between_steps("load"):
             _load(self, Path(path))
 
     @classmethod

@@ -19,6 +19,7 @@ __all__ = [
     "OptionError",
     "OptionTypeError",
     "RankError",
+    "StepInProgressError",
     "StorageError",
     "StructureError",
 ]
@@ -50,6 +51,10 @@ class CheckpointError(FastrmsError, ValueError):
 
 class DeviceError(FastrmsError, RuntimeError):
     """A GPU was asked for, and there is none that can be used here; the message says what is missing."""
+
+
+class StepInProgressError(FastrmsError, RuntimeError):
+    """A call came from within a step, by a signal handler or by a function that the step calls; nothing was changed."""
 
 
 class RankError(FastrmsError, RuntimeError):

@@ -136,7 +136,7 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
         torch = importlib.import_module("torch")
     except ImportError:
         raise ImportError("torch is not installed; install with: python -m pip install torch") from None
-    with optimizer._lock:
+    with optimizer._between_steps("to_torch", changes=False):
         groups = [_arguments(optimizer, k, "torch") for k in range(len(optimizer.param_groups))]
         steps = optimizer.steps - optimizer._skipped
         state: dict[int, dict[str, Any]] = {i: {"step": torch.tensor(float(n))} for i, n in enumerate(steps)}
@@ -272,7 +272,7 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     >>> config["learning_rate"], sorted(variables)
     (0.5, ['0', '1', '2'])
     """
-    with optimizer._lock:
+    with optimizer._between_steps("to_keras", changes=False):
         configs = [_arguments(optimizer, k, "keras") for k in range(len(optimizer.param_groups))]
         config = configs[0]
         for argument, value in config.items():

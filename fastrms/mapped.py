@@ -75,6 +75,7 @@ class StoredBuffer(FlatBuffer):
     """A `FlatBuffer` whose memory is a file."""
 
     storage: _Storage
+    _set_once = FlatBuffer._set_once | {"storage"}
 
     def store(self, arrays: Any) -> None:
         """As `FlatBuffer.store`, and the pages are given back in between."""

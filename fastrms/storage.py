@@ -232,11 +232,11 @@ class Storage:
         self.counts[_UNDER_WAY] = what
         self._interrupted = True
 
-    def end(self, opt: _Optimizer, steps: int) -> None:
+    def end(self, opt: _Optimizer) -> None:
         """Note that it is done, and how many steps there are now."""
         self.counts[_SKIPPED:] = opt._skipped
         self.counts[_SKIPPED_STEPS] = opt.skipped_steps
-        self.counts[_STEPS] = steps
+        self.counts[_STEPS] = opt.steps
         self.counts[_UNDER_WAY] = _NOTHING
         self._interrupted = False
 
@@ -245,7 +245,7 @@ class Storage:
         """Around all writes of a load."""
         self.begin(opt, _LOAD)
         yield
-        self.end(opt, opt.steps)
+        self.end(opt)
         self._write_head(opt, clean=False)  # options are others now
 
     def flush(self, opt: _Optimizer) -> None:
@@ -256,7 +256,7 @@ class Storage:
                 file.map.flush()
                 self.release(file.memory)
         if not self._interrupted:
-            self.end(opt, opt.steps)
+            self.end(opt)
         self._counts_file.map.flush()
         self._write_head(opt, clean=not self._interrupted)
 
@@ -334,12 +334,12 @@ class Storage:
         """What tells the norm of each parameter's gradient."""
         return PartNorms(spans, self)
 
-    def step(self, opt: _Optimizer, calls: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
-        """Make the calls of kernels that are a step, in parts."""
+    def in_parts(self, opt: _Optimizer, calls: list[tuple[Any, ...]]) -> Iterator[None]:
+        """Make the calls of kernels that are a step, in parts, one for each item; `end` follows when it was counted."""
         self.begin(opt)
-        for update, arguments in calls:
-            self._call_in_parts(update, *arguments)
-        self.end(opt, opt.steps + 1)
+        for call in calls:
+            self._call_in_parts(*call)
+            yield
 
     def _call_in_parts(
         self,
@@ -426,7 +426,7 @@ def _read_head(path: Path) -> Any:
 class Stored:
     """The methods of `fastrms.RMSProp` about its storage."""
 
-    _lock: Any
+    _between_steps: Any
     _storage: Storage | None = None
 
     @property
@@ -515,7 +515,7 @@ class Stored:
             It cannot be written.
         """
         if self._storage is not None:
-            with self._lock:
+            with self._between_steps("flush", changes=False):
                 self._storage.flush(self)
 
     def close(self) -> None:
@@ -531,7 +531,7 @@ class Stored:
             It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
         """
         if self._storage is not None and self._storage.is_open:
-            with self._lock:
+            with self._between_steps("close"):
                 if self._storage.is_open:  # still, when it is this thread's turn
                     self._storage.close(self)
 

@@ -810,15 +810,24 @@ def signals_and_threads():
             with pytest.raises(fastrms.StepInProgressError, match="expected a call between two steps"):
                 call()
             refused.append(opt.steps)
+        # Ranks have compared their options, in a step, and not in `state_dict`, where it does no harm.
+        for name, value in (("lr", 0.2), ("momentum", 0.5), ("nonfinite", "skip"), ("kernel", "numpy")) * in_step[0]:
+            kept = getattr(opt, name)
+            with pytest.raises(fastrms.StepInProgressError, match="options: expected to be set between two steps"):
+                setattr(opt, name, value)
+            assert getattr(opt, name) == kept
+            refused.append(name)
 
     before = signal.signal(signal.SIGALRM, handler)
+    in_step = [True]
     for call in (lambda: opt.step(np.ones(50)), opt.state_dict):  # rank 0 waits in it
         if RANK == 0 and SIZE > 1:
             signal.setitimer(signal.ITIMER_REAL, 0.1)
         time.sleep(0.3 * (RANK > 0))
         call()
+        in_step[0] = False
     signal.signal(signal.SIGALRM, before)
-    assert len(refused) == (8 if RANK == 0 and SIZE > 1 else 0)
+    assert len(refused) == (12 if RANK == 0 and SIZE > 1 else 0)
     alone.step(np.full(50, float(SIZE)))
     same(opt, alone)
 

@@ -84,9 +84,9 @@ def test_the_compiled_rule_unpacks_as_many_numbers_as_there_are():
 # Who may import whom inside the package; tests/ holds the arrows of docs/design.md.
 ARROWS = {
     "errors": set(),
-    "options": {"errors"},
+    "options": {"dialects", "errors"},
     "dialects": {"errors"},
-    "buffers": {"errors"},
+    "buffers": {"attributes", "errors"},
     "overlap": {"buffers", "errors"},
     "kernels.compiled": set(),
     "kernels.cpu": {"kernels", "kernels.compiled"},
@@ -98,13 +98,13 @@ ARROWS = {
     "kernels.choice": set(),
     "kernels": {"kernels.cpu", "kernels.reference", "kernels"},
     "runs": {"buffers", "options", "kernels", "kernels.norms", "storage"},
-    "attributes": {"errors"},
+    "attributes": {"dialects", "errors"},
     "archives": {"errors"},
     "heads": {"archives", "errors", "options"},
     "checkpoints": {"archives", "errors", "heads", "options"},
     "mapped": {"buffers", "errors", "kernels.norms"},
     "storage": {"archives", "buffers", "errors", "heads", "kernels.norms", "mapped", "options"},
-    "stepping": {"errors", "options", "buffers", "runs", "storage", "kernels", "kernels.norms"},
+    "stepping": {"attributes", "errors", "options", "buffers", "runs", "storage", "kernels", "kernels.norms"},
     "optimizer": {
         "errors", "options", "attributes", "buffers", "overlap", "checkpoints", "stepping", "storage", "kernels",
         "kernels.reference",

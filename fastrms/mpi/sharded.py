@@ -4,17 +4,18 @@ import hashlib
 import math
 import zlib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, starmap
+from operator import call
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.buffers import FlatBuffer, Layout
-from fastrms.errors import NonfiniteError, OptionError, StructureError
+from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels import choice
 from fastrms.kernels.norms import AddUp
 from fastrms.mpi.handover import Handover
@@ -230,10 +231,27 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
         self._leaves: dict[int, _Part] = {}
         super()._connect()
+        self._in_memory = self.size == 1
+
+    def _add_state(self, options: Sequence[Mapping[str, Any]]) -> None:
+        self._refuse_options_in_an_exchange()
+        super()._add_state(options)
+
+    def _kernel_changed(self) -> None:
+        self._refuse_options_in_an_exchange()
+        super()._kernel_changed()
 
     def _options_changed(self) -> None:
+        self._refuse_options_in_an_exchange()
         super()._options_changed()
         self._digest: int | None = None
+
+    def _refuse_options_in_an_exchange(self) -> None:
+        if self._turn.locked() and self._counts.writing:
+            raise StepInProgressError(
+                "options: expected to be set between two steps, or by a function that the step calls on all ranks, got "
+                "one set in the midst of a step, after the ranks have compared theirs, as by a signal handler"
+            )
 
     # Making sure that all ranks do the same.
 
@@ -292,7 +310,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     @contextmanager
     def _together(self, call: str) -> Iterator[bool]:
         """What all ranks do together, in a call other than `step`."""
-        with self._lock, self._ranks.leaving():
+        # Nobody may come in between, not even to read, as that is an exchange of its own.
+        with self._between_steps(call), self._turn, self._ranks.leaving():
             facts = self._facts(call, self._fixed_rates())
             if call in ("discard", "load", "load_state_dict"):  # which may well be there to mend what differs
                 facts[1:] = 0
@@ -373,7 +392,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         DtypeError
             As from `step`.
         """
-        with self._lock:
+        with self._between_steps("ready"), self._turn:
             try:
                 k = self._numbers[key]
             except (KeyError, TypeError):
@@ -408,46 +427,68 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     def _step(self, gradients: Any) -> Any:
         if self.size == 1 and not self._handover.begun:
             return super()._step(gradients)
-        kernel = self._kernel if self._chooser is None else self._chooser.kernel
+        rates, present, error = self._look_at(gradients)
         try:  # not `leaving()`, which a step would notice
-            rates, present = self._exchange(gradients)
-            calls = self._calls_for(rates, kernel, present, None)
+            # From here on other ranks know of this one: no other call may come in between, and no option may be set.
+            self._counts.writing = True
+            anywhere = self._exchange(rates, present, error)
+            kernel = self._kernel if self._chooser is None else self._chooser.kernel
+            calls = self._calls_for(rates, kernel, anywhere, None)
             if calls is None:
                 self.skipped_steps += 1
             else:
-                self._run(calls)
-                if self.size > 1:
-                    for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
-                        self._ranks.all_gather(segment, bounds)
-        except BaseException as error:
-            self._ranks.leave(error)
+                self._run(calls, None if anywhere is None else ~anywhere)
+        except BaseException as caught:
+            self._ranks.leave(caught)
             raise
+        finally:
+            self._counts.writing = False
         if self._chooser is not None:
             self._chooser.step_done()
         return self._params.views
 
-    def _exchange(self, gradients: Any) -> tuple[list[float], NDArray[np.bool_] | None]:
-        """Check this rank's gradients and add up those of all, or raise on all ranks.
+    def _elsewhere(self, calls: list[Any]) -> Iterable[None]:
+        yield from starmap(call, calls)
+        for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
+            self._ranks.all_gather(segment, bounds)
+            yield
 
-        Returns the learning rates, and which parameters have a gradient on some rank (None: all).
+    def _look_at(self, gradients: Any) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
+        """Store this rank's gradients, unless something is wrong with them.
+
+        Returns the learning rates, for which parameters there are gradients, and what is wrong.
         """
         handover, grads = self._handover, self._grads
         present = np.ones(len(grads.leaves), bool)
-        rates, error = [0.0] * len(self.param_groups), None
+        rates = [0.0] * len(self.param_groups)
         from_buffer = gradients is None or gradients is grads.views
         try:
-            rates = self._rates()
-            self._refuse_replaced(from_buffer)
+            # First what may call functions of the user's, which may set options.
+            found = self._rates()
+            arrays = None
             if handover.begun:
                 self._refuse_half(from_buffer)
                 present = np.array(handover.present)
             elif not from_buffer:
                 arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
                 present = np.array([array is not None for array in arrays])
+            if self._taken is not self._version:
+                self._take_options()
+            self._refuse_replaced(from_buffer)
+            # A function may have put a number in its own place.
+            rates = [each if callable(group["lr"]) else group["lr"]
+                     for group, each in zip(self.param_groups, found, strict=True)]  # fmt: skip
+            if arrays is not None:
                 grads.store(arrays)
         except Exception as caught:
-            error = caught
+            return rates, present, caught
+        return rates, present, None
 
+    def _exchange(
+        self, rates: list[float], present: NDArray[np.bool_], error: Exception | None
+    ) -> NDArray[np.bool_] | None:
+        """Add up the gradients of all ranks, or raise on all; return which parameters have one anywhere (None: all)."""
+        handover, grads = self._handover, self._grads
         begun, anywhere = self._meet("step", self._facts("step", rates), present, error)
         for k in np.flatnonzero(anywhere & ~present):
             grads.leaves[k][...] = 0
@@ -459,7 +500,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             if self._reduction == "mean" and self.size > 1:
                 with np.errstate(all="ignore"):
                     own /= own.dtype.type(self.size)
-        return rates, None if anywhere.all() else anywhere
+        return None if anywhere.all() else anywhere
 
     def _refuse_half(self, from_buffer: bool) -> None:
         """Raise where gradients were handed over, but not all of them, or others come with the step."""
