@@ -4,7 +4,7 @@ Each is also the builtin exception that a NumPy user would expect (`ValueError` 
 catches those keeps working. Every message names the argument, what was expected and what came.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,24 @@ __all__ = [
     "StepInProgressError",
     "StorageError",
     "StructureError",
+    "call_all",
 ]
+
+
+def call_all(functions: Iterable[Callable[[], object]]) -> None:
+    """Call all functions, also where one raises; what was raised comes out in the end."""
+    errors: list[BaseException] = []
+    for function in functions:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        # What Python prints of an error at exit is this text alone.
+        texts = "; ".join(f"{type(error).__name__}: {error}" for error in errors)
+        raise BaseExceptionGroup(f"{len(errors)} errors, one after another: {texts}", errors)
 
 
 class FastrmsError(Exception):

@@ -121,7 +121,8 @@ class Unsharded:
         path : str or path-like
             Its name ends in .npz or .safetensors. That of rank 0 counts.
         lr : float or callable, optional
-            Instead of what was saved; needed where that was a function.
+            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
+            none, for all groups, instead of what was saved.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `ShardedRMSProp`.
         num_threads : int or None, default None
