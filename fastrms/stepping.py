@@ -112,7 +112,7 @@ class Stepping:
         calls: list[_Call] | None = None
         if not from_buffer:
             items = grads.layout.flatten(gradients, "gradients")
-            if self._zero_copy:
+            if self._zero_copy and (self._storage is None or not self._storage.shows(items)):
                 # `items` keeps the arrays alive until the kernels have read them.
                 address = pointers.items_of(items)
                 steady = self._steady_from.get(kernel)

@@ -7,6 +7,7 @@ from collections import OrderedDict, namedtuple
 import numpy as np
 import pytest
 from helpers import leaves, same_structure
+from numpy.lib.stride_tricks import as_strided
 
 from fastrms import DtypeError, FlatBuffer, StructureError
 
@@ -163,6 +164,17 @@ def test_gather_copies_from_its_own_views_in_another_order():
     assert buffer.flat.tolist() == [3, 4, 1, 2]
     buffer.gather([buffer.flat[1:3], buffer.flat[2:]])
     assert buffer.flat.tolist() == [4, 1, 1, 2]
+
+
+@pytest.mark.parametrize("wrap", [as_strided, np.from_dlpack, lambda a: np.asarray(memoryview(a))])
+def test_gather_copies_from_memory_of_its_own_that_has_another_base(wrap):
+    buffer = FlatBuffer([np.array([1.0, 2]), np.array([3.0, 4])])
+    buffer.gather([wrap(buffer.views[1]), wrap(buffer.views[0])])
+    assert buffer.flat.tolist() == [3, 4, 1, 2]
+    buffer.gather([wrap(buffer.flat)[1:3], wrap(buffer.flat)[2:]])
+    assert buffer.flat.tolist() == [4, 1, 1, 2]
+    buffer.flat = wrap(buffer.flat)[::-1]
+    assert buffer.flat.tolist() == [2, 1, 1, 4]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,24 @@ def test_gradients_that_are_the_optimizers_own_memory_are_copied_first(rng):
     assert_same_state(optimizer, oracle)
 
 
+def test_gradients_that_reach_into_the_optimizers_own_memory_are_copied_first():
+    _, optimizer = pair([np.ones(4), np.ones(4)])
+    low, high = optimizer.buffers["grads"].span
+
+    def found(address, stride):
+        described = {"data": (address, False), "strides": (stride,), "shape": (4,), "typestr": "<f8"}
+        theirs = Theirs(np.ones(4), **described)
+        return optimizer._finder.find((theirs, None), optimizer._written).others
+
+    written = optimizer._written
+    optimizer._written = written[[list(optimizer.buffers).index("grads")]]
+    for address, stride in ((high, -8), (high + 16, -16), (low - 16, 16), (low - 24, 8), (low, 0)):
+        assert [ours for _, _, ours in found(address, stride)] == [True], (address - low, stride)
+    for address, stride in ((high, 16), (low - 8, -8), (low - 64, 16), (high + 24, -8)):
+        assert [ours for _, _, ours in found(address, stride)] == [False], (address - low, stride)
+    assert found(low - 32, 8) == found(high, 8) == []  # dense: read where it lies
+
+
 @pytest.mark.parametrize("tree", ["array", "dict", "nested", "groups"])
 def test_structures(tree, rng):
     made = {
@@ -155,6 +173,17 @@ def test_tensors_of_torch_are_read_where_they_lie(rng):
         assert kernels.LEGACY_STREAM in found.streams
         optimizer.step(given)
     assert_same_state(optimizer, oracle)
+
+
+def test_a_tensor_that_reaches_into_memory_that_is_written_is_not_read_where_it_lies():
+    torch = pytest.importorskip("torch")
+    _, optimizer = pair([np.ones(4)])
+    optimizer._finder._device = dlpack.CPU
+    tensor = torch.arange(4.0, dtype=torch.float64)
+    start = tensor.data_ptr()
+    for low, high, there in ((-8, 0, True), (32, 40, True), (-8, 1, False), (31, 40, False), (8, 16, False)):
+        found = optimizer._finder.find((tensor,), np.array([[start + low, start + high]]))
+        assert (found.sources[0] == start) == there, (low, high)
 
 
 def test_a_view_of_torch_whose_memory_has_the_positive_numbers(rng):
