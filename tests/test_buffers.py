@@ -4,9 +4,10 @@ import copy
 import pickle
 from collections import OrderedDict, namedtuple
 
+import ml_dtypes
 import numpy as np
 import pytest
-from helpers import leaves, same_structure
+from helpers import assert_same_bits, leaves, same_structure
 from numpy.lib.stride_tricks import as_strided
 
 from fastrms import DtypeError, FlatBuffer, StructureError
@@ -154,6 +155,49 @@ def test_gather_casts_numbers(dtype):
     buffer = FlatBuffer([np.zeros((2, 2), np.float32), np.zeros(3, np.float32)])
     buffer.gather([np.arange(4).reshape(2, 2).T.astype(dtype), np.arange(3).astype(dtype)])
     assert buffer.flat.tolist() == [0, 2, 1, 3, 0, 1, 2]
+
+
+# Those of ml_dtypes that are floats, as JAX has them; all of their numbers are numbers of float32.
+FLOATS = [name for name in ml_dtypes.__all__ if name.startswith(("bfloat", "float"))]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("target", [np.float32, np.float64])
+def test_gather_takes_every_number_of_the_floats_of_ml_dtypes(name, target):
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    numbers = np.arange(256 ** min(dtype.itemsize, 2), dtype=f"u{dtype.itemsize}")
+    numbers = numbers[: 1 << ml_dtypes.finfo(dtype).bits].view(dtype)
+    buffer = FlatBuffer([np.zeros(numbers.size, target)])
+    with np.errstate(all="raise"):
+        buffer.gather([numbers])
+    assert_same_bits(buffer.flat, np.array([float(number) for number in numbers], target))
+
+
+def test_gather_takes_arrays_of_jax():
+    jax = pytest.importorskip("jax")
+    buffer = FlatBuffer([np.zeros((2, 2), np.float32), np.zeros((), np.float32)])
+    buffer.gather([jax.numpy.array([[1.5, 2], [3, 4]], jax.numpy.bfloat16), jax.numpy.array(5, jax.numpy.float8_e5m2)])
+    assert buffer.flat.tolist() == [1.5, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e5m2", "int4", "complex32"])
+def test_dtypes_of_other_packages_are_refused_where_they_cannot_be_kept_or_cast(name):
+    numbers = np.zeros(2, getattr(ml_dtypes, name, None) or pytest.skip(f"an older ml_dtypes has no {name}"))
+    with pytest.raises(DtypeError, match=rf"^arrays\[0\]: .*own, got {name}; convert it with .astype\(np.float32\)"):
+        FlatBuffer([numbers])
+    target = np.float32 if name == "complex32" else bool
+    with pytest.raises(DtypeError, match=r"^arrays\[0\]: expected "):
+        FlatBuffer([np.zeros(2, target)]).gather([numbers])
+
+
+@pytest.mark.parametrize("large", [np.array([1e300, -1e300]), np.array(["1e4000", "-1e4000"], np.longdouble)])
+def test_gather_makes_inf_of_what_is_too_large(large):
+    buffer = FlatBuffer([np.zeros(2, np.float32)])
+    for settings in ({}, {"all": "raise"}):
+        buffer.flat = 0
+        with np.errstate(**settings):
+            buffer.gather([large])
+        assert buffer.flat.tolist() == [np.inf, -np.inf]
 
 
 def test_gather_copies_from_its_own_views_in_another_order():

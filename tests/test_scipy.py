@@ -202,6 +202,17 @@ def test_functions_may_return_any_single_number(value):
     assert run(lambda x: value, jac=lambda x: [0, 0, 0]).fun == 2.0
 
 
+def test_gradients_may_be_of_any_float_dtype():
+    jax = pytest.importorskip("jax")
+    for kind in (np.longdouble, np.float16, jax.numpy.bfloat16):
+        small = START.astype(np.float32).astype(kind)
+        same = run(square, jac=lambda x: small, options={"maxiter": 3}).x  # noqa: B023
+        assert_same_bits(same, run(square, jac=lambda x: small.astype(np.float64), options={"maxiter": 3}).x)  # noqa: B023
+    if np.finfo(np.longdouble).max > np.finfo(np.float64).max:
+        with np.errstate(all="raise"):
+            assert run(square, jac=lambda x: np.full(3, "1e4000", np.longdouble)).status == 3
+
+
 @pytest.mark.parametrize(
     ("fun", "jac", "error", "message"),
     [

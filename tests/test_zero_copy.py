@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import JIT
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
-from fastrms import RMSProp
+from fastrms import NonfiniteError, RMSProp, rmsprop_update
 from fastrms.buffers import FlatBuffer
 from fastrms.kernels import pointers
 
@@ -252,6 +253,56 @@ def test_gradients_that_alias_the_optimizers_memory_through_a_wrapper(wrapper, s
         assert state(opt) == state(other), name
     if stored:
         opt.close()
+
+
+CASTS = {
+    "too large": lambda a: 1e300 * a,
+    "longdouble": lambda a: np.array(f"1e{np.finfo(np.longdouble).maxexp // 4}", np.longdouble) * a,
+    "half": lambda a: a.astype(np.float16),
+    "int64": lambda a: np.full(a.shape, np.iinfo(np.int64).max),
+    "uint64": lambda a: np.full(a.shape, np.iinfo(np.uint64).max),
+    "big-endian": lambda a: (1e300 * a).astype(">f8"),
+    "bfloat16": lambda a: a.astype(ml_dtypes.bfloat16),
+    "float8": lambda a: a.astype(ml_dtypes.float8_e5m2),
+    "list": lambda a: (1e300 * a).tolist(),
+    "list of integers": lambda a: np.full(a.shape, 2**62).tolist(),
+}
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
+@pytest.mark.parametrize("way", ["memory", "files", "function"])
+@pytest.mark.parametrize("kind", CASTS)
+@pytest.mark.parametrize("settings", [{}, {"all": "raise"}], ids=["warn", "raise"])
+def test_what_is_cast_to_inf_follows_nonfinite_and_not_numpys_settings(settings, kind, way, kernel, rng, tmp_path):
+    gradient = CASTS[kind](rng.standard_normal((3, 5)))
+    with np.errstate(all="ignore"):
+        cast = np.asarray(gradient).astype(np.float32)
+    finite = np.isfinite(cast).all()
+    assert finite == (kind not in ("too large", "big-endian", "list", "longdouble"))
+    start = [np.ones((3, 5), np.float32), np.ones(2, np.float32)]
+    for nonfinite in ("propagate", "raise", "skip"):
+        options = {"kernel": kernel, "nonfinite": nonfinite}
+        opt, other = None, RMSProp(start, **options)
+        if way == "memory":
+            opt = RMSProp(start, **options)
+        elif way == "files":
+            opt = RMSProp(start, storage=tmp_path / nonfinite, **options)
+        outcomes = []
+        with np.errstate(**settings):
+            for step, g in ((opt.step if opt else rmsprop_update, gradient), (other.step, cast)):
+                try:
+                    outcomes.append(step([g, start[1]]) if step != rmsprop_update else step(start, [g, start[1]], None))
+                except NonfiniteError as error:
+                    outcomes.append(str(error))
+        assert (outcomes[1].__class__ is str) == (nonfinite == "raise" and not finite)
+        if opt is None:
+            if nonfinite == "propagate":
+                assert all(a.tobytes() == b.tobytes() for a, b in zip(outcomes[0][0], outcomes[1], strict=True))
+            continue
+        assert state(opt) == state(other)
+        assert opt.skipped_steps == other.skipped_steps == (nonfinite == "skip" and not finite)
+        if way == "files":
+            opt.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped where")

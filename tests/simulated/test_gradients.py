@@ -1,5 +1,6 @@
 """Gradients of all kinds, for `CudaRMSProp`."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import assert_same_bits
@@ -48,6 +49,28 @@ def test_gradients_of_other_dtypes_are_cast_as_numpy_casts(dtype, rng):
     oracle.step([gradient])
     optimizer.step([Theirs(gradient)])
     assert_same_state(optimizer, oracle)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "raise", "skip"])
+@pytest.mark.parametrize("kind", ["numpy", "device", "bfloat16", "list"])
+def test_what_is_cast_to_inf_follows_nonfinite_and_not_numpys_settings(kind, nonfinite, rng):
+    gradient = 1e300 * rng.standard_normal((2, 3))
+    with np.errstate(all="ignore"):
+        cast = (gradient.astype(ml_dtypes.bfloat16) if kind == "bfloat16" else gradient).astype(np.float32)
+    made = {"bfloat16": lambda g: g.astype(ml_dtypes.bfloat16), "list": lambda g: g.tolist()} | KINDS
+    oracle, optimizer = pair([np.ones((2, 3), np.float32)], nonfinite=nonfinite)
+    with np.errstate(all="ignore"):
+        gradient = made[kind](gradient)
+    for opt, g in ((oracle, cast), (optimizer, gradient)):
+        # What stands for the device computes with NumPy, in threads that have settings of their own.
+        with np.errstate(all="raise", invalid="ignore"):
+            try:
+                opt.step([g])
+                assert nonfinite != "raise"
+            except NonfiniteError:
+                assert nonfinite == "raise"
+    assert_same_state(optimizer, oracle)
+    assert optimizer.skipped_steps == oracle.skipped_steps == (nonfinite == "skip")
 
 
 def test_gradients_here_there_and_in_the_buffer_in_one_step(rng):
