@@ -173,13 +173,6 @@ def test_gather_takes_every_number_of_the_floats_of_ml_dtypes(name, target):
     assert_same_bits(buffer.flat, np.array([float(number) for number in numbers], target))
 
 
-def test_gather_takes_arrays_of_jax():
-    jax = pytest.importorskip("jax")
-    buffer = FlatBuffer([np.zeros((2, 2), np.float32), np.zeros((), np.float32)])
-    buffer.gather([jax.numpy.array([[1.5, 2], [3, 4]], jax.numpy.bfloat16), jax.numpy.array(5, jax.numpy.float8_e5m2)])
-    assert buffer.flat.tolist() == [1.5, 2, 3, 4, 5]
-
-
 @pytest.mark.parametrize("name", ["bfloat16", "float8_e5m2", "int4", "complex32"])
 def test_dtypes_of_other_packages_are_refused_where_they_cannot_be_kept_or_cast(name):
     numbers = np.zeros(2, getattr(ml_dtypes, name, None) or pytest.skip(f"an older ml_dtypes has no {name}"))
