@@ -2,15 +2,19 @@
 
 import copy
 import pickle
+import re
+import tracemalloc
 from collections import OrderedDict, namedtuple
 
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same_bits, leaves, same_structure
+from helpers import assert_same_bits, count_calls, leaves, same_structure
 from numpy.lib.stride_tricks import as_strided
 
 from fastrms import DtypeError, FlatBuffer, StructureError
+from fastrms.buffers import Layout
+from fastrms.overlap import refuse_overlap
 
 Pair = namedtuple("Pair", "W b")
 
@@ -302,3 +306,62 @@ def test_copies_and_pickles_have_views_of_their_own_block(again):
     assert other.segments[0].tolist() == [5, 5, 5, 5]
     assert buffer.views["W"].tolist() == [[1, 1], [1, 1]]
     assert other.block.ctypes.data % 64 == 0
+
+
+# Parameters that share memory.
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_overlap_is_found_as_numpy_finds_it(seed):
+    rng = np.random.default_rng(seed)
+    memory = np.zeros(4000, np.uint8)
+    views = []
+    for _ in range(rng.integers(2, 7)):
+        dtype = rng.choice([np.float32, np.float64])
+        base = memory[rng.integers(0, 8) * rng.choice([1, 4, 8]) :][:3200].view(dtype)
+        shape = tuple(rng.integers(0 if rng.random() < 0.1 else 1, 5, rng.integers(0, 4)).tolist())
+        strides = (base.itemsize * rng.choice([0, 1, 2, 3, 5, 12, 30], len(shape))).tolist()
+        view = as_strided(base[rng.integers(0, 200) :], shape, strides)
+        views.append(view[tuple(slice(None, None, int(rng.choice([-1, 1]))) for _ in shape)])
+    expected = {(i, k) for k in range(len(views)) for i in range(k) if np.shares_memory(views[i], views[k])}
+    layout = Layout(views)
+    try:
+        refuse_overlap(layout, views)
+        found = None
+    except StructureError as error:
+        found = tuple(sorted(map(int, re.findall(r"params\[(\d)\]", str(error)))))
+    assert (found in expected) if expected else found is None
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda n: list(np.zeros((50, n)).T),
+        lambda n: [np.zeros((50, 2 * n))[:, k : k + 2] for k in range(n)],
+        lambda n: list(np.moveaxis(np.zeros((5, 4, 2 * n)), 2, 0)[::-2]),
+        lambda n: np.split(np.zeros(50 * n), n),
+        lambda n: [np.zeros(50) for _ in range(n)],
+    ],
+    ids=["columns", "pairs of columns", "planes, backwards", "neighbours", "arrays"],
+)
+def test_the_look_for_shared_memory_takes_a_time_in_proportion_to_the_parameters(views):
+    made = [views(n) for n in (200, 400)]
+    made = [(Layout(arrays), arrays) for arrays in made]
+    calls = [count_calls(lambda: refuse_overlap(*one)) for one in made]  # noqa: B023
+    assert calls[1] < 2.2 * calls[0]
+    layout, arrays = made[0]
+    arrays[150] = arrays[20][:2]
+    with pytest.raises(StructureError, match=r"params\[(20|150)\] and params\[(20|150)\] share memory"):
+        refuse_overlap(layout, arrays)
+
+
+def test_two_halves_of_an_array_are_not_marked_cell_by_cell():
+    array = np.zeros(10**6, np.float32)
+    layout = Layout([array[::2], array[1::2]])
+    tracemalloc.start()
+    refuse_overlap(layout, [array[::2], array[1::2]])
+    with pytest.raises(StructureError, match="share memory"):
+        refuse_overlap(layout, [array[::2], array[:-1:2]])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < array.size // 10
