@@ -108,7 +108,7 @@ class Stepping:
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
         self._refuse_replaced(from_buffer)
-        items, arrays, in_place = None, None, False
+        items, arrays, in_place, present = None, None, False, None
         calls: list[_Call] | None = None
         if not from_buffer:
             items = grads.layout.flatten(gradients, "gradients")
@@ -116,16 +116,17 @@ class Stepping:
                 # `items` keeps the arrays alive until the kernels have read them.
                 address = pointers.items_of(items)
                 steady = self._steady_from.get(kernel)
-                if steady is None:
-                    in_place = self._find(address)
-                elif in_place := cpu.serial_from(address, *steady) < 0:
+                status = cpu.FOUND_SOME if steady is None else cpu.serial_from(address, *steady)
+                if status == cpu.FOUND_SOME:
+                    in_place, present = self._find(address)
+                elif in_place := status == cpu.FOUND:
                     calls = []  # that was all
             if not in_place:
                 arrays = grads.check(items, "gradients", skip_none=True)
-        if calls is None and arrays is None and self._nonfinite == "propagate":
+        if calls is None and arrays is None and present is None and self._nonfinite == "propagate":
             calls = self._steady_calls.get((in_place, kernel))
         if calls is None:
-            calls = self._plan(kernel, items if in_place else None, arrays)
+            calls = self._plan(kernel, items if in_place else None, arrays, present)
         if calls is None:
             self.skipped_steps += 1
         else:
@@ -174,13 +175,19 @@ class Stepping:
             if self._chooser is not None:
                 self._chooser.step_done()
 
-    def _plan(self, kernel: str, found: tuple[Any, ...] | None, arrays: list[Any] | None) -> list[_Call] | None:
+    def _plan(
+        self,
+        kernel: str,
+        found: tuple[Any, ...] | None,
+        arrays: list[Any] | None,
+        present: NDArray[np.bool_] | None,
+    ) -> list[_Call] | None:
         """The kernel calls of this step, or None where it is skipped because a gradient is not finite.
 
-        Gradients are in the arrays that were `found`, or in `arrays`, which are stored, or in the gradient buffer.
+        Gradients are in the arrays that were `found`, of which those that are not `present` are None, or in `arrays`,
+        which are stored, or in the gradient buffer.
         """
         rates = self._rates()
-        present = None
         if arrays is not None:
             self._grads.store(arrays)
             if any(array is None for array in arrays):
@@ -228,13 +235,22 @@ class Stepping:
         for run in self._runs:
             run.prepare(self._own)
 
-    def _find(self, items: int) -> bool:
-        """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
-        if not all(run.find(items) for run in self._runs):
-            return False
+    def _find(self, items: int) -> tuple[bool, NDArray[np.bool_] | None]:
+        """Find the gradients in the tuple whose items are at this address; whether none of them is unusual.
+
+        Then also which are present, where some are None.
+        """
+        present = None
+        for run in self._runs:
+            status = run.find(items)
+            if status >= 0:
+                return False, None
+            if status == cpu.FOUND_SOME:
+                present = np.ones(len(self._skipped), bool) if present is None else present
+                present[run.numbers] = run.found()
         for run in self._runs:  # only now, so that nothing is written if any array is a wrong one
             run.gather()
-        return True
+        return True, present
 
     def _rates(self) -> list[float]:
         return [resolve_lr(group, self.steps) for group in self.param_groups]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import JIT
+from helpers import JIT, count_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
@@ -58,14 +58,16 @@ def gather_below(request, monkeypatch):
      {"bias_correction": True}, {"lr": lambda step: 0.1 / (1 + step)}],
     ids=["default", "momentum", "norms", "bias", "schedule"],
 )  # fmt: skip
+@pytest.mark.parametrize("absent", [[], [0, 2]], ids=str)
 @pytest.mark.parametrize("kind", ["list", "tuple", "dict", "one", "nested", "mixed", "groups"])
-def test_ordinary_gradients_need_no_python_work(kind, options, kernel, rng, monkeypatch):
+def test_ordinary_gradients_need_no_python_work(kind, absent, options, kernel, rng, monkeypatch):
     def tree(values):
         a, b, c = values
         nested = {"x": [a, {"y": b}], "z": (c,)}
         groups = [{"params": [a, c]}, {"params": b, "lr": 0.3}]
         forms = {"list": [a, b, c], "tuple": (a, b, c), "dict": {"a": a, "b": b, "c": c}, "one": a, "nested": nested}
-        return (forms | {"mixed": [a, b.astype(np.float32), c], "groups": groups})[kind]
+        mixed = [a, None if b is None else b.astype(np.float32), c]
+        return (forms | {"mixed": mixed, "groups": groups})[kind]
 
     def values():
         return [rng.standard_normal(shape) for shape in ((3, 4), (5,), (2, 1, 300))]
@@ -73,7 +75,8 @@ def test_ordinary_gradients_need_no_python_work(kind, options, kernel, rng, monk
     params = tree(values())
     opt = RMSProp(params, kernel=kernel, **options)
     other = copying(RMSProp(params, kernel=kernel, **options))
-    steps = [tree(values()) for _ in range(3)]
+    absent = absent if kind != "one" else []  # None is no argument then
+    steps = [tree([None if t % 2 and k in absent else v for k, v in enumerate(values())]) for t in range(5)]
     if kind == "groups":
         steps = [[first["params"], second["params"]] for first, second in steps]
     for gradients in steps:
@@ -102,6 +105,20 @@ def test_steps_with_and_without_arguments_take_turns(kernel, rng):
             opt.step([gradients[0], None])
             other.step([gradients[0], None])
         assert state(opt) == state(other)
+
+
+@needs_jit
+@pytest.mark.parametrize("size", [3, 1000], ids=["gathered", "read in place"])
+def test_a_step_with_none_costs_no_call_for_each_array(size):
+    calls = []
+    for n in (100, 200):
+        opt = RMSProp([np.ones(size) for _ in range(n)], kernel="serial")
+        for absent in (0, n // 2, n - 1):
+            gradients = [np.ones(size) for _ in range(n)]
+            gradients[absent] = None
+            opt.step(gradients)
+            calls.append(count_calls(lambda: opt.step(gradients)))  # noqa: B023
+    assert calls[3:] == calls[:3]
 
 
 class Derived(np.ndarray):
