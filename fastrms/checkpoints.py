@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.archives import Kind, Source, checksum, compare_checksum, opened, write
-from fastrms.buffers import FlatBuffer
 from fastrms.errors import CheckpointError, FastrmsError
 from fastrms.heads import check_head, head_of, kind_of, params_of
 from fastrms.options import ParamGroup, check_option
@@ -35,7 +34,7 @@ _PART = 1 << 18  # numbers that are read at a time where not all can be in memor
 class Checkpointed:
     """The methods of `fastrms.RMSProp` that store and restore it."""
 
-    buffers: dict[str, FlatBuffer]
+    buffers: dict[str, Any]
     _lock: Any
 
     def _read(self, segment: Any) -> Array:
@@ -273,7 +272,7 @@ def _take(opt: _Optimizer, source: Source) -> None:
 class _Memory:
     """What `state_dict` returned; arrays that alias `buffers`, which are written in turn, are copied."""
 
-    def __init__(self, state: Any, buffers: Iterable[FlatBuffer]) -> None:
+    def __init__(self, state: Any, buffers: Iterable[Any]) -> None:
         check_head(state)
         self.head = state
         arrays = state.get("arrays")
