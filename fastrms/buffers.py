@@ -577,15 +577,21 @@ class FlatBuffer:
         aliases : list of bool
             One for each of them; False for None.
         """
-        # An array that owns its memory needs no comparison.
-        viewing = [array is not None and not array.flags.owndata for array in arrays]
-        if not any(viewing):
-            return viewing
-        memory = self._places()
-        return [
-            view and any(np.may_share_memory(array, place) for place in memory)
-            for array, view in zip(arrays, viewing, strict=True)
-        ]
+        aliases = []
+        places: list[Array] | None = None
+        elsewhere: dict[int, bool] = {}  # by the base of arrays, which many have in common
+        for array in arrays:
+            if array is None or ((base := array.base) is None and array.flags.owndata):
+                aliases.append(False)
+                continue
+            apart = elsewhere.get(id(base))
+            if apart is None:
+                apart = isinstance(base, np.ndarray) and base.flags.owndata and base is not self._memory
+                elsewhere[id(base)] = apart
+            if not apart and places is None:
+                places = self._places()
+            aliases.append(not apart and any(np.may_share_memory(array, place) for place in places or ()))
+        return aliases
 
     def _places(self) -> list[Array]:
         """The memory in which the buffer can be read, as arrays."""
