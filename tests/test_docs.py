@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -42,6 +43,7 @@ CLAIMS = {
     "checkpoints.md": [
         "opt.steps == 1 and opt.param_groups[0]['momentum'] == 0.9",
         "np.allclose(opt.params['W'], params['W'] - 1e-3 / np.sqrt(0.1), atol=1e-9)",
+        "signal.getsignal(signal.SIGTERM) is end",
     ],
     "cuda.md": ["opt.steps == 1 and np.allclose(opt.params['W'], 1 - 1e-3 / np.sqrt(0.1))"],
     "interop.md": [
@@ -92,11 +94,14 @@ def test_every_block_runs(page, tmp_path, monkeypatch):
         )
         assert run.returncode == 0, run.stderr
         return
-    names = {}
-    for code in blocks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            exec(compile(code, str(page), "exec"), names)
+    names, handler = {}, signal.getsignal(signal.SIGTERM)
+    try:
+        for code in blocks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                exec(compile(code, str(page), "exec"), names)
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # a page shows how one saves
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
