@@ -16,6 +16,9 @@ from fastrms import OptionError, StructureError  # noqa: E402
 from fastrms.kernels import dlpack, pointers  # noqa: E402
 from fastrms.torch import RMSprop  # noqa: E402
 
+# Where most of a model takes PyTorch's step, the first step says so.
+PYTORCHS_STEP = pytest.mark.filterwarnings("ignore:fastrms.torch.RMSprop. PyTorch's own step:RuntimeWarning")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", CONFIGS, ids=str)
@@ -101,6 +104,7 @@ def not_moved(kind):
     return [first, second], values
 
 
+@PYTORCHS_STEP
 @pytest.mark.parametrize("kind", ["alias", "tied", "view", "numpy", "shared", "bfloat16", "half", "complex", "strided"])
 def test_what_others_would_notice_is_not_moved(kind, way):
     both = []
@@ -198,6 +202,7 @@ def test_groups_that_somebody_changes_by_hand(way):
     assert_near(*both)
 
 
+@PYTORCHS_STEP
 @pytest.mark.parametrize(
     "options", [{"eps": 0.0}, {"alpha": 1.0}, {"momentum": 1.5}, {"lr": torch.tensor(0.1)}], ids=str
 )
