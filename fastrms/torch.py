@@ -16,7 +16,7 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -277,8 +277,15 @@ class RMSprop(torch.optim.RMSprop):
             self._seen, self._kept = now, seen  # kept, so that nothing new gets the same ids
             for pack in self._packs:
                 pack.find_state(self.state)
+        changed = [pack.has_changed() for pack in self._packs]
+        if not any(changed):
+            return
         for pack in self._packs:
-            pack.follow_state()
+            pack.release_state()
+        every = [id(tensor) for given in self.state.values() if isinstance(given, dict) for tensor in given.values()]
+        shared = {number for number, times in Counter(every).items() if times > 1}
+        for pack in self._packs:
+            pack.take_over(shared)
 
     def _step_in_torch(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         """The step of `torch.optim.RMSprop`, for some parameters of a group."""
@@ -311,7 +318,10 @@ class RMSprop(torch.optim.RMSprop):
         self._seen = None
         for pack, group in zip(self._packs, self.param_groups, strict=True):
             pack.group = group
-            pack.copy_state(self.state)
+            pack.find_state(self.state)
+            pack.has_changed()
+            pack.release_state()
+            pack.take_over(copying=True)
 
 
 _step_with_hooks = torch.optim.Optimizer.profile_hook_step(RMSprop._step)
@@ -378,8 +388,12 @@ class _Pack:
         # The parts of the buffers, by the names of the state that the options ask for.
         self._leaves: dict[str, list[NDArray[Any]]] = {}
         self._take_options()
+        # Tensors without elements that share the parameters' version counters.
+        self._versions: list[torch.Tensor] = []
         for p, view in zip(self.params, self.optimizer.params, strict=True):
             _move(p, view)
+            self._versions.append(_version_of(p))
+        self._hold()
 
     def is_of(self, group: dict[str, Any]) -> bool:
         """Whether this is still the group, with the same parameters in the same shapes."""
@@ -432,7 +446,7 @@ class _Pack:
             states[wrong & (states == dlpack.ORDINARY)], addresses[wrong] = dlpack.UNUSUAL, 0
             ordinary = False
         if not self._begun.all():
-            self._begin(states != dlpack.ABSENT, state)
+            self._begin((states != dlpack.ABSENT) & ~self._lost, state)
         if ordinary:
             self._ready = addresses, None, gradients
             return self.rest
@@ -455,10 +469,10 @@ class _Pack:
             )
         if present is None:
             self._steps += 1
-            torch.autograd.graph.increment_version(self.params)
+            torch.autograd.graph.increment_version(self._versions)
         else:
             self._steps[present] += 1
-            torch.autograd.graph.increment_version([self.params[k] for k in np.flatnonzero(present)])
+            torch.autograd.graph.increment_version([self._versions[k] for k in np.flatnonzero(present)])
 
     def zero_gradients(self) -> list[torch.Tensor]:
         """Set gradients to 0 that lie in one buffer, or can be put there, and return the others."""
@@ -510,20 +524,12 @@ class _Pack:
         self._dicts = tuple(map(state.get, self.params))
         self._stale = self._stale or list(map(bool, self._dicts)) != self._begun.tolist()
 
-    def follow_state(self) -> None:
-        """Follow what somebody has done to the options and in the dicts."""
+    def has_changed(self) -> bool:
+        """Follow the options, and say whether the state is no longer what was noted."""
         if not self.params:
-            return
+            return False
         self._take_options()
-        if self._stale or any(self._look_at(name) != noted for name, noted in self._noted.items()):
-            self._take_over(self._adopt)
-
-    def copy_state(self, state: _State) -> None:
-        """Copy the state to the buffers, and put views of them in its place; the tensors there stay as they are."""
-        if self.params:
-            self.find_state(state)
-            self._take_options()
-            self._take_over(self._copy)
+        return self._stale or any(self._look_at(name) != noted for name, noted in self._noted.items())
 
     def _take_options(self) -> None:
         """Take over the options of the group, which may change at any time, as far as `RMSProp` can have them."""
@@ -566,19 +572,34 @@ class _Pack:
                 self._locate(found, self._places, self._written[:0])
         return (self._items if name == "step" else self._places).tobytes()
 
-    def _take_over(self, take: Callable[[int, dict[str, Any]], bool]) -> None:
-        """Let the buffers have the state that the dicts have, or leave it to PyTorch's step where that cannot be."""
-        self._stale = True  # until all is done
-        for k, views in enumerate(self._views):
-            given = self._dicts[k] or {}
-            # What is no longer in the state may be in somebody's hands, and has to stay as it is.
+    def release_state(self) -> None:
+        """Give tensors that are no longer in the state memory of their own: they may be in somebody's hands."""
+        self._stale = True
+        for k in range(len(self.params)):
+            given, views = self._dicts[k] or {}, self._views[k]
             for name in [name for name, view in views.items() if given.get(name) is not view]:
                 view = views.pop(name)
                 if name in self._leaves and _lies_at(view, self._leaves[name][k]):
                     view.data = view.detach().clone()
+
+    def take_over(self, shared: Set[int] = frozenset(), copying: bool = False) -> None:
+        """Let the buffers have the state that the dicts have, or leave it to PyTorch's step where that cannot be.
+
+        Parameters
+        ----------
+        shared : set of int
+            The ids of what is more than once in the state of the optimizer.
+        copying : bool
+            Whether the tensors of the state stay as they are, and copies of them take their place.
+        """
+        if not self.params:
+            return
+        for k, given in enumerate(self._dicts):
+            for name in self._leaves.keys() & (given or {}).keys():
+                self._set_aside(given[name], self._leaves[name][k])
         for k, given in enumerate(self._dicts):
             if given:
-                self._foreign[k] = not take(k, given)
+                self._foreign[k] = not (self._copy(k, given) if copying else self._adopt(k, given, shared))
             elif self._begun[k]:
                 self._foreign[k] = False
                 for leaves in self._leaves.values():
@@ -586,13 +607,22 @@ class _Pack:
             self._begun[k] = bool(given)
         self._note_state()
 
-    def _adopt(self, k: int, given: dict[str, Any]) -> bool:
+    def _set_aside(self, tensor: Any, leaf: NDArray[Any]) -> None:
+        """Give memory of its own to a tensor that lies in another part of the buffers, which may be written first."""
+        if _is_plain(tensor) and not _lies_at(tensor, leaf) and _obstacle(tensor) is None:
+            low, high = self._written.T
+            if ((low <= tensor.data_ptr()) & (tensor.data_ptr() < high)).any():
+                tensor.data = tensor.detach().clone()
+
+    def _adopt(self, k: int, given: dict[str, Any], shared: Set[int]) -> bool:
         """Let the tensors of the state of parameter k be views of the buffers, if nobody else would notice."""
         if type(given) is not dict or not {"step", "square_avg"} <= given.keys():
             return False
-        tensors = {name: given[name] for name in self._leaves if name in given}
         if not isinstance(given["step"], torch.Tensor):  # as old versions of PyTorch have it
-            self._steps[k] = float(tensors.pop("step"))
+            given["step"] = torch.tensor(float(given["step"]), dtype=torch.from_numpy(self._steps).dtype)
+        tensors = {name: given[name] for name in self._leaves if name in given}
+        if any(id(tensor) in shared for tensor in tensors.values()):
+            return False
         elsewhere = {name: t for name, t in tensors.items() if not _lies_at(t, self._leaves[name][k])}
         for name, tensor in elsewhere.items():
             leaf = self._leaves[name][k]
@@ -637,16 +667,22 @@ class _Pack:
             if name not in self._views[k]:
                 if name not in given:
                     leaves[k][...] = 0
-                view = torch.from_numpy(leaves[k])
-                given[name] = self._views[k][name] = view
+                given[name] = self._views[k][name] = _view_of(leaves[k])
 
     def _note_state(self) -> None:
         self._noted = {name: self._look_at(name) for name in self._leaves}
-        # A tensor that only Python holds is slow for C++ to look at: it makes sure each time that Python keeps it (in
-        # PyTorch 2.13 50 ns instead of 25). Parameters are not held so: who holds them keeps `swap_tensors` from them.
-        views = [view for views in self._views for name, view in views.items() if name != "step"]
-        self._held = getattr(torch._C, "ScriptList", list)(views) if views else None
+        self._hold()
         self._stale = False
+
+    def _hold(self) -> None:
+        """Let C++ hold tensors that it looks at in each step.
+
+        One that only Python holds is slow to look at: C++ makes sure each time that Python keeps it (in PyTorch 2.13
+        50 ns instead of 25, a version counter 45 instead of 12). But whoever holds a parameter so keeps
+        `torch.utils.swap_tensors` from it, and what adds its gradients up could not be held when its shape changes.
+        """
+        views = [view for views in self._views for name, view in views.items() if name != "step"]
+        self._held = getattr(torch._C, "ScriptList", list)([*self._versions, *views])
 
     def look_where_parameters_are(self) -> None:
         """Bring back parameters that were put elsewhere (``p.data = ...``), or note that this cannot be done."""
@@ -657,15 +693,20 @@ class _Pack:
         self._lost[:] = False
         if np.array_equal(addresses, self._own):
             return
-        for k in np.flatnonzero(addresses != self._own).tolist():
+        elsewhere = np.flatnonzero(addresses != self._own).tolist()
+        for k in elsewhere:
+            self._set_aside(self.params[k], self.optimizer.params[k])
+        for k in elsewhere:
             p, view = self.params[k], self.optimizer.params[k]
             movable = _obstacle(p) is None
             if movable and tuple(p.shape) == view.shape and p.element_size() == view.itemsize:
                 view[...] = p.detach().numpy()
                 _move(p, view)
+                self._versions[k] = _version_of(p)  # another one after `torch.utils.swap_tensors`
             else:
                 self._lost[k] = True
                 self._outgrown = self._outgrown or movable
+        self._hold()
 
     def _locate(self, tensors: tuple[Any, ...], into: NDArray[np.int64], excluded: NDArray[np.int64]) -> bool:
         """Write where tensors lie and what they are (`dlpack.ORDINARY` and so on); whether all are ordinary."""
@@ -695,9 +736,22 @@ _places: "weakref.WeakValueDictionary[int, NDArray[Any]]" = weakref.WeakValueDic
 
 def _move(tensor: torch.Tensor, part: NDArray[Any]) -> None:
     """Let a tensor be a view of `part` of a buffer, which has its elements."""
-    tensor.data = torch.from_numpy(part)
+    tensor.data = _view_of(part)
+
+
+def _view_of(part: NDArray[Any]) -> torch.Tensor:
+    """A tensor that is a view of `part` of a buffer."""
+    view = torch.from_numpy(part)
     if part.size:
-        _places[tensor.data_ptr()] = part  # lives as long as the tensor's memory
+        _places[view.data_ptr()] = part  # lives as long as the tensor's memory
+    return view
+
+
+def _version_of(p: torch.Tensor) -> torch.Tensor:
+    """A tensor without elements that shares the version counter of `p`."""
+    version = p.detach()
+    version.data = p.new_empty(0)
+    return version
 
 
 def _lies_at(tensor: Any, leaf: NDArray[Any]) -> bool:
