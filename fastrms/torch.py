@@ -16,7 +16,7 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -249,14 +249,14 @@ class RMSprop(torch.optim.RMSprop):
             for p, reason in zip(pack.group["params"], reasons, strict=True):
                 if p.grad is not None:
                     elements[None if reason == _ASKED_FOR else reason] += p.numel()
-        left = elements.total() - elements[None]
-        if 2 * left > elements.total():
-            del elements[None]
+        total = elements.total()
+        left = total - elements.pop(None, 0)
+        if 2 * left > total:
             warnings.warn(
-                f"fastrms.torch.RMSprop: PyTorch's own step is taken for {left:,} of the parameters' elements, which "
-                f"is most of them, mainly because {elements.most_common(1)[0][0]}; optimizer.explain() says more",
+                f"fastrms.torch.RMSprop: PyTorch's own step is taken for {left:,} of {total:,} elements, mainly "
+                f"because {elements.most_common(1)[0][0]}; optimizer.explain() says more",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,  # `_step`, PyTorch's wrapper around it, `step`, and who called that
             )
 
     def _follow_groups(self) -> None:
@@ -386,7 +386,7 @@ class _Pack:
         self._places_in_flat = [-1] * count
         self._stale = True  # whether buffers and dicts have to be brought together again
         # The parts of the buffers, by the names of the state that the options ask for.
-        self._leaves: dict[str, list[NDArray[Any]]] = {}
+        self._leaves: dict[str, Sequence[NDArray[Any]]] = {}
         self._take_options()
         # Tensors without elements that share the parameters' version counters.
         self._versions: list[torch.Tensor] = []
@@ -780,7 +780,7 @@ def _oddity(tensor: Any) -> str | None:
 
 
 # Tells how many hold a storage in C++. PyTorch 2.6 and 2.7 do not have it in builds for the CPU.
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int]:
