@@ -149,8 +149,9 @@ class RMSProp(Stepping, Checkpointed, Stored):
     >>> opt = RMSProp([np.array([1.0, 2.0]), np.array(3.0)], lr=0.1)
     >>> opt.step([np.array([0.5, -0.5]), np.array(0.0)])
     [array([0.68377225, 2.31622775]), array(3.)]
-    >>> opt.grads[0][...] = 0.0
-    >>> _ = opt.step()
+    >>> opt.grads[0][...], opt.grads[1][...] = [0.5, -0.5], 0.0
+    >>> opt.step()
+    [array([0.45435653, 2.54564347]), array(3.)]
     """
 
     def __new__(cls, *args: Any, kernel: Any = "auto", **options: Any) -> Self:

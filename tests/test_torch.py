@@ -10,9 +10,10 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import JIT
+from helpers import JIT, need_torch
 
-torch = pytest.importorskip("torch")
+torch = need_torch()
+pytestmark = pytest.mark.torch
 
 from torch_pairs import CONFIGS, STEPS, assert_near, assert_same_state, give, pair, parameters  # noqa: E402 - all need torch
 
