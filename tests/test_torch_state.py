@@ -7,8 +7,10 @@ from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
+from helpers import need_torch
 
-torch = pytest.importorskip("torch")
+torch = need_torch()
+pytestmark = pytest.mark.torch
 
 from torch_pairs import assert_near, assert_same_state, give, pair, parameters  # noqa: E402 - both need torch
 

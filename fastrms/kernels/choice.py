@@ -7,6 +7,7 @@ to the end of the next, over real steps, first with the serial and then with the
 Bits do not depend on the kernel, so trying is harmless.
 """
 
+import multiprocessing
 import os
 import threading
 import time
@@ -63,10 +64,12 @@ def start_threads() -> None:
 
     Numba's threads are started by a thread that ends then. With OpenMP, Numba sets how many threads the next parallel
     region of the thread that starts them has, and whether regions may be nested. That would hold for other libraries
-    with the same OpenMP, such as PyTorch, too.
+    with the same OpenMP, such as PyTorch, too. And Numba takes a lock from multiprocessing, after which nobody could
+    set a start method any more.
     """
     if _layer() is not None:
         return
+    method = multiprocessing.get_start_method(allow_none=True)
     spin = None if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else str(SPIN_COUNT)
     if spin is not None:
         os.environ["GOMP_SPINCOUNT"] = spin
@@ -79,6 +82,8 @@ def start_threads() -> None:
     finally:
         if spin is not None:
             del os.environ["GOMP_SPINCOUNT"]
+        if method is None:
+            multiprocessing.set_start_method(None, force=True)
 
 
 def _start() -> None:
