@@ -11,6 +11,7 @@ from fastrms.errors import (
     OptionError,
     OptionTypeError,
     RankError,
+    StepInProgressError,
     StorageError,
     StructureError,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ParamGroup",
     "RMSProp",
     "RankError",
+    "StepInProgressError",
     "StorageError",
     "StructureError",
     "dialect",

@@ -52,11 +52,12 @@ class Everywhere:
     def pytest_make_collect_report(self, collector):
         report = yield
         if report.skipped and collector.path == ADAPTER:
-            # For any ImportError pytest's doctests have a reason of their own.
-            with pytest.raises(pytest.skip.Exception) as why:
+            try:  # For any ImportError pytest has the same reason, and a line of its own.
                 need_torch()
-            line = why.traceback.filter(why)[-1]
-            report.longrepr = (str(line.path), line.lineno + 1, f"Skipped: {why.value}")
+            except pytest.skip.Exception as skip:
+                why = pytest.ExceptionInfo.from_exception(skip)
+                line = why.traceback.filter(why)[-1]
+                report.longrepr = (str(line.path), line.lineno + 1, f"Skipped: {skip}")
         return self.report(report)
 
     @staticmethod

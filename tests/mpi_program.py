@@ -408,6 +408,15 @@ def checkpoints():
     grouped = ShardedRMSProp([{"params": [np.ones(40)], "lr": 0.3}, {"params": [np.ones(3)]}])
     grouped.save(folder / "grouped.npz")
     assert [g["lr"] for g in ShardedRMSProp.from_checkpoint(folder / "grouped.npz").param_groups] == [0.3, 0.001]
+    grouped.param_groups[1]["lr"] = lambda step: 0.2
+    grouped.save(folder / "grouped.npz")
+    for lr in (0.7, lambda step: 0.1):
+        made = ShardedRMSProp.from_checkpoint(folder / "grouped.npz", lr=lr)
+        assert [group["lr"] for group in made.param_groups] == [0.3, lr]
+    turned = ShardedRMSProp(dict(reversed(params.items())), **options)
+    turned.load(folder / "run.npz")
+    for name, array in opt.params.items():
+        assert_same_bits(turned.params[name], array, name)
 
     before = opt.state_dict()["arrays"]
     raises(fastrms.CheckpointError, "expected a name that ends in", opt.save, folder / "run.txt")

@@ -70,6 +70,23 @@ def test_a_second_process_loads_the_kernel_from_disk(kernel, tmp_path):
         assert run(program, kernel, folder=tmp_path, python=["-W", "error"])[0] == [expected]
 
 
+def test_a_relative_folder_stays_where_it_was_when_fastrms_was_imported(tmp_path):
+    program = """
+    import os
+    os.chdir("elsewhere")
+    RMSProp([np.ones(3)], kernel="serial").step()
+    """
+    (tmp_path / "elsewhere").mkdir()
+    before = f"import os, sys; os.chdir(sys.argv[1])\n{STEP}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", before + program, tmp_path], capture_output=True, text=True,
+        env={**os.environ, "NUMBA_CACHE_DIR": "cache"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "cache")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_sixteen_processes_that_start_at_once_on_an_empty_cache(number, tmp_path):
     # Four forms of the kernel, which Numba's own index would give the same number.

@@ -337,6 +337,20 @@ def test_16_bit_state(rng):
             np.testing.assert_allclose(found[i][name], entry[name], rtol=2**-8)
 
 
+def test_steps_are_counted_in_a_dtype_that_can(rng):
+    torch = pytest.importorskip("torch")
+    opt = RMSProp([np.ones(2)])
+    opt.load_state_dict(opt.state_dict() | {"steps": 2049})
+    before = torch.get_default_dtype()
+    try:
+        for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+            torch.set_default_dtype(dtype)
+            step = interop.to_torch(opt)["state"][0]["step"]
+            assert (step.dtype, float(step)) == (expected, 2049.0)
+    finally:
+        torch.set_default_dtype(before)
+
+
 # What is particular to Keras.
 
 
@@ -431,6 +445,8 @@ WRONG_TORCH = {
     "Adam's state": (torch_state(entry={"step": 1, "exp_avg": np.ones(2)}), CheckpointError, "'square_avg'"),
     "no params": (torch_state({"lr": 0.1, "alpha": 0.9, "eps": 0.1}), CheckpointError, "KeyError: 'params'"),
     "half a step": (torch_state(entry=ENTRY | {"step": 0.5}), CheckpointError, "step: expected .* steps, got 0.5"),
+    "steps of no run": (torch_state(entry=ENTRY | {"step": 2.0**60}), CheckpointError, "step: expected .*, got 1.15"),
+    "less than none": (torch_state(entry=ENTRY | {"step": -1}), CheckpointError, "step: expected .* steps, got -1"),
     "NaN steps": (torch_state(entry=ENTRY | {"step": np.nan}), CheckpointError, "step: expected .* steps, got nan"),
     "steps": (torch_state(entry=ENTRY | {"step": np.ones(2)}), CheckpointError, "step: expected one number, got shape"),
     "more": (torch_state(GROUP | {"params": [0, 1, 2]}), CheckpointError, r"params: expected \[3\] .*; got \[2\]"),
@@ -492,6 +508,7 @@ WRONG_KERAS = {
     "names": ({"variables": {"a": 1}}, CheckpointError, "variables: expected the names '0' to '0', got .*'a'"),
     "another shape": ({"variables": [3, 0.5, np.ones(2), np.ones(3)]}, StructureError, r"momentum\[0\]: expected"),
     "no count": ({"variables": [-3, *VARIABLES[1:]]}, CheckpointError, "iteration: expected a number of steps, got -3"),
+    "count of no run": ({"variables": [2**63 - 1, *VARIABLES[1:]]}, CheckpointError, "iteration: .*, got 9223"),
     "no rate": ({"variables": [3, np.ones(2), *VARIABLES[2:]]}, CheckpointError, "learning_rate: expected one number"),
     "weight decay": ({"config": CONFIG | {"weight_decay": -1.0}}, OptionError, "weight_decay: expected"),
     "rate 0": (

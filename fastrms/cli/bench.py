@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         Options do not go together; a package, kernel or folder cannot be used; or a kernel computes something else.
     """
     _check(args)
+    args.output = args.output.absolute()  # a kernel of the user's, or another library, may change the current folder
     require("bench", "rich", *([] if args.in_situ else ["matplotlib"]))
     make_folder(args.output)
     import numba

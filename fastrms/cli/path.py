@@ -168,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
         As `fastrms.descent.descend` raises it.
     """
     require("plot", "matplotlib", "rich")
+    # Code of the user's, which is run from here on, may change the current folder.
+    shown, args.output = args.output, args.output.absolute()
     landscape = _landscape(args.function, args.gradient)
     settings = args.settings
     if args.lr is not None:
@@ -185,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     for suffix in dict.fromkeys(args.format):
         path = args.output / f"{STEM}.{suffix}"
         save_figure(figure, path)
-        say(console, f"Picture: {path}")
+        say(console, f"Picture: {shown / path.name}")
     if args.animate:
         path = args.output / f"{STEM}.gif"
         with show_progress(console, 1) as on_progress:
@@ -195,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             except OSError as error:
                 raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
-        say(console, f"Animation: {path}")
+        say(console, f"Animation: {shown / path.name}")
     return 0
 
 

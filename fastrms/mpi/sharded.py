@@ -3,9 +3,10 @@
 import hashlib
 import zlib
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, starmap
+from operator import call
 from typing import Any, NoReturn
 
 import numpy as np
@@ -199,6 +200,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
         self._leaves: dict[int, _Part] = {}
         super()._connect()
+        self._in_memory = self.size == 1
 
     def _options_changed(self) -> None:
         super()._options_changed()
@@ -299,7 +301,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         DtypeError
             As from `step`.
         """
-        with self._lock:
+        with self._between_steps("ready"):
             try:
                 k = self._numbers[key]
             except (KeyError, TypeError):
@@ -318,7 +320,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
 
     def discard(self) -> None:
         """Forget the gradients that were handed over since the last step; all ranks do so at the same time."""
-        with self._lock:
+        with self._between_steps("discard"):
             if any(self._ranks.control.allgather(self._handover.begun)):
                 self._handover.finish()
 
@@ -334,19 +336,24 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     def _step(self, gradients: Any) -> Any:
         if self.size == 1 and not self._handover.begun:
             return super()._step(gradients)
-        kernel = self._kernel if self._chooser is None else self._chooser.kernel
         rates, present = self._exchange(gradients)
+        if self._taken is not self._version:
+            self._take_options()
+        kernel = self._kernel if self._chooser is None else self._chooser.kernel
         calls = self._calls_for(rates, kernel, present, None)
         if calls is None:
             self.skipped_steps += 1
         else:
-            self._run(calls)
-            if self.size > 1:
-                for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
-                    self._ranks.all_gather(segment, bounds)
+            self._run(calls, None if present is None else ~present)
         if self._chooser is not None:
             self._chooser.step_done()
         return self._params.views
+
+    def _elsewhere(self, calls: list[Any]) -> Iterable[None]:
+        yield from starmap(call, calls)
+        for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
+            self._ranks.all_gather(segment, bounds)
+            yield
 
     def _exchange(self, gradients: Any) -> tuple[list[float], NDArray[np.bool_] | None]:
         """Check this rank's gradients and add up those of all, or raise on all ranks.

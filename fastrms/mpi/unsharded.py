@@ -20,7 +20,7 @@ _Optimizer = Any  # a ShardedRMSProp, which is an `Unsharded` and imports this f
 class Unsharded:
     """The methods of `fastrms.mpi.ShardedRMSProp` that store and restore it."""
 
-    _lock: Any
+    _between_steps: Any
     _ranks: Ranks
 
     def state_dict(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class Unsharded:
         state : dict
             Which an `RMSProp`, or this class with any number of ranks, can load.
         """
-        with self._lock:
+        with self._between_steps("state_dict", changes=False):
             whole = _whole(self, on_all=True)
             assert whole is not None
             for own, all_, bounds in _segments(self, whole):
@@ -55,7 +55,7 @@ class Unsharded:
         CheckpointError
             On all ranks, as from `RMSProp.load_state_dict`. Nothing is changed then.
         """
-        with self._lock:
+        with self._between_steps("load_state_dict"):
             whole = _whole(self)
             _on_first(self._ranks, lambda: whole.load_state_dict(state) if whole else None)
             _distribute(self, whole)
@@ -75,7 +75,7 @@ class Unsharded:
         CheckpointError, OSError
             On all ranks, as from `RMSProp.save`.
         """
-        with self._lock:
+        with self._between_steps("save", changes=False):
             whole = _whole(self)
             for own, all_, bounds in _segments(self, whole):
                 self._ranks.gather(own, all_, bounds)
@@ -94,7 +94,7 @@ class Unsharded:
         CheckpointError, OSError
             On all ranks, as from `RMSProp.load`. Nothing is changed then.
         """
-        with self._lock:
+        with self._between_steps("load"):
             whole = _whole(self)
             _on_first(self._ranks, lambda: whole.load(path) if whole else None)
             _distribute(self, whole)
@@ -119,7 +119,8 @@ class Unsharded:
         path : str or path-like
             Its name ends in .npz or .safetensors. That of rank 0 counts.
         lr : float or callable, optional
-            Instead of what was saved; needed where that was a function.
+            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
+            none, for all groups, instead of what was saved.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `ShardedRMSProp`.
         num_threads : int or None, default None
