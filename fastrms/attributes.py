@@ -50,8 +50,13 @@ def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) 
     def set_checked(self: Any, value: Any) -> None:
         value = check(value)
         with self._lock:  # a step on another thread ends first
+            before = getattr(self, f"_{name}")
             setattr(self, f"_{name}", value)
-            getattr(self, changed)()
+            try:
+                getattr(self, changed)()
+            except BaseException:
+                setattr(self, f"_{name}", before)
+                raise
 
     return property(get, set_checked, doc=meaning)
 

@@ -260,6 +260,8 @@ class Stepping(Guarded):
                 calls, absent = self._plan(kernel, rates, items if in_place else None, arrays)
             if calls is None:
                 self.skipped_steps += 1
+                if self._storage is not None:
+                    self._storage.note_skipped(self)
             else:
                 self._run(calls, absent)
         if self._chooser is not None:

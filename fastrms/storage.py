@@ -256,6 +256,12 @@ class Storage:
         self.counts[_UNDER_WAY] = _NOTHING
         self._interrupted = False
 
+    def note_skipped(self, opt: _Optimizer) -> None:
+        """Note a step that was not taken, which neither begins nor ends anything."""
+        if not self._head_says_open:
+            self._write_head(opt, clean=False)
+        self.counts[_SKIPPED_STEPS] = opt.skipped_steps
+
     @contextlib.contextmanager
     def loading(self, opt: _Optimizer) -> Iterator[None]:
         """Around all writes of a load."""

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -42,6 +43,7 @@ CLAIMS = {
     "checkpoints.md": [
         "opt.steps == 1 and opt.param_groups[0]['momentum'] == 0.9",
         "np.allclose(opt.params['W'], params['W'] - 1e-3 / np.sqrt(0.1), atol=1e-9)",
+        "signal.getsignal(signal.SIGTERM) is end",
     ],
     "cuda.md": ["opt.steps == 1 and np.allclose(opt.params['W'], 1 - 1e-3 / np.sqrt(0.1))"],
     "interop.md": [
@@ -92,11 +94,14 @@ def test_every_block_runs(page, tmp_path, monkeypatch):
         )
         assert run.returncode == 0, run.stderr
         return
-    names = {}
-    for code in blocks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            exec(compile(code, str(page), "exec"), names)
+    names, handler = {}, signal.getsignal(signal.SIGTERM)
+    try:
+        for code in blocks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                exec(compile(code, str(page), "exec"), names)
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # a page shows how one saves
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -217,3 +222,18 @@ def test_every_public_name_is_documented_in_full(module):
         if (gaps := list(_gaps(name, thing, name.removeprefix(module.__name__).count(".") == 1)))
     }
     assert gaps == {}
+
+
+def test_without_torch_one_line_says_how_to_run_what_needs_it():
+    """As README says of the command that runs the tests."""
+    some = ["fastrms/torch.py", "tests/test_torch.py", "tests/test_bfloat16.py", "-k", "torch"]
+    program = f"import sys; sys.modules['torch'] = None; import pytest; sys.exit(pytest.main({some!r}))"
+    environment = os.environ | {"FASTRMS_NO_SKIPS": "but-torch", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("SKIPPED"))
+    command = "python -m pip install torch && python -m pytest -m torch"
+    assert re.fullmatch(
+        rf"SKIPPED \[3\] tests.helpers\.py:\d+: torch is not installed\. .*: {re.escape(command)}", line
+    )
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")

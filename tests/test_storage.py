@@ -531,6 +531,18 @@ def test_an_error_of_the_disk_in_a_step_counts_nothing(path, monkeypatch):
         assert np.isfinite(opt.params[0]).all()
 
 
+def test_a_step_that_was_not_taken_is_counted_in_the_folder_at_once(path):
+    opt = RMSProp([np.ones(3)], storage=path, nonfinite="skip")
+    opt.step([np.ones(3)])
+    opt.flush()
+    opt.step([np.full(3, np.nan)])
+    assert np.fromfile(path / "counts.bin", np.int64)[:3].tolist() == [0, 1, 1]
+    assert not json.loads((path / "head.json").read_text())["storage"]["clean"]
+    opt.close()
+    with RMSProp.reopen(path) as opt:
+        assert (opt.steps, opt.skipped_steps) == (1, 1)
+
+
 def test_what_cannot_be_removed_does_not_hide_the_error(path, monkeypatch):
     unlink = Path.unlink
 
