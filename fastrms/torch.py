@@ -716,7 +716,9 @@ class _Pack:
             states[k], addresses[k] = dlpack.ABSENT if tensor is None else dlpack.UNUSUAL, 0
             view = self.optimizer.params[k]
             if _is_plain(tensor) and tuple(tensor.shape) == view.shape and tensor.element_size() == view.itemsize:
-                states[k], addresses[k] = dlpack.ORDINARY, tensor.data_ptr()
+                address = tensor.data_ptr()
+                if not any(address < high and address + tensor.nbytes > low for low, high in excluded):
+                    states[k], addresses[k] = dlpack.ORDINARY, address
         return not states.any()
 
     def _locate_at(self, items: int, into: NDArray[np.int64], excluded: NDArray[np.int64]) -> bool:

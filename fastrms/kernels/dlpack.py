@@ -115,22 +115,22 @@ def look_up(dicts, kind, key, items):
 
 
 @inner
-def _is_as_expected(words, expected, k, device):
-    """Whether a tensor that was described is a dense one on `device`, of the dtype and shape that are expected."""
+def _elements(words, expected, k, device):
+    """The elements of a tensor that was described, or -1 if it is not as expected: dense, on `device`, dtype, shape."""
     if words[1] != device or words[2] & 0xFFFFFFFF != expected[k, 1]:
-        return False
+        return -1
     if (words[2] >> 32) & 0xFFFFFFFF != expected[k, 0]:
-        return False
+        return -1
     dense = 1
     for back in range(expected[k, 1]):
         d = expected[k, 1] - 1 - back
         size = expected[k, 2 + d]
         if int64_at(words[3] + 8 * d) != size:
-            return False
+            return -1
         if size > 1 and int64_at(words[4] + 8 * d) != dense:
-            return False
+            return -1
         dense *= size
-    return True
+    return dense
 
 
 @jit()
@@ -151,7 +151,7 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
     expected : ndarray of int64, shape (k, 2 + most dimensions)
         For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
     excluded : ndarray of int64, shape (m, 2)
-        Pieces of memory [low, high) in which an ordinary tensor does not lie.
+        Pieces of memory [low, high) of which an ordinary tensor has no byte.
     words : ndarray of int64, shape (`WORDS`,)
         Room to work.
     addresses : ndarray of int64, shape (k,)
@@ -172,12 +172,17 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
             kind = int64_at(tensor + 8)
             for i in range(kinds.size):
                 if kind == kinds[i]:
-                    if _describe(function, tensor, words) and _is_as_expected(words, expected, k, device):
+                    size = _elements(words, expected, k, device) if _describe(function, tensor, words) else -1
+                    if size >= 0:
                         state = ORDINARY
                         addresses[k] = words[0] + words[5]
+                        # The dtype is in the upper half of its word: code, bits, lanes.
+                        end = addresses[k] + size * (expected[k, 0] >> 8 & 0xFF) // 8
                         for j in range(excluded.shape[0]):
-                            if excluded[j, 0] <= addresses[k] < excluded[j, 1]:
-                                state, addresses[k] = UNUSUAL, 0
+                            if addresses[k] < excluded[j, 1] and end > excluded[j, 0]:
+                                state = UNUSUAL
+                        if state == UNUSUAL:
+                            addresses[k] = 0
                     break
         states[k] = state
         ordinary = ordinary and state == ORDINARY
