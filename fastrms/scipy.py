@@ -322,10 +322,10 @@ def _with_result_or_x(callback: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def _at_least_0(name: str, value: Any) -> Any:
-    number: Any = value[()] if isinstance(value, np.ndarray) else value  # one of 0 dimensions becomes a scalar
+    number = value[()] if isinstance(value, np.ndarray) else value  # one of 0 dimensions becomes a scalar
     if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
         raise OptionTypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
-    if not number >= 0:
+    if not number >= 0:  # type: ignore[operator]
         raise OptionError(f"{name}: expected a number >= 0, got {value!r}")
     return number
 

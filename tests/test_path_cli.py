@@ -20,7 +20,7 @@ def none(x, y): return None
 def boom(x, y): raise KeyError("on purpose")
 def one(x, y): return 1.0
 def half(x, y): return math.log(x) ** 2 + y * y
-def corner(x, y): return 1.0 if (x, y) == (1.5, 1.5) else math.nan
+def corner(x, y): return 1.0 if (x, y) == (1.2345, 1.5) else math.nan
 number = 3
 hill = Landscape(lambda x, y: -x * x - y * y, name="hill", start=(0.1, 0.2), steps=7)
 """
@@ -206,7 +206,7 @@ def test_no_steps(capsys):
         ("--start nan 0", "--start: expected two finite numbers, got nan 0"),
         ("--y 0 inf", "--y: expected two finite numbers, LOW below HIGH, got 0 inf"),
         ("--with lr=1 " * 9, "--with and --beside: expected 1 to 8 paths in one picture, got 9"),
-        ("--function mine:corner --x 1 2 --y 1 2 --start 1.5 1.5", "--x and --y: mine:corner has no finite value in"),
+        ("--function mine:corner --x 1 2 --y 1 2 --start 1.2345 1.5", "--x and --y: mine:corner has no finite value"),
         ("--output mine.py", "--output: mine.py: expected a folder to write to: "),
     ],
     ids=lambda text: "" if ": " in text else text,
