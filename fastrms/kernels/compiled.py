@@ -28,7 +28,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import numba
 from numba import config
@@ -91,11 +91,27 @@ def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if error is None:
             return result
         try:
-            raise error
+            _raise(error)
         finally:
             del error  # which holds this frame
 
     return compile_on_a_thread
+
+
+_first_failure = ""
+
+
+def _raise(error: BaseException) -> NoReturn:
+    """Raise what a compilation ended with; after an earlier one, say that it may come of that."""
+    global _first_failure
+    if _first_failure and not isinstance(error, MemoryError | Warning):
+        raise RuntimeError(
+            f"fastrms: a kernel cannot be compiled: {type(error).__name__}. An earlier compilation in this process "
+            f"ended with {_first_failure}, which can leave Numba half set up: restart Python"
+        ) from error
+    if not isinstance(error, Warning):  # of code that was compiled, and cannot be kept
+        _first_failure = f"{type(error).__name__}: {error}".strip(": ")
+    raise error
 
 
 class _Files:
