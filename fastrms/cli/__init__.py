@@ -63,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None, words: list[str]) -> int:
     """Do as `main`, apart from interrupts and errors of output; the subcommand's name is added to `words`."""
     # Imported here because importing Numba takes most of a second, in which an interrupt has to be caught too.
-    from fastrms.cli.common import CommandError, load_numba
+    from fastrms.cli.common import CommandError, load_numba, remember_start
     from fastrms.errors import FastrmsError
 
     try:
+        remember_start()
         load_numba()
         args = _parser().parse_args(argv)
         words.append(args.command)

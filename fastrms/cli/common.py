@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CommandError",
     "find_object",
+    "from_start",
     "is_plain",
     "load_numba",
     "make_console",
@@ -27,6 +28,7 @@ __all__ = [
     "make_table",
     "one_line",
     "positive",
+    "remember_start",
     "require",
     "save_figure",
     "say",
@@ -123,21 +125,39 @@ def find_object(option: str, name: str) -> Any:
         raise CommandError(f"{option}: {name}: expected a function of that name in {module}, found none") from None
 
 
+_start = Path()
+
+
+def remember_start() -> None:
+    """Remember the current folder for `from_start`."""
+    global _start
+    try:
+        _start = Path.cwd()
+    except OSError:  # it was removed
+        _start = Path()
+
+
+def from_start(path: Path) -> Path:
+    """The path, seen from the folder that the program was started in: modules of the user's may have left it."""
+    return _start / path
+
+
 def make_folder(folder: Path, *names: str) -> None:
     """Make the folder that ``--output`` names, and check ahead of the work that files of these names can be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        from_start(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"--output: {folder}: expected a folder to write to: {error.strerror or error}") from None
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=from_start(folder)) as file:
             file.write(b"x")
     except OSError as error:
         raise CommandError(f"--output: {folder}: no file can be written there: {error.strerror or error}") from None
     for name in names:
         path = folder / name
         try:
-            path.open("ab").close() if path.exists() else None
+            if from_start(path).exists():
+                from_start(path).open("ab").close()
         except OSError as error:
             raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
 
@@ -145,7 +165,7 @@ def make_folder(folder: Path, *names: str) -> None:
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a picture to a file in the folder that ``--output`` names."""
     try:
-        figure.savefig(path)
+        figure.savefig(from_start(path))
     except OSError as error:
         raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
 

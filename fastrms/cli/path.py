@@ -13,6 +13,7 @@ import numpy as np
 from fastrms.cli.common import (
     CommandError,
     find_object,
+    from_start,
     make_console,
     make_folder,
     make_table,
@@ -206,7 +207,10 @@ def run(args: argparse.Namespace) -> int:
         with show_progress(console, 1) as on_progress:
             try:
                 animate(
-                    descent, path, panels=args.panels, on_picture=lambda k, total: on_progress(k / total, "animation")
+                    descent,
+                    from_start(path),
+                    panels=args.panels,
+                    on_picture=lambda k, total: on_progress(k / total, "animation"),
                 )
             except OSError as error:
                 raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None

@@ -167,6 +167,14 @@ class _Files:
         return self._folder / f"{self._name}-{self._stamp}-{_digest(repr((key, settings)).encode())}.nbc"
 
 
+class _UserProvided(caching.UserProvidedCacheLocator):
+    """The folder that NUMBA_CACHE_DIR names: where it was at import, also after `os.chdir`."""
+
+    def __init__(self, py_func: Any, py_file: Any) -> None:
+        super().__init__(py_func, py_file)
+        self._cache_path = os.path.abspath(self._cache_path)
+
+
 class _UserWide(caching.UserWideCacheLocator):
     """The user's cache folder; but where there is no home, no folder "~" in the current one."""
 
@@ -178,7 +186,7 @@ class _UserWide(caching.UserWideCacheLocator):
 
 class _Results(caching.CompileResultCacheImpl):
     _locator_classes = [  # noqa: RUF012 - as its base class has it
-        caching.UserProvidedCacheLocator, caching.InTreeCacheLocator, _UserWide, caching.ZipCacheLocator
+        _UserProvided, caching.InTreeCacheLocator, _UserWide, caching.ZipCacheLocator
     ]  # fmt: skip
 
 
