@@ -127,6 +127,8 @@ def _prepare_streams() -> None:
             os.fstat(number)
         except OSError:  # a file that is opened later would get this number, and with it what libraries write there
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stderr is None:  # or argparse would print errors to standard output
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
