@@ -164,12 +164,12 @@ class Timed:
     def __init__(self, size: int) -> None:
         from fastrms.mpi import ShardedRMSProp
 
-        self.opt = ShardedRMSProp([np.ones(size, np.float32)], kernel="serial")
+        self.opt = ShardedRMSProp([np.ones(size, np.float32)], kernel="serial", reduction="sum")
         self.opt.grads[0][...] = np.linspace(-1, 1, size)
         self.seconds: list[tuple[float, float]] = []
         self._communication = 0.0
         ranks = self.opt._ranks
-        for name in ("reduce", "all_gather", "take_largest"):
+        for name in ("reduce", "all_gather", "meet"):
             setattr(ranks, name, self._timed(getattr(ranks, name)))
 
     def _timed(self, method: Any) -> Any:
@@ -197,7 +197,7 @@ def overlapped(comm: Any, seconds: float) -> list[float]:
 
     params = [np.zeros((700, 700), np.float32) for _ in range(12)]
     x = np.ones((400, 700), np.float32)
-    after, early = (ShardedRMSProp(params, kernel="serial") for _ in range(2))
+    after, early = (ShardedRMSProp(params, kernel="serial", reduction="sum") for _ in range(2))
     times: list[list[float]] = [[], [], []]
     begin = time.perf_counter()
     while comm.bcast(len(times[0]) < 5 or time.perf_counter() - begin < seconds / 3):

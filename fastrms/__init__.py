@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         OptionError,
         OptionTypeError,
         RankError,
+        StepInProgressError,
         StorageError,
         StructureError,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "ParamGroup",
     "RMSProp",
     "RankError",
+    "StepInProgressError",
     "StorageError",
     "StructureError",
     "dialect",

@@ -3,7 +3,7 @@
 A file may come from elsewhere, or be damaged. So nothing in it is run (no pickle), what it says of sizes is compared
 with its own size before memory is taken for it, and each array has a checksum, in the text. What is written goes to a
 temporary file beside the old one, which it replaces when it has reached the disk: whenever a process ends, there is the
-old file or the new one.
+old file or the new one. As editors do, a link is followed to its target, and mode and owner of the old file are kept.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from fastrms.errors import CheckpointError
 
-__all__ = ["Kind", "Source", "checksum", "compare_checksum", "opened", "replaced", "write"]
+__all__ = ["Kind", "Source", "checksum", "compare_checksum", "opened", "reading", "replaced", "write"]
 
 Array = NDArray[Any]
 Kind = tuple[np.dtype[Any], tuple[int, ...]]
@@ -73,7 +74,7 @@ def write(path: Path, arrays: Mapping[str, Array], head: str, in_parts: Callable
 class _Npz:
     """A file of `np.savez`: a zip archive of arrays, not compressed."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, size: int) -> None:
         self._archive = zipfile.ZipFile(stream)
         self._entries: dict[str, tuple[zipfile.ZipInfo, Kind]] = {}
         for info in self._archive.infolist():
@@ -82,6 +83,8 @@ class _Npz:
                 raise CheckpointError(f"{name}: expected an entry that is not compressed")
             if name in self._entries:
                 raise CheckpointError(f"{name}: expected once, got twice")
+            if info.header_offset + info.file_size > size:
+                raise CheckpointError(f"{name}: expected an entry inside the file, got one of {info.file_size} bytes")
             self._entries[name] = info, self._kind(info)
         dtype, shape = self._entries.get(_HEAD, (None, (None, ())))[1]
         if dtype != np.uint8 or len(shape) != 1:
@@ -127,7 +130,10 @@ def _npy_kind(stream: Any) -> Kind:
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise CheckpointError(f"expected an array in version 1.0 of NumPy's format, got {version}")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except MemoryError as error:  # what Python's parser raises for an expression that is nested too deeply
+        raise CheckpointError(f"expected a header of NumPy's, got one that cannot be read: {error}") from None
     if dtype.kind not in "fiu" or len(shape) != 1:
         raise CheckpointError(f"expected a one-dimensional array of numbers, got {dtype} of shape {shape}")
     return dtype, tuple(map(int, shape))
@@ -163,46 +169,127 @@ class _Safetensors:
 
 @contextlib.contextmanager
 def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
-    """The file at `path`; whatever is wrong inside it is a CheckpointError that names it."""
+    """The file at `path`; a CheckpointError that is raised meanwhile names it, others come out as they are."""
+    path_now = path.absolute()  # safetensors opens it a second time
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if most_bytes is not None and size > most_bytes:
             raise CheckpointError(f"{path}: expected at most {most_bytes} bytes for this optimizer, got {size}")
         try:
-            yield _Safetensors(path) if is_safetensors(path) else _Npz(stream)
+            with reading():
+                source: Source = _Safetensors(path_now) if is_safetensors(path) else _Npz(stream, size)
+            yield source
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        except ImportError:
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Make a CheckpointError of whatever is raised for damaged content; only around what reads, and calls nothing else.
+
+    What is wrong with the machine and not with the file keeps its type: no memory, a disk that cannot be read.
+    """
+    try:
+        yield
+    except (CheckpointError, ImportError, MemoryError):
+        raise
+    # Whatever the readers of those formats raise, for what nobody has written on purpose.
+    except (Exception, RecursionError) as error:
+        # A damaged archive can name places before its beginning (EINVAL).
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        # Whatever the readers of those formats raise, for what nobody has written on purpose.
-        except (Exception, RecursionError) as error:
-            text = (str(error).strip() or "damaged").splitlines()[0]
-            raise CheckpointError(f"{path}: cannot be read as a checkpoint: {type(error).__name__}: {text}") from None
+        text = (str(error).strip() or "damaged").splitlines()[0]
+        raise CheckpointError(f"cannot be read as a checkpoint: {type(error).__name__}: {text}") from None
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which replaces it when all of it is on the disk, or is removed after an error."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "expected a folder to write to, got none", str(path.parent))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    """A new file beside `path`, which replaces it when all of it is on the disk, or is removed after an error.
+
+    Where `path` is a link, its target is replaced. Mode, owner and further attributes of an older file are kept.
+
+    Raises
+    ------
+    OSError
+        There is no such folder; or what is there is not an ordinary file, or must not be written.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        folder = target.parent if path.is_symlink() else path.parent
+        raise FileNotFoundError(errno.ENOENT, "expected a folder to write to, got none", str(folder))
+    old = _old(target, path)
+    temporary = target.with_name(_temporary_name(target.name))
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
+        # Nobody else can read what is to replace a private file, from the first byte on.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if old is None else 0o600))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files for their owner only
+        if old is None:
+            temporary.chmod(mode)  # safetensors makes files for their owner only
+        else:
+            _make_alike(temporary, target, old)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # so that the new name is on the disk; not every system lets folders be opened
-        folder = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
+
+
+def _old(target: Path, path: Path) -> os.stat_result | None:
+    """What is known of the file that is to be replaced, or None; an error where it must not be replaced."""
+    try:
+        old = target.lstat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(old.st_mode):  # after all links were followed
+        raise OSError(errno.ELOOP, "expected a file, got a link that leads to itself", str(path))
+    if stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))
+    if not stat.S_ISREG(old.st_mode):
+        raise OSError(errno.EINVAL, "expected an ordinary file, got a device or something else", str(path))
+    # The superuser may write to all files, and means a file without any such bit to stay, too.
+    effective = os.access in os.supports_effective_ids
+    if not old.st_mode & 0o222 or not os.access(target, os.W_OK, effective_ids=effective):
+        raise PermissionError(errno.EACCES, "expected a file that can be written, got one that is read-only", str(path))
+    return old
+
+
+def _temporary_name(name: str) -> str:
+    """A name beside `name` that nothing else has, and that is no longer than `name` or 64 bytes."""
+    end = f".{secrets.token_hex(8)}.tmp"
+    beginning, room = f".{name}", max(64, len(os.fsencode(name))) - len(end)
+    while len(os.fsencode(beginning)) > room:
+        beginning = beginning[:-1]
+    return beginning + end
+
+
+def _make_alike(temporary: Path, target: Path, old: os.stat_result) -> None:
+    """Give a file owner, mode and further attributes of the one that it is to replace, as far as is allowed."""
+    mode = stat.S_IMODE(old.st_mode)
+    new = temporary.stat()
+    if hasattr(os, "chown") and (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        try:
+            os.chown(temporary, old.st_uid, old.st_gid)
+        except OSError:
+            try:
+                os.chown(temporary, -1, old.st_gid)  # one's own groups can be given without being the superuser
+            except OSError:
+                # Another group than before can do no more than everybody.
+                mode = mode & ~0o070 | (mode & 0o007) << 3
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)
+    temporary.chmod(mode)
+    if hasattr(os, "listxattr"):
+        with contextlib.suppress(OSError):  # not every file system has them
+            for name in os.listxattr(target):
+                with contextlib.suppress(OSError):
+                    os.setxattr(temporary, name, os.getxattr(target, name))
 
 
 def is_safetensors(path: Path) -> bool:

@@ -1,11 +1,13 @@
 """Attributes of `RMSProp` that are made alike: views of a buffer, options of all groups, and those of the whole."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastrms.errors import OptionError
+from fastrms.dialects import meant
+from fastrms.errors import OptionError, OptionTypeError
 
-__all__ = ["checked", "option_of_all_groups", "views"]
+__all__ = ["Guarded", "checked", "option_of_all_groups", "refuse_unknown", "views"]
 
 
 def views(name: str, meaning: str) -> property:
@@ -34,14 +36,7 @@ def option_of_all_groups(name: str, meaning: str) -> property:
         return values[0]
 
     def set_all(self: Any, value: Any) -> None:
-        before = [group[name] for group in self.param_groups]
-        try:
-            for group in self.param_groups:
-                group[name] = value
-        except Exception:
-            for group, old in zip(self.param_groups, before, strict=True):
-                group[name] = old
-            raise
+        self._set_options([(group, {name: value}) for group in self.param_groups])
 
     return property(get, set_all, doc=f"{meaning} Setting it sets it for all groups.")
 
@@ -53,7 +48,70 @@ def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) 
         return getattr(self, f"_{name}")
 
     def set_checked(self: Any, value: Any) -> None:
-        setattr(self, f"_{name}", check(value))
-        getattr(self, changed)()
+        value = check(value)
+        with self._lock:  # a step on another thread ends first
+            before = getattr(self, f"_{name}")
+            setattr(self, f"_{name}", value)
+            try:
+                getattr(self, changed)()
+            except BaseException:
+                setattr(self, f"_{name}", before)
+                raise
 
     return property(get, set_checked, doc=meaning)
+
+
+class Guarded:
+    """Refuse to set a public attribute that nothing reads, such as ``opt.learning_rate = 0.1``.
+
+    A class outside this package that derives from one of these may have attributes of its own, as long as their names
+    do not look like an option's.
+    """
+
+    # Public attributes that are no properties: they are set once.
+    _set_once: frozenset[str] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            if name not in self._set_once:
+                self._refuse_unknown(name)
+            elif vars(self).get(name, value) is not value:
+                raise AttributeError(f"{name}: cannot be replaced; write into it: {name}[...] = value")
+        super().__setattr__(name, value)
+
+    def _refuse_unknown(self, name: str) -> None:
+        known = [key for key in dir(type(self)) if isinstance(getattr(type(self), key), property)]
+        known = sorted({*known, *self._set_once} - {"storage"})
+        hint = meant(name, [key for key in known if not key.startswith("_")])
+        derived = not type(self).__module__.startswith("fastrms")
+        if not derived or not hint.startswith("the "):
+            raise AttributeError(f"{name}: {type(self).__name__} has no such attribute; {hint}")
+
+
+def refuse_unknown(cls: type, options: Mapping[str, Any]) -> None:
+    """Raise if a class of this package is called with names that its constructor does not take.
+
+    Parameters
+    ----------
+    cls : type
+        A class whose bases of this package share their options.
+    options : mapping of str to value
+        Arguments given by name.
+
+    Raises
+    ------
+    OptionTypeError
+        It says which name is meant.
+    """
+    if not cls.__module__.startswith("fastrms"):
+        return  # its constructor may take anything
+    known = [
+        name
+        for base in cls.__mro__
+        if base.__module__.startswith("fastrms") and "__init__" in vars(base)
+        for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
+    ]
+    for name in options:
+        if name not in known:
+            raise OptionTypeError(f"{name}: {cls.__name__} has no such argument; {meant(name, known)}")

@@ -1,14 +1,15 @@
 """Many arrays in one block of memory: `Layout` says where each one lies, `FlatBuffer` is the block with its views."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fastrms.attributes import Guarded
 from fastrms.errors import DtypeError, StructureError
 
 __all__ = ["FlatBuffer", "Layout", "Leaf", "Segment"]
@@ -216,7 +217,7 @@ class Layout:
         return tuple(items)
 
 
-class FlatBuffer:
+class FlatBuffer(Guarded):
     """Arrays packed into one contiguous block of memory, and views of it in the structure of those arrays.
 
     Writing to a view writes to the block, and the other way round; nothing is ever reallocated. One loop, one
@@ -268,6 +269,8 @@ class FlatBuffer:
            [3., 3.]])
     """
 
+    _set_once = frozenset({"block", "kept", "layout", "leaves", "ones", "segments", "views", "watched"})
+
     def __init__(self, arrays: Any, name: str = "arrays") -> None:
         self._allocate(Layout(arrays, name))
         self.gather(arrays, name)
@@ -289,13 +292,31 @@ class FlatBuffer:
         )
         self.leaves: tuple[Array, ...] = tuple(self._views_of(self.segments))
         self.views: Any = layout.structure(self.leaves)
-        # Equal as long as nothing else is put into `views`; there is nothing to put into a single array.
+        self._watch()
+
+    def _watch(self) -> None:
+        """Keep what `views` can be compared with, to see whether something else was put into it."""
+        # Lists that are equal have the same items, but for arrays of one element. For a single array, None == None.
         single = self.views is self.leaves[0]
-        self.watched: Any = None if single else self.views
-        self.kept: Any = None if single else layout.structure(self.leaves)
+        self.watched = None if single else self.views
+        self.kept = None if single else self.layout.structure(self.leaves)
+        ones = [k for k, leaf in enumerate(self.layout.leaves) if leaf.stop - leaf.start == 1]
+        # The first one twice, so that the answer is a tuple also for a single number.
+        self.ones = itemgetter(*ones, ones[0]) if ones and not single else None
 
     def _views_of(self, segments: Sequence[Array]) -> list[Array]:
         return [segments[leaf.segment][leaf.start : leaf.stop].reshape(leaf.shape) for leaf in self.layout.leaves]
+
+    def has_its_ones(self) -> bool:
+        """Whether the items of `views` that have one element are the arrays that were there at first.
+
+        Returns
+        -------
+        intact : bool
+            ``watched == kept`` tells it of all others: another array of one element is equal if its value is.
+        """
+        items = self.layout.flatten(self.views, "views")
+        return self.ones is None or all(map(is_, self.ones(items), self.ones(self.leaves)))
 
     def problems(self, name: str) -> list[str]:
         """What has been put in the place of views, and which views no longer show their part of the block.
@@ -330,6 +351,30 @@ class FlatBuffer:
                     f"to shape {view.shape}, strides {view.strides}, {view.dtype}"
                 )
         return found
+
+    def foreign(self, tree: Any, name: str) -> list[str]:
+        """Find arrays that do not lie in the block.
+
+        Parameters
+        ----------
+        tree : array, or list, tuple or dict of these, or any nesting
+            Of any structure.
+        name : str
+            What the answer calls `tree`.
+
+        Returns
+        -------
+        paths : list of str
+            The paths of arrays that lie elsewhere, and of items that are no arrays.
+        """
+        return [path for path, item in _items(tree, name) if not self._has(item)]
+
+    def _has(self, item: Any) -> bool:
+        if not isinstance(item, np.ndarray) or not item.size:
+            return isinstance(item, np.ndarray)
+        low, high = np.lib.array_utils.byte_bounds(item)
+        ours, end = np.lib.array_utils.byte_bounds(self.block)
+        return bool(ours <= low and high <= end)
 
     @property
     def flat(self) -> Any:
@@ -518,6 +563,15 @@ def _analyse(tree: Any, name: str, path: str, found: list[tuple[str, Array]]) ->
         return _Node(kind, None, tuple(_analyse(item, name, f"{path}[{i}]", found) for i, item in enumerate(tree)))
     found.append((path, _as_array(tree, name + path)))
     return None
+
+
+def _items(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What is in a nesting of lists, tuples and dicts, with paths; it is not looked at."""
+    if isinstance(tree, Mapping | list | tuple):
+        for key, item in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _items(item, f"{path}[{key!r}]")
+    else:
+        yield path, tree
 
 
 def _count(node: _Node | None) -> int:

@@ -8,16 +8,17 @@ which it replaces when it has reached the disk: whenever a process ends, there i
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.archives import Kind, Source, checksum, compare_checksum, opened, write
-from fastrms.errors import CheckpointError, FastrmsError
-from fastrms.heads import check_head, head_of, kind_of, params_of
+from fastrms.archives import Kind, Source, checksum, compare_checksum, opened, reading, write
+from fastrms.buffers import Layout
+from fastrms.errors import CheckpointError
+from fastrms.heads import check_head, check_keys, check_skipped, get_lr, groups_of, head_of, kind_of, params_of
 from fastrms.options import ParamGroup, check_option
 
 __all__ = ["Checkpointed"]
@@ -34,7 +35,7 @@ _PART = 1 << 18  # numbers that are read at a time where not all can be in memor
 class Checkpointed:
     """The methods of `fastrms.RMSProp` that store and restore it."""
 
-    _lock: Any
+    _between_steps: Any
 
     def _read(self, segment: Any) -> Array:
         """The numbers of a segment of a buffer, where NumPy can use them."""
@@ -55,7 +56,7 @@ class Checkpointed:
             under ``"parameters"`` path, shape, dtype and group of each parameter in the order in which they lie there;
             the options, ``"steps"``, and the ``"version"`` of all this. A learning rate that is a function is None.
         """
-        with self._lock:
+        with self._between_steps("state_dict", changes=False):
             return _state_dict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,7 +65,8 @@ class Checkpointed:
         Parameters
         ----------
         state : dict
-            From `state_dict`, of this or an earlier version. Where it has no learning rate, the present one stays.
+            From `state_dict`, of this or an earlier version. Where it has no learning rate, the present one stays. The
+            keys of dicts may be in another order than here.
 
         Raises
         ------
@@ -72,7 +74,7 @@ class Checkpointed:
             Other paths, shapes, dtypes or groups than this optimizer's, options out of range, or no such state at all.
             Nothing is changed then.
         """
-        with self._lock:
+        with self._between_steps("load_state_dict"):
             _take(self, _Memory(state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -82,16 +84,17 @@ class Checkpointed:
         ----------
         path : str or path-like
             Its name ends in .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). A file of
-            that name is replaced when the new one has reached the disk.
+            that name is replaced when the new one has reached the disk; the new one has its mode and owner. Where it
+            is a link, its target is replaced.
 
         Raises
         ------
         CheckpointError
-            Another ending.
+            Another ending; or a dict of parameters has keys that no other process could find again, such as functions.
         OSError
-            It cannot be written; an older file is as it was.
+            It cannot be written, or is read-only; an older file is as it was.
         """
-        with self._lock:
+        with self._between_steps("save", changes=False):
             _save(self, Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -110,7 +113,7 @@ class Checkpointed:
         OSError
             It cannot be opened.
         """
-        with self._lock:
+        with self._between_steps("load"):
             _load(self, Path(path))
 
     @classmethod
@@ -130,7 +133,8 @@ class Checkpointed:
         path : str or path-like
             Its name ends in .npz or .safetensors.
         lr : float or callable, optional
-            Instead of what was saved; needed where that was a function, which no file holds.
+            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
+            none, for all groups, instead of what was saved.
         kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None
@@ -146,7 +150,10 @@ class Checkpointed:
         Raises
         ------
         CheckpointError
-            As for `load`; or the keys of a dict of parameters are not text or numbers.
+            As for `load`; or keys of a dict of parameters are of other types than str, int, float, bool and None, and a
+            file cannot give them back; or `lr` is needed.
+        FastrmsError, OSError
+            As for `RMSProp`, for `lr`, `kernel`, `num_threads` and `storage`.
         """
         return _new_from_file(cls, Path(path), lr, kernel=kernel, num_threads=num_threads, storage=storage)
 
@@ -162,6 +169,7 @@ def _state_dict(opt: _Optimizer) -> dict[str, Any]:
 
 
 def _save(opt: _Optimizer, path: Path) -> None:
+    check_keys(opt.params)
     arrays = {name: opt._read(segment) for name, segment in _segments(opt)} | {_SKIPPED: opt._skipped}
     checksums = {name: checksum(array[part] for part in opt._in_parts(array)) for name, array in arrays.items()}
     write(path, arrays, json.dumps(head_of(opt) | {"checksums": checksums}), opt._in_parts)
@@ -176,18 +184,22 @@ def _load(opt: _Optimizer, path: Path) -> None:
 
 def _new_from_file(cls: Any, path: Path, lr: Any, **options: Any) -> _Optimizer:
     with opened(path, None) as source:
-        head = source.head
-        check_head(head)
-        params = params_of(head, source.kinds)
-        if lr is None and any(group.get("lr") is None for group in head["param_groups"]):
-            raise CheckpointError("lr: it was a function, which no file holds; give it: from_checkpoint(path, lr=...)")
-        groups = [{"params": part} for part in params] if head["grouped"] else params
-        opt = cls(groups, cache_dtype=head["cache_dtype"], **options)
-        if lr is not None:
-            opt.lr = lr
-        _take(opt, source)
-    if lr is not None:
-        opt.lr = lr
+        with reading():
+            head = source.head
+            check_head(head)
+            params = params_of(head, source.kinds)
+        new_lr = get_lr(head["param_groups"], lr, "from_checkpoint")
+        if head["grouped"]:
+            params = [{"params": p} | ({"lr": lr} if new else {}) for p, new in zip(params, new_lr, strict=True)]
+        elif lr is not None:
+            options["lr"] = lr
+        opt = cls(params, cache_dtype=head["cache_dtype"], **options)
+        try:
+            _take(opt, source, new_lr)
+        except BaseException:
+            if opt._storage is not None:
+                opt._storage.discard()
+            raise
     return opt
 
 
@@ -199,27 +211,67 @@ def _segments(opt: _Optimizer) -> Iterator[tuple[str, Array]]:
                 yield f"{name}/{segment.dtype}", segment
 
 
-def _take(opt: _Optimizer, source: Source) -> None:
-    """Check everything that `source` has, then copy it into `opt`."""
+def _take(opt: _Optimizer, source: Source, keep_lr: Sequence[bool] | None = None) -> None:
+    """Check everything that `source` has, then copy it into `opt`, whose groups can keep their rates."""
+    with reading():
+        loaded = _checked(opt, source, keep_lr or [False] * len(opt.param_groups))
+    # Whole or not at all: all that this may lack memory or room for comes first.
+    opt.buffers.update({name: opt._new_state(name) for name in loaded.names if name not in opt.buffers})
+    # From here on nothing can fail; but for reading again what is to go into storage, which then is marked as torn.
+    head = source.head
+    with opt._loading():
+        for name, segment in _segments(opt):
+            if opt._storage is None:
+                opt._write(segment, loaded.arrays.get(name, 0))
+            elif name in loaded.moves:
+                with reading():
+                    _read_in_parts(opt, source, name, segment, loaded.moves[name])
+            else:
+                for part in opt._in_parts(segment):
+                    segment[part] = 0
+        opt._skipped[...] = loaded.arrays[_SKIPPED]
+        opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
+        opt._global_clip_norm, opt._nonfinite = (
+            check_option("global_clip_norm", head["global_clip_norm"]),
+            head["nonfinite"],
+        )
+        for group, options in zip(opt.param_groups, loaded.groups, strict=True):
+            group.take_over(options)
+    opt._connect()
+
+
+# Elements of an array in a file, and where they belong in the segment of that name.
+_Moves = list[tuple[slice, slice]]
+
+
+class _Loaded(NamedTuple):
+    """What was checked, and can be taken over."""
+
+    names: list[str]  # of buffers
+    groups: list[ParamGroup]
+    arrays: dict[str, Array]  # in the order of the optimizer; where that has storage, only `_SKIPPED`
+    moves: dict[str, _Moves]
+
+
+def _checked(opt: _Optimizer, source: Source, keep_lr: Sequence[bool]) -> _Loaded:
+    """Look whether all of `source` fits the optimizer, of which nothing is changed."""
     head = source.head
     check_head(head)
     own = head_of(opt)
     for name in ("parameters", "param_groups"):
         if len(head[name]) != len(own[name]):
             raise CheckpointError(f"{name}: expected {len(own[name])}, got {len(head[name])}")
-    for mine, theirs in zip(own["parameters"], head["parameters"], strict=True):
+    order = _order(own["parameters"], head["parameters"])
+    for mine, number in zip(own["parameters"], order, strict=True):
+        theirs = head["parameters"][number]
         for key, value in mine.items():
             if theirs.get(key) != value:
                 raise CheckpointError(f"params{mine['path']}: expected {key} {value!r}, got {theirs.get(key)!r}")
     if head["cache_dtype"] != own["cache_dtype"]:
         raise CheckpointError(f"cache_dtype: expected {own['cache_dtype']!r}, got {head['cache_dtype']!r}")
-    groups = []
-    for number, (group, options) in enumerate(zip(opt.param_groups, head["param_groups"], strict=True)):
-        values = {**options, "lr": group["lr"] if options.get("lr") is None else options["lr"]}
-        try:
-            groups.append(ParamGroup(values, f"param_groups[{number}]", group.dtypes, opt.cache_dtype))
-        except (FastrmsError, TypeError) as error:
-            raise CheckpointError(str(error)) from None
+    keep = [old or group.get("lr") is None for old, group in zip(keep_lr, head["param_groups"], strict=True)]
+    rates = [group["lr"] if old else None for old, group in zip(keep, opt.param_groups, strict=True)]
+    groups = groups_of(head, [group.dtypes for group in opt.param_groups], rates)
 
     names = ["params", "cache"]
     names += ["momentum_buffer"] if any(group["momentum"] for group in groups) else []
@@ -227,9 +279,13 @@ def _take(opt: _Optimizer, source: Source) -> None:
     # State that no option asks for any more is kept: an option may come back.
     names += [name for name in ("momentum_buffer", "grad_avg") if name not in names and _has(source.kinds, name)]
     expected: dict[str, Kind] = {_SKIPPED: (np.dtype(np.int64), opt._skipped.shape)}
+    moves: dict[str, _Moves] = {}
+    moves_of_segments = _moves(opt.buffers["params"].layout, order)
     for name in names:
-        for segment in opt.buffers["params" if name == "params" else "cache"].segments:
+        segments = opt.buffers["params" if name == "params" else "cache"].segments
+        for segment, there in zip(segments, moves_of_segments, strict=True):
             expected[f"{name}/{segment.dtype}"] = segment.dtype, segment.shape
+            moves[f"{name}/{segment.dtype}"] = there
     for name, (dtype, shape) in expected.items():
         if name not in source.kinds:
             raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got none")
@@ -238,34 +294,70 @@ def _take(opt: _Optimizer, source: Source) -> None:
             raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}")
     if unknown := source.kinds.keys() - expected.keys():
         raise CheckpointError(f"arrays: expected {', '.join(expected)}, got also {sorted(unknown)[0]!r}")
-    # What goes into storage may be larger than memory: it is read twice, first to see whether it is right.
-    arrays = {name: source.read(name) for name in expected if opt._storage is None or name == _SKIPPED}
-    for name in expected.keys() - arrays.keys():
-        _verify(source, name, expected[name][1][0])
+    skipped = source.read(_SKIPPED)
+    check_skipped(skipped, head["steps"])
+    arrays = {_SKIPPED: skipped[order]}
+    for name, (_, (size,)) in expected.items():
+        if opt._storage is not None:  # this may be larger than memory, and is read twice: first to see if it is right
+            _verify(source, name, size)
+        elif name in moves:
+            arrays[name] = _arranged(source.read(name), moves[name])
+    return _Loaded(names, groups, arrays, moves)
 
-    # From here on nothing can fail; but for reading again what is to go into storage, which then is marked as torn.
-    for name in names:
-        if name not in opt.buffers:
-            opt.buffers[name] = opt._new_state(name)
-    with opt._loading():
-        for name, segment in _segments(opt):
-            if opt._storage is None:
-                opt._write(segment, arrays.get(name, 0))
-            elif name in expected:
-                for part, numbers in source.parts(name, opt._in_parts(segment)):
-                    segment[part] = numbers
-            else:
-                for part in opt._in_parts(segment):
-                    segment[part] = 0
-        opt._skipped[...] = arrays[_SKIPPED]
-        opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
-        opt._global_clip_norm, opt._nonfinite = (
-            check_option("global_clip_norm", head["global_clip_norm"]),
-            head["nonfinite"],
-        )
-        for group, loaded in zip(opt.param_groups, groups, strict=True):
-            group.take_over(loaded)
-    opt._connect()
+
+def _order(own: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[int]:
+    """For each of our own parameters, which of those that were found has its path: keys of dicts have no order."""
+    paths, ours = [parameter.get("path") for parameter in found], [parameter["path"] for parameter in own]
+    if paths == ours:
+        return list(range(len(ours)))
+    numbers: dict[Any, list[int]] = {}
+    for number, path in enumerate(paths):
+        numbers.setdefault(path, []).append(number)
+    order = []
+    for path in ours:
+        if not numbers.get(path):
+            got = next((other for other in paths if other not in ours), None)
+            raise CheckpointError(f"params{path}: expected path {path!r}, got {got!r}")
+        order.append(numbers[path].pop(0))
+    return order
+
+
+def _moves(layout: Layout, order: Sequence[int]) -> list[_Moves]:
+    """Where elements of the arrays of a file belong, for each segment; of neighbours that stay so as one slice."""
+    moves: list[_Moves] = [[] for _ in layout.segments]
+    start = [0] * len(layout.segments)
+    for number in np.argsort(order):  # in the order of the file
+        leaf = layout.leaves[number]
+        here, first = moves[leaf.segment], start[leaf.segment]
+        start[leaf.segment] = last = first + leaf.stop - leaf.start
+        if here and here[-1][1].stop == leaf.start:
+            here[-1] = slice(here[-1][0].start, last), slice(here[-1][1].start, leaf.stop)
+        else:
+            here.append((slice(first, last), slice(leaf.start, leaf.stop)))
+    return moves
+
+
+def _arranged(array: Array, moves: _Moves) -> Array:
+    if len(moves) <= 1:
+        return array
+    arranged = np.empty_like(array)
+    for source, target in moves:
+        arranged[target] = array[source]
+    return arranged
+
+
+def _read_in_parts(opt: _Optimizer, source: Source, name: str, segment: Array, moves: _Moves) -> None:
+    target = segment
+
+    def slices() -> Iterator[slice]:
+        nonlocal target
+        for there, here in moves:
+            for part in opt._in_parts(segment[here]):
+                target = segment[here][part]
+                yield slice(there.start + part.start, there.start + part.stop)
+
+    for _, numbers in source.parts(name, slices()):
+        target[...] = numbers
 
 
 class _Memory:

@@ -164,7 +164,7 @@ class CudaRMSProp(RMSProp):
     kernel : {"cuda", "auto"}, default "cuda"
         There is just one.
     **options
-        The other options of `RMSProp`; not cache_dtype.
+        The other options of `RMSProp`; not cache_dtype and storage. `num_threads` changes nothing.
 
     Attributes
     ----------
@@ -194,7 +194,7 @@ class CudaRMSProp(RMSProp):
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Make an optimizer."""
-        return super().__new__(cls)
+        return super().__new__(cls, **{name: value for name, value in options.items() if name != "kernel"})
 
     def __init__(
         self,
@@ -254,32 +254,26 @@ class CudaRMSProp(RMSProp):
         self._forked = True
 
     def _kernel_changed(self) -> None:
-        self._chooser = None
+        self._chooser, self._uses_threads = None, False
         self._options_changed()
 
-    def _options_changed(self) -> None:
+    def _take_options(self) -> None:
+        super()._take_options()
         self._changed = True
-        state = [(group["momentum"] > 0, group["centered"]) for group in self.param_groups]
-        if state != self._state:
-            self._state = state
-            self._prepare()
-
-    def _prepare(self) -> None:
-        super()._prepare()
         self._written = np.array([self._on_device(name).span for name in self.buffers], np.int64)
 
     # Counts: the host knows them, but for what the device has decided since it was asked last.
 
-    _taken = _missed = _pending = 0
-    _sat_out_changed = False
+    _pending = 0  # steps that the host does not know of yet whether they were taken
+    _absent_changed = False
 
     def _settle(self) -> None:
         """Ask the device how many of the last steps it took."""
         if self._pending and self._tables is not None:
             with self._lock:
                 missed = int(self._read(self._tables.missed)[0])
-                self._taken += self._pending - missed
-                self._missed += missed
+                self._counts.steps += self._pending - missed
+                self._counts.skipped_steps += missed
                 self._pending = 0
                 kernels.launch(kernels.fill, 1, 1, self._stream, self._tables.missed, 0)
 
@@ -287,34 +281,30 @@ class CudaRMSProp(RMSProp):
     def steps(self) -> int:
         """Steps taken. With nonfinite="skip" the device is asked, which waits for it."""
         self._settle()
-        return self._taken
+        return self._counts.steps
 
     @steps.setter
     def steps(self, value: int) -> None:
         self._settle()
-        self._taken = value
+        self._counts.steps = value
 
     @property
     def skipped_steps(self) -> int:
         """Steps not taken, with nonfinite="skip". The device is asked, which waits for it."""
         self._settle()
-        return self._missed
+        return self._counts.skipped_steps
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
         self._settle()
-        self._missed = value
+        self._counts.skipped_steps = value
 
     @property
     def _skipped(self) -> NDArray[np.int64]:
-        if self._sat_out_changed and self._tables is not None:
-            self._sat_out[self._tables.order] = self._read(self._tables.sat_out)
-            self._sat_out_changed = False
-        return self._sat_out
-
-    @_skipped.setter
-    def _skipped(self, value: NDArray[np.int64]) -> None:
-        self._sat_out = value
+        if self._absent_changed and self._tables is not None:
+            self._counts.absent[self._tables.order] = self._read(self._tables.sat_out)
+            self._absent_changed = False
+        return self._counts.absent
 
     # What users set and call.
 
@@ -356,9 +346,9 @@ class CudaRMSProp(RMSProp):
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             self._settle()
-            self._sat_out = self._skipped
+            self._counts.absent = self._skipped
             state = {name: value for name, value in super().__getstate__().items() if name not in _DERIVED}
-            return state | {"buffers": {name: self._on_device(name).to_host() for name in self.buffers}}
+            return state | {"_buffers": {name: self._on_device(name).to_host() for name in self.buffers}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _require()
@@ -373,20 +363,22 @@ class CudaRMSProp(RMSProp):
                 "step: this process was forked from one that used the GPU, which CUDA does not allow; start processes "
                 'with the method "spawn", and load a checkpoint there'
             )
+        # First what may call functions of the user's, which may set options: rates, mappings, arrays.
+        rates = self._scheduled_rates()
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
-        self._refuse_replaced(from_buffer)
         items: tuple[Any, ...] = () if from_buffer else grads.layout.flatten(gradients, "gradients")
         found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
+        if self._taken is not self._version:
+            self._take_options()
+        self._refuse_replaced(from_buffer)
         tables = self._prepare_tables()
-        scheduled = any(callable(group["lr"]) for group in self.param_groups)
-        if self._changed or scheduled:
-            rates = self._rates()
+        if self._changed or rates:
             for run in self._device_runs:
-                run.set_hyper(rates[run.group_number])
+                run.set_hyper(self._rate_of(run, rates))
             self._changed = False
         if self._corrects:
-            tables.correct_up_to(self._taken + self._pending + 1, self._stream)
+            tables.correct_up_to(self._counts.steps + self._pending + 1, self._stream)
 
         for handle in found.streams:
             let_wait(self._stream, handle, True)
@@ -396,19 +388,21 @@ class CudaRMSProp(RMSProp):
             self._measure()
         if self._nonfinite == "raise":
             self._raise_if_not_finite(found, items)
+        self._counts.writing = True  # until the step was counted
         self._update(found)
         for handle in found.streams:  # whose memory may be written again, but not before it has been read
             let_wait(self._stream, handle, False)
 
         absent = found.sources == kernels.ABSENT
         if self._counts_there:
-            self._sat_out_changed |= bool(absent.any())
+            self._absent_changed |= bool(absent.any())
         elif absent.any():
-            self._sat_out[absent] += 1
+            self._counts.absent[absent] += 1
         if self._nonfinite == "skip":
             self._pending += 1
         else:
-            self._taken += 1
+            self._counts.steps += 1
+        self._counts.writing = False
         return self._params.views
 
     @property
@@ -428,9 +422,9 @@ class CudaRMSProp(RMSProp):
                 self._settle()
             counts = self._corrects or self._nonfinite == "skip"
             if counts and not self._counts_there:
-                tables.sat_out.copy_to_device(self._sat_out[tables.order], stream=self._stream)
+                tables.sat_out.copy_to_device(self._counts.absent[tables.order], stream=self._stream)
             elif self._counts_there and not counts:
-                self._sat_out = self._skipped
+                self._counts.absent = self._skipped
             self._counts_there = counts
             tables.set_options(self._device_runs, self._stream)
         return tables
@@ -520,7 +514,7 @@ class CudaRMSProp(RMSProp):
             kernels.launch(
                 kernels.decide, 1, kernels.THREADS, self._stream, tables.sources.array, tables.norms, tables.finite,
                 guarded, tables.limits.array, limit, tables.signs.array, tables.rows.array, tables.corrections_there,
-                self._taken + self._pending, tables.sat_out, tables.missed, tables.factors, tables.go,
+                self._counts.steps + self._pending, tables.sat_out, tables.missed, tables.factors, tables.go,
             )  # fmt: skip
         for run in self._device_runs:
             if not run.chunks:
@@ -546,7 +540,7 @@ CudaRMSProp.__new__.__signature__ = inspect.signature(CudaRMSProp.__init__)  # t
 # What `_connect` makes, and pickles leave out: a copy works on the default stream.
 _DERIVED = (
     "_stream", "_finder", "_pinned", "_tables", "_counts_there", "_pending", "_written", "_changed", "_forked",
-    "_clips", "_corrects", "_sat_out_changed",
+    "_clips", "_corrects", "_absent_changed",
 )  # fmt: skip
 
 

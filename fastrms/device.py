@@ -103,9 +103,7 @@ class DeviceBuffer(FlatBuffer):
             for leaf, dtype in ((leaf, layout.dtype_of(leaf)) for leaf in layout.leaves)
         )
         self.views = layout.structure(self.leaves)
-        single = self.views is self.leaves[0]
-        self.watched = None if single else self.views
-        self.kept = None if single else layout.structure(self.leaves)
+        self._watch()
         self.use(stream)
 
     def _part(self, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Any:
@@ -178,6 +176,13 @@ class DeviceBuffer(FlatBuffer):
         for segment, theirs in zip(buffer.segments, host.segments, strict=True):
             buffer.write(segment, theirs)
         return buffer
+
+    def _has(self, item: Any) -> bool:
+        interface = kernels.interface_of(item)
+        if interface is None or not math.prod(interface["shape"]):
+            return interface is not None
+        low, high = self.span
+        return bool(low <= interface["data"][0] < high)
 
     def problems(self, name: str) -> list[str]:
         """As `FlatBuffer.problems`; the arrays of Numba do not change their shape."""

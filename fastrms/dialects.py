@@ -1,13 +1,14 @@
 """The RMSProp of other projects in terms of this one's options: their argument names, defaults and conventions."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from fastrms.errors import OptionError
 
-__all__ = ["DIALECTS", "dialect"]
+__all__ = ["DIALECTS", "dialect", "meant"]
 
 
 @dataclass(frozen=True)
@@ -178,3 +179,32 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
         # Ignored there without momentum; here it is an error, which someone bringing their settings has no use for.
         options.pop("nesterov", None)
     return options
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Say which option somebody may have meant who wrote an unknown name.
+
+    Parameters
+    ----------
+    name : str
+        The unknown name.
+    known : iterable of str
+        The names of the options.
+
+    Returns
+    -------
+    text : str
+        The option of that meaning, with the projects that call it `name`; or the nearest name; or all names.
+    """
+    projects = [project for project, peer in DIALECTS.items() if name in peer.names]
+    projects.sort(key=("torch", "keras", "optax", *DIALECTS).index)  # the best known first
+    if projects:
+        options = dict.fromkeys(repr(DIALECTS[project].names[name]) for project in projects)
+        return (
+            f"expected {' or '.join(options)}, which {', '.join(projects)} call{'s' * (len(projects) == 1)} {name!r}; "
+            f"fastrms.dialect({projects[0]!r}, {name}=...) takes the names of {projects[0]}"
+        )
+    names = list(known)
+    if near := difflib.get_close_matches(str(name), names, 1, 0.7):
+        return f"did you mean {near[0]!r}? The options are {', '.join(names)}"
+    return f"the options are {', '.join(names)}"

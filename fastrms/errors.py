@@ -4,7 +4,7 @@ Each is also the builtin exception that a NumPy user would expect (`ValueError` 
 catches those keeps working. Every message names the argument, what was expected and what came.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,27 @@ __all__ = [
     "OptionError",
     "OptionTypeError",
     "RankError",
+    "StepInProgressError",
     "StorageError",
     "StructureError",
+    "call_all",
 ]
+
+
+def call_all(functions: Iterable[Callable[[], object]]) -> None:
+    """Call all functions, also where one raises; what was raised comes out in the end."""
+    errors: list[BaseException] = []
+    for function in functions:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        # What Python prints of an error at exit is this text alone.
+        texts = "; ".join(f"{type(error).__name__}: {error}" for error in errors)
+        raise BaseExceptionGroup(f"{len(errors)} errors, one after another: {texts}", errors)
 
 
 class FastrmsError(Exception):
@@ -50,6 +68,10 @@ class CheckpointError(FastrmsError, ValueError):
 
 class DeviceError(FastrmsError, RuntimeError):
     """A GPU was asked for, and there is none that can be used here; the message says what is missing."""
+
+
+class StepInProgressError(FastrmsError, RuntimeError):
+    """A call came from within a step, by a signal handler or by a function that the step calls; nothing was changed."""
 
 
 class RankError(FastrmsError, RuntimeError):

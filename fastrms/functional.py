@@ -93,5 +93,5 @@ def warmup(
     for dtype in dtypes:
         for kernel in kernels:
             optimizer = RMSProp([np.zeros(1, dtype)], **(options | {"kernel": kernel}))
+            optimizer.step()  # with the zeros in `grads`: after step(gradients) its contents are not defined
             optimizer.step([np.zeros(1, dtype)])
-            optimizer.step()

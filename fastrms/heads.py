@@ -1,17 +1,38 @@
 """What a checkpoint or a storage says of an optimizer beside its arrays: structure, dtypes, options, counts."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.archives import Kind
-from fastrms.errors import CheckpointError, FastrmsError
-from fastrms.options import NONFINITE, check_cache_dtype, check_one_of, check_option
+from fastrms.buffers import Layout
+from fastrms.errors import CheckpointError, FastrmsError, StructureError
+from fastrms.options import (
+    NONFINITE,
+    ParamGroup,
+    check_cache_dtype,
+    check_one_of,
+    check_option,
+    parameter_groups,
+)
 
-__all__ = ["VERSION", "check_head", "decode", "encode", "head_of", "kind_of", "params_of"]
+__all__ = [
+    "MOST_STEPS",
+    "VERSION",
+    "check_head",
+    "check_keys",
+    "check_skipped",
+    "encode",
+    "get_lr",
+    "groups_of",
+    "head_of",
+    "kind_of",
+    "params_of",
+]
 
 Array = NDArray[Any]
 _Optimizer = Any  # an RMSProp, which imports this file
@@ -22,10 +43,17 @@ VERSION = 1
 _FORMAT = "fastrms.RMSProp"
 _MOST_DIMENSIONS = 64  # of NumPy
 
+# No run takes more steps: at one a microsecond it would take 285 years. float64, as which others count, has them all.
+MOST_STEPS = 2**53
+
 
 def head_of(opt: _Optimizer) -> dict[str, Any]:
     """All but the arrays: what JSON can hold."""
     layout = opt.buffers["params"].layout
+    try:
+        structure = encode(layout.structure(range(len(layout.leaves))))
+    except StructureError:
+        structure = None  # `load` does without
     return {
         "format": _FORMAT,
         "version": VERSION,
@@ -44,7 +72,7 @@ def head_of(opt: _Optimizer) -> dict[str, Any]:
             for leaf, group in zip(layout.leaves, opt._group_of, strict=True)
         ],
         "grouped": opt._grouped,
-        "structure": encode(layout.structure(range(len(layout.leaves)))),
+        "structure": structure,
     }
 
 
@@ -59,7 +87,7 @@ def check_head(head: Any) -> None:
         newer = "; it needs a newer fastrms" if type(version) is int and version > VERSION else ""
         raise CheckpointError(f"version: expected 1 to {VERSION}, got {version!r}{newer}")
     for name in ("steps", "skipped_steps"):
-        if not _is_count(head.get(name)):
+        if not _is_count(head.get(name)) or head[name] > MOST_STEPS:
             raise CheckpointError(f"{name}: expected a number of steps, got {head.get(name)!r}")
     for name in ("parameters", "param_groups"):
         items = head.get(name)
@@ -78,13 +106,78 @@ def check_head(head: Any) -> None:
         raise CheckpointError(str(error)) from None
 
 
+def check_skipped(skipped: NDArray[np.int64], steps: int) -> None:
+    """Raise CheckpointError unless each parameter can have sat out so many of `steps` steps."""
+    wrong = np.flatnonzero((skipped < 0) | (skipped > steps))
+    if len(wrong):
+        k = wrong[0]
+        raise CheckpointError(
+            f"skipped[{k}]: expected 0 to {steps}, the number of steps, of which a parameter can sit out all at most; "
+            f"got {skipped[k]}"
+        )
+
+
 def params_of(head: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> Any:
-    """Parameters of the structure, shapes and dtypes that a head has, which take no memory, without values."""
+    """Parameters of the structure, shapes and dtypes that a head has, which take no memory, without values.
+
+    An optimizer can be made of them: what it would refuse is a CheckpointError here.
+    """
     arrays = _empty_arrays(head["parameters"], kinds)
     try:
-        return decode(head["structure"], arrays)
-    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
+        params = _decode(head["structure"], enumerate(arrays))
+        grouped = isinstance(params, list) if head["grouped"] else parameter_groups(params) is not None
+        if grouped != head["grouped"]:
+            raise ValueError("a list of groups where none is expected, or none where one is")
+        paths = [leaf.path for leaf in Layout(params, "params").leaves]
+        check_cache_dtype(head["cache_dtype"], {array.dtype for array in arrays})
+    except (FastrmsError, KeyError, IndexError, TypeError, ValueError, RecursionError):
         raise CheckpointError("structure: cannot be rebuilt; make an RMSProp and use load()") from None
+    if paths != [parameter.get("path") for parameter in head["parameters"]]:
+        raise CheckpointError("structure and parameters do not fit together; make an RMSProp and use load()")
+    if (count := len(params) if grouped else 1) != len(head["param_groups"]):
+        raise CheckpointError(f"param_groups: expected {count}, got {len(head['param_groups'])}")
+    return params
+
+
+def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool]:
+    """Which groups of a head get the rate `lr`: those whose own could not be saved, or all where all could.
+
+    Parameters
+    ----------
+    groups : sequence of mapping
+        The options of each.
+    lr : float, callable or None
+        None for none.
+    call : str
+        What an error message says to call.
+
+    Raises
+    ------
+    CheckpointError
+        A rate is missing, and `lr` is None.
+    """
+    missing = [group.get("lr") is None for group in groups]
+    if lr is None and any(missing):
+        raise CheckpointError(f"lr: it was a function, which no file holds; give it: {call}(path, lr=...)")
+    return missing if any(missing) else [lr is not None] * len(groups)
+
+
+def groups_of(head: Mapping[str, Any], dtypes: Sequence[set[np.dtype[Any]]], lr: Sequence[Any]) -> list[ParamGroup]:
+    """The groups of a head, of parameters of these dtypes, with checked options, and the rate `lr` where not None.
+
+    Raises
+    ------
+    CheckpointError
+        An option is unknown or out of range.
+    """
+    groups = []
+    for number, options in enumerate(head["param_groups"]):
+        values = dict(options) | ({} if lr[number] is None else {"lr": lr[number]})
+        try:
+            groups.append(ParamGroup(values, f"param_groups[{number}]", dtypes[number], head["cache_dtype"]))
+        except (FastrmsError, TypeError) as error:
+            raise CheckpointError(str(error)) from None
+    return groups
 
 
 def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind] | None) -> list[Array]:
@@ -108,24 +201,54 @@ def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind]
 
 
 def encode(tree: Any) -> Any:
-    """A nesting of dicts, lists and tuples as one of lists that JSON can hold; None where keys are of other kinds."""
+    """A nesting of dicts, lists and tuples as one of lists that JSON can hold; a namedtuple comes back as a tuple.
+
+    Raises
+    ------
+    StructureError
+        A dict has a key that would come back as another: only None and Python's own types of text and numbers come
+        back, and NaN does not, as two of it are not the same key.
+    """
     if isinstance(tree, dict):
-        if not all(key is None or isinstance(key, str | int | float) for key in tree):
-            return None
+        for key in tree:
+            if not (key is None or type(key) in (str, int, float, bool)) or key != key:
+                kind = "" if key != key else f" ({type(key).__name__})"
+                raise StructureError(f"expected dicts whose keys are None, str, int, float or bool, got {key!r}{kind}")
         return ["dict", [[key, encode(item)] for key, item in tree.items()]]
     if isinstance(tree, list | tuple):
         return ["list" if isinstance(tree, list) else "tuple", [encode(item) for item in tree]]
     return tree
 
 
-def decode(code: Any, leaves: Sequence[Any]) -> Any:
-    """The nesting that `encode` was given, with `leaves` for their numbers."""
-    if isinstance(code, int):
-        return leaves[code]
+def check_keys(tree: Any) -> None:
+    """Raise CheckpointError if a dict has a key whose text, by which a file knows it, is another in each process."""
+    if isinstance(tree, dict):
+        for key, item in tree.items():
+            if type(key) is not str and re.search(" at 0x[0-9a-fA-F]+", repr(key)):
+                raise CheckpointError(
+                    "params: expected keys whose repr, by which load() finds them, is the same in all processes; got "
+                    f"{key!r}"
+                )
+            check_keys(item)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            check_keys(item)
+
+
+def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:
+    """The nesting that `encode` was given, with `leaves` for their numbers, which come one after another."""
+    if type(code) is int:
+        number, leaf = next(leaves, (None, None))
+        if number != code:
+            raise ValueError(f"expected leaf {number}, got {code}")
+        return leaf
     kind, items = code
     if kind == "dict":
-        return {key: decode(item, leaves) for key, item in items}
-    return {"list": list, "tuple": tuple}[kind](decode(item, leaves) for item in items)
+        decoded = {key: _decode(item, leaves) for key, item in items}
+        if len(decoded) != len(items):
+            raise ValueError("expected each key once")
+        return decoded
+    return {"list": list, "tuple": tuple}[kind]([_decode(item, leaves) for item in items])
 
 
 def _is_count(value: Any) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastrms.dialects import DIALECTS, dialect
 from fastrms.errors import CheckpointError, OptionError
+from fastrms.heads import MOST_STEPS
 from fastrms.kernels.reference import from_bfloat16, to_bfloat16
 from fastrms.optimizer import RMSProp
 from fastrms.options import GROUP_DEFAULTS, parameter_groups, resolve_lr
@@ -136,10 +137,14 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
         torch = importlib.import_module("torch")
     except ImportError:
         raise ImportError("torch is not installed; install with: python -m pip install torch") from None
-    with optimizer._lock:
+    with optimizer._between_steps("to_torch", changes=False):
         groups = [_arguments(optimizer, k, "torch") for k in range(len(optimizer.param_groups))]
         steps = optimizer.steps - optimizer._skipped
-        state: dict[int, dict[str, Any]] = {i: {"step": torch.tensor(float(n))} for i, n in enumerate(steps)}
+        # As torch counts. In float16, which may be its default, counting would stop at 2,048.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        state: dict[int, dict[str, Any]] = {
+            i: {"step": torch.tensor(float(n), dtype=dtype)} for i, n in enumerate(steps)
+        }
         for name, theirs in _TORCH.items():
             for i, array in enumerate(_take(optimizer, name, lr_in_momentum=False)):
                 if array is not None:
@@ -272,7 +277,7 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     >>> config["learning_rate"], sorted(variables)
     (0.5, ['0', '1', '2'])
     """
-    with optimizer._lock:
+    with optimizer._between_steps("to_keras", changes=False):
         configs = [_arguments(optimizer, k, "keras") for k in range(len(optimizer.param_groups))]
         config = configs[0]
         for argument, value in config.items():
@@ -405,7 +410,7 @@ def _number(name: str, value: Any) -> Any:
 
 def _count(name: str, value: Any) -> int:
     number = _number(name, value)
-    if not isinstance(number, int | float) or not 0 <= number < 2**63 or number != int(number):
+    if not isinstance(number, int | float) or not 0 <= number <= MOST_STEPS or number != int(number):
         raise CheckpointError(f"{name}: expected a number of steps, got {number!r}")
     return int(number)
 

@@ -1,7 +1,9 @@
 """Buffers and norms of arrays that are files, mapped into memory, whose pages are given back when they were used."""
 
+import errno
 import mmap
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fastrms.buffers import FlatBuffer
 from fastrms.errors import StorageError
 from fastrms.kernels.norms import CHUNK, SpanNorms
 
-__all__ = ["PART_BYTES", "MappedFile", "PartNorms", "StoredBuffer"]
+__all__ = ["PART_BYTES", "MappedFile", "PartNorms", "StoredBuffer", "open_own"]
 
 Array = NDArray[Any]
 _Storage = Any  # a `fastrms.storage.Storage`, which imports this file
@@ -24,6 +26,43 @@ _Storage = Any  # a `fastrms.storage.Storage`, which imports this file
 PART_BYTES = 1 << 20
 
 
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of a folder of our own, and return its descriptor.
+
+    Raises
+    ------
+    StorageError
+        It is a link, or has another name elsewhere (a hard link), so that another folder could have the same data.
+    OSError
+        It cannot be opened, or is to be written and is read-only.
+    """
+    if path.is_symlink():
+        raise StorageError(f"{path}: expected a file of this folder, got a link to another place")
+    # Not to wait for the other end of a pipe: O_NONBLOCK, which files do not heed.
+    own = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags | own, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # it has become a link meanwhile
+            raise StorageError(f"{path}: expected a file of this folder, got a link to another place") from None
+        raise
+    about = os.fstat(descriptor)
+    try:
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+            raise StorageError(
+                f"{path}: expected a file of this folder alone, got one that is also elsewhere (a hard link), or no "
+                "ordinary file; copy it, and put the copy in its place"
+            )
+        # The superuser may write to all files, and means a file without any such bit to stay.
+        if flags & os.O_RDWR and not flags & os.O_EXCL and not about.st_mode & 0o222:
+            message = "expected a file that can be written, got one that is read-only"
+            raise PermissionError(errno.EACCES, message, str(path))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 class MappedFile:
     """A file of a fixed size, mapped into memory. The mapping lives as long as an array that shows it.
 
@@ -33,18 +72,28 @@ class MappedFile:
     nbytes : int
         Its size, if it is to be made; otherwise what it has to be.
     new : bool
-        Whether it is to be made.
+        Whether it is to be made: whole, or after an error not at all. What an earlier process has left half made is
+        replaced.
     """
 
     def __init__(self, path: Path, nbytes: int, new: bool) -> None:
         self.path = path
         size = max(nbytes, mmap.PAGESIZE)  # nothing cannot be mapped
-        with path.open("wb+" if new else "rb+") as stream:
+        if new:
+            path.unlink(missing_ok=True)
+        descriptor = open_own(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL) * new)
+        try:
             if new:
-                _reserve(stream.fileno(), size, path)
-            elif (found := os.fstat(stream.fileno()).st_size) != size:
+                _reserve(descriptor, size, path)
+            elif (found := os.fstat(descriptor).st_size) != size:
                 raise StorageError(f"{path}: expected {size:,} bytes, got {found:,}: the file is damaged")
-            self.map = mmap.mmap(stream.fileno(), size)
+            self.map = mmap.mmap(descriptor, size)
+        except BaseException:
+            if new:
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
         self.memory: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
         self._start = self.memory.ctypes.data
 
@@ -75,6 +124,7 @@ class StoredBuffer(FlatBuffer):
     """A `FlatBuffer` whose memory is a file."""
 
     storage: _Storage
+    _set_once = FlatBuffer._set_once | {"storage"}
 
     def store(self, arrays: Any) -> None:
         """As `FlatBuffer.store`, and the pages are given back in between."""

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fastrms.attributes import checked, option_of_all_groups, views
+from fastrms.attributes import checked, option_of_all_groups, refuse_unknown, views
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.checkpoints import Checkpointed
 from fastrms.errors import DeviceError, DtypeError, OptionError, StorageError
@@ -18,6 +18,7 @@ from fastrms.options import (
     NONFINITE,
     LearningRate,
     ParamGroup,
+    ParamGroups,
     check_cache_dtype,
     check_one_of,
     check_option,
@@ -25,7 +26,7 @@ from fastrms.options import (
     parameter_groups,
 )
 from fastrms.overlap import refuse_overlap
-from fastrms.stepping import Stepping
+from fastrms.stepping import Counts, Stepping
 from fastrms.storage import Storage, Stored, check_storage
 
 __all__ = ["RMSProp"]
@@ -149,8 +150,9 @@ class RMSProp(Stepping, Checkpointed, Stored):
     >>> opt = RMSProp([np.array([1.0, 2.0]), np.array(3.0)], lr=0.1)
     >>> opt.step([np.array([0.5, -0.5]), np.array(0.0)])
     [array([0.68377225, 2.31622775]), array(3.)]
-    >>> opt.grads[0][...] = 0.0
-    >>> _ = opt.step()
+    >>> opt.grads[0][...], opt.grads[1][...] = [0.5, -0.5], 0.0
+    >>> opt.step()
+    [array([0.45435653, 2.54564347]), array(3.)]
     """
 
     def __new__(cls, *args: Any, kernel: Any = "auto", **options: Any) -> Self:
@@ -163,6 +165,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
                     f'kernel: expected a GPU for "cuda", but the package numba-cuda cannot be imported ({error}); '
                     'install with: python -m pip install "fastrms[cuda]"'
                 ) from None
+        refuse_unknown(cls, options)
         return super().__new__(cls)
 
     def __init__(
@@ -233,24 +236,25 @@ class RMSProp(Stepping, Checkpointed, Stored):
         # With groups, the outermost list of the structure is the list of groups.
         sizes = layout.child_sizes() if self._grouped else [len(layout.leaves)]
         self._group_of = np.repeat(np.arange(len(sizes)), sizes)
-        self.param_groups: list[ParamGroup] = []
+        made = []
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
         for number, group in enumerate(groups or [{}]):
             own = {name: value for name, value in group.items() if name != "params"}
-            dtypes = {layout.dtype_of(layout.leaves[i]) for i in np.flatnonzero(self._group_of == number)}
-            self.param_groups.append(ParamGroup(defaults | own, f"param_groups[{number}]", dtypes, self._cache_dtype))
+            dtypes = {layout.dtype_of(leaf) for leaf in layout.leaves[bounds[number] : bounds[number + 1]]}
+            made.append(ParamGroup(defaults | own, f"param_groups[{number}]", dtypes, self._cache_dtype))
+        self._param_groups = ParamGroups(made)
 
-        self.buffers: dict[str, FlatBuffer] = {}
-        self.steps = self.skipped_steps = 0
-        self._skipped = np.zeros(len(layout.leaves), np.int64)  # steps that each parameter sat out
+        self._buffers: dict[str, FlatBuffer] = {}
+        self._counts = Counts(len(layout.leaves))
         self._storage = None if storage is None else Storage.of(storage, layout)
         if values is not None:
-            self.buffers = {"params": values, "grads": values.like()}
+            self._buffers = {"params": values, "grads": values.like()}
             self._start_state()
             self._connect()
         elif self._storage is not None:
             with self._storage.making(self, layout) as reopened:
                 if not reopened:
-                    self.buffers["params"].gather(arrays, "params")
+                    self._buffers["params"].gather(arrays, "params")
                     self._start_state()
                 self._connect()
 
@@ -263,9 +267,27 @@ class RMSProp(Stepping, Checkpointed, Stored):
     cache: Any = views("cache", "The running mean of squared gradients, v in the equations.")
     momentum_buffer: Any = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
     grad_avg: Any = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
+
     lr: Any = option_of_all_groups("lr", "Learning rate, or the function that gives it.")
     decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
     epsilon: Any = option_of_all_groups("epsilon", "Constant added to the denominator.")
+    momentum: Any = option_of_all_groups("momentum", "Decay rate of the momentum buffer, or 0.")
+    nesterov: Any = option_of_all_groups("nesterov", "Whether a step looks ahead along the momentum buffer.")
+    centered: Any = option_of_all_groups("centered", "Whether the variance takes the place of the mean square.")
+    weight_decay: Any = option_of_all_groups("weight_decay", "Coefficient of weight decay.")
+    decoupled_weight_decay: Any = option_of_all_groups(
+        "decoupled_weight_decay", "Whether weight decay is taken off the parameter instead of added to the gradient."
+    )
+    maximize: Any = option_of_all_groups("maximize", "Whether steps climb.")
+    eps_in_sqrt: Any = option_of_all_groups("eps_in_sqrt", "Whether epsilon is added under the root.")
+    initial_scale: Any = option_of_all_groups("initial_scale", "What the cache started from; it cannot change later.")
+    bias_correction: Any = option_of_all_groups("bias_correction", "Whether the start of the cache is corrected for.")
+    lr_in_momentum: Any = option_of_all_groups(
+        "lr_in_momentum", "Whether the learning rate is applied ahead of the momentum buffer."
+    )
+    clip_value: Any = option_of_all_groups("clip_value", "Bound on each gradient element, or None.")
+    clip_norm: Any = option_of_all_groups("clip_norm", "Bound on the norm of each parameter's gradient, or None.")
+    flush_subnormals: Any = option_of_all_groups("flush_subnormals", "Whether subnormal numbers count as 0.")
 
     global_clip_norm: Any = checked(
         "global_clip_norm",
@@ -330,10 +352,13 @@ class RMSProp(Stepping, Checkpointed, Stored):
         All errors come before the first write to parameters and state.
         """
         with self._lock:
-            if self._num_threads is None or not self._uses_threads:
-                return self._step(gradients)
-            with choice.limit_threads(self._num_threads):
-                return self._step(gradients)
+            if self._turn.locked():
+                self._admit("step", changes=True)
+            with self._turn:
+                if self._num_threads is None or not self._uses_threads:
+                    return self._step(gradients)
+                with choice.limit_threads(self._num_threads):
+                    return self._step(gradients)
 
     def _start_state(self) -> None:
         self.buffers["cache"] = self._new_state("cache")
@@ -365,16 +390,42 @@ class RMSProp(Stepping, Checkpointed, Stored):
                 lines.append(f"{what}: {self._chooser.kernel}; {self._chooser.reason}")
         return lines
 
-    def check(self) -> list[str]:
+    def check(self, **arrays: Any) -> list[str]:
         """Say what has happened to the views of parameters, gradients and state that should not: one line for each.
+
+        Parameters
+        ----------
+        **arrays : array, or list, tuple or dict of these
+            What your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must show
+            memory of the optimizer's parameters. One does not that was copied (a copy or a pickle of an object that
+            holds views beside the optimizer has arrays of its own), or that was bound anew, as by ``W1 = W1 * 2``.
 
         Returns
         -------
         problems : list of str
             Empty if every item of `params`, `grads` and so on is the view that was there at first, and shows its part
             of the buffer. (A step looks for replaced items of `params`, and of `grads` where it uses them, and raises.)
+
+        Examples
+        --------
+        >>> import copy
+        >>> import numpy as np
+        >>> from fastrms import RMSProp
+        >>> opt = RMSProp([np.ones(2)])
+        >>> (w,) = opt.params
+        >>> opt.check(w=w)
+        []
+        >>> copied_w, copied = copy.deepcopy((w, opt))
+        >>> copied.check(w=copied_w)
+        ['w: expected a view of the parameters, got something with memory of its own; take it anew from params']
+        >>> (copied_w,) = copied.params
         """
-        return [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
+        problems = [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
+        return problems + [
+            f"{path}: expected a view of the parameters, got something with memory of its own; take it anew from params"
+            for name, tree in arrays.items()
+            for path in self._params.foreign(tree, name)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         if self._storage is not None:  # a copy would be in memory, for which this one may well be too large
@@ -386,11 +437,20 @@ class RMSProp(Stepping, Checkpointed, Stored):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self._num_threads is not None:  # no bit depends on it, and a worker process may have fewer
+            self._num_threads = min(self._num_threads, choice.max_threads())
         self._connect()
 
-    def __copy__(self) -> "RMSProp":
+    def __copy__(self) -> Self:
         # A shallow copy would step the same memory with a count of steps of its own.
         return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self._between_steps("copy", changes=False):
+            other = object.__new__(type(self))
+            memo[id(self)] = other
+            other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return other
 
     def __repr__(self) -> str:
         buffer = self.buffers["params"]
@@ -402,6 +462,6 @@ RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ign
 
 # What `_connect` makes, and pickles and copies leave out.
 _DERIVED = (
-    "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_zero_copy",
-    "_chooser", "_uses_threads",
+    "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_turn",
+    "_zero_copy", "_chooser", "_uses_threads", "_version", "_taken", "_scheduled", "_compiled",
 )  # fmt: skip

@@ -5,10 +5,11 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cache
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from fastrms.dialects import meant
 from fastrms.errors import OptionError, OptionTypeError, StructureError
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "HYPER_FIELDS",
     "NONFINITE",
     "ParamGroup",
+    "ParamGroups",
     "check_cache_dtype",
     "check_for_dtype",
     "check_one_of",
@@ -201,19 +203,46 @@ class ParamGroup(MutableMapping[str, Any]):
         self._label = label
         self._cache_dtype = cache_dtype
         self.dtypes = dtypes
-        self._values: dict[str, Any] = {}
         self._params: Any = None
-        self._changed: weakref.WeakMethod[Callable[[], None]] | None = None
-        for name in options:
-            if name not in GROUP_DEFAULTS:
-                raise OptionError(f"{label}: {name!r} is no option of a parameter group; {_known()}")
-        self._values = self._checked(GROUP_DEFAULTS | dict(options), *GROUP_DEFAULTS)
+        self._optimizer: Callable[[], Any] = _none
+        self._values: dict[str, Any] = {}
+        self._values = self.with_changes(GROUP_DEFAULTS | dict(options))
 
-    def _checked(self, values: dict[str, Any], *names: str) -> dict[str, Any]:
-        """The values, of which those with these names are new."""
-        checked = values | {name: check_option(name, values[name]) for name in names}
+    def with_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Check new values of options, together with those that stay, and return all options; nothing is set.
+
+        Parameters
+        ----------
+        changes : mapping of str to option
+            New values by name.
+
+        Returns
+        -------
+        values : dict
+            For `take`.
+
+        Raises
+        ------
+        OptionError, OptionTypeError
+            As for the class.
+        """
+        for name, value in changes.items():
+            if name == "params":
+                raise OptionError(
+                    f"{self._label}: 'params' cannot be set; write into them: group['params'][...] = value"
+                )
+            if name not in GROUP_DEFAULTS:
+                raise OptionError(
+                    f"{self._label}: {name!r} is no option of a parameter group; {meant(name, GROUP_DEFAULTS)}"
+                )
+            if name == "initial_scale" and value != self._values.get(name, value):
+                raise OptionError(
+                    f"initial_scale: set at construction only, got {_shown(value)} later; it is what the cache started "
+                    "from. To change the cache now, write to it: opt.cache[0][...] = value"
+                )
+        checked = self._values | {name: check_option(name, value) for name, value in changes.items()}
         for dtype in sorted(self.dtypes, key=str):
-            for name in names:
+            for name in changes:
                 if isinstance(checked[name], float):
                     check_for_dtype(name, checked[name], dtype)
         for name in ("decay_rate", "momentum") if self._cache_dtype == "bfloat16" else ():
@@ -224,50 +253,83 @@ class ParamGroup(MutableMapping[str, Any]):
                 )
         if checked["nesterov"] and checked["momentum"] == 0:
             raise OptionError(
-                "nesterov: True needs momentum > 0, got momentum 0; it looks ahead along the momentum buffer"
+                "nesterov: True needs momentum > 0, got momentum 0; it looks ahead along the momentum buffer. Set both "
+                "at once: group.update(nesterov=True, momentum=0.9)"
             )
         return checked
 
-    def bind(self, params: Any, changed: Callable[[], None]) -> None:
-        """Connect the group with its optimizer, which does this itself.
+    def take(self, values: dict[str, Any]) -> None:
+        """Have these options; the optimizer is not told.
 
         Parameters
         ----------
-        params : the structure of the group's parameters
-            What ``group["params"]`` is from now on.
-        changed : method
-            Called after each assignment of an option, as long as what it belongs to lives.
+        values : dict
+            From `with_changes`, of this group or of one with the same dtypes.
         """
-        self._params = params
-        # Not to keep the optimizer, which has this group: its buffers go at once when nobody else has it.
-        self._changed = weakref.WeakMethod(changed)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._params if name == "params" else self._values[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name == "params":
-            raise OptionError(f"{self._label}: 'params' cannot be set; write into them: group['params'][...] = value")
-        if name not in GROUP_DEFAULTS:
-            raise OptionError(f"{self._label}: {name!r} is no option of a parameter group; {_known()}")
-        if name == "initial_scale" and value != self._values[name]:
-            raise OptionError(
-                f"initial_scale: set at construction only, got {_shown(value)} later; it is what the cache started "
-                "from. To change the cache now, write to it: opt.cache[0][...] = value"
-            )
-        self._values = self._checked(self._values | {name: value}, name)
-        if self._changed is not None and (changed := self._changed()) is not None:
-            changed()
+        self._values = values
 
     def take_over(self, other: "ParamGroup") -> None:
-        """Have the options of another group, which were checked when it was made; nobody is told.
+        """Have the options of another group, which were checked when it was made; the optimizer is not told.
 
         Parameters
         ----------
         other : ParamGroup
             Its options are copied.
         """
-        self._values = dict(other._values)
+        self.take(dict(other._values))
+
+    def bind(self, params: Any, optimizer: Any) -> None:
+        """Connect the group with its optimizer, which does this itself.
+
+        Parameters
+        ----------
+        params : the structure of the group's parameters
+            What ``group["params"]`` is from now on.
+        optimizer : RMSProp
+            Changes of options are left to it.
+        """
+        self._params = params
+        # Not to keep the optimizer, which has this group: its buffers go at once when nobody else has it.
+        self._optimizer = weakref.ref(optimizer)
+
+    def update(self, *others: Any, **options: Any) -> None:
+        """Set several options at once, as `dict.update`: all or, after an error, none.
+
+        Parameters
+        ----------
+        *others : mapping or iterable of pairs
+            At most one.
+        **options
+            By name.
+
+        Raises
+        ------
+        OptionError, OptionTypeError
+            As for the class.
+        """
+        changes = dict(*others, **options)
+        optimizer = self._optimizer()
+        if optimizer is None:
+            self.take(self.with_changes(changes))
+        else:
+            optimizer._set_options([(self, changes)])
+
+    def __getitem__(self, name: str) -> Any:
+        return self._params if name == "params" else self._values[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.update({name: value})
+
+    def __ior__(self, other: Any) -> "ParamGroup":
+        self.update(other)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._ATTRIBUTES:
+            raise AttributeError(f"{name}: a parameter group has no such attribute; write group[{name!r}] = value")
+        super().__setattr__(name, value)
+
+    _ATTRIBUTES = frozenset({"_label", "_cache_dtype", "dtypes", "_params", "_optimizer", "_values"})
 
     def __delitem__(self, name: str) -> None:
         raise OptionError(f"{name}: an option cannot be deleted; its default is {GROUP_DEFAULTS.get(name)!r}")
@@ -280,15 +342,34 @@ class ParamGroup(MutableMapping[str, Any]):
         return 1 + len(self._values)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_params": None, "_changed": None}  # the optimizer binds it again
+        return self.__dict__ | {"_params": None, "_optimizer": _none}  # the optimizer binds it again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         changed = ", ".join(f"{k}={v!r}" for k, v in self._values.items() if v != GROUP_DEFAULTS[k] or k == "lr")
         return f"ParamGroup({changed})"
 
 
-def _known() -> str:
-    return "the options are " + ", ".join(GROUP_DEFAULTS)
+class ParamGroups(list[ParamGroup]):
+    """The groups of an optimizer. Their number is fixed: a group that was put in later would never be updated."""
+
+    def _refuse(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise StructureError(
+            "param_groups: expected the groups that the optimizer was made with, got a change of the list; set options "
+            "with param_groups[k][name] = value, and give all groups to the constructor"
+        )
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = _refuse
+    remove = pop = clear = reverse = sort = _refuse
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return ParamGroups, (list(self),)  # by default an empty list, which is appended to
+
+
+def _none() -> None:
+    return None
 
 
 def parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:

@@ -19,6 +19,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,11 +29,11 @@ from numpy.typing import NDArray
 from fastrms import mapped
 from fastrms.archives import replaced
 from fastrms.buffers import Layout
-from fastrms.errors import FastrmsError, OptionTypeError, StorageError, StructureError
-from fastrms.heads import check_head, decode, encode, head_of, params_of
+from fastrms.errors import CheckpointError, FastrmsError, OptionTypeError, StorageError, StructureError, call_all
+from fastrms.heads import MOST_STEPS, check_head, check_skipped, encode, get_lr, groups_of, head_of, params_of
 from fastrms.kernels.norms import SpanNorms
-from fastrms.mapped import MappedFile, PartNorms, StoredBuffer
-from fastrms.options import GROUP_DEFAULTS, check_one_of
+from fastrms.mapped import MappedFile, PartNorms, StoredBuffer, open_own
+from fastrms.options import check_one_of
 
 if sys.platform != "win32":
     import fcntl
@@ -72,6 +73,7 @@ class Storage:
     Attributes
     ----------
     path : Path
+        Where it is, whatever becomes of the current folder and of links that lead there.
     reopened : bool
         Whether the buffers were there before.
     head : dict
@@ -91,13 +93,11 @@ class Storage:
     @classmethod
     def create(cls, path: Path, layout: Layout) -> "Storage":
         """Make the folder, and take it into possession."""
-        numbers = range(len(layout.leaves))
+        path = _real(path)
         try:
-            decode(encode(layout.structure(numbers)), numbers)
-        except TypeError:
-            raise StructureError(
-                "storage: expected dicts whose keys are text or numbers, which a file can hold, got others in params"
-            ) from None
+            encode(layout.structure(range(len(layout.leaves))))
+        except StructureError as error:
+            raise StructureError(f"storage: {error} in params, which a file cannot give back") from None
         new = cls.__new__(cls)
         new._made_folder = _make_folder(path)
         new._start(path, False)
@@ -113,7 +113,8 @@ class Storage:
     def open(cls, path: Path, after_crash: str) -> "Storage":
         """Open what is there; the buffers are mapped when somebody asks for them."""
         old = cls.__new__(cls)
-        if not (path / _HEAD).exists():
+        path = _real(path)
+        if not os.path.lexists(path / _HEAD):
             files = path.is_dir() and any(path.iterdir())
             rest = "; it was not finished: remove it, and make a new one with RMSProp(params, storage=...)"
             raise StorageError(f"{path}: expected a folder with {_HEAD}, got none{rest if files else ''}")
@@ -123,13 +124,18 @@ class Storage:
             old.head = _read_head(path / _HEAD)
             old._map_counts(len(old.head["parameters"]))
             under_way, steps = old.counts[_UNDER_WAY], old.counts[_STEPS]
-            if not old.head["storage"]["clean"] and after_crash == "raise":
+            if old.head["storage"]["clean"]:
+                old._check_counts(old.counts[_SKIPPED:])
+            elif after_crash == "raise":
                 raise StorageError(
                     f"{path}: expected a folder that was closed, got one of a process that ended without: "
                     f"{_WHAT.get(int(under_way), 'it is damaged')}, {steps} steps were finished, "
                     f"{old.head['steps']} when it was flushed last. Parameters and state may be of different steps; "
                     'after_crash="use" takes them as they are'
                 )
+            else:
+                # Of what was written by then, some counts can be newer than others.
+                old._check_counts(np.minimum(old.counts[_SKIPPED:], steps))
         except BaseException:
             old._unlock()
             raise
@@ -152,7 +158,7 @@ class Storage:
             yield self.reopened
             if self.reopened:
                 opt.steps, opt.skipped_steps = int(self.counts[_STEPS]), int(self.counts[_SKIPPED_STEPS])
-                opt._skipped[...] = self.counts[_SKIPPED:]
+                opt._skipped[...] = np.minimum(self.counts[_SKIPPED:], opt.steps)
             else:
                 self._write_head(opt, clean=False)
         except BaseException:
@@ -169,9 +175,8 @@ class Storage:
         self._head_says_open = False  # whether the head on the disk knows all buffers, and that they are in use
 
     def _take_lock(self, flags: int) -> None:
-        path = self.path / _LOCK
         try:
-            self._lock = os.open(path, os.O_RDWR | flags, 0o666)
+            self._lock = open_own(self.path / _LOCK, os.O_RDWR | flags)
             if sys.platform != "win32":
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (FileExistsError, BlockingIOError):
@@ -193,6 +198,17 @@ class Storage:
         nbytes = 8 * (_SKIPPED + parameters)
         self._counts_file = MappedFile(self.path / _COUNTS, nbytes, not self.reopened)
         self.counts: NDArray[np.int64] = self._counts_file.memory[:nbytes].view(np.int64)
+
+    def _check_counts(self, skipped: NDArray[np.int64]) -> None:
+        """Raise StorageError where the file has counts that no run can have."""
+        where = self.path / _COUNTS
+        for name, count in (("steps", self.counts[_STEPS]), ("skipped_steps", self.counts[_SKIPPED_STEPS])):
+            if not 0 <= count <= MOST_STEPS:
+                raise StorageError(f"{where}: {name}: expected a number of steps, got {count}: the file is damaged")
+        try:
+            check_skipped(skipped, int(self.counts[_STEPS]))
+        except CheckpointError as error:
+            raise StorageError(f"{where}: {error}: the file is damaged") from None
 
     @property
     def names(self) -> list[str]:
@@ -232,33 +248,40 @@ class Storage:
         self.counts[_UNDER_WAY] = what
         self._interrupted = True
 
-    def end(self, opt: _Optimizer, steps: int) -> None:
+    def end(self, opt: _Optimizer) -> None:
         """Note that it is done, and how many steps there are now."""
         self.counts[_SKIPPED:] = opt._skipped
         self.counts[_SKIPPED_STEPS] = opt.skipped_steps
-        self.counts[_STEPS] = steps
+        self.counts[_STEPS] = opt.steps
         self.counts[_UNDER_WAY] = _NOTHING
         self._interrupted = False
+
+    def note_skipped(self, opt: _Optimizer) -> None:
+        """Note a step that was not taken, which neither begins nor ends anything."""
+        if not self._head_says_open:
+            self._write_head(opt, clean=False)
+        self.counts[_SKIPPED_STEPS] = opt.skipped_steps
 
     @contextlib.contextmanager
     def loading(self, opt: _Optimizer) -> Iterator[None]:
         """Around all writes of a load."""
         self.begin(opt, _LOAD)
         yield
-        self.end(opt, opt.steps)
+        self.end(opt)
         self._write_head(opt, clean=False)  # options are others now
 
     def flush(self, opt: _Optimizer) -> None:
         """Write all to the disk, and then that it is there. Gradients are no state, and are left to the system."""
         self.check_open()
-        for name, file in self._files.items():
-            if name != "grads":
-                file.map.flush()
-                self.release(file.memory)
+        call_all([partial(self._write_out, file) for name, file in self._files.items() if name != "grads"])
         if not self._interrupted:
-            self.end(opt, opt.steps)
+            self.end(opt)
         self._counts_file.map.flush()
         self._write_head(opt, clean=not self._interrupted)
+
+    def _write_out(self, file: MappedFile) -> None:
+        file.map.flush()
+        self.release(file.memory)
 
     def close(self, opt: _Optimizer) -> None:
         """Flush, and let others have it; views live on, and can be read."""
@@ -284,10 +307,11 @@ class Storage:
             self._unlock()
 
     def discard(self) -> None:
-        """Remove what was made, after an error."""
+        """Remove what was made, after an error; what cannot be removed is left, and does not hide that error."""
         if not self.reopened:
             for name in [*(f"{name}.bin" for name in _BUFFERS), _COUNTS, _HEAD, _LOCK]:
-                (self.path / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    (self.path / name).unlink()
             if self._made_folder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
@@ -334,12 +358,12 @@ class Storage:
         """What tells the norm of each parameter's gradient."""
         return PartNorms(spans, self)
 
-    def step(self, opt: _Optimizer, calls: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
-        """Make the calls of kernels that are a step, in parts."""
+    def in_parts(self, opt: _Optimizer, calls: list[tuple[Any, ...]]) -> Iterator[None]:
+        """Make the calls of kernels that are a step, in parts, one for each item; `end` follows when it was counted."""
         self.begin(opt)
-        for update, arguments in calls:
-            self._call_in_parts(update, *arguments)
-        self.end(opt, opt.steps + 1)
+        for call in calls:
+            self._call_in_parts(*call)
+            yield
 
     def _call_in_parts(
         self,
@@ -381,6 +405,11 @@ class Storage:
                 self.release(array)
 
 
+def _real(path: Path) -> Path:
+    """Where a path leads now; os.chdir(), or a link that is set to another folder, changes that for the path only."""
+    return Path(os.path.realpath(path))
+
+
 def _make_folder(path: Path) -> bool:
     """Make a folder, or find that there is an empty one; whether it was made."""
     try:
@@ -409,7 +438,8 @@ def _make_folder(path: Path) -> bool:
 def _read_head(path: Path) -> Any:
     """The head, after a check of what does not depend on the buffers."""
     try:
-        head = json.loads(path.read_text(encoding="utf-8"))
+        with open(open_own(path, os.O_RDONLY), encoding="utf-8") as stream:
+            head = json.loads(stream.read())
         check_head(head)
         own = head.get("storage")
         if not isinstance(own, dict) or type(own.get("clean")) is not bool or not isinstance(own.get("buffers"), list):
@@ -426,7 +456,7 @@ def _read_head(path: Path) -> Any:
 class Stored:
     """The methods of `fastrms.RMSProp` about its storage."""
 
-    _lock: Any
+    _between_steps: Any
     _storage: Storage | None = None
 
     @property
@@ -451,7 +481,8 @@ class Stored:
         path : str or path-like
             The folder.
         lr : float or callable, optional
-            Instead of what was saved; needed where that was a function, which no file holds.
+            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
+            none, for all groups, instead of what was saved.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None
@@ -476,24 +507,29 @@ class Stored:
         storage = Storage.open(Path(path), after_crash)
         try:
             head, where = storage.head, storage.path / _HEAD
-            groups = [dict(group) for group in head["param_groups"]]
-            if lr is None and any(group.get("lr") is None for group in groups):
-                raise StorageError("lr: it was a function, which no file holds; give it: reopen(path, lr=...)")
-            for group in groups:
-                group["lr"] = group.get("lr") if lr is None else lr
-                if unknown := group.keys() - GROUP_DEFAULTS.keys():
-                    raise StorageError(f"{where}: unknown option {sorted(unknown)[0]!r}")
             try:
                 params = params_of(head, None)
-                parts = params if head["grouped"] else [params]
-                given = [{"params": part, **group} for part, group in zip(parts, groups, strict=True)]
-            except (FastrmsError, ValueError, TypeError) as error:
+                dtypes = [
+                    {np.dtype(parameter["dtype"]) for parameter in head["parameters"] if parameter.get("group") == k}
+                    for k in range(len(head["param_groups"]))
+                ]
+                # Rates that are missing are the caller's to give, and checked as such.
+                groups_of(head, dtypes, [0.0 if group.get("lr") is None else None for group in head["param_groups"]])
+            except CheckpointError as error:
                 raise StorageError(f"{where}: cannot be read: {error}") from None
+            try:
+                new_lr = get_lr(head["param_groups"], lr, "reopen")
+            except CheckpointError as error:
+                raise StorageError(str(error)) from None
+            options = [
+                group | ({"lr": lr} if new else {}) for group, new in zip(head["param_groups"], new_lr, strict=True)
+            ]
             of_all = {name: head[name] for name in ("global_clip_norm", "nonfinite", "cache_dtype")}
-            if not head["grouped"]:
-                of_all |= groups[0]
+            if head["grouped"]:
+                params = [{"params": part} | group for part, group in zip(params, options, strict=True)]
+            else:
+                of_all |= options[0]
             make: Any = cls
-            params = given if head["grouped"] else params
             opt: _Optimizer = make(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
             if head_of(opt)["parameters"] != head["parameters"]:
                 raise StorageError(f"{where}: structure and parameters do not fit together")
@@ -515,7 +551,7 @@ class Stored:
             It cannot be written.
         """
         if self._storage is not None:
-            with self._lock:
+            with self._between_steps("flush", changes=False):
                 self._storage.flush(self)
 
     def close(self) -> None:
@@ -531,7 +567,7 @@ class Stored:
             It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
         """
         if self._storage is not None and self._storage.is_open:
-            with self._lock:
+            with self._between_steps("close"):
                 if self._storage.is_open:  # still, when it is this thread's turn
                     self._storage.close(self)
 
@@ -554,5 +590,4 @@ class Stored:
 
 @atexit.register
 def _close_all() -> None:
-    for optimizer in list(_open):
-        optimizer.close()
+    call_all([optimizer.close for optimizer in _open])

@@ -2,8 +2,54 @@
 
 import numba
 import numpy as np
+import pytest
+
+from fastrms import RMSProp
 
 JIT = not numba.config.DISABLE_JIT
+
+WITHOUT_TORCH = "torch is not installed. To run these tests: python -m pip install torch && python -m pytest -m torch"
+
+
+def need_torch():
+    """Return torch. Where it is not installed, skip the test or the test file that called.
+
+    A test that needs torch has the mark `torch`, and conftest.py calls this. A file that needs torch to be imported
+    calls this itself, and has ``pytestmark = pytest.mark.torch`` too. All skips come from one line with one reason, so
+    that pytest's summary has one line for all of them.
+    """
+    return pytest.importorskip("torch", reason=WITHOUT_TORCH)
+
+
+def undefine_gradients(patch):
+    """Fill `opt.grads` with NaN where its contents are not defined, and raise an error where a step makes NaN of them.
+
+    They are not defined after ``step(gradients)`` and after ``reopen``. `patch` is a `pytest.MonkeyPatch`.
+    """
+    step, reopen = RMSProp.step, RMSProp.reopen
+
+    def fill(opt):
+        for segment in opt.buffers["grads"].segments:
+            segment[...] = np.nan
+
+    def step_and_fill(opt, gradients=None):
+        params = step(opt, gradients)
+        assert all(np.isfinite(segment).all() for segment in opt.buffers["params"].segments), "undefined gradients"
+        if gradients is not None:
+            fill(opt)
+        return params
+
+    def reopen_and_fill(*args, **options):
+        opt = reopen(*args, **options)
+        fill(opt)
+        return opt
+
+    patch.setattr(RMSProp, "step", step_and_fill)
+    patch.setattr(RMSProp, "reopen", reopen_and_fill)
+
+
+# The same for a program in a process of its own.
+UNDEFINE_GRADIENTS = "import helpers, pytest; helpers.undefine_gradients(pytest.MonkeyPatch())"
 
 
 def steps(many):

@@ -4,12 +4,18 @@ Each case is a function here; rank 0 prints "ok CASE" after it. An exception on 
 """
 
 import copy
+import functools
 import gc
 import itertools
 import os
 import pickle
 import re
+import signal
 import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +24,8 @@ from helpers import JIT, assert_same_bits, leaves
 from mpi4py import MPI
 
 import fastrms
-from fastrms import RankError, RMSProp, StructureError
-from fastrms.mpi import ShardedRMSProp, handover, ranks
+from fastrms import RankError, RMSProp, StructureError, mpi
+from fastrms.mpi import handover, ranks
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
@@ -50,6 +56,13 @@ OPTIONS = [
     {"clip_value": 4.0, "clip_norm": 9.0, "global_clip_norm": 11.0, "nonfinite": "raise"},
     {"lr": lambda step: 0.1 / (step + 1), "momentum": 0.5, "lr_in_momentum": True, "nonfinite": "skip"},
 ]
+
+
+class ShardedRMSProp(mpi.ShardedRMSProp):
+    """Which takes sums, unless it is told otherwise: of whole numbers they are exact, in any order and any part."""
+
+    def __init__(self, *args, reduction="sum", **options):
+        super().__init__(*args, reduction=reduction, **options)
 
 
 def params_of(layout, seed=0):
@@ -242,8 +255,8 @@ def large_norms():
 def mean():
     layout = LAYOUTS["odd"]
     params = params_of(layout)
-    opt, alone = ShardedRMSProp(params, reduction="mean", clip_value=1.2), RMSProp(params, clip_value=1.2)
-    assert opt.reduction == "mean"
+    opt, alone = mpi.ShardedRMSProp(params, clip_value=1.2), RMSProp(params, clip_value=1.2)
+    assert opt.reduction == "mean"  # by default
     for step in range(STEPS):
         gradients = gradients_of(layout, step)
         opt.step(gradients[RANK])
@@ -393,6 +406,7 @@ def checkpoints():
         later = ShardedRMSProp(params_of(layout, seed=7), lr=lambda step: 0.5)
         later.load(folder / f"alone-{name}" if RANK == 0 else "only rank 0 reads")
         made = ShardedRMSProp.from_checkpoint(folder / name, kernel=KERNELS[0], reduction="sum")
+        assert mpi.ShardedRMSProp.from_checkpoint(folder / name).reduction == "mean"
         twin = RMSProp.from_checkpoint(folder / name)
         expected = RMSProp(params)
         expected.load_state_dict(alone.state_dict())
@@ -408,6 +422,15 @@ def checkpoints():
     grouped = ShardedRMSProp([{"params": [np.ones(40)], "lr": 0.3}, {"params": [np.ones(3)]}])
     grouped.save(folder / "grouped.npz")
     assert [g["lr"] for g in ShardedRMSProp.from_checkpoint(folder / "grouped.npz").param_groups] == [0.3, 0.001]
+    grouped.param_groups[1]["lr"] = lambda step: 0.2
+    grouped.save(folder / "grouped.npz")
+    for lr in (0.7, lambda step: 0.1):
+        made = ShardedRMSProp.from_checkpoint(folder / "grouped.npz", lr=lr)
+        assert [group["lr"] for group in made.param_groups] == [0.3, lr]
+    turned = ShardedRMSProp(dict(reversed(params.items())), **options)
+    turned.load(folder / "run.npz")
+    for name, array in opt.params.items():
+        assert_same_bits(turned.params[name], array, name)
 
     before = opt.state_dict()["arrays"]
     raises(fastrms.CheckpointError, "expected a name that ends in", opt.save, folder / "run.txt")
@@ -433,7 +456,7 @@ def save():
 
 def resume():
     layout = LAYOUTS["odd"]
-    opt = ShardedRMSProp.from_checkpoint(Path(os.environ["MPI_TEST_FOLDER"]) / "across.npz")
+    opt = ShardedRMSProp.from_checkpoint(Path(os.environ["MPI_TEST_FOLDER"]) / "across.npz", reduction="sum")
     for step in range(3, 6):
         opt.step(gradients_of_all(layout, step) if RANK == SIZE - 1 else dict.fromkeys(layout))
     opt.save(Path(os.environ["MPI_TEST_FOLDER"]) / f"resumed-{SIZE}.npz")
@@ -526,6 +549,330 @@ def errors_in_steps():
     same(opt, alone)
 
 
+def different_calls():
+    """Ranks that are in different calls all raise, nothing has changed, and they can go on."""
+    folder = Path(COMM.bcast(os.environ["MPI_TEST_FOLDER"]))
+    layout = LAYOUTS["mixed"]
+    params = params_of(layout)
+    opt, alone = ShardedRMSProp(params, momentum=0.9), RMSProp(params, momentum=0.9)
+    state = opt.state_dict()
+    last = SIZE - 1
+
+    def call(name):
+        return {
+            "step": lambda: opt.step(gradients[RANK]),
+            "save": lambda: opt.save(folder / "different.npz"),
+            "load": lambda: opt.load(folder / "different.npz"),
+            "load_state_dict": lambda: opt.load_state_dict(state),
+        }.get(name, lambda: getattr(opt, name)())
+
+    calls = ["step", "discard", "state_dict", "load_state_dict", "save", "load"]
+    pairs = list(itertools.permutations(calls, 2)) if SIZE == 2 else [("save", "step"), ("step", "load")]
+    for number, (mine, theirs) in enumerate(pairs if SIZE > 1 else ()):
+        gradients = gradients_of(layout, number)
+        begun = number % 3 == 0
+        if begun:  # what was handed over is there when all ranks step
+            for key, gradient in gradients[RANK].items():
+                opt.ready(key, gradient)
+        one, others = ("step", "state_dict") if begun else (mine, theirs)
+        error = raises(RankError, "expected the same call on all ranks, got ", call(one if last == RANK else others))
+        assert f"{one}() on rank {last}; nothing was changed" in str(error), str(error)
+        assert f"on rank{'s 0,' if SIZE > 2 else ' 0,'} " in str(error), str(error)
+        opt.step(None if begun else gradients[RANK])
+        alone.step(add(gradients))
+        same(opt, alone, f"{mine}, {theirs}")
+    assert not (folder / "different.npz").exists()
+
+    # Options and kinds of state that differ are found by what sends or receives them.
+    if SIZE > 1:
+        if last == RANK:
+            opt.param_groups[0]["centered"] = True
+            opt.param_groups[0]["centered"] = False  # and keeps its mean gradient
+        for name in ("state_dict", "save", "load", "load_state_dict"):
+            raises(fastrms.OptionError, "options or kinds of state: expected the same on all ranks, got others than on "
+                   f"rank 0 on rank {last}", call(name))  # fmt: skip
+        opt.param_groups[0]["centered"] = True
+        opt.param_groups[0]["epsilon"] = 1e-8 + 1e-3 * (last == RANK)
+        raises(fastrms.OptionError, "options or kinds of state: expected", opt.state_dict)
+        opt.load_state_dict(alone.state_dict())  # which mends options
+        assert (opt.epsilon, opt.param_groups[0]["centered"]) == (1e-8, False)
+        opt.state_dict()
+
+
+def timeouts():
+    """How long ranks wait: what may be given, and that a rank which comes in time is waited for."""
+    os.environ.pop("FASTRMS_MPI_TIMEOUT", None)
+    given = [("auto", 600.0), (None, None), (0, None), (np.inf, None), (2, 2.0), (np.float32(0.5), 0.5)]
+    for value, expected in given:
+        assert ShardedRMSProp(np.ones(3), timeout=value).timeout == expected
+    os.environ["FASTRMS_MPI_TIMEOUT"] = "17"
+    opt = ShardedRMSProp(np.ones(3), lr=0.1)
+    assert (opt.timeout, ShardedRMSProp(np.ones(3), timeout=3).timeout) == (17, 3)
+    os.environ["FASTRMS_MPI_TIMEOUT"] = "0"
+    assert ShardedRMSProp(np.ones(3)).timeout is None
+    os.environ["FASTRMS_MPI_TIMEOUT"] = "soon"
+    raises(fastrms.OptionError, "the environment variable FASTRMS_MPI_TIMEOUT: expected a number of seconds >= 0, got "
+           "'soon'", lambda: ShardedRMSProp(np.ones(3)))  # fmt: skip
+    del os.environ["FASTRMS_MPI_TIMEOUT"]
+    for value, kind in [(-1, fastrms.OptionError), (np.nan, fastrms.OptionError), (True, fastrms.OptionTypeError),
+                        ("1", fastrms.OptionTypeError), ([2], fastrms.OptionTypeError)]:  # fmt: skip
+        raises(kind, 'timeout: expected a number of seconds >= 0, None or "auto", got', setattr, opt, "timeout", value)
+        raises_on(SIZE - 1, kind, "timeout: expected a number of seconds >= 0",
+                  lambda value=value: ShardedRMSProp(np.ones(3), timeout=value if SIZE - 1 == RANK else 5))  # fmt: skip
+    assert opt.timeout == 17
+    for opt.timeout in (20, None):
+        time.sleep(0.2 * RANK)
+        opt.step(np.ones(3))
+    opt._ranks._meeting = None  # as with a library of MPI 3, which has no persistent collectives
+    time.sleep(0.2 * RANK)
+    opt.step(np.ones(3))
+    assert opt.steps == 3
+
+
+class Calls:
+    """A gradient, or a mapping of gradients, that does something when it is looked at."""
+
+    def __init__(self, item, do):
+        self.item, self.do = item, do
+
+    def __array__(self, dtype=None, copy=None):
+        self.do()
+        return self.item
+
+
+class Lazily(Calls, Mapping):
+    def __getitem__(self, key):
+        self.do()
+        return self.item[key]
+
+    def __iter__(self):
+        return iter(self.item)
+
+    def __len__(self):
+        return len(self.item)
+
+
+def scheduled(opt, gradients, do):
+    """A step whose learning rate is found by a function that does something."""
+    rate = opt.lr
+    opt.lr = lambda step: do() or rate
+    try:
+        opt.step(gradients)
+    finally:
+        if callable(opt.lr):
+            opt.lr = rate
+
+
+PLACES = {
+    "lr": scheduled,
+    "__array__": lambda opt, gradients, do: opt.step(gradients | {"b": Calls(gradients["b"], do)}),
+    "__getitem__": lambda opt, gradients, do: opt.step(Lazily(gradients, do)),
+}
+
+
+def users_code():
+    """What a step calls may raise on one rank, set options on all, and not ask for what ranks do together."""
+    folder = Path(COMM.bcast(os.environ["MPI_TEST_FOLDER"]))
+    layout = LAYOUTS["mixed"]
+    params = params_of(layout)
+    last = SIZE - 1
+    opt, alone = ShardedRMSProp(params, lr=0.01), RMSProp(params, lr=0.01)
+    state = opt.state_dict()
+
+    def fail():
+        raise LookupError("no such batch")
+
+    asked = {
+        "raise": fail,
+        "step": lambda: opt.step(),
+        "ready": lambda: opt.ready("W", params["W"]),
+        "discard": lambda: opt.discard(),
+        "state_dict": lambda: opt.state_dict(),
+        "load_state_dict": lambda: opt.load_state_dict(state),
+        "save": lambda: opt.save(folder / "within.npz"),
+        "load": lambda: opt.load(folder / "within.npz"),
+    }
+    step = 0
+    for (place, call), name in itertools.product(PLACES.items(), asked):
+        # An error of an array's own method is one about that array.
+        kind = LookupError if name == "raise" else fastrms.StepInProgressError
+        text = "no such batch" if name == "raise" else f"{name}: expected a call between two steps"
+        gradients = gradients_of(layout, step := step + 1)
+        # On one rank, as its data may be different, and on all.
+        for on_all in (False, True) if SIZE > 1 else (True,):
+            for_this = asked[name] if on_all or last == RANK else lambda: None
+            own = fastrms.DtypeError if place == "__array__" else kind
+            with pytest.raises(own if on_all or last == RANK else RankError, match=text):
+                call(opt, gradients[RANK], for_this)
+        opt.step(gradients[RANK])
+        alone.step(add(gradients))
+        same(opt, alone, f"{place}, {name}")
+    assert not (folder / "within.npz").exists()
+
+    changes = [("lr", 0.5, 0.02), ("momentum", 0.9, 0.5), ("centered", True, False), ("weight_decay", 0.1, 0.2),
+               ("clip_norm", 0.01, 0.02), ("nonfinite", "raise", "skip")]  # fmt: skip
+    for (place, call), (name, value, other) in itertools.product(PLACES.items(), changes):
+        opt, alone = ShardedRMSProp(params, lr=0.01), RMSProp(params, lr=0.01)
+        for step in range(3):
+            gradients = gradients_of(layout, step)
+            if step == 1:
+                call(opt, gradients[RANK], functools.partial(setattr, opt, name, value))
+                call(alone, add(gradients), functools.partial(setattr, alone, name, value))
+            else:
+                opt.step(gradients[RANK])
+                alone.step(add(gradients))
+            same(opt, alone, f"{place}, {name}")
+        if SIZE > 1:  # on one rank only
+            with pytest.raises(fastrms.OptionError, match="expected the same on all ranks, got others than on rank 0"):
+                call(opt, gradients[RANK], functools.partial(setattr, opt, name, other if last == RANK else value))
+
+    # The memory of a gradient goes while the rate is found.
+    opt = ShardedRMSProp([np.ones(200_000), np.ones(3)])
+    mine = [np.ones(200_000), np.ones(3)]
+    opt.lr = lambda step: mine[0].resize(4, refcheck=False) or 0.1
+    raises(StructureError, "gradients[0]: expected shape (200000,), got (4,)", opt.step, mine)
+
+
+def aliases():
+    """Gradients that lie in the optimizer's own gradient buffer, in other places, through wrappers that hide it."""
+    wrappers = [
+        lambda view: np.lib.stride_tricks.as_strided(view),
+        lambda view: np.asarray(memoryview(view)),
+        lambda view: np.frombuffer(view, view.dtype).reshape(view.shape),
+        lambda view: np.from_dlpack(view),
+        lambda view: np.lib.stride_tricks.sliding_window_view(view, view.shape).reshape(view.shape),
+    ]
+    params = params_of({"a": ((40,), np.float64), "b": ((40,), np.float64), "c": ((40,), np.float64)})
+    for wrap, way in itertools.product(wrappers, ["list", "ready"]):
+        opt, alone = ShardedRMSProp(params), RMSProp(params)
+        for step in range(3):
+            gradients = gradients_of(dict.fromkeys(params, ((40,), np.float64)), step)
+            for name, gradient in gradients[RANK].items():
+                opt.grads[name][...] = gradient
+            a, b, c = (wrap(opt.grads[name]) for name in "abc")
+            if way == "list":
+                opt.step({"a": b, "b": c, "c": a})  # all are read before any is written
+                alone.step(add([{"a": each["b"], "b": each["c"], "c": each["a"]} for each in gradients]))
+            else:  # each is what lies there when it is handed over
+                opt.ready("a", b)
+                opt.ready("b", wrap(opt.grads["b"])[::-1])
+                opt.ready("c", a)
+                opt.step()
+                alone.step(add([{"a": each["b"], "b": each["b"][::-1], "c": each["b"]} for each in gradients]))
+        same(opt, alone, way)
+
+
+def memory():
+    """An option for whose state there is no memory on one rank is not set there, and the others find that."""
+    import resource  # not on Windows
+
+    last = SIZE - 1
+    opt, alone = (cls([np.broadcast_to(np.float32(0), count)])
+                  for cls, count in ((ShardedRMSProp, 2_000_000 * SIZE), (RMSProp, 1)))  # fmt: skip
+
+    def step(count):
+        opt.grads[0][...] = count
+        opt.step()
+        alone.step([np.full(1, count * SIZE, np.float32)])
+        assert opt.params[0].min() == opt.params[0].max() == alone.params[0][0]
+
+    step(1)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        if last == RANK:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 4_000_000, before[1]))
+            held = []
+            with suppress(MemoryError):  # what was freed before has no place for the state any more
+                held.extend(np.empty(2_000_000, np.float32) for _ in range(1000))
+            for set_momentum in (lambda: setattr(opt, "momentum", 0.9),
+                                 lambda: opt.param_groups[0].__setitem__("momentum", 0.9),
+                                 lambda: opt.param_groups[0].update(nesterov=True, momentum=0.9)):  # fmt: skip
+                with pytest.raises(MemoryError):
+                    set_momentum()
+                assert opt.param_groups[0]["momentum"] == 0
+                assert not opt.param_groups[0]["nesterov"]
+        else:
+            opt.param_groups[0]["momentum"] = 0.9
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    if SIZE > 1:
+        raises(fastrms.OptionError, f"options: expected the same on all ranks, got others than on rank 0 on "
+               f"rank {last}", opt.step)  # fmt: skip
+    opt.param_groups[0]["momentum"] = alone.param_groups[0]["momentum"] = 0.9
+    step(2)
+    step(3)
+
+
+def signals_and_threads():
+    """What comes in the midst of a step: a signal handler asks for a call, a thread sets an option."""
+    opt, alone = ShardedRMSProp(np.ones(50), lr=0.1), RMSProp(np.ones(50), lr=0.1)
+    folder = Path(COMM.bcast(os.environ["MPI_TEST_FOLDER"]))
+    refused = []
+
+    def handler(number, frame):
+        for call in (lambda: opt.save(folder / "handler.npz"), opt.state_dict, opt.discard, opt.step):
+            with pytest.raises(fastrms.StepInProgressError, match="expected a call between two steps"):
+                call()
+            refused.append(opt.steps)
+        # Ranks have compared their options, in a step, and not in `state_dict`, where it does no harm.
+        for name, value in (("lr", 0.2), ("momentum", 0.5), ("nonfinite", "skip"), ("kernel", "numpy")) * in_step[0]:
+            kept = getattr(opt, name)
+            with pytest.raises(fastrms.StepInProgressError, match="options: expected to be set between two steps"):
+                setattr(opt, name, value)
+            assert getattr(opt, name) == kept
+            refused.append(name)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    in_step = [True]
+    for call in (lambda: opt.step(np.ones(50)), opt.state_dict):  # rank 0 waits in it
+        if RANK == 0 and SIZE > 1:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        time.sleep(0.3 * (RANK > 0))
+        call()
+        in_step[0] = False
+    signal.signal(signal.SIGALRM, before)
+    assert len(refused) == (12 if RANK == 0 and SIZE > 1 else 0)
+    alone.step(np.full(50, float(SIZE)))
+    same(opt, alone)
+
+    threads = []
+
+    def rate(step):
+        threads.append(threading.Thread(target=lambda: setattr(opt, "momentum", 0.5)))
+        threads[-1].start()
+        threads[-1].join(0.1)
+        assert threads[-1].is_alive()  # it waits for the end of the step
+        assert opt.param_groups[0]["momentum"] == 0
+        return 0.1
+
+    opt.lr = rate
+    opt.step(np.ones(50))
+    threads[0].join()
+    alone.step(np.full(50, float(SIZE)))
+    opt.lr, alone.momentum = 0.1, 0.5
+    same(opt, alone)
+    opt.step(np.ones(50))
+    alone.step(np.full(50, float(SIZE)))
+    same(opt, alone)
+
+
+def attributes():
+    """Unknown attributes and arguments are refused; those of this class can be set."""
+    opt = mpi.ShardedRMSProp([np.ones(3)])
+    for name in ("learning_rate", "momentun", "reductions", "time_out", "world_size"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(opt, name, 1)
+    for name in ("reduction", "rank", "size", "shard", "buffers"):
+        with pytest.raises(AttributeError):
+            setattr(opt, name, getattr(opt, name))
+    opt.momentum, opt.weight_decay, opt.clip_norm, opt.timeout = 0.9, 0.1, 1.0, 30
+    assert [opt.param_groups[0][name] for name in ("momentum", "weight_decay", "clip_norm")] == [0.9, 0.1, 1.0]
+    for name, meant in (("learning_rate", "lr"), ("alpha", "decay_rate"), ("tiemout", "timeout")):
+        with pytest.raises(fastrms.OptionTypeError, match=f"{name}: .*{meant}"):
+            mpi.ShardedRMSProp([np.ones(3)], **{name: 0.1})
+
+
 def sizes():
     """State is 1/P a rank."""
     opt = ShardedRMSProp([np.ones((300, 111), np.float32), np.ones(5000)], momentum=0.9, centered=True)
@@ -545,11 +892,11 @@ def sizes():
     assert len(opt.explain()) == 2
 
 
-def threads():
+def cores():
     """The cores that a rank may use, shared with the ranks that may use them too."""
-    cores = len(os.sched_getaffinity(0))
+    count = len(os.sched_getaffinity(0))
     most = fastrms.kernels.choice.max_threads()
-    assert ShardedRMSProp(np.ones(3)).num_threads == min(most, max(1, cores // SIZE))
+    assert ShardedRMSProp(np.ones(3)).num_threads == min(most, max(1, count // SIZE))
     assert ShardedRMSProp(np.ones(3), num_threads=1).num_threads == 1
     COMM.Barrier()
     own = os.sched_getaffinity(0)

@@ -338,10 +338,8 @@ def test_names_of_the_option_are_those_of_the_table():
     assert insitu.KERNELS == bench.IN_SITU_KERNELS
 
 
-@pytest.mark.parametrize("names", [["numexpr"], ["torch", "torch-foreach"]])
+@pytest.mark.parametrize("names", [["numexpr"], pytest.param(["torch", "torch-foreach"], marks=pytest.mark.torch)])
 def test_peers_in_their_own_process(names):
-    for needed in contenders.CONTENDERS[names[0]].modules:
-        pytest.importorskip(needed)
     remote = workers.Remote(names[0], 1, 60)
     try:
         for dtype in cases.DTYPES:

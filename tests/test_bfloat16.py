@@ -26,8 +26,10 @@ def every_kind(rng, count):
     )
 
 
+@pytest.mark.torch
 def test_rounding_is_that_of_torch(rng):
-    torch = pytest.importorskip("torch")
+    import torch
+
     numbers = every_kind(rng, 200_000)
     numbers = numbers[~np.isnan(numbers)]  # which of its NaNs torch takes is its own affair
     theirs = torch.from_numpy(numbers).to(torch.bfloat16)

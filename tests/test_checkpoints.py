@@ -1,10 +1,16 @@
 """Checkpoints: what is loaded goes on as if nothing had happened, and what is damaged or hostile changes nothing."""
 
+import enum
+import errno
 import io
 import json
 import os
 import random
 import signal
+import stat
+import subprocess
+import sys
+import tempfile
 import time
 import tracemalloc
 import warnings
@@ -14,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import JIT, same_structure, steps
+from helpers import JIT, assert_same_bits, leaves, same_structure, steps
 from test_contract import OPTIONS
 from test_nonfinite import everything
 
-from fastrms import CheckpointError, RMSProp, heads
+from fastrms import CheckpointError, DeviceError, OptionError, OptionTypeError, RMSProp, StorageError, archives, heads
 
 KINDS = ["dict", "npz", "safetensors"]
 MUTATIONS = 10_000
@@ -161,6 +167,226 @@ def test_what_a_file_cannot_hold_is_said(tmp_path):
     assert type(RMSProp.from_checkpoint(path).params) is tuple
 
 
+class Text(enum.StrEnum):
+    W = "W"
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+class Name(str):
+    """Text of a class of its own."""
+
+
+# Keys that a file would give back as others, though they may be equal: another repr, or another type.
+OTHER_KEYS = [
+    np.str_("W"), np.float64(1.5), np.int64(3), np.bool_(True), Text.W, Number.ONE, Name("W"), float("nan"), (1, 2),
+    b"W", frozenset(),
+]  # fmt: skip
+KEYS = ["W", "", "\ud800", 1, -(2**70), True, 1.5, -0.0, float("inf"), None]
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("key", KEYS, ids=repr)
+def test_keys_that_come_back(key, kind, tmp_path):
+    if kind == "safetensors":
+        pytest.importorskip("safetensors")
+    path = tmp_path / f"state.{kind}"
+    RMSProp({key: [np.ones(2)], "b": {key: np.ones(1)}}).save(path)
+    params = RMSProp.from_checkpoint(path).params
+    for found in (next(iter(params)), next(iter(params["b"]))):
+        assert (type(found), repr(found)) == (type(key), repr(key))
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS, ids=repr)
+def test_keys_that_a_file_cannot_give_back(key, tmp_path):
+    path = tmp_path / "state.npz"
+    opt = RMSProp([{key: np.ones(2)}])
+    opt.step([{key: np.ones(2)}])
+    opt.save(path)
+    with pytest.raises(CheckpointError, match="structure: cannot be rebuilt; make an RMSProp and use load"):
+        RMSProp.from_checkpoint(path)
+    again = RMSProp([{key: np.zeros(2)}])
+    again.load(path)
+    assert everything(again) == everything(opt)
+
+
+def test_keys_that_no_other_process_can_find(tmp_path):
+    for key in (np.ones, object(), (1, object())):
+        with pytest.raises(CheckpointError, match=r"params: expected keys whose repr, .*; got .* at 0x"):
+            RMSProp([np.ones(1), {key: np.ones(2)}]).save(tmp_path / "state.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+# As an optimizer has them, and as another has them whose dicts came in another order.
+ORDERS = {
+    "dict": ({"a": (3,), "b": (2, 2), "c": (), "d": (3,)}, {"d": (3,), "b": (2, 2), "a": (3,), "c": ()}),
+    "neighbours": ({"a": (3,), "b": (4,), "c": (5,)}, {"c": (5,), "a": (3,), "b": (4,)}),
+    "deep": ([{"x": {"a": (3,), "b": (0,)}, "y": (3,)}, (2,)], [{"y": (3,), "x": {"b": (0,), "a": (3,)}}, (2,)]),
+    "groups": (
+        [{"params": {"a": (3,), "b": (3,)}}, {"params": {"c": (2,), "d": (1,)}, "momentum": 0.5}],
+        [{"params": {"b": (3,), "a": (3,)}}, {"params": {"d": (1,), "c": (2,)}, "momentum": 0.5}],
+    ),
+}  # fmt: skip
+
+
+def filled(tree, rng, dtypes):
+    """Arrays for shapes, with a dtype that depends on the key or place of each."""
+    if isinstance(tree, dict):
+        return {
+            key: item if key == "momentum" else filled(item, rng, dtypes[::-1] if key in ("b", "y") else dtypes)
+            for key, item in tree.items()
+        }
+    if isinstance(tree, list):
+        return [filled(item, rng, dtypes) for item in tree]
+    return np.asarray(rng.standard_normal(tree)).astype(dtypes[0])
+
+
+def reordered(tree, like):
+    """`tree` with the keys of dicts in the order of `like`."""
+    if isinstance(like, dict):
+        return {key: reordered(tree[key], item) for key, item in like.items()}
+    if isinstance(like, list):
+        return [reordered(*pair) for pair in zip(tree, like, strict=True)]
+    return tree
+
+
+@pytest.mark.parametrize("storage", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", ["ff", "fd", "bfloat16"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_keys_in_another_order_are_matched_by_path(name, dtypes, kind, storage, rng, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrms.mapped.PART_BYTES", 8)
+    shapes, others = ORDERS[name]
+    options = {"momentum": 0.5, "centered": True, "bias_correction": True}
+    if dtypes == "bfloat16":
+        dtypes, options["cache_dtype"] = "ff", "bfloat16"
+    start = filled(shapes, rng, dtypes)
+    first = RMSProp(start, **options)
+    grads = [group["params"] for group in start] if name == "groups" else start
+    order = [group["params"] for group in others] if name == "groups" else others
+    first.step(grads)
+    first.step(first.buffers["grads"].layout.structure([None, *leaves(grads)[1:]]))  # sat out
+    second = RMSProp(reordered(start, others), **options, **({"storage": tmp_path / "run"} if storage else {}))
+    views = second.params
+    transfer(first, second, kind, tmp_path)
+    assert second.params is views
+    for step in range(3):
+        if step:
+            first.step(grads)
+            second.step(reordered(grads, order))
+        for buffer in ("params", "cache", "momentum_buffer", "grad_avg"):
+            ours, theirs = first.buffers[buffer].views, second.buffers[buffer].views
+            for one, other in zip(leaves(reordered(ours, order)), leaves(theirs), strict=True):
+                assert_same_bits(one, other, buffer)
+    assert second.steps == first.steps == 4
+
+
+def test_other_keys_are_still_an_error():
+    state = RMSProp({"a": np.ones(2), "b": np.ones(2)}).state_dict()
+    opt = RMSProp({"b": np.zeros(2), "c": np.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"params\['c'\]: expected path \"\['c'\]\", got \"\['a'\]\""):
+        opt.load_state_dict(state)
+    opt = RMSProp({"b": np.zeros(2), "a": np.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"params\['a'\]: expected shape \[3\], got \[2\]"):
+        opt.load_state_dict(state)
+    assert (opt.params["b"] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["npz", "storage"])
+def test_only_groups_whose_rate_was_not_saved_get_the_one_that_is_given(kind, tmp_path):
+    schedule, other = (lambda step: 0.5), (lambda step: 0.25)
+    path = tmp_path / f"state.{kind}"
+    storage = {"storage": path} if kind == "storage" else {}
+
+    def resumed(opt, **options):
+        if kind == "storage":
+            opt.close()
+            return RMSProp.reopen(path, **options)
+        opt.save(path)
+        return RMSProp.from_checkpoint(path, **options)
+
+    groups = [{"params": [np.ones(2)], "lr": schedule}, {"params": [np.ones(2)], "lr": 0.125}]
+    opt = RMSProp(groups, **storage)
+    for given in (other, 0.75, other):
+        opt = resumed(opt, lr=given)
+        assert [group["lr"] for group in opt.param_groups] == [given, 0.125]
+        opt.param_groups[0]["lr"] = schedule
+    opt.param_groups[0]["lr"] = 0.5
+    opt = resumed(opt)
+    assert [group["lr"] for group in opt.param_groups] == [0.5, 0.125]
+    opt = resumed(opt, lr=0.0625)  # nothing is missing: instead of what was saved
+    assert [group["lr"] for group in opt.param_groups] == [0.0625, 0.0625]
+    opt.step([[np.ones(2)], [np.ones(2)]])
+    opt.close()
+
+
+MISTAKES = {
+    "no GPU": ({"kernel": "cuda"}, DeviceError, "kernel: expected a GPU"),
+    "kernel": ({"kernel": "fast"}, OptionError, "kernel: expected one of"),
+    "threads": ({"num_threads": 999}, OptionError, "num_threads: expected 1 to"),
+    "a text for threads": ({"num_threads": "2"}, OptionTypeError, "num_threads: expected an integer"),
+    "lr": ({"lr": -1}, OptionError, "lr: expected a number"),
+    "a text for lr": ({"lr": "0.1"}, OptionTypeError, "lr: expected a number"),
+    "lr for float32": ({"lr": 1e39}, OptionError, "lr: 1e\\+39 is too large for float32"),
+    "a used folder": ({"storage": "used"}, StorageError, "storage: expected a new or empty folder, got one with"),
+    "a flag for storage": ({"storage": True}, OptionTypeError, "storage: expected the path"),
+    "no folder": ({"storage": "no/where"}, FileNotFoundError, "storage: expected a folder to make another one in"),
+}
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_the_callers_is_not_called_a_bad_file(mistake, kind, tmp_path, monkeypatch):
+    if kind == "safetensors":
+        pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    arguments, error, message = MISTAKES[mistake]
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis").touch()
+    if "cuda" in arguments.values():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    RMSProp([np.ones(2), np.ones(2, "f")]).save(f"state.{kind}")
+    for options in (arguments, {"lr": 0.5} | arguments):
+        with pytest.raises(error, match=message) as caught:
+            RMSProp.from_checkpoint(f"state.{kind}", **options)
+        assert type(caught.value) is error
+        assert "checkpoint" not in str(caught.value)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [f"state.{kind}", "used"]
+
+
+def test_a_closed_optimizer_is_not_called_a_bad_file(tmp_path):
+    opt = RMSProp([np.ones(2)], storage=tmp_path / "run")
+    opt.save(tmp_path / "state.npz")
+    opt.close()
+    with pytest.raises(StorageError, match="one that was closed"):
+        opt.load(tmp_path / "state.npz")
+
+
+def test_a_disk_or_memory_that_fails_is_not_called_a_bad_file(tmp_path, monkeypatch):
+    opt = RMSProp([np.ones(2)])
+    opt.save(tmp_path / "state.npz")
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError("no room")):
+
+        def fail(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(archives, "checksum", fail)
+        for load in (opt.load, RMSProp.from_checkpoint):
+            with pytest.raises(type(error)) as caught:
+                load(tmp_path / "state.npz")
+            assert caught.value is error
+
+
+def test_a_checkpoint_that_cannot_be_loaded_leaves_no_storage(tmp_path):
+    _, path, _ = saved(tmp_path, "npz")
+    rewritten(path, lambda e: e | {"params/float64": np.zeros(40)})  # another checksum
+    with pytest.raises(CheckpointError, match="it is damaged"):
+        RMSProp.from_checkpoint(path, storage=tmp_path / "run")
+    assert [item.name for item in tmp_path.iterdir()] == ["state.npz"]
+
+
 OTHERS = {
     "path": ({"V": np.ones(3), "b": np.ones(2)}, {}, r"params\['W'\]: expected path \"\['W'\]\", got \"\['V'\]\""),
     "shape": ({"W": np.ones((3, 1)), "b": np.ones(2)}, {}, r"params\['W'\]: expected shape \[3\], got \[3, 1\]"),
@@ -187,6 +413,10 @@ def test_other_state_dtype():
         opt.load_state_dict(RMSProp([np.zeros(3, np.float32)], cache_dtype="bfloat16").state_dict())
 
 
+def with_skipped(state, counts):
+    return state | {"arrays": state["arrays"] | {"skipped": np.array(counts, np.int64)}}
+
+
 CHANGES = {
     "no dict": (lambda s: [], "expected what RMSProp.state_dict"),
     "another dict": (lambda s: {"steps": 3}, "expected what RMSProp.state_dict"),
@@ -202,6 +432,13 @@ CHANGES = {
     "number": (lambda s: s | {"param_groups": [{3: 1}]}, "3 is no option of a parameter group"),
     "norm": (lambda s: s | {"global_clip_norm": "x"}, "global_clip_norm: expected a number"),
     "nonfinite": (lambda s: s | {"nonfinite": "x"}, "nonfinite: expected one of"),
+    "no run": (lambda s: s | {"steps": 2**63 - 1}, "steps: expected a number of steps, got 9223372036854775807"),
+    "skips": (lambda s: s | {"skipped_steps": 2**62}, "skipped_steps: expected a number of steps, got"),
+    "sat out": (lambda s: with_skipped(s, [1, 0]), r"skipped\[0\]: expected 0 to 0, .*; got 1"),
+    "negative": (lambda s: with_skipped(s, [0, -1]), r"skipped\[1\]: expected 0 to 0, .*; got -1"),
+    "lowest": (lambda s: with_skipped(s | {"steps": 5}, [-(2**63), 0]), r"skipped\[0\]: expected 0 to 5, .*; got -922"),
+    "highest": (lambda s: with_skipped(s | {"steps": 5}, [0, 2**63 - 1]), r"skipped\[1\]: .*; got 9223372036854775807"),
+    "key": (lambda s: s | {"parameters": [{"path": []}, {}]}, "cannot be read as a checkpoint: TypeError"),
     "grouped": (lambda s: s | {"grouped": 1}, "grouped: expected True or False"),
     "missing": (lambda s: {k: v for k, v in s.items() if k != "structure"}, "structure: expected in a state"),
     "arrays": (lambda s: s | {"arrays": None}, "arrays: expected a dict"),
@@ -286,6 +523,12 @@ def with_head(entries, **changes):
     return entries | {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
 
 
+def with_array(entries, name, values):
+    array = np.array(values, entries[name].dtype)
+    checksums = json.loads(bytes(entries["head"]))["checksums"] | {name: archives.checksum([array])}
+    return with_head(entries, checksums=checksums) | {name: array}
+
+
 def header(text):
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
@@ -305,6 +548,7 @@ HOSTILE = {
         "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }")},
     "code in a header": lambda e: e | {"cache/float64": header("__import__('os').abort()")},
     "deep header": lambda e: e | {"cache/float64": header("[" * 5000)},
+    "deep signs": lambda e: e | {"cache/float64": header("-" * 9000 + "1")},
     "deep head": lambda e: e | {"head": np.frombuffer(b"[" * 60_000, np.uint8)},
     "no json": lambda e: e | {"head": np.frombuffer(b"\xff\xfe{}", np.uint8)},
     "no head": lambda e: {name: array for name, array in e.items() if name != "head"},
@@ -318,6 +562,14 @@ HOSTILE = {
     "dimensions": lambda e: with_head(e, parameters=[SCALAR | {"shape": [1] * 70}]),
     "structure": lambda e: with_head(e, structure=["dict", [[[1], 0]]]),
     "leaf": lambda e: with_head(e, structure=["list", [0, 7]]),
+    "order": lambda e: with_head(e, structure=["list", [1, 0]]),
+    "twice": lambda e: with_head(e, structure=["list", [0, 0]]),
+    "a key twice": lambda e: with_head(e, structure=["dict", [["[0]", 0], ["[0]", 1]]]),
+    "groups": lambda e: with_head(e, structure=["list", [["dict", [["params", 0]]], ["dict", [["a", 1]]]]]),
+    "no list of groups": lambda e: with_head(e, structure=0, grouped=True),
+    "nothing": lambda e: with_head(e, structure=["list", []]),
+    "steps of no run": lambda e: with_head(e, steps=2**62),
+    "skipped": lambda e: with_array(e, "skipped", [5, 0]),
 }  # fmt: skip
 
 
@@ -328,7 +580,8 @@ def test_a_hostile_file(name, tmp_path):
     opt = RMSProp([np.zeros(40), np.zeros((3, 4), np.float32)], momentum=0.9)
     before = everything(opt)
     tracemalloc.start()
-    if name not in ("structure", "leaf"):  # which load does not need
+    # Structure is what load does not need.
+    if name not in ("structure", "leaf", "order", "twice", "a key twice", "groups", "no list of groups", "nothing"):
         with pytest.raises(CheckpointError, match=r"state\.npz: "):
             opt.load(path)
     with pytest.raises(CheckpointError, match=r"state\.npz: "):
@@ -337,6 +590,19 @@ def test_a_hostile_file(name, tmp_path):
     tracemalloc.stop()
     assert peak < 1 << 22
     assert everything(opt) == before
+
+
+def test_sizes_beyond_the_end_of_the_file(tmp_path):
+    _, path, data = saved(tmp_path, "npz")
+    size = (40 * 8 + 128).to_bytes(4, "little")
+    assert data.count(size) >= 4
+    path.write_bytes(data.replace(size, (1 << 30).to_bytes(4, "little")))
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"npz: .*expected an entry inside the file, got one of 1073741824"):
+        RMSProp.from_checkpoint(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22
 
 
 def test_a_compressed_bomb_and_a_large_file(tmp_path):
@@ -398,6 +664,126 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
                 opt.save(path)
         assert path.read_bytes() == before
         assert [item.name for item in tmp_path.iterdir()] == ["state.npz"]
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and links of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o640, 0o644, 0o777])
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_the_mode_of_a_file_that_is_saved_over_stays(kind, mode, tmp_path):
+    opt, path, _ = saved(tmp_path, kind)
+    path.chmod(mode)
+    opt.step()
+    opt.save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert RMSProp.from_checkpoint(path).steps == 2
+
+
+@posix
+def test_what_replaces_a_private_file_is_private_from_the_first_byte_on(tmp_path):
+    path = tmp_path / "state.npz"
+    path.touch(0o600)
+    with archives.replaced(path) as temporary:
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only the superuser gives files away")
+def test_the_owner_of_a_file_that_is_saved_over_stays(tmp_path):
+    opt, path, _ = saved(tmp_path, "npz")
+    os.chown(path, 1234, 5678)
+    path.chmod(0o640)
+    opt.save(path)
+    about = path.stat()
+    assert (about.st_uid, about.st_gid, stat.S_IMODE(about.st_mode)) == (1234, 5678, 0o640)
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs a user to become")
+def test_another_group_that_cannot_be_kept_gets_no_rights():
+    program = """if True:
+        import os, sys
+        from pathlib import Path
+        from fastrms import archives
+        os.setgroups([]); os.setgid(1235); os.setuid(1234)
+        with archives.replaced(Path(sys.argv[1])) as temporary:
+            temporary.write_text("new")
+    """
+    with tempfile.TemporaryDirectory() as folder:  # others cannot look into pytest's own
+        os.chmod(folder, 0o777)
+        path = Path(folder, "state.npz")
+        path.touch()
+        path.chmod(0o664)
+        os.chown(path, 1234, 5678)
+        subprocess.run([sys.executable, "-c", program, path], check=True)
+        about = path.stat()
+    assert (about.st_uid, about.st_gid, stat.S_IMODE(about.st_mode)) == (1234, 1235, 0o644)
+
+
+@posix
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_saving_to_a_link_replaces_what_it_leads_to(kind, tmp_path):
+    opt, path, _ = saved(tmp_path, kind)
+    (tmp_path / "there").mkdir()
+    target = tmp_path / "there" / f"target.{kind}"
+    path.rename(target)
+    path.symlink_to(Path("there", target.name))
+    chain = tmp_path / f"chain.{kind}"
+    chain.symlink_to(path.name)
+    opt.step()
+    opt.save(chain)
+    assert chain.is_symlink()
+    assert path.is_symlink()
+    assert not target.is_symlink()
+    assert RMSProp.from_checkpoint(target).steps == 2
+    target.unlink()
+    opt.save(path)  # also where there is nothing yet
+    assert path.is_symlink()
+    assert RMSProp.from_checkpoint(target).steps == 2
+    assert sorted(item.name for item in (tmp_path / "there").iterdir()) == [target.name]
+
+
+@posix
+def test_what_must_not_be_replaced_is_refused_and_stays(tmp_path):
+    opt, path, before = saved(tmp_path, "npz")
+    path.chmod(0o444)
+    with pytest.raises(PermissionError, match=r"expected a file that can be written, got one that is read-only: .*npz"):
+        opt.save(path)
+    assert path.read_bytes() == before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(IsADirectoryError, match="expected a file, got a folder"):
+        opt.save(tmp_path / "folder.npz")
+    (tmp_path / "null.npz").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("null.npz", "pipe.npz"):
+        with pytest.raises(OSError, match="expected an ordinary file, got a device"):
+            opt.save(tmp_path / name)
+    (tmp_path / "circle.npz").symlink_to("circle.npz")
+    with pytest.raises(OSError, match="got a link that leads to itself"):
+        opt.save(tmp_path / "circle.npz")
+    (tmp_path / "dangling.npz").symlink_to("nowhere/state.npz")
+    with pytest.raises(FileNotFoundError, match=r"expected a folder to write to, got none: '.*nowhere'"):
+        opt.save(tmp_path / "dangling.npz")
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("letter", ["x", "\N{LATIN SMALL LETTER U WITH DIAERESIS}"])
+def test_names_as_long_as_the_system_allows(letter, kind, tmp_path):
+    if kind == "safetensors":
+        pytest.importorskip("safetensors")
+    opt = RMSProp([np.ones(3)])
+    for length in (1, 41, 42, 64, 233, 234, 255):
+        stem = letter * ((length - len(kind) - 1) // len(os.fsencode(letter)))
+        path = tmp_path / f"{stem}.{kind}" if stem else tmp_path / f"a.{kind}"
+        opt.save(path)
+        opt.save(path)
+        assert RMSProp.from_checkpoint(path).steps == 0
+        path.unlink()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -330,16 +330,6 @@ def test_results_that_cannot_be_written_are_found_ahead_of_the_work(capsys, tmp_
     )
 
 
-def test_a_module_that_leaves_the_folder_does_not_take_output_along(capsys, monkeypatch, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "wanders.py").write_text("import os\nos.chdir('elsewhere')\ndef f(x, y): return x * x + y * y\n")
-    monkeypatch.chdir(tmp_path)
-    assert main(["path", "--function", "wanders:f", "--steps", "1", "--panels", "values", "--output", "here"]) == 0
-    sys.modules.pop("wanders")
-    assert (tmp_path / "here" / "fastrms-path.png").exists()
-    assert list((tmp_path / "elsewhere").iterdir()) == []
-
-
 @posix
 @pytest.mark.parametrize("arguments", [STEP, ["bench", "--quick", "--sizes", "1000", "--kernels", "serial", "numexpr"]])
 @pytest.mark.parametrize("delay", [0.2, 0.5, 1.0, 3.0])

@@ -70,6 +70,23 @@ def test_a_second_process_loads_the_kernel_from_disk(kernel, tmp_path):
         assert run(program, kernel, folder=tmp_path, python=["-W", "error"])[0] == [expected]
 
 
+def test_a_relative_folder_stays_where_it_was_when_fastrms_was_imported(tmp_path):
+    program = """
+    import os
+    os.chdir("elsewhere")
+    RMSProp([np.ones(3)], kernel="serial").step()
+    """
+    (tmp_path / "elsewhere").mkdir()
+    before = f"import os, sys; os.chdir(sys.argv[1])\n{STEP}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", before + program, tmp_path], capture_output=True, text=True,
+        env={**os.environ, "NUMBA_CACHE_DIR": "cache"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "cache")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_sixteen_processes_that_start_at_once_on_an_empty_cache(number, tmp_path):
     # Four forms of the kernel, which Numba's own index would give the same number.
@@ -306,26 +323,6 @@ def test_memory_that_ends_while_the_first_kernel_is_compiled(tmp_path):
     """
     output, _ = run(HALF_WAY + program, "memory", "30", folder=tmp_path)
     assert output == ["MemoryError", "False", "RuntimeError", "True"]
-
-
-def test_a_relative_cache_folder_stays_where_it_was(tmp_path):
-    (tmp_path / "other").mkdir()
-    program = """
-    import os
-    os.chdir(sys.argv[1])
-    print(train("serial"))
-    """
-    arguments = [str(tmp_path / "other")]
-    start_here = os.getcwd()
-    os.chdir(tmp_path)
-    try:
-        assert run(program, *arguments, folder="cache", python=["-W", "error"], PYTHONPATH=str(PACKAGE.parent))[0] == [
-            "True"
-        ]
-    finally:
-        os.chdir(start_here)
-    assert len(files(tmp_path / "cache")) == 1
-    assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_without_threads_it_compiles_where_it_is_called(monkeypatch):

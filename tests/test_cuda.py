@@ -1,6 +1,5 @@
 """`RMSProp(kernel="cuda")` without a GPU: the tests of `simulated` in the simulator, and what is said where none is."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -31,13 +30,14 @@ def run(arguments, **environment):
 @pytest.mark.parametrize(
     ("target", "chosen"),
     [
-        ("numba-cuda", []),
+        ("numba-cuda", ["-m", "not torch"]),
+        pytest.param("numba-cuda", ["-m", "torch"], marks=pytest.mark.torch),
         (
             "built in",
             ["-k", "every_option_has and 0 or gradients_of_every_kind or goes_on_elsewhere or steady or said"],
         ),
     ],
-    ids=["numba-cuda", "built in"],
+    ids=["numba-cuda", "tensors of torch", "built in"],
 )
 def test_in_the_simulator(target, chosen):
     # NumPy's scalars, which kernels compute with there, warn of what arrays and compiled code leave to the result.
@@ -46,7 +46,7 @@ def test_in_the_simulator(target, chosen):
     status, output = run(
         program if target == "built in" else ["-m", "pytest", *options],
         NUMBA_ENABLE_CUDASIM="1",
-        FASTRMS_NO_SKIPS="1" if importlib.util.find_spec("torch") else "0",  # one test has tensors
+        FASTRMS_NO_SKIPS="1",
         NUMBA_NUM_THREADS="2",
     )
     assert status == 0, output

@@ -66,9 +66,11 @@ def test_rmsprop_is_the_reference_and_every_kernel():
         assert_same_bits(trace.values, np.array([descent.landscape.value_at(*point) for point in points]))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_are_those_of_torch(method):
-    torch = pytest.importorskip("torch")
+    import torch
+
     name, options = TORCH[method]
     (trace,) = descend("beale", [], [(method, {"lr": 0.005})], steps=100).traces
     param = torch.tensor(LANDSCAPES["beale"].start, dtype=torch.float64, requires_grad=True)

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from helpers import UNDEFINE_GRADIENTS, undefine_gradients
 from numpydoc.validate import validate
 
 import fastrms
@@ -31,29 +33,75 @@ WITH_OTHERS = {
     "interop.md": ("torch", "keras"), "migrating.md": ("torch", "keras", "optax"), "torch.md": ("torch",),
     "mpi.md": ("mpi4py",),
 }  # fmt: skip
+# What the text of a page says of its blocks and they do not assert themselves; true after the last block.
+CLAIMS = {
+    "README.md": [
+        "W is opt.params[0] and b is opt.params[1] and dW is opt.grads[0] and db is opt.grads[1]",
+        "np.shares_memory(W, opt.buffers['params'].flat) and np.shares_memory(dW, opt.buffers['grads'].flat)",
+        "opt.steps == 400 and opt.lr == 1e-3",
+    ],
+    "checkpoints.md": [
+        "opt.steps == 1 and opt.param_groups[0]['momentum'] == 0.9",
+        "np.allclose(opt.params['W'], params['W'] - 1e-3 / np.sqrt(0.1), atol=1e-9)",
+        "signal.getsignal(signal.SIGTERM) is end",
+    ],
+    "cuda.md": ["opt.steps == 1 and np.allclose(opt.params['W'], 1 - 1e-3 / np.sqrt(0.1))"],
+    "interop.md": [
+        "theirs.iterations == 2",
+        "all(np.array_equal(v.numpy(), p) for v, p in zip(model.trainable_variables, opt.params))",
+    ],
+    "kernels.md": ["opt.kernel == 'serial' and opt.num_threads == 1"],
+    "mpi.md": ["opt.steps == again.steps == 2 and np.array_equal(opt.params['W'], again.params['W'])"],
+    "options.md": ["[group['lr'] for group in opt.param_groups] == [1e-3, 1e-3] and opt.steps == 1"],
+    "start.md": [
+        "all(np.shares_memory(view, opt.buffers['params'].flat) and opt.params[k] is view for k, view in p.items())",
+        "again.steps == 601 and opt.steps == 801",
+        "opt.global_clip_norm == 1 and opt.param_groups[0]['momentum'] == 0.9 and callable(opt.lr)",
+    ],
+    "storage.md": ["opt.steps == 2 and np.all(opt.params['W'] < 1) and np.all(opt.params['b'] < 0)"],
+    "torch.md": ["all(state['step'] == 1 for state in optimizer.state.values()) and len(optimizer.state) == 4"],
+    "zero-copy.md": [
+        "opt.steps == 3 and dW is opt.grads['W'] and db is opt.grads['b']",
+        "not np.shares_memory(x, opt.buffers['grads'].flat)",
+    ],
+}
 # From within Keras, where it makes an array of one of its variables.
 WARNINGS = ["-W", "error", "-W", "ignore:__array__ implementation:DeprecationWarning"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _with_torch(value, needs):
+    return pytest.param(value, marks=[pytest.mark.torch] if needs else [])
+
+
+@pytest.mark.parametrize(
+    "page", [_with_torch(page, "torch" in WITH_OTHERS.get(page.name, ())) for page in PAGES], ids=lambda page: page.name
+)
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for what a page saves
+    undefine_gradients(monkeypatch)
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    blocks.append("\n".join(f"assert {claim}, {claim!r}" for claim in CLAIMS.get(page.name, [])))
     if page.name in WITH_OTHERS:
         for module in WITH_OTHERS[page.name]:
             if importlib.util.find_spec(module) is None:
                 pytest.skip(f"needs {module}")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         run = subprocess.run(
-            [sys.executable, *WARNINGS, "-c", "\n".join(blocks)], env=environment, capture_output=True, text=True
+            [sys.executable, *WARNINGS, "-c", "\n".join([UNDEFINE_GRADIENTS, *blocks])],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert run.returncode == 0, run.stderr
         return
-    names = {}
-    for code in blocks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            exec(compile(code, str(page), "exec"), names)
+    names, handler = {}, signal.getsignal(signal.SIGTERM)
+    try:
+        for code in blocks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                exec(compile(code, str(page), "exec"), names)
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # a page shows how one saves
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -62,6 +110,10 @@ def test_every_block_is_one_that_runs(page):
     lines = re.findall(r"^ *(?:```+|~~~+)(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert lines[1::2] == [""] * (len(lines) // 2)
     assert [line for line in lines[::2] if line != "python" and not line.startswith("{")] == []
+
+
+def test_claims_are_about_pages_that_are_there():
+    assert CLAIMS.keys() <= {page.name for page in PAGES}
 
 
 def test_there_are_blocks_to_run():
@@ -161,7 +213,7 @@ def _gaps(name, thing, top):
         yield "it has no section Examples"
 
 
-@pytest.mark.parametrize("module", ["fastrms", *MODULES])
+@pytest.mark.parametrize("module", [_with_torch(name, name == "fastrms.torch") for name in ["fastrms", *MODULES]])
 def test_every_public_name_is_documented_in_full(module):
     module = pytest.importorskip(module, exc_type=ImportError)
     gaps = {
@@ -170,3 +222,18 @@ def test_every_public_name_is_documented_in_full(module):
         if (gaps := list(_gaps(name, thing, name.removeprefix(module.__name__).count(".") == 1)))
     }
     assert gaps == {}
+
+
+def test_without_torch_one_line_says_how_to_run_what_needs_it():
+    """As README says of the command that runs the tests."""
+    some = ["fastrms/torch.py", "tests/test_torch.py", "tests/test_bfloat16.py", "-k", "torch"]
+    program = f"import sys; sys.modules['torch'] = None; import pytest; sys.exit(pytest.main({some!r}))"
+    environment = os.environ | {"FASTRMS_NO_SKIPS": "but-torch", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("SKIPPED"))
+    command = "python -m pip install torch && python -m pytest -m torch"
+    assert re.fullmatch(
+        rf"SKIPPED \[3\] tests.helpers\.py:\d+: torch is not installed\. .*: {re.escape(command)}", line
+    )
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -65,7 +65,9 @@ class Torch:
     other = MappingProxyType({"lr_in_momentum": True})
 
     def __init__(self, start, arguments, cuts=None):
-        self.torch = pytest.importorskip("torch")
+        import torch
+
+        self.torch = torch
         self.params = [self.torch.nn.Parameter(self.torch.tensor(p)) for p in start]
         self.cuts = cuts
         groups = self.params
@@ -128,7 +130,6 @@ class Keras:
 @pytest.fixture
 def keras(monkeypatch):
     """Keras on torch; the precision of its learning rate is set back afterwards."""
-    pytest.importorskip("torch")
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     # Keras imports JAX where there is one, whose threads make each later fork warn.
     monkeypatch.setitem(sys.modules, "jax", None)
@@ -146,10 +147,13 @@ def peer(request, dtype):
     return request.param
 
 
-PEERS = [(peer, settings) for peer in (Torch, Keras) for settings in peer.settings]
-each_setting = pytest.mark.parametrize(
-    ("peer", "settings"), PEERS, ids=[f"{p.__name__}-{s}" for p, s in PEERS], indirect=["peer"]
-)
+# Both need torch, Keras as its backend.
+PEERS = [
+    pytest.param(peer, settings, marks=pytest.mark.torch, id=f"{peer.__name__}-{settings}")
+    for peer in (Torch, Keras)
+    for settings in peer.settings
+]
+each_setting = pytest.mark.parametrize(("peer", "settings"), PEERS, indirect=["peer"])
 each_dtype = pytest.mark.parametrize("dtype", KINDS)
 
 
@@ -208,6 +212,7 @@ def test_there_and_back_has_the_same_bits(peer, settings, dtype, rng):
 # What is particular to torch.
 
 
+@pytest.mark.torch
 @each_dtype
 @pytest.mark.parametrize("arguments", [{}, {"momentum": 0.9, "centered": True, "eps": 1e-3}], ids=["plain", "all"])
 def test_groups_of_torch(arguments, dtype, rng):
@@ -229,6 +234,7 @@ def test_groups_of_torch(arguments, dtype, rng):
         assert {k: v for k, v in one.items() if k != "params"} == {k: v for k, v in other.items() if k != "params"}
 
 
+@pytest.mark.torch
 def test_parameters_without_a_gradient_yet(rng):
     start = arrays(rng, "float64")
     theirs = Torch(start, {"momentum": 0.9, "centered": True, "eps": 0.1})
@@ -251,6 +257,7 @@ def test_parameters_without_a_gradient_yet(rng):
         assert_near(back.values(), theirs.values(), "float64")
 
 
+@pytest.mark.torch
 def test_state_of_other_kinds_than_tensors_is_read_too(rng):
     theirs = Torch(arrays(rng, "float32"), {"momentum": 0.9})
     theirs.step(arrays(rng, "float32"))
@@ -267,8 +274,10 @@ def test_state_of_other_kinds_than_tensors_is_read_too(rng):
     assert (same.steps, same.lr) == (2, 0.01)
 
 
+@pytest.mark.torch
 def test_structure_is_that_of_the_parameters_which_are_copied(rng):
-    torch = pytest.importorskip("torch")
+    import torch
+
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.RMSprop(model.named_parameters(), lr=torch.tensor(0.25))
     model(torch.ones(1, 3)).sum().backward()
@@ -284,6 +293,7 @@ def test_structure_is_that_of_the_parameters_which_are_copied(rng):
     assert type(one.params) is tuple
 
 
+@pytest.mark.torch
 def test_options_are_set_for_all_groups(rng):
     theirs = Torch(arrays(rng, "float64"), {}, cuts=[2])
     theirs.step(arrays(rng, "float64"))
@@ -295,6 +305,7 @@ def test_options_are_set_for_all_groups(rng):
     assert [group["lr"] for group in interop.to_torch(ours)["param_groups"]] == [0.5, 0.5]
 
 
+@pytest.mark.torch
 def test_what_is_handed_over_is_copied(rng):
     ours = RMSProp(arrays(rng, "float64"), momentum=0.9, centered=True)
     ours.step(arrays(rng, "float64"))
@@ -313,6 +324,7 @@ def _with(opt, **options):
     return opt
 
 
+@pytest.mark.torch
 def test_16_bit_state(rng):
     theirs = Torch(arrays(rng, "float32"), {"momentum": 0.5, "lr": 0.25, "alpha": 0.9})
     theirs.step(arrays(rng, "float32"))
@@ -325,9 +337,24 @@ def test_16_bit_state(rng):
             np.testing.assert_allclose(found[i][name], entry[name], rtol=2**-8)
 
 
+def test_steps_are_counted_in_a_dtype_that_can(rng):
+    torch = pytest.importorskip("torch")
+    opt = RMSProp([np.ones(2)])
+    opt.load_state_dict(opt.state_dict() | {"steps": 2049})
+    before = torch.get_default_dtype()
+    try:
+        for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+            torch.set_default_dtype(dtype)
+            step = interop.to_torch(opt)["state"][0]["step"]
+            assert (step.dtype, float(step)) == (expected, 2049.0)
+    finally:
+        torch.set_default_dtype(before)
+
+
 # What is particular to Keras.
 
 
+@pytest.mark.torch
 def test_variables_of_a_model_by_hand_and_saved(keras, rng):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
     optimizer = keras.optimizers.RMSprop(0.125, momentum=0.5)
@@ -346,6 +373,7 @@ def test_variables_of_a_model_by_hand_and_saved(keras, rng):
     assert_same_bits(opts[0].momentum_buffer[1], optimizer.variables[7].numpy())
 
 
+@pytest.mark.torch
 def test_the_variables_have_the_last_word_on_the_rate(keras, rng):
     theirs = Keras(arrays(rng, "float64"), {})
     config = theirs.optimizer.get_config()
@@ -353,6 +381,7 @@ def test_the_variables_have_the_last_word_on_the_rate(keras, rng):
     assert interop.from_keras(config, theirs.optimizer.variables, theirs.params).lr == 0.25
 
 
+@pytest.mark.torch
 def test_a_schedule(keras, rng):
     keras.config.set_floatx("float64")
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
@@ -370,6 +399,7 @@ def test_a_schedule(keras, rng):
     assert interop.to_keras(ours)[0]["learning_rate"] == 0.1 * 0.5**4
 
 
+@pytest.mark.torch
 def test_variables_without_weight_decay_are_a_group(keras, rng):
     keras.config.set_floatx("float64")
     theirs = Keras(arrays(rng, "float64"), {"weight_decay": 0.1})
@@ -415,6 +445,8 @@ WRONG_TORCH = {
     "Adam's state": (torch_state(entry={"step": 1, "exp_avg": np.ones(2)}), CheckpointError, "'square_avg'"),
     "no params": (torch_state({"lr": 0.1, "alpha": 0.9, "eps": 0.1}), CheckpointError, "KeyError: 'params'"),
     "half a step": (torch_state(entry=ENTRY | {"step": 0.5}), CheckpointError, "step: expected .* steps, got 0.5"),
+    "steps of no run": (torch_state(entry=ENTRY | {"step": 2.0**60}), CheckpointError, "step: expected .*, got 1.15"),
+    "less than none": (torch_state(entry=ENTRY | {"step": -1}), CheckpointError, "step: expected .* steps, got -1"),
     "NaN steps": (torch_state(entry=ENTRY | {"step": np.nan}), CheckpointError, "step: expected .* steps, got nan"),
     "steps": (torch_state(entry=ENTRY | {"step": np.ones(2)}), CheckpointError, "step: expected one number, got shape"),
     "more": (torch_state(GROUP | {"params": [0, 1, 2]}), CheckpointError, r"params: expected \[3\] .*; got \[2\]"),
@@ -439,6 +471,7 @@ def test_wrong_state_of_torch(what):
         interop.from_torch(state, [np.ones(2), 1.0])
 
 
+@pytest.mark.torch
 def test_wrong_parameters_for_torch():
     circular = []
     circular.append(circular)
@@ -449,7 +482,8 @@ def test_wrong_parameters_for_torch():
         CheckpointError, match="params: expected 1 groups with 'params', as in state_dict; got 2 groups"
     ):
         interop.from_torch(torch_state(), groups)
-    torch = pytest.importorskip("torch")
+    import torch
+
     with pytest.raises(DtypeError, match=r"params\[0\]: .*BFloat16"):
         interop.from_torch(torch_state(), [torch.ones(2, dtype=torch.bfloat16), 1.0])
     with pytest.raises(DtypeError, match=r"params\[0\]: expected float32 or float64, got float16"):
@@ -474,6 +508,7 @@ WRONG_KERAS = {
     "names": ({"variables": {"a": 1}}, CheckpointError, "variables: expected the names '0' to '0', got .*'a'"),
     "another shape": ({"variables": [3, 0.5, np.ones(2), np.ones(3)]}, StructureError, r"momentum\[0\]: expected"),
     "no count": ({"variables": [-3, *VARIABLES[1:]]}, CheckpointError, "iteration: expected a number of steps, got -3"),
+    "count of no run": ({"variables": [2**63 - 1, *VARIABLES[1:]]}, CheckpointError, "iteration: .*, got 9223"),
     "no rate": ({"variables": [3, np.ones(2), *VARIABLES[2:]]}, CheckpointError, "learning_rate: expected one number"),
     "weight decay": ({"config": CONFIG | {"weight_decay": -1.0}}, OptionError, "weight_decay: expected"),
     "rate 0": (
@@ -506,9 +541,11 @@ NOT_THERE = {
 TO = {"torch": interop.to_torch, "keras": interop.to_keras}
 
 
-@pytest.mark.parametrize(("project", "option"), [(p, o) for p in NOT_THERE for o in NOT_THERE[p]])
+@pytest.mark.parametrize(
+    ("project", "option"),
+    [pytest.param(p, o, marks=[pytest.mark.torch] if p == "torch" else []) for p in NOT_THERE for o in NOT_THERE[p]],
+)
 def test_options_that_the_other_project_does_not_have(project, option):
-    pytest.importorskip("torch")
     base = dialect(project)
     TO[project](RMSProp([np.ones(2)], **base))
     options = base | NOT_THERE[project][option]
@@ -536,9 +573,11 @@ def test_groups_that_differ_are_not_for_keras():
     assert config["weight_decay"] is None  # off, as Keras has it
 
 
-@pytest.mark.parametrize("to", TO.values(), ids=TO)
+@pytest.mark.parametrize(
+    "to",
+    [pytest.param(interop.to_torch, marks=pytest.mark.torch, id="torch"), pytest.param(interop.to_keras, id="keras")],
+)
 def test_a_rate_of_0_and_momentum_in_the_other_convention(to):
-    pytest.importorskip("torch")
     inside = to is interop.to_torch
     opt = RMSProp([np.ones(2)], lr=0.0, momentum=0.5, lr_in_momentum=inside, eps_in_sqrt=not inside)
     if inside:

@@ -19,7 +19,8 @@ PROGRAM = Path(__file__).parent / "mpi_program.py"
 ENDING = Path(__file__).parent / "mpi_ending.py"
 CASES = [
     "bits", "bfloat16", "groups", "none", "sums", "large_norms", "mean", "nonfinite", "ready", "long_messages",
-    "checkpoints", "start", "errors_in_steps", "sizes", "threads", "communicators",
+    "checkpoints", "start", "errors_in_steps", "different_calls", "timeouts", "users_code", "aliases",
+    "memory", "signals_and_threads", "attributes", "sizes", "cores", "communicators",
 ]  # fmt: skip
 # A hang is a failure, and one that says what had been printed.
 SECONDS = 300
@@ -112,6 +113,51 @@ def test_an_exception_on_one_rank_ends_all(case, message, tmp_path):
     assert f"ok {case}" not in printed
 
 
+STEP = r"step\(\) \(steps taken: {}\)"
+WAITS = r"RankError: rank {} of 3 waited \d+\.\d s in {} for {}, which did not join"
+
+
+def waits(where, ranks, missing):
+    """What each of these ranks writes while it waits for others."""
+    named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+    others = {rank: [other for other in ranks if other != rank] for rank in ranks}
+    return [
+        WAITS.format(rank, where, named)
+        + (f"; rank {', '.join(map(str, others[rank]))} waits in {where}" if others[rank] else "")
+        for rank in ranks
+    ]
+
+
+DIFFERENT = r"RankError: expected the same call on all ranks, got {} on rank 0, {} on ranks 1, 2; nothing was changed"
+
+
+# What is printed, by the program in mpi_ending.py.
+ENDS = {
+    "saves_alone": waits(r"save\(\) \(steps taken: 1\)", [0], [1, 2]),
+    "saves_alone_while_others_step": [DIFFERENT.format(r"save\(\)", r"step\(\)")],
+    "fewer_steps": waits(STEP.format(2), [0, 1], [2]),
+    "fewer_steps_and_busy": waits(STEP.format(2), [0, 1], [2]),
+    "raised_and_caught": waits(STEP.format(2), [0, 1], [2]),
+    "handed_over": waits(STEP.format(0), [0, 1], [2]),
+    "made_alone": waits(r"ShardedRMSProp\(\)", [0], [1, 2]),
+    "loaded_alone": [DIFFERENT.format(r"ShardedRMSProp\(\)", r"ShardedRMSProp\.from_checkpoint\(\)")],
+    "crossed": [*waits(STEP.format(0), [0, 1], [2]), *waits(STEP.format(0), [2], [0, 1])],
+    "interrupted": ["TimeoutError: this rank is late\nfastrms: rank 0 of 3 ends in the middle of a call; "],
+    "killed": [],
+}
+
+
+@needs_mpi
+@pytest.mark.parametrize("case", ENDS)
+def test_ranks_that_wait_for_ever_say_for_whom_and_end(case, tmp_path):
+    status, printed = mpiexec(3, sys.executable, ENDING, case, folder=tmp_path)
+    assert status != 0
+    for message in ENDS[case]:
+        assert re.search(message, printed), printed
+    # The line of the user's program.
+    assert case == "killed" or f"in {case}\n" in printed
+
+
 @needs_mpi
 def test_under_the_runner_of_mpi4py_an_exit_of_one_rank_ends_all(tmp_path):
     status, printed = mpiexec(3, sys.executable, "-m", "mpi4py", ENDING, "with_exit", folder=tmp_path)
@@ -135,6 +181,33 @@ def test_an_interactive_session_goes_on(tmp_path):
     """
     status, printed = mpiexec(2, sys.executable, "-c", code, folder=tmp_path)
     assert (status, printed.count("went on"), printed.count("a slip")) == (0, 2, 2), printed
+
+
+@needs_mpi
+def test_an_interactive_session_goes_on_without_the_optimizer_whose_ranks_did_not_come(tmp_path):
+    code = """if True:
+        import sys
+        import time
+        import numpy as np
+        from mpi4py import MPI
+        from fastrms import RankError
+        from fastrms.mpi import ShardedRMSProp
+        sys.ps1 = ">>> "
+        opt = ShardedRMSProp([np.ones(3)], kernel="numpy", timeout=0.3)
+        if MPI.COMM_WORLD.rank == 0:
+            for text in ("which did not join", "this optimizer lost the other ranks"):
+                try:
+                    opt.step([np.ones(3)])
+                except RankError as error:
+                    assert text in str(error), str(error)
+                else:
+                    raise AssertionError("unreachable")
+        else:
+            time.sleep(2)
+        print("went on")
+    """
+    status, printed = mpiexec(2, sys.executable, "-c", code, folder=tmp_path)
+    assert (status, printed.count("went on")) == (0, 2), printed
 
 
 def test_without_mpi4py_it_is_said_what_to_install(monkeypatch):

@@ -51,6 +51,15 @@ def seen(monkeypatch):
     return found
 
 
+def test_pictures_go_where_the_program_was_started(capsys, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine.py").write_text(f"{MODULE}\nimport os\nos.chdir('elsewhere')\n")
+    assert main(["path", "--function", "mine:f", "--start", "1", "1", "--x", "-2", "2", "--y", "-2", "2"]) == 0
+    assert capsys.readouterr().out.endswith("Picture: fastrms-path.png\n")
+    assert (tmp_path / "fastrms-path.png").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_alone_it_draws_the_four_methods(seen, capsys, tmp_path):
     assert main(["path"]) == 0
     out, err = capsys.readouterr()

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import sys
 
 import numpy as np
@@ -356,6 +357,18 @@ def test_animation_grows_to_the_whole_paths(panels):
     assert counts[-1] < 20
     assert counts[0] > counts[3] > counts[-1] + 50
     assert (found[-1][1][-1, -1] > 250).all()  # paper stays white
+
+
+def test_an_animation_goes_where_its_path_led_when_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def leaves(x, y):
+        os.chdir(tmp_path / "elsewhere")
+        return x * x + y * y
+
+    plots.animate(leaves, "path.gif", panels=["values"], start=(1.0, 1.0), region=((-2, 2), (-2, 2)), steps=1)
+    assert (tmp_path / "path.gif").exists()
 
 
 def test_animation_of_many_steps_has_few_pictures():

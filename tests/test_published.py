@@ -243,10 +243,12 @@ TORCH = {
 }
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 @pytest.mark.parametrize("name", TORCH)
 def test_beside_torch(name, dtype, rtol):
-    torch = pytest.importorskip("torch")
+    import torch
+
     rng = np.random.default_rng(11)
     # Away from 0, where a relative tolerance would mean nothing.
     start = [rng.uniform(4, 6, (4, 5)).astype(dtype), rng.uniform(-6, -4, 7).astype(dtype)]

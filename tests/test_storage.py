@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import errno
 import gc
 import json
 import os
@@ -11,9 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import JIT, assert_same_bits, leaves, same_structure, wide
+from test_checkpoints import KEYS, OTHER_KEYS, posix
 
 import fastrms.mapped
-from fastrms import DtypeError, FastrmsError, OptionError, OptionTypeError, RMSProp, StorageError, StructureError
+from fastrms import (
+    DeviceError,
+    DtypeError,
+    FastrmsError,
+    OptionError,
+    OptionTypeError,
+    RMSProp,
+    StorageError,
+    StructureError,
+)
 from fastrms.kernels import norms, pointers
 
 STATE = ("params", "cache", "momentum_buffer", "grad_avg")
@@ -150,6 +161,61 @@ def test_a_namedtuple_comes_back_as_a_tuple(path):
     assert type(RMSProp.reopen(path).params) is tuple
 
 
+@pytest.mark.parametrize("key", KEYS, ids=repr)
+def test_keys_that_come_back(key, path):
+    RMSProp({key: [np.ones(2)], "b": {key: np.ones(1)}}, storage=path).close()
+    with RMSProp.reopen(path) as opt:
+        for found in (next(iter(opt.params)), next(iter(opt.params["b"]))):
+            assert (type(found), repr(found)) == (type(key), repr(key))
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS, ids=repr)
+def test_keys_that_would_not_come_back_are_refused_before_anything_is_made(key, tmp_path):
+    with pytest.raises(StructureError, match=r"storage: expected dicts whose keys are None, str, .* cannot give back"):
+        RMSProp([np.ones(1), {"a": {key: np.ones(2)}}], storage=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_current_folder_changes(tmp_path, monkeypatch):
+    places = [tmp_path / name for name in ("one", "other")]
+    opts = []
+    for number, place in enumerate(places):
+        place.mkdir()
+        monkeypatch.chdir(place)
+        opts.append(RMSProp([np.full(3, float(number))], lr=0.5 + number, storage="run"))
+        assert opts[-1].storage == place / "run"
+    for number, opt in enumerate(opts):
+        opt.step([np.ones(3)])
+        opt.param_groups[0]["momentum"] = 0.5  # makes a file, and changes the head
+        opt.param_groups[0]["weight_decay"] = number + 0.25
+        opt.flush()
+        opt.close()
+    for number, place in enumerate(places):
+        monkeypatch.chdir(place)
+        opt = RMSProp.reopen("run")
+        monkeypatch.chdir(tmp_path)
+        assert (opt.lr, opt.param_groups[0]["weight_decay"]) == (0.5 + number, number + 0.25)
+        opt.step([np.ones(3)])
+        opt.close()
+        assert RMSProp.reopen(place / "run").steps == 2
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["one", "other"]
+
+
+@posix
+def test_a_link_to_the_folder_that_leads_elsewhere_later(tmp_path):
+    latest = tmp_path / "latest"
+    opts = []
+    for name in ("one", "other"):
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(name)
+        opts.append(RMSProp([np.ones(3)], storage=latest))
+    opts[0].param_groups[0]["momentum"] = 0.5
+    for opt in opts:
+        opt.close()
+    with RMSProp.reopen(tmp_path / "one") as one, RMSProp.reopen(latest) as other:
+        assert [opt.param_groups[0]["momentum"] for opt in (one, other)] == [0.5, 0.0]
+
+
 def test_options_that_change_and_state_that_is_added_later(path):
     opt, inside = RMSProp([np.ones(9)], storage=path), RMSProp([np.ones(9)])
     gradient = [np.linspace(-1, 1, 9)]
@@ -262,6 +328,12 @@ def rewrite(path, **changes):
     (path / "head.json").write_text(json.dumps(head | changes))
 
 
+def recount(path, place, count):
+    counts = np.memmap(path / "counts.bin", np.int64)
+    counts[place] = count
+    counts.flush()
+
+
 DAMAGE = {
     "no JSON": (lambda path: (path / "head.json").write_text("{"), "cannot be read"),
     "not a head": (lambda path: (path / "head.json").write_text("[]"), "cannot be read"),
@@ -283,10 +355,29 @@ DAMAGE = {
     ),
     "no structure": (lambda path: rewrite(path, structure=None), "cannot be rebuilt"),
     "another structure": (lambda path: rewrite(path, structure=["list", [0]]), "do not fit"),
-    "groups": (lambda path: rewrite(path, param_groups=[{"speed": 1, "lr": 1.0}]), "unknown option 'speed'"),
+    "groups": (
+        lambda path: rewrite(path, param_groups=[{"speed": 1, "lr": 1.0}]),
+        "'speed' is no option of a parameter group",
+    ),
     "no group": (lambda path: rewrite(path, param_groups=[]), "cannot be read"),
     "shorter": (lambda path: os.truncate(path / "cache.bin", 5), r"cache\.bin: expected 4,096 bytes, got 5"),
     "counts": (lambda path: os.truncate(path / "counts.bin", 5), r"counts\.bin: expected 4,096 bytes, got 5"),
+    "option": (lambda path: rewrite(path, param_groups=[{"momentum": 2.0}]), "cannot be read: momentum: expected"),
+    "order": (lambda path: rewrite(path, structure=["list", [1, 0]]), "structure: cannot be rebuilt"),
+    "no steps": (lambda path: recount(path, 1, -1), r"counts\.bin: steps: expected a number of steps, got -1"),
+    "steps of no run": (
+        lambda path: recount(path, 1, 2**63 - 1),
+        r"counts\.bin: steps: expected .*, got 92233720368",
+    ),
+    "skips of no run": (
+        lambda path: recount(path, 2, 2**62),
+        "skipped_steps: expected a number of steps, got 461",
+    ),
+    "sat out": (
+        lambda path: recount(path, 3, 1),
+        r"counts\.bin: skipped\[0\]: expected 0 to 0, .*; got 1: the file",
+    ),
+    "sat out less": (lambda path: recount(path, 4, -5), r"counts\.bin: skipped\[1\]: expected 0 to 0, .*; got -5"),
     "gone": (lambda path: (path / "params.bin").unlink(), r"params\.bin"),
 }
 
@@ -305,6 +396,170 @@ def test_a_damaged_folder_is_refused_and_left_alone(damage, path):
     assert contents(path) == before
 
 
+def test_counts_of_a_process_that_was_killed_are_used_as_far_as_they_go_together(path):
+    with RMSProp([np.ones(2), np.ones(3)], storage=path, bias_correction=True) as opt:
+        opt.step([None, np.ones(3)])
+    head = json.loads((path / "head.json").read_text())
+    rewrite(path, storage=head["storage"] | {"clean": False})
+    recount(path, 3, 2)  # more than there were steps
+    with RMSProp.reopen(path, after_crash="use") as opt:
+        assert (opt.steps, opt._skipped.tolist()) == (1, [1, 0])
+        opt.step([np.ones(2), np.ones(3)])
+        assert np.isfinite(opt.params[0]).all()
+    rewrite(path, storage=head["storage"] | {"clean": False})
+    recount(path, 3, -1)
+    with pytest.raises(StorageError, match="got -1"):
+        RMSProp.reopen(path, after_crash="use")
+
+
+# What is in the folder, and is shared with another place or must not be written.
+
+
+@posix
+@pytest.mark.parametrize("name", ["params.bin", "grads.bin", "cache.bin", "counts.bin", "head.json", "lock"])
+@pytest.mark.parametrize("how", ["link", "hard link", "pipe"])
+def test_files_that_are_also_elsewhere_are_refused(name, how, tmp_path):
+    for folder in ("one", "other"):
+        RMSProp([np.ones(3)], storage=tmp_path / folder).close()
+    file, other = tmp_path / "one" / name, tmp_path / "other" / name
+    file.unlink()
+    if how == "link":
+        file.symlink_to(Path("..", "other", name))
+    elif how == "hard link":
+        os.link(other, file)
+    else:
+        os.mkfifo(file)
+    before = contents(tmp_path / "other")
+    for after_crash in ("raise", "use"):
+        with pytest.raises(StorageError, match=r"expected a file of this folder( alone)?, got"):
+            RMSProp.reopen(tmp_path / "one", after_crash=after_crash)
+    assert contents(tmp_path / "other") == before
+    if how == "link":
+        RMSProp.reopen(tmp_path / "other").close()
+
+
+@posix
+def test_a_new_buffer_does_not_go_where_a_link_leads(path, tmp_path):
+    opt = RMSProp([np.ones(3)], storage=path)
+    (tmp_path / "thesis").write_text("mine")
+    (path / "momentum_buffer.bin").symlink_to("../thesis")
+    opt.param_groups[0]["momentum"] = 0.5
+    opt.step([np.ones(3)])
+    opt.close()
+    assert (tmp_path / "thesis").read_text() == "mine"
+    assert not (path / "momentum_buffer.bin").is_symlink()
+    RMSProp.reopen(path).close()
+
+
+@posix
+@pytest.mark.parametrize("name", ["params.bin", "counts.bin", "lock"])
+def test_read_only_files_are_refused(name, path):
+    RMSProp([np.ones(3)], storage=path).close()
+    (path / name).chmod(0o444)
+    before = contents(path)
+    with pytest.raises(PermissionError):
+        RMSProp.reopen(path)
+    assert contents(path) == before
+    (path / name).chmod(0o600)
+    RMSProp.reopen(path).close()
+
+
+# No room, and disks that fail.
+
+
+def test_a_buffer_that_cannot_be_made_leaves_the_folder_as_it_was(path, monkeypatch):
+    opt = RMSProp([np.ones(3)], storage=path)
+    opt.step([np.ones(3)])
+    opt.flush()
+    names = sorted(contents(path))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in ("posix_fallocate", "ftruncate") if hasattr(os, "posix_fallocate") else ("ftruncate",):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, full)
+            if function == "ftruncate":
+                patch.delattr(os, "posix_fallocate", raising=False)
+            with pytest.raises(OSError, match="expected room for") as caught:
+                opt.param_groups[0]["momentum"] = 0.5
+            assert caught.value.errno == errno.ENOSPC
+            assert sorted(contents(path)) == names
+    with monkeypatch.context() as patch:
+        patch.setattr(fastrms.mapped.mmap, "mmap", full)
+        with pytest.raises(OSError, match="No space"):
+            opt.param_groups[0]["momentum"] = 0.5
+        assert sorted(contents(path)) == names
+    assert opt.momentum_buffer is None
+    with RMSProp([np.ones(3)]) as inside:
+        inside.step([np.ones(3)])
+        assert opt.param_groups[0]["momentum"] == 0
+        opt.step([np.ones(3)])
+        inside.step([np.ones(3)])
+        opt.close()
+        assert_same(RMSProp.reopen(path), inside)
+
+
+def test_what_a_killed_process_left_of_a_buffer_is_made_anew(path):
+    opt = RMSProp([np.ones(3)], storage=path)
+    (path / "momentum_buffer.bin").write_bytes(b"x" * 100)
+    opt.param_groups[0]["momentum"] = 0.5
+    assert opt.momentum_buffer[0].tolist() == [0, 0, 0]
+    opt.close()
+    RMSProp.reopen(path).close()
+
+
+def test_an_error_of_the_disk_in_a_step_counts_nothing(path, monkeypatch):
+    opt = RMSProp([np.ones(3), np.ones(2)], storage=path, bias_correction=True)
+
+    def broken(*arguments):
+        raise OSError(errno.EIO, "cannot be read or written")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(opt._storage, "_call_in_parts", broken)
+            with pytest.raises(OSError, match="cannot be read or written"):
+                opt.step([None, np.ones(2)])
+        assert (opt.steps, opt._skipped.tolist()) == (0, [0, 0])
+        assert opt._storage.counts[1:5].tolist() == [0, 0, 0, 0]
+    opt.step([None, np.ones(2)])
+    assert opt._storage.counts[:5].tolist() == [0, 1, 0, 1, 0]
+    opt.close()
+    with RMSProp.reopen(path) as opt:
+        assert (opt.steps, opt._skipped.tolist()) == (1, [1, 0])
+        opt.step([np.ones(3), np.ones(2)])
+        assert np.isfinite(opt.params[0]).all()
+
+
+def test_a_step_that_was_not_taken_is_counted_in_the_folder_at_once(path):
+    opt = RMSProp([np.ones(3)], storage=path, nonfinite="skip")
+    opt.step([np.ones(3)])
+    opt.flush()
+    opt.step([np.full(3, np.nan)])
+    assert np.fromfile(path / "counts.bin", np.int64)[:3].tolist() == [0, 1, 1]
+    assert not json.loads((path / "head.json").read_text())["storage"]["clean"]
+    opt.close()
+    with RMSProp.reopen(path) as opt:
+        assert (opt.steps, opt.skipped_steps) == (1, 1)
+
+
+def test_what_cannot_be_removed_does_not_hide_the_error(path, monkeypatch):
+    unlink = Path.unlink
+
+    def refuses(self, missing_ok=False):
+        if self.name in ("params.bin", "head.json") and self.exists():
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(self, missing_ok)
+
+    path.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuses)
+        patch.setattr(fastrms.storage.Storage, "_write_head", lambda *a, **k: (_ for _ in ()).throw(KeyError("mine")))
+        with pytest.raises(KeyError, match="mine"):
+            RMSProp([np.ones(3)], storage=path)
+    assert list(contents(path)) == ["params.bin"]
+
+
 def test_wrong_arguments(path):
     RMSProp([np.ones(2)], storage=path).close()
     with pytest.raises(OptionError, match="after_crash: expected one of"):
@@ -313,6 +568,10 @@ def test_wrong_arguments(path):
         RMSProp.reopen(path, kernel="fast")
     with pytest.raises(OptionError, match="lr: expected a number"):
         RMSProp.reopen(path, lr=-1)
+    with pytest.raises(OptionError, match="num_threads: expected 1 to"):
+        RMSProp.reopen(path, num_threads=999)
+    with pytest.raises((OptionError, DeviceError), match="cuda"):
+        RMSProp.reopen(path, kernel="cuda")
     for wrong in (True, 3, b"path", ["path"]):
         with pytest.raises(OptionTypeError, match="storage: expected the path of a folder or None, got"):
             RMSProp([np.ones(2)], storage=wrong)

@@ -127,6 +127,57 @@ def test_a_program_that_ends_by_itself_closes(end, path):
         assert_same(opt, trained(2))
 
 
+def test_at_exit_all_are_closed_also_where_some_cannot_be(tmp_path):
+    program = """
+        import sys
+        import numpy as np
+        from fastrms import RMSProp
+        opts = [RMSProp([np.ones(3)], storage=f"{sys.argv[1]}/{k}") for k in range(6)]
+        def fail(opt):
+            raise OSError(5, f"no disk for {opt.storage}")
+        for opt in opts:
+            opt.step([np.ones(3)])
+        for opt in opts[::3]:
+            opt._storage.flush = fail
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), tmp_path], capture_output=True, text=True, check=True
+    )
+    for k in range(6):
+        failed = k % 3 == 0
+        assert (f"no disk for {tmp_path / str(k)}" in done.stderr) is failed
+        with RMSProp.reopen(tmp_path / str(k), after_crash="use" if failed else "raise") as opt:
+            assert opt.steps == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_after_a_fork_all_are_told_also_where_one_raises(tmp_path):
+    program = """
+        import os, sys
+        import numpy as np
+        from fastrms import RMSProp, StorageError
+        opts = [RMSProp([np.ones(3)], storage=f"{sys.argv[1]}/{k}") for k in range(6)]
+        def fail():
+            raise OSError("this one")
+        for opt in opts[::3]:
+            opt._storage.in_child_of_fork = fail
+        child = os.fork()
+        if not child:
+            told = 0
+            for opt in opts:
+                try:
+                    opt.step()
+                except StorageError as error:
+                    told += "child of fork" in str(error)
+            os._exit(told)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["4"]
+
+
 LOCKED = "expected a folder that nobody has open, got one that another process, or another optimizer of this one, has"
 
 

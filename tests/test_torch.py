@@ -6,9 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import JIT
+from helpers import JIT, need_torch
 
-torch = pytest.importorskip("torch")
+torch = need_torch()
+pytestmark = pytest.mark.torch
 
 from torch_pairs import CONFIGS, STEPS, assert_near, assert_same_state, give, pair, parameters  # noqa: E402 - all need torch
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from helpers import JIT
+from helpers import JIT, need_torch
 
-torch = pytest.importorskip("torch")
+torch = need_torch()
+pytestmark = pytest.mark.torch
 
 from torch_pairs import assert_near, assert_same_state, give, pair, parameters  # noqa: E402 - both need torch
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from collections import namedtuple
 
 import numpy as np
@@ -17,6 +18,8 @@ def trees():
     return {
         "list": [np.ones(3), np.ones((2, 2)), np.ones(())],
         "dict": {"W": np.ones((2, 3)), "b": np.zeros(0)},
+        "ones": [np.ones(3), np.full((1, 1), 0.5), np.ones(()), np.ones(1)],
+        "one": {"W": np.ones(3), "b": np.ones(1)},
         "nested": [{"W": np.ones(2), "more": [np.ones(1)]}, (np.ones(4),)],
     }
 
@@ -25,6 +28,9 @@ def trees():
 REPLACED = {
     "array": ("list", lambda views: views.__setitem__(1, views[1] - 1.0), r"\[1\]: expected the view that was there"),
     "0-d": ("list", lambda views: views.__setitem__(2, views[2] - 1.0), r"\[2\]: expected the view that was there"),
+    "equal": ("ones", lambda views: views.__setitem__(1, np.clip(views[1], 0.1, 1.0)), r"\[1\]: expected the view"),
+    "equal 0-d": ("ones", lambda views: views.__setitem__(2, views[2] + 0.0), r"\[2\]: expected the view"),
+    "equal, in a dict": ("one", lambda views: views.update(b=views["b"].copy()), r"\['b'\]: expected the view"),
     "swapped": ("list", lambda views: views.reverse(), r"\[0\]: expected the view"),
     "number": ("list", lambda views: views.__setitem__(0, 3), r"\[0\]: .* got int object in its place"),
     "none": ("list", lambda views: views.__setitem__(0, None), r"\[0\]: .* got None in its place"),
@@ -33,6 +39,7 @@ REPLACED = {
     "key": ("dict", lambda views: views.update(W=np.zeros((2, 3))), r"\['W'\]: expected the view"),
     "empty": ("dict", lambda views: views.update(b=np.zeros(0)), r"\['b'\]: expected the view"),
     "new key": ("dict", lambda views: views.update(c=np.zeros(2)), "unknown 'c'"),
+    "deep, equal": ("nested", lambda views: views[0]["more"].__setitem__(0, np.ones(1)), r"\[0\]\['more'\]\[0\]: exp"),
     "deep": ("nested", lambda views: views[0]["more"].__setitem__(0, np.full(1, 5.0)), r"\[0\]\['more'\]\[0\]: exp"),
     "branch": ("nested", lambda views: views.__setitem__(0, {"W": np.ones(2), "more": []}), r"expected 1 items, got 0"),
 }  # fmt: skip
@@ -106,3 +113,63 @@ def test_copies_have_views_of_their_own(copied, tree):
     assert other.check() == []
     other.step()
     assert (opt.steps, other.steps) == (0, 1)
+
+
+class Model:
+    """A user's class that holds views beside the optimizer, as docs/flattening.md shows it."""
+
+    def __init__(self):
+        self.opt = RMSProp([np.ones((2, 3)), np.zeros(1)])
+        self.W, self.b = self.opt.params
+
+
+class Connected(Model):
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.W, self.b = self.opt.params
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_check_sees_views_that_a_copy_has_cut_off(how):
+    model = Model()
+    assert model.opt.check(W=model.W, b=model.b, all=[model.W, {"b": model.b}], row=model.W[1]) == []
+    other = COPIES[how](model)
+    assert other.opt.check() == []
+    assert [line.split(":")[0] for line in other.opt.check(W=other.W, b=[other.b, other.opt.params[1]], n=3)] == [
+        "W", "b[0]", "n",
+    ]  # fmt: skip
+    model.W = model.W * 2
+    assert model.opt.check(W=model.W) == [
+        "W: expected a view of the parameters, got something with memory of its own; take it anew from params"
+    ]
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_an_object_that_takes_its_views_anew_are_whole(how):
+    other = COPIES[how](Connected())
+    assert other.opt.check(W=other.W, b=other.b) == []
+    other.opt.step([np.ones((2, 3)), np.ones(1)])
+    assert (other.W < 1).all()
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial"])
+def test_a_copy_made_while_another_thread_steps_is_of_one_step(kernel):
+    opt = RMSProp([np.zeros(100), np.zeros(100, np.float32)], lr=1.0, decay_rate=0.0, epsilon=1e-30, kernel=kernel)
+    stop = threading.Event()
+
+    def train():
+        while not stop.is_set():
+            opt.step([np.ones(100), np.ones(100, np.float32)])
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        copies = [copy.deepcopy(opt) for _ in range(200)]
+    finally:
+        stop.set()
+        thread.join()
+    for other in copies:  # each step goes down by 1
+        assert [set(np.asarray(view).tolist()) for view in other.params] == [{-float(other.steps)}] * 2

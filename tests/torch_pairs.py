@@ -1,11 +1,9 @@
 """The two optimizers of test_torch.py and test_torch_gradients.py, side by side."""
 
-import pytest
+import torch
 from helpers import JIT
 
-torch = pytest.importorskip("torch")
-
-from fastrms.torch import RMSprop  # noqa: E402 - it needs torch
+from fastrms.torch import RMSprop
 
 # Those of PyTorch's own tests of RMSprop.
 CONFIGS = [

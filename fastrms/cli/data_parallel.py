@@ -86,7 +86,8 @@ def train_one_and_all(
 
     def new_pair() -> tuple[Training, Training]:
         alone = RMSProp(list(start), lr=lr, kernel=kernel)
-        sharded = ShardedRMSProp(list(start), lr=lr, kernel=kernel)
+        # The last batch may have fewer rows on some ranks than on others.
+        sharded = ShardedRMSProp(list(start), lr=lr, kernel=kernel, reduction="sum")
         return tuple(kind(opt, opt.grads if into_buffer else None)
                      for kind, opt in ((Training, alone), (RankTraining, sharded)))  # type: ignore[return-value]  # fmt: skip
 

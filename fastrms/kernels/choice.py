@@ -19,6 +19,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from fastrms.errors import call_all
+
 __all__ = [
     "KERNELS", "Chooser", "call_after_fork", "limit_threads", "max_threads", "one_at_a_time",
     "start_threads", "threads_work",
@@ -120,8 +122,7 @@ def _in_child() -> None:
     global _lost_threads, _region
     _region = threading.Lock()  # a thread that held it is not here
     _lost_threads = _layer() == "omp"  # None: this process can start its own
-    for optimizer in _after_fork:
-        optimizer._in_child_of_fork()
+    call_all([optimizer._in_child_of_fork for optimizer in _after_fork])
 
 
 if hasattr(os, "register_at_fork"):

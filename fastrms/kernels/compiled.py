@@ -168,7 +168,7 @@ class _Files:
 
 
 class _UserProvided(caching.UserProvidedCacheLocator):
-    """The folder that NUMBA_CACHE_DIR names: where it was at import, also after `os.chdir`."""
+    """The folder that NUMBA_CACHE_DIR names, from where this was imported: os.chdir() does not lead to another one."""
 
     def __init__(self, py_func: Any, py_file: Any) -> None:
         super().__init__(py_func, py_file)

@@ -1,22 +1,25 @@
 """`ShardedRMSProp`: `fastrms.RMSProp` over the ranks of an MPI program."""
 
 import hashlib
+import math
 import zlib
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, starmap
+from operator import call
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.buffers import FlatBuffer, Layout
-from fastrms.errors import NonfiniteError, OptionError, StructureError
+from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels import choice
 from fastrms.kernels.norms import AddUp
 from fastrms.mpi.handover import Handover
-from fastrms.mpi.ranks import Bounds, Ranks, end_together
+from fastrms.mpi.ranks import Bounds, Ranks, check_timeout, end_together, named
 from fastrms.mpi.unsharded import Unsharded
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, check_one_of
@@ -26,8 +29,9 @@ __all__ = ["ShardedRMSProp"]
 
 Array = NDArray[Any]
 
-_REDUCTIONS = ("sum", "mean")
+_REDUCTIONS = ("mean", "sum")
 _CHECKS = ("broadcast", "raise")
+_CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load")
 
 
 class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoint has no storage
@@ -48,11 +52,16 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         Added to the denominator, > 0.
     comm : mpi4py.MPI.Intracomm or None, default None
         The ranks that train together; None for MPI.COMM_WORLD. Messages go through copies of it.
-    reduction : {"sum", "mean"}, default "sum"
-        What the step is taken with: the sum of the ranks' gradients, or their mean. With the sum, gradients of a mean
-        loss are to be scaled by a rank's share of the batch.
+    reduction : {"mean", "sum"}, default "mean"
+        What the step is taken with: the mean of the ranks' gradients, or their sum. The mean is right where each rank's
+        loss is a mean over the same number of rows. With other numbers of rows take the sum, and scale each gradient by
+        the rank's share of the batch.
     check_params : {"broadcast", "raise"}, default "broadcast"
         Whether all ranks start from the values of rank 0, or values have to be the same.
+    timeout : float, None or "auto", default "auto"
+        Seconds that a rank waits for the others to come to the same call (`step`, `save` and so on). Then each rank
+        that waits writes where it waits and for which ranks, and all ranks are ended. 0 or None: they wait for ever.
+        "auto": as the environment variable FASTRMS_MPI_TIMEOUT says, or 600.
     **options
         All others of `RMSProp`: momentum, clipping, `kernel`, `nonfinite` and so on. `num_threads` is by default what
         this rank may use: its cores, shared with the other ranks that may run on them.
@@ -69,11 +78,14 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         The number of this rank, and how many there are.
     shard : list of slice
         Which elements of each segment of the flat buffers are this rank's.
+    timeout : float or None
+        Seconds that this rank waits for the others; may be set.
 
     Raises
     ------
     RankError
-        Another rank could not make its optimizer. There the error is one of those of `RMSProp`.
+        Another rank could not make its optimizer. There the error is one of those of `RMSProp`. Or this rank makes the
+        optimizer, and another one calls `from_checkpoint`.
     StructureError
         Ranks have parameters of different structure, shapes or dtypes, or with ``check_params="raise"`` values.
 
@@ -96,40 +108,51 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         epsilon: float = 1e-8,
         *,
         comm: Any = None,
-        reduction: str = "sum",
+        reduction: str = "mean",
         check_params: str = "broadcast",
+        timeout: float | str | None = "auto",
         **options: Any,
     ) -> None:
-        self._ranks = Ranks(comm)
+        error: Exception | None = None
+        try:
+            seconds = check_timeout(timeout)
+        except Exception as caught:  # which the others are told, as of all errors
+            error, seconds = caught, check_timeout(None)
+        self._ranks = Ranks(comm, "ShardedRMSProp", seconds)
         self._reduction = reduction
         if self._ranks.size > 1:
             end_together()
         if options.get("num_threads") is None:
             options["num_threads"] = min(self._ranks.threads, choice.max_threads())
-        error = None
-        try:
-            check_one_of("reduction", reduction, _REDUCTIONS)
-            check_one_of("check_params", check_params, _CHECKS)
-            if options.get("storage") is not None:
-                raise OptionError("storage: expected None, as a ShardedRMSProp has its buffers in memory, got a path")
-            super().__init__(params, lr, decay_rate, epsilon, **options)
-        except Exception as caught:
-            error = caught
-        leaves = () if error is not None else self._params.layout.leaves
-        facts = [(leaf.path, leaf.shape, str(self._params.layout.dtype_of(leaf))) for leaf in leaves]
-        digest = hashlib.blake2b(repr((facts, check_params)).encode(), digest_size=8).hexdigest()
-        digests = self._ranks.agree(error, digest)
-        if others := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
-            raise StructureError(
-                "params: expected the same structure, shapes, dtypes and check_params on all ranks, got others than on "
-                f"rank 0 on {_named(others)}"
-            )
-        # Functions are not called yet: steps compare what they return.
-        self._check_options([0.0 if callable(group["lr"]) else group["lr"] for group in self.param_groups])
-        if check_params == "raise":
-            self._compare_params()
-        else:
-            self._broadcast_params()
+        with self._ranks.leaving():
+            try:
+                if error is None:
+                    check_one_of("reduction", reduction, _REDUCTIONS)
+                    check_one_of("check_params", check_params, _CHECKS)
+                    if options.get("storage") is not None:
+                        raise OptionError(
+                            "storage: expected None, as a ShardedRMSProp has its buffers in memory, got a path"
+                        )
+                    super().__init__(params, lr, decay_rate, epsilon, **options)
+            except Exception as caught:
+                error = caught
+            leaves = () if error is not None else self._params.layout.leaves
+            facts = [(leaf.path, leaf.shape, str(self._params.layout.dtype_of(leaf))) for leaf in leaves]
+            digest = hashlib.blake2b(repr((facts, check_params)).encode(), digest_size=8).hexdigest()
+            digests = self._ranks.agree(error, digest)
+            if others := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
+                raise self._ranks.all_raise(StructureError(
+                    "params: expected the same structure, shapes, dtypes and check_params on all ranks, got others "
+                    f"than on rank 0 on {named(others)}"
+                ))  # fmt: skip
+            # Functions are not called yet: steps compare what they return.
+            facts_of_step = self._facts("step", self._fixed_rates())
+            self._check_facts(facts_of_step)
+            self._ranks.prepare_meet(2 + len(leaves) + 2 * len(facts_of_step))
+            if check_params == "raise":
+                self._compare_params()
+            else:
+                self._broadcast_params()
 
     @property
     def rank(self) -> int:
@@ -145,6 +168,15 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     def reduction(self) -> str:
         """What becomes of the gradients of the ranks: their "sum" or "mean"."""
         return self._reduction
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that this rank waits for the others to come to the same call, or None for no end; may be set."""
+        return None if math.isinf(self._ranks.timeout) else self._ranks.timeout
+
+    @timeout.setter
+    def timeout(self, value: float | str | None) -> None:
+        self._ranks.timeout = check_timeout(value)
 
     @property
     def shard(self) -> list[slice]:
@@ -199,32 +231,93 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
         self._leaves: dict[int, _Part] = {}
         super()._connect()
+        self._in_memory = self.size == 1
+
+    def _add_state(self, options: Sequence[Mapping[str, Any]]) -> None:
+        self._refuse_options_in_an_exchange()
+        super()._add_state(options)
+
+    def _kernel_changed(self) -> None:
+        self._refuse_options_in_an_exchange()
+        super()._kernel_changed()
 
     def _options_changed(self) -> None:
+        self._refuse_options_in_an_exchange()
         super()._options_changed()
         self._digest: int | None = None
 
+    def _refuse_options_in_an_exchange(self) -> None:
+        if self._turn.locked() and self._counts.writing:
+            raise StepInProgressError(
+                "options: expected to be set between two steps, or by a function that the step calls on all ranks, got "
+                "one set in the midst of a step, after the ranks have compared theirs, as by a signal handler"
+            )
+
     # Making sure that all ranks do the same.
 
-    def _facts(self, rates: list[float]) -> NDArray[np.float64]:
-        """Numbers that have to be the same on all ranks; the learning rates are the last."""
+    def _facts(self, call: str, rates: list[float]) -> NDArray[np.float64]:
+        """Numbers that have to be the same on all ranks; the first says which call this is, the last are the rates."""
         if self._digest is None:
             groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.param_groups]
             options = (groups, self._global_clip_norm, self._nonfinite, self._cache_dtype, self._reduction)
             self._digest = zlib.crc32(repr(options).encode())
-        return np.array([self._digest, self.steps, *rates])
+        return np.array([_CALLS.index(call), self._digest, self.steps, *rates])
 
-    def _check_options(self, rates: list[float]) -> None:
-        told = self._ranks.control.allgather(self._facts(rates))
+    def _fixed_rates(self) -> list[float]:
+        return [0.0 if callable(group["lr"]) else group["lr"] for group in self.param_groups]
+
+    def _check_facts(self, facts: NDArray[np.float64]) -> None:
+        """Raise on all ranks where facts differ."""
+        told = self._ranks.control.allgather(facts)
         if others := [rank for rank, theirs in enumerate(told) if not np.array_equal(theirs, told[0])]:
-            differ = [name for k, name in enumerate(("options", "steps", "lr")) if any(
-                not np.array_equal(told[rank][k : k + 1 if k < 2 else None], told[0][k : k + 1 if k < 2 else None])
-                for rank in others
+            parts = {
+                "options" if facts[0] == 0 else "options or kinds of state": slice(1, 2),
+                "steps": slice(2, 3),
+                "lr": slice(3, None),
+            }
+            differ = [name for name, part in parts.items() if any(
+                not np.array_equal(told[rank][part], told[0][part]) for rank in others
             )]  # fmt: skip
-            raise OptionError(
+            raise self._ranks.all_raise(OptionError(
                 f"{' and '.join(differ)}: expected the same on all ranks, got others than on rank 0 on "
-                f"{_named(others)}; nothing was changed"
-            )
+                f"{named(others)}; nothing was changed"
+            ))  # fmt: skip
+
+    def _meet(
+        self, call: str, facts: NDArray[np.float64], present: NDArray[np.bool_], error: Exception | None = None
+    ) -> tuple[bool, NDArray[np.bool_]]:
+        """Tell all ranks, in one message, what each has to know of the others before it goes on; or raise on all.
+
+        Returns whether any rank has begun to hand over gradients, and for which parameters any has a gradient.
+        """
+        # Facts are told with both signs: they are the same everywhere if the largest and the smallest are.
+        told, count = self._ranks.told, len(facts)
+        told[0], told[1] = error is not None, self._handover.begun
+        told[2 : -2 * count], told[-2 * count : -count], told[-count:] = present, facts, -facts
+        self._ranks.meet(call, self.steps)
+        failed, begun = told[:2]
+        largest, smallest = told[-2 * count : -count], -told[-count:]
+        if largest[0] != smallest[0]:
+            self._ranks.refuse_different(call)
+        if failed or (largest != smallest).any():
+            if begun:  # what one rank has begun, all have to
+                self._handover.finish()
+            self._ranks.agree(error)
+            self._check_facts(facts)
+            raise AssertionError("ranks found that they differ, and then that they do not")
+        return bool(begun), told[2 : -2 * count] > 0
+
+    @contextmanager
+    def _together(self, call: str) -> Iterator[bool]:
+        """What all ranks do together, in a call other than `step`."""
+        # Nobody may come in between, not even to read, as that is an exchange of its own.
+        with self._between_steps(call), self._turn, self._ranks.leaving():
+            facts = self._facts(call, self._fixed_rates())
+            if call in ("discard", "load", "load_state_dict"):  # which may well be there to mend what differs
+                facts[1:] = 0
+            # Whoever had an option on has its state, which all send or receive.
+            facts[1] = zlib.crc32(repr((facts[1], sorted(self.buffers))).encode())
+            yield self._meet(call, facts, np.zeros(len(self._grads.leaves), bool))[0]
 
     def _compare_params(self) -> None:
         own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in self._params.leaves]
@@ -234,10 +327,10 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         others = [rank for rank, numbers in enumerate(told) if numbers]
         if others:
             path = self._params.layout.leaves[told[others[0]][0]].path
-            raise StructureError(
-                f"params{path}: expected the same values on all ranks, got others than on rank 0 on {_named(others)}; "
+            raise self._ranks.all_raise(StructureError(
+                f"params{path}: expected the same values on all ranks, got others than on rank 0 on {named(others)}; "
                 'check_params="broadcast" starts all ranks from those of rank 0'
-            )
+            ))  # fmt: skip
 
     def _broadcast_params(self) -> None:
         for segment in self._params.segments:
@@ -299,7 +392,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         DtypeError
             As from `step`.
         """
-        with self._lock:
+        with self._between_steps("ready"), self._turn:
             try:
                 k = self._numbers[key]
             except (KeyError, TypeError):
@@ -318,8 +411,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
 
     def discard(self) -> None:
         """Forget the gradients that were handed over since the last step; all ranks do so at the same time."""
-        with self._lock:
-            if any(self._ranks.control.allgather(self._handover.begun)):
+        with self._together("discard") as begun:
+            if begun:
                 self._handover.finish()
 
     def _leaf(self, k: int) -> "_Part":
@@ -334,55 +427,69 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     def _step(self, gradients: Any) -> Any:
         if self.size == 1 and not self._handover.begun:
             return super()._step(gradients)
-        kernel = self._kernel if self._chooser is None else self._chooser.kernel
-        rates, present = self._exchange(gradients)
-        calls = self._calls_for(rates, kernel, present, None)
-        if calls is None:
-            self.skipped_steps += 1
-        else:
-            self._run(calls)
-            if self.size > 1:
-                for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
-                    self._ranks.all_gather(segment, bounds)
+        rates, present, error = self._look_at(gradients)
+        try:  # not `leaving()`, which a step would notice
+            # From here on other ranks know of this one: no other call may come in between, and no option may be set.
+            self._counts.writing = True
+            anywhere = self._exchange(rates, present, error)
+            kernel = self._kernel if self._chooser is None else self._chooser.kernel
+            calls = self._calls_for(rates, kernel, anywhere, None)
+            if calls is None:
+                self.skipped_steps += 1
+            else:
+                self._run(calls, None if anywhere is None else ~anywhere)
+        except BaseException as caught:
+            self._ranks.leave(caught)
+            raise
+        finally:
+            self._counts.writing = False
         if self._chooser is not None:
             self._chooser.step_done()
         return self._params.views
 
-    def _exchange(self, gradients: Any) -> tuple[list[float], NDArray[np.bool_] | None]:
-        """Check this rank's gradients and add up those of all, or raise on all ranks.
+    def _elsewhere(self, calls: list[Any]) -> Iterable[None]:
+        yield from starmap(call, calls)
+        for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
+            self._ranks.all_gather(segment, bounds)
+            yield
 
-        Returns the learning rates, and which parameters have a gradient on some rank (None: all).
+    def _look_at(self, gradients: Any) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
+        """Store this rank's gradients, unless something is wrong with them.
+
+        Returns the learning rates, for which parameters there are gradients, and what is wrong.
         """
         handover, grads = self._handover, self._grads
         present = np.ones(len(grads.leaves), bool)
-        rates, error = [0.0] * len(self.param_groups), None
+        rates = [0.0] * len(self.param_groups)
         from_buffer = gradients is None or gradients is grads.views
         try:
-            rates = self._rates()
-            self._refuse_replaced(from_buffer)
+            # First what may call functions of the user's, which may set options.
+            found = self._rates()
+            arrays = None
             if handover.begun:
                 self._refuse_half(from_buffer)
                 present = np.array(handover.present)
             elif not from_buffer:
                 arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
                 present = np.array([array is not None for array in arrays])
+            if self._taken is not self._version:
+                self._take_options()
+            self._refuse_replaced(from_buffer)
+            # A function may have put a number in its own place.
+            rates = [each if callable(group["lr"]) else group["lr"]
+                     for group, each in zip(self.param_groups, found, strict=True)]  # fmt: skip
+            if arrays is not None:
                 grads.store(arrays)
         except Exception as caught:
-            error = caught
+            return rates, present, caught
+        return rates, present, None
 
-        # One message tells all that ranks have to know of one another. Facts are told with both signs: they are the
-        # same everywhere if the largest and the smallest are.
-        facts = self._facts(rates)
-        told = np.concatenate([[error is not None, handover.begun], present, facts, -facts])
-        self._ranks.take_largest(told)
-        failed, begun = told[:2]
-        anywhere = told[2 : 2 + len(present)] > 0
-        largest, smallest = told[-2 * len(facts) : -len(facts)], -told[-len(facts) :]
-        if failed or (largest != smallest).any():
-            if begun:  # what one rank has begun, all have to
-                handover.finish()
-            self._raise(error, rates)
-
+    def _exchange(
+        self, rates: list[float], present: NDArray[np.bool_], error: Exception | None
+    ) -> NDArray[np.bool_] | None:
+        """Add up the gradients of all ranks, or raise on all; return which parameters have one anywhere (None: all)."""
+        handover, grads = self._handover, self._grads
+        begun, anywhere = self._meet("step", self._facts("step", rates), present, error)
         for k in np.flatnonzero(anywhere & ~present):
             grads.leaves[k][...] = 0
         if begun:
@@ -393,7 +500,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             if self._reduction == "mean" and self.size > 1:
                 with np.errstate(all="ignore"):
                     own /= own.dtype.type(self.size)
-        return rates, None if anywhere.all() else anywhere
+        return None if anywhere.all() else anywhere
 
     def _refuse_half(self, from_buffer: bool) -> None:
         """Raise where gradients were handed over, but not all of them, or others come with the step."""
@@ -410,11 +517,6 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 f"{', '.join(missing[:10])}{more}; hand over None for a parameter without a gradient; what was handed "
                 "over is forgotten"
             )
-
-    def _raise(self, error: Exception | None, rates: list[float]) -> NoReturn:
-        self._ranks.agree(error)
-        self._check_options(rates)
-        raise AssertionError("ranks found that they differ, and then that they do not")
 
     # What a step asks of all gradients together.
 
@@ -460,7 +562,9 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         found_in = {}
         for k, (nans, infs) in zip(wrong, counts, strict=True):
             found_in[self._grads.layout.leaves[k].path] = int(nans), int(infs), self._grads.leaves[k].size
-        return NonfiniteError.of_counts(found_in)
+        error = NonfiniteError.of_counts(found_in)
+        self._ranks.all_raise(error)
+        return error
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -480,8 +584,3 @@ class _Part(FlatBuffer):
         self._memory, self.block = whole._memory, whole.block
         self.leaves = tuple(self._views_of(self.segments))
         self.views = layout.structure(self.leaves)
-
-
-def _named(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - 10} more" if len(ranks) > 10 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:10]))}{more}"

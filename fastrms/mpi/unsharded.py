@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.mpi.ranks import Bounds, Ranks
+from fastrms.mpi.ranks import Bounds, Ranks, check_timeout
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
 
@@ -20,8 +21,8 @@ _Optimizer = Any  # a ShardedRMSProp, which is an `Unsharded` and imports this f
 class Unsharded:
     """The methods of `fastrms.mpi.ShardedRMSProp` that store and restore it."""
 
-    _lock: Any
     _ranks: Ranks
+    _together: Callable[[str], AbstractContextManager[bool]]
 
     def state_dict(self) -> dict[str, Any]:
         """All that makes the next steps what they would have been, of all ranks, as from `RMSProp.state_dict`.
@@ -33,7 +34,7 @@ class Unsharded:
         state : dict
             Which an `RMSProp`, or this class with any number of ranks, can load.
         """
-        with self._lock:
+        with self._together("state_dict"):
             whole = _whole(self, on_all=True)
             assert whole is not None
             for own, all_, bounds in _segments(self, whole):
@@ -55,7 +56,7 @@ class Unsharded:
         CheckpointError
             On all ranks, as from `RMSProp.load_state_dict`. Nothing is changed then.
         """
-        with self._lock:
+        with self._together("load_state_dict"):
             whole = _whole(self)
             _on_first(self._ranks, lambda: whole.load_state_dict(state) if whole else None)
             _distribute(self, whole)
@@ -75,7 +76,7 @@ class Unsharded:
         CheckpointError, OSError
             On all ranks, as from `RMSProp.save`.
         """
-        with self._lock:
+        with self._together("save"):
             whole = _whole(self)
             for own, all_, bounds in _segments(self, whole):
                 self._ranks.gather(own, all_, bounds)
@@ -94,7 +95,7 @@ class Unsharded:
         CheckpointError, OSError
             On all ranks, as from `RMSProp.load`. Nothing is changed then.
         """
-        with self._lock:
+        with self._together("load"):
             whole = _whole(self)
             _on_first(self._ranks, lambda: whole.load(path) if whole else None)
             _distribute(self, whole)
@@ -108,7 +109,8 @@ class Unsharded:
         kernel: str = "auto",
         num_threads: int | None = None,
         comm: Any = None,
-        reduction: str = "sum",
+        reduction: str = "mean",
+        timeout: float | str | None = "auto",
     ) -> Any:
         """Make the optimizer that a file is of, with its parameters, their structure and all options.
 
@@ -119,15 +121,18 @@ class Unsharded:
         path : str or path-like
             Its name ends in .npz or .safetensors. That of rank 0 counts.
         lr : float or callable, optional
-            Instead of what was saved; needed where that was a function.
+            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
+            none, for all groups, instead of what was saved.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `ShardedRMSProp`.
         num_threads : int or None, default None
             As for `ShardedRMSProp`.
         comm : mpi4py.MPI.Intracomm or None, default None
             As for `ShardedRMSProp`.
-        reduction : {"sum", "mean"}, default "sum"
+        reduction : {"mean", "sum"}, default "mean"
             As for `ShardedRMSProp`; it is not saved.
+        timeout : float, None or "auto", default "auto"
+            As for `ShardedRMSProp`.
 
         Returns
         -------
@@ -139,7 +144,7 @@ class Unsharded:
         CheckpointError, OSError
             On all ranks, as from `RMSProp.from_checkpoint`.
         """
-        ranks = Ranks(comm)
+        ranks = Ranks(comm, "ShardedRMSProp.from_checkpoint", check_timeout(timeout))
         whole: RMSProp | None = None
 
         def read() -> None:
@@ -147,27 +152,30 @@ class Unsharded:
             if ranks.rank == 0:
                 whole = RMSProp.from_checkpoint(path, lr=lr, kernel="numpy")
 
-        _on_first(ranks, read)
-        layout, grouped, cache_dtype = ranks.control.bcast(
-            None if whole is None else (whole.buffers["params"].layout, whole._grouped, whole.cache_dtype)
-        )
+        with ranks.leaving():
+            _on_first(ranks, read)
+            layout, grouped, cache_dtype = ranks.control.bcast(
+                None if whole is None else (whole.buffers["params"].layout, whole._grouped, whole.cache_dtype)
+            )
         params = layout.structure(np.zeros(leaf.shape, layout.dtype_of(leaf)) for leaf in layout.leaves)
         options = {"kernel": kernel, "num_threads": num_threads, "cache_dtype": cache_dtype}
         groups = [{"params": part} for part in params] if grouped else params
-        opt = cls(groups, comm=comm, reduction=reduction, **options)  # type: ignore[call-arg]
-        if lr is not None:
-            opt.lr = lr  # type: ignore[attr-defined]
-        _distribute(opt, whole)
+        made: Any = cls
+        opt = made(groups, comm=comm, reduction=reduction, timeout=timeout, **options)
+        with opt._ranks.leaving():
+            if lr is not None:
+                opt.lr = lr
+            _distribute(opt, whole)
         return opt
 
 
 def _on_first(ranks: Ranks, act: Callable[[], None]) -> None:
     """Do something on rank 0, and raise on all ranks what it raises."""
-    error = None
+    error: BaseException | None = None
     try:
         if ranks.rank == 0:
             act()
-    except Exception as caught:
+    except BaseException as caught:  # Ctrl-C and sys.exit() too, as the others wait here
         error = caught
     ranks.raise_of_first(error)
 

@@ -1,7 +1,9 @@
 """Paths on functions of two variables: from above, in three dimensions, and what values and rates they have."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -11,8 +13,6 @@ from fastrms.descent import Descent, Trace, descend
 from fastrms.errors import OptionError, OptionTypeError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -256,6 +256,8 @@ def animate(
     >>> from fastrms import plots
     >>> plots.animate("bowl", io.BytesIO(), panels=["path"], steps=2)
     """
+    if isinstance(file, str | os.PathLike):
+        file = Path(file).absolute()  # what draws may call functions of the user's, which may change the folder
     descent = _descent(function, options)
     figure, _, lines = _overview(descent, panels)
     from PIL import Image  # a dependency of Matplotlib

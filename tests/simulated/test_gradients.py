@@ -136,8 +136,10 @@ def test_the_same_options_come_from_lists_and_from_groups_that_change(rng):
 # memory is theirs.
 
 
+@pytest.mark.torch
 def test_tensors_of_torch_are_read_where_they_lie(rng):
-    torch = pytest.importorskip("torch")
+    import torch
+
     shapes = [(3, 2), (4,), (), (0,), (5,)]
     oracle, optimizer = pair(arrays(rng, shapes, [np.float32] * 5))
     optimizer._finder._device = dlpack.CPU

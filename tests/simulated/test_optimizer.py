@@ -10,7 +10,16 @@ from helpers import assert_same_bits, leaves
 from simulated.simulator import Theirs, arrays, assert_same_state, cuda, numbers, on_host, pair
 
 import fastrms
-from fastrms import CheckpointError, DeviceError, DtypeError, OptionError, OptionTypeError, RMSProp, StructureError
+from fastrms import (
+    CheckpointError,
+    DeviceError,
+    DtypeError,
+    OptionError,
+    OptionTypeError,
+    RMSProp,
+    StepInProgressError,
+    StructureError,
+)
 from fastrms import cuda as ours
 from fastrms.cli import device
 from fastrms.cli.cases import Case
@@ -316,3 +325,53 @@ def test_other_bits_than_the_references_are_noticed(monkeypatch):
     with pytest.raises(CommandError, match="expected the bits of the reference"):
         device.measure_device(Case(1, (3,), "float64"), 0.01, rows)
     assert rows == []
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "centered", "clip_norm"])
+def test_an_option_that_the_function_given_as_lr_sets_holds_for_this_step_and_the_next(name, rng):
+    value = {"lr": 0.5, "momentum": 0.9, "centered": True, "clip_norm": 0.01}[name]
+    optimizer, oracle = pair(arrays(rng))[::-1]
+    gradients = arrays(rng)
+    for opt in (optimizer, oracle):
+        opt.step(gradients)
+
+    def rate(step):
+        optimizer.lr = 1e-3
+        setattr(optimizer, name, value)
+        return 1e-3
+
+    optimizer.lr = rate
+    optimizer.step(gradients)
+    setattr(oracle, name, value)
+    oracle.step(gradients)
+    assert_same_state(optimizer, oracle)
+    for opt in (optimizer, oracle):
+        opt.step(gradients)
+    assert_same_state(optimizer, oracle)
+
+
+def test_a_step_within_a_step_is_refused_and_nothing_is_counted(rng):
+    optimizer, oracle = pair(arrays(rng))[::-1]
+    optimizer.lr = lambda step: optimizer.step() and 0.1
+    with pytest.raises(StepInProgressError, match=r"^step: expected a call between two steps"):
+        optimizer.step()
+    assert_same_state(optimizer, oracle)
+    optimizer.lr = 1e-3
+    for opt in (optimizer, oracle):
+        opt.step(arrays(np.random.default_rng(0)))
+    assert_same_state(optimizer, oracle)
+
+
+def test_threads_of_the_host_and_names_of_other_libraries(rng):
+    start = arrays(rng)
+    optimizer = RMSProp(start, kernel="cuda", num_threads=1)
+    optimizer.step(start)
+    assert optimizer.steps == 1
+    assert optimizer.check(all=optimizer.params, first=optimizer.params[0]) == []
+    assert [line.split(":")[0] for line in optimizer.check(start=start[0])] == ["start"]
+    with pytest.raises(AttributeError, match="expected 'lr'"):
+        optimizer.learning_rate = 0.1
+    with pytest.raises(TypeError, match="alpha: CudaRMSProp has no such argument; expected 'decay_rate'"):
+        RMSProp(start, kernel="cuda", alpha=0.9)
+    with pytest.raises(TypeError, match="alpha: CudaRMSProp has no such argument"):
+        type(optimizer)(start, alpha=0.9)

@@ -1,0 +1,42 @@
+"""Fail where every lane skipped a test, or where `-m torch` was not exactly what was skipped without torch.
+
+`python .ci/lanes.py report.xml ...`: the lanes' JUnit reports, among them without-torch.xml and with-torch.xml.
+"""
+
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+
+def read(path):
+    """The tests that a lane ran, and those that it skipped; for a module that was skipped as a whole the name is ''."""
+    tests = {True: set(), False: set()}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = re.sub("0x[0-9a-f]+", "0x", case.get("name"))  # the address of an object differs between processes
+        test = (case.get("classname"), name) if case.get("classname") else (name, "")
+        tests[case.find("skipped") is not None].add(test)
+    return tests[False], tests[True]
+
+
+lanes = {Path(path).stem: read(path) for path in sys.argv[1:]}
+with_torch, _ = lanes["with-torch"]
+_, for_torch = lanes["without-torch"]
+run = set().union(*(run for run, _ in lanes.values()))
+run |= {(module, "") for module, _ in run}
+wrong = [
+    f"{lane} skipped {'::'.join(test)}, and no lane ran it"
+    for lane, (_, skipped) in lanes.items()
+    for test in skipped - run
+]
+wrong += [
+    f"with-torch ran {'::'.join(test)}, and without-torch did not skip it"
+    for test in with_torch
+    if test not in for_torch and (test[0], "") not in for_torch
+]
+modules = {(module, "") for module, _ in with_torch}
+wrong += [
+    f"without-torch skipped {'::'.join(t)}, and with-torch did not run it" for t in for_torch - with_torch - modules
+]
+print("\n".join(sorted(wrong)) or f"{len(with_torch)} tests need torch: one lane skipped them, and the other ran them")
+sys.exit(bool(wrong or not with_torch))

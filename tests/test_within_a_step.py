@@ -1,0 +1,377 @@
+"""What runs in the midst of a step: functions of the user's, signal handlers, other threads.
+
+A step that is asked for within a step is refused. Options may be set at any time, and hold. Whoever looks at the state
+finds one that belongs to its counts.
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from helpers import JIT, assert_same_bits, steps
+
+from fastrms import RMSProp, StepInProgressError
+
+KERNELS = ["numpy", "serial", "parallel"]
+
+
+def whole(opt):
+    """All that a checkpoint has: parameters, state and counts."""
+    state = opt.state_dict()
+    arrays = {name: array.tobytes() for name, array in state["arrays"].items()}
+    return arrays | {"steps": state["steps"], "skipped_steps": state["skipped_steps"]}
+
+
+class Array:
+    """An array of another library, which does something when it is looked at."""
+
+    def __init__(self, array, do):
+        self._array, self._do = array, do
+
+    def __array__(self, dtype=None, copy=None):
+        self._do()
+        return self._array
+
+
+class Lazy(Mapping):
+    """A mapping that does something when an item is taken, or when its length is asked for."""
+
+    def __init__(self, items, do, where):
+        self._items, self._do, self._where = items, do, where
+
+    def __getitem__(self, key):
+        if self._where == "__getitem__":
+            self._do()
+        return self._items[key]
+
+    def __len__(self):
+        if self._where == "__len__":
+            self._do()
+        return len(self._items)
+
+    def __iter__(self):
+        if self._where == "__iter__":
+            self._do()
+        return iter(self._items)
+
+    def __contains__(self, key):
+        if self._where == "__contains__":
+            self._do()
+        return key in self._items
+
+
+# How a step comes to call a function; parameters are {"a": ..., "b": ...}.
+def with_rate(opt, gradients, do):
+    before = opt.lr
+
+    def rate(step):
+        opt.lr = before
+        do()
+        return before
+
+    opt.lr = rate
+    opt.step(gradients)
+
+
+PLACES = {
+    "lr": with_rate,
+    "__array__": lambda opt, gradients, do: opt.step({**gradients, "b": Array(gradients["b"], do)}),
+    **{
+        f"Mapping.{where}": lambda opt, gradients, do, where=where: opt.step(Lazy(gradients, do, where))
+        for where in ("__getitem__", "__len__", "__contains__")
+    },
+}
+
+
+def make(rng, **options):
+    tree = {"a": rng.standard_normal((4, 3)), "b": rng.standard_normal(5)}
+    return RMSProp(tree, **options), {key: rng.standard_normal(array.shape) for key, array in tree.items()}
+
+
+# What a function may ask of the optimizer that calls it, and must not get.
+REFUSED = {
+    "step": lambda opt, gradients, path: opt.step(gradients),
+    "step()": lambda opt, gradients, path: opt.step(),
+    "load_state_dict": lambda opt, gradients, path: opt.load_state_dict(opt.state_dict()),
+    "load": lambda opt, gradients, path: opt.load(path),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_function_that_a_step_calls_may_not_ask_for_another(what, place, kernel, rng, tmp_path):
+    opt, gradients = make(rng, kernel=kernel)
+    opt.step(gradients)
+    opt.save(tmp_path / "state.npz")
+    before = whole(opt)
+    # What a method of an array raises is an error about that array.
+    with pytest.raises(Exception, match=r"expected a call between two steps, got one in the midst of a step"):
+        PLACES[place](opt, gradients, lambda: REFUSED[what](opt, gradients, tmp_path / "state.npz"))
+    assert whole(opt) == before
+    opt.step(gradients)
+    assert opt.steps == 2
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_function_that_a_step_calls_may_save(place, rng, tmp_path):
+    opt, gradients = make(rng)
+    opt.step(gradients)
+    seen = []
+
+    def save():
+        opt.save(tmp_path / "state.npz")
+        seen.append(RMSProp.from_checkpoint(tmp_path / "state.npz", lr=opt.lr))
+
+    expected = whole(opt)
+    PLACES[place](opt, gradients, save)
+    assert opt.steps == 2
+    for state in seen:
+        assert whole(state) == expected
+    assert seen
+
+
+OPTIONS = {
+    "lr": 0.5,
+    "momentum": 0.9,
+    "centered": True,
+    "weight_decay": 0.1,
+    "clip_norm": 0.01,
+    "global_clip_norm": 0.01,
+    "nonfinite": "raise",
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("place", PLACES)
+def test_an_option_that_a_function_sets_holds_for_this_step_and_the_next(place, name, kernel, rng):
+    opt, gradients = make(rng, kernel=kernel)
+    other = RMSProp(opt.params, kernel=kernel)
+    for optimizer in (opt, other):
+        optimizer.step(gradients)
+    PLACES[place](opt, gradients, lambda: setattr(opt, name, OPTIONS[name]))
+    setattr(other, name, OPTIONS[name])
+    other.step(gradients)
+    for _ in range(3):
+        assert whole(opt) == whole(other)
+        for optimizer in (opt, other):
+            optimizer.step(gradients)
+            optimizer.step({key: gradient.copy() for key, gradient in gradients.items()})
+
+
+def test_a_schedule_that_puts_a_number_in_its_own_place_is_called_once(rng):
+    calls = []
+
+    def schedule(step):
+        calls.append(step)
+        opt.lr = 0.5
+        return 1e-3
+
+    opt, gradients = make(rng, lr=schedule)
+    other = RMSProp(opt.params, lr=0.5)
+    for _ in range(3):
+        opt.step(gradients)
+        other.step(gradients)
+        assert_same_bits(opt.params["a"], other.params["a"])
+    assert opt.lr == 0.5
+    assert calls == [0]
+
+
+def test_memory_of_a_gradient_may_go_while_the_rate_is_computed(rng):
+    gradients = [rng.standard_normal(200_000), rng.standard_normal(3)]
+
+    def shrink(step):
+        gradients[0].resize(4, refcheck=False)
+        return 1e-3
+
+    opt = RMSProp([np.ones(200_000), np.ones(3)], lr=shrink)
+    with pytest.raises(ValueError, match=r"gradients\[0\]: expected shape \(200000,\), got \(4,\)"):
+        opt.step(gradients)
+    assert opt.steps == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"clip_norm": 1.0}], ids=str)
+def test_other_threads_that_set_options_leave_nothing_stale(options, rng):
+    """The calls of a step are kept from one to the next; those with the options of before would be kept for good."""
+    start = [rng.standard_normal(4) for _ in range(1000 if JIT else 100)]
+    gradients = [rng.standard_normal(4) for _ in start]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for turn in range(5):
+            opt = RMSProp(start, **options)
+            opt.step(gradients)
+            name, value = list(OPTIONS.items())[turn]
+            setter = threading.Thread(target=lambda opt=opt, name=name, value=value: setattr(opt, name, value))
+            setter.start()
+            while setter.is_alive():
+                opt.step(gradients)
+            setter.join()
+            other = RMSProp(start)
+            other.load_state_dict(opt.state_dict())
+            for optimizer in (opt, other):
+                optimizer.step(gradients)
+                optimizer.step(gradients)
+            assert whole(opt) == whole(other), name
+    finally:
+        sys.setswitchinterval(before)
+
+
+def trajectory(make, gradients, count):
+    """All that `state_dict` has after each step, as bytes."""
+    opt, states = make(), []
+    for step in range(count + 1):
+        states.append(whole(opt))
+        opt.step(gradients(step))
+    return states
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no such timer")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("way", ["list", "none", "buffer", "cast"])
+def test_a_signal_handler_that_saves_finds_state_and_counts_of_one_step(way, kernel, rng):
+    shapes = [(40, 5), (3,), (300,)]
+    start = [rng.standard_normal(shape) for shape in shapes]
+    fixed = [rng.standard_normal(shape) for shape in shapes]
+    count = steps(400)
+
+    def make():
+        groups = [{"params": [start[0]]}, {"params": [start[1].astype(np.float32)], "momentum": 0.5},
+                  {"params": [start[2]], "bias_correction": True}]  # fmt: skip
+        return RMSProp(groups, kernel=kernel)
+
+    def gradients(step):
+        if way == "none" and step % 2:
+            return [[None], [fixed[1].astype(np.float32)], [fixed[2]]]
+        if way == "cast":
+            return [[g.astype(np.longdouble)] for g in fixed]
+        return [[fixed[0]], [fixed[1].astype(np.float32)], [fixed[2]]]
+
+    states = trajectory(make, gradients, count)
+    opt = make()
+    found, refused = [], []
+
+    def handler(number, frame):
+        try:
+            found.append(whole(opt))
+        except StepInProgressError:
+            refused.append(opt.steps)
+        signal.setitimer(signal.ITIMER_REAL, 2e-4)  # not by itself: a handler would come into the handler
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4)
+    try:
+        for step in range(count):
+            if way == "buffer":
+                opt.buffers["grads"].gather(gradients(step))
+                opt.step()
+            else:
+                opt.step(gradients(step))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(found) > (10 if JIT else 0)
+    for state in found:
+        assert state == states[state["steps"]]
+    # Compiled kernels and the count after them are one operation, into which no handler comes.
+    assert not refused or kernel != "serial" or not JIT
+    assert whole(opt) == states[count]
+
+
+def test_a_handler_in_the_midst_of_parts_of_a_file_is_refused(rng, tmp_path):
+    """Steps on mapped files are made of many calls: there the state of one step is only between steps."""
+    opt = RMSProp([rng.standard_normal(1000)], storage=tmp_path / "folder")
+    in_parts, seen = opt._storage._call_in_parts, []
+
+    def interrupted(*call):
+        in_parts(*call)
+        with pytest.raises(StepInProgressError, match=r"^save: expected a call between two steps"):
+            opt.save(tmp_path / "state.npz")
+        seen.append(opt.steps)
+
+    opt._storage._call_in_parts = interrupted
+    opt.step()
+    assert seen == [0]
+    opt.save(tmp_path / "state.npz")
+    opt.close()
+
+
+def test_a_step_that_fails_is_not_counted(rng, tmp_path):
+    """With bias correction a count that is ahead divides by 0."""
+    opt = RMSProp([np.ones(3), np.ones(3)], bias_correction=True, storage=tmp_path / "folder")
+    in_parts = opt._storage._call_in_parts
+
+    def fail(*call):
+        raise OSError("the disk is gone")
+
+    opt._storage._call_in_parts = fail
+    with pytest.raises(OSError, match="the disk is gone"):
+        opt.step([None, np.ones(3)])
+    assert (opt.steps, list(opt._skipped)) == (0, [0, 0])
+    opt._storage._call_in_parts = in_parts
+    opt.step([None, np.ones(3)])
+    assert (opt.steps, list(opt._skipped)) == (1, [1, 0])
+    assert np.isfinite(opt.params[1]).all()
+    opt.step([np.ones(3), np.ones(3)])
+    assert np.isfinite(opt.params[0]).all()
+    opt.close()
+
+
+INTERRUPTED = """if True:
+    import numpy as np
+    from numba.core import event
+    from fastrms import RMSProp
+
+    class Interrupt(event.Listener):
+        on = True
+        def on_start(self, event):
+            if Interrupt.on:
+                raise KeyboardInterrupt
+        def on_end(self, event):
+            pass
+
+    opt = RMSProp([{"params": [np.ones(3)]}, {"params": [np.ones(3, "f")], "bias_correction": True}], kernel="serial")
+    event.register("numba:compile", Interrupt())
+    for gradients in ([[None], [np.ones(3)]], [[np.ones(3)], [None]]):
+        try:
+            opt.step(gradients)
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise AssertionError("nothing was compiled")
+    print(opt.steps, list(map(int, opt._skipped)), [float(p[0][0]) for p in opt.params])
+"""
+
+
+@pytest.mark.skipif(not JIT, reason="about compiling")
+def test_ctrl_c_in_the_first_compilation_counts_nothing(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "0 [0, 0] [1.0, 1.0]\n", done.stderr
+
+
+FEWER_THREADS = """if True:
+    import pickle, sys
+    import numpy as np
+    opt = pickle.load(sys.stdin.buffer)
+    opt.step([np.ones(3)])
+    print(opt.num_threads, opt.steps)
+"""
+
+
+def test_a_pickle_comes_to_a_process_with_fewer_threads():
+    opt = RMSProp([np.ones(3)], kernel="parallel", num_threads=2)
+    done = subprocess.run(
+        [sys.executable, "-c", FEWER_THREADS], input=pickle.dumps(opt), env=os.environ | {"NUMBA_NUM_THREADS": "1"},
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == b"1 1\n", done.stderr
