@@ -506,7 +506,9 @@ class _Pack:
         if self._flat is None:
             self._flat = self.optimizer.buffers["params"].like()
             self._places_in_flat = [leaf.ctypes.data for leaf in self._flat.leaves]
-        gradient.data = torch.from_numpy(self._flat.leaves[k])
+        if self._places_in_flat[k] in _places:  # somebody keeps an earlier one, which is still there
+            return False
+        _move(gradient, self._flat.leaves[k][...])
         return True
 
     def check_state(self, state: _State) -> None:
@@ -651,12 +653,8 @@ class _Pack:
         """Show the state of these parameters, if it was not: PyTorch makes it with the first gradient."""
         new = np.flatnonzero(which & ~self._begun).tolist()
         for k in new:
-            given = state.setdefault(self.params[k], {})
-            if given:  # put there since we looked
-                self._foreign[k] = True
-            else:
-                self._show(k, given)
-                self._begun[k] = True
+            self._show(k, state.setdefault(self.params[k], {}))
+            self._begun[k] = True
         if new:
             self.find_state(state)
             self._note_state()
@@ -679,7 +677,7 @@ class _Pack:
 
         One that only Python holds is slow to look at: C++ makes sure each time that Python keeps it (in PyTorch 2.13
         50 ns instead of 25, a version counter 45 instead of 12). But whoever holds a parameter so keeps
-        `torch.utils.swap_tensors` from it, and what adds its gradients up could not be held when its shape changes.
+        `torch.utils.swap_tensors` from it, and whoever holds the node that adds its gradients up keeps it from growing.
         """
         views = [view for views in self._views for name, view in views.items() if name != "step"]
         self._held = getattr(torch._C, "ScriptList", list)([*self._versions, *views])
@@ -706,7 +704,8 @@ class _Pack:
             else:
                 self._lost[k] = True
                 self._outgrown = self._outgrown or movable
-        self._hold()
+        if len(elsewhere) > self._lost.sum():
+            self._hold()
 
     def _locate(self, tensors: tuple[Any, ...], into: NDArray[np.int64], excluded: NDArray[np.int64]) -> bool:
         """Write where tensors lie and what they are (`dlpack.ORDINARY` and so on); whether all are ordinary."""
@@ -732,7 +731,8 @@ class _Pack:
         )  # fmt: skip
 
 
-# The arrays that tensors were moved to, by address, also of optimizers that are gone: nobody else knows that memory.
+# The arrays that tensors were moved to, by address, for as long as these are there, also of optimizers that are gone:
+# nobody else knows that memory.
 _places: "weakref.WeakValueDictionary[int, NDArray[Any]]" = weakref.WeakValueDictionary()
 
 

@@ -71,7 +71,7 @@ def start_threads() -> None:
     """
     if _layer() is not None:
         return
-    method = multiprocessing.get_start_method(allow_none=True)
+    undecided = not multiprocessing.get_start_method(allow_none=True)
     spin = None if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else str(SPIN_COUNT)
     if spin is not None:
         os.environ["GOMP_SPINCOUNT"] = spin
@@ -84,7 +84,7 @@ def start_threads() -> None:
     finally:
         if spin is not None:
             del os.environ["GOMP_SPINCOUNT"]
-        if method is None:
+        if undecided:
             multiprocessing.set_start_method(None, force=True)
 
 
