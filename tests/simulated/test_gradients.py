@@ -198,8 +198,10 @@ def test_tensors_of_torch_are_read_where_they_lie(rng):
     assert_same_state(optimizer, oracle)
 
 
+@pytest.mark.torch
 def test_a_tensor_that_reaches_into_memory_that_is_written_is_not_read_where_it_lies():
-    torch = pytest.importorskip("torch")
+    import torch
+
     _, optimizer = pair([np.ones(4)])
     optimizer._finder._device = dlpack.CPU
     tensor = torch.arange(4.0, dtype=torch.float64)
