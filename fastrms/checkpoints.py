@@ -35,6 +35,7 @@ _PART = 1 << 18  # numbers that are read at a time where not all can be in memor
 class Checkpointed:
     """The methods of `fastrms.RMSProp` that store and restore it."""
 
+    _buffers: dict[str, Any]
     _between_steps: Any
 
     def _read(self, segment: Any) -> Array:
@@ -75,7 +76,7 @@ class Checkpointed:
             Nothing is changed then.
         """
         with self._between_steps("load_state_dict"):
-            _take(self, _Memory(state))
+            _take(self, _Memory(state, self._buffers.values()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, which appears complete or not at all.
@@ -361,17 +362,21 @@ def _read_in_parts(opt: _Optimizer, source: Source, name: str, segment: Array, m
 
 
 class _Memory:
-    """What `state_dict` returned."""
+    """What `state_dict` returned; arrays that alias `buffers`, which are written in turn, are copied."""
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, buffers: Iterable[Any]) -> None:
         check_head(state)
         self.head = state
-        self._arrays = state.get("arrays")
-        if not isinstance(self._arrays, Mapping):
-            raise CheckpointError(f"arrays: expected a dict, got {kind_of(self._arrays)}")
-        for name, array in self._arrays.items():
+        arrays = state.get("arrays")
+        if not isinstance(arrays, Mapping):
+            raise CheckpointError(f"arrays: expected a dict, got {kind_of(arrays)}")
+        for name, array in arrays.items():
             if type(array) is not np.ndarray:
                 raise CheckpointError(f"arrays[{name!r}]: expected an array, got {kind_of(array)}")
+        aliases = np.any([buffer.aliases(list(arrays.values())) for buffer in buffers], axis=0)
+        self._arrays = {
+            name: array.copy() if alias else array for (name, array), alias in zip(arrays.items(), aliases, strict=True)
+        }
         self.kinds = {name: (array.dtype, array.shape) for name, array in self._arrays.items()}
 
     def read(self, name: str) -> Array:

@@ -160,7 +160,13 @@ class DeviceBuffer(FlatBuffer):
         """Copy what `check` returned to the device."""
         for k, (array, view) in enumerate(zip(arrays, self.leaves, strict=True)):
             if array is not None and view.size:
-                self.part(k).copy_to_device(np.array(array, view.dtype, order="C").reshape(-1), stream=self._stream)
+                with np.errstate(all="ignore"):  # as on the device, a number that is too large becomes inf
+                    dense = np.array(array, view.dtype, order="C")
+                self.part(k).copy_to_device(dense.reshape(-1), stream=self._stream)
+
+    def aliases(self, arrays: Sequence[Any]) -> list[bool]:
+        """As `FlatBuffer.aliases`, of arrays in ordinary memory."""
+        return [False] * len(arrays)
 
     def to_host(self) -> FlatBuffer:
         """A copy in ordinary memory."""
@@ -380,11 +386,17 @@ class Finder:
             return
         address, strides = interface["data"][0], interface.get("strides")
         found.streams.add(_stream_of(item, interface))
-        end = address + (leaf.stop - leaf.start) * theirs.itemsize
+        if strides is not None and tuple(strides) == _dense_strides(leaf.shape, theirs):
+            strides = None
+        start, end = address, address + (leaf.stop - leaf.start) * theirs.itemsize
+        if strides is not None:
+            reach = [(size - 1) * stride for size, stride in zip(leaf.shape, strides, strict=True)]
+            start = address + sum(step for step in reach if step < 0)
+            end = address + sum(step for step in reach if step > 0) + theirs.itemsize
         ours = False
         for low, high in spans:
-            ours = ours or (address < high and end > low)
-        if theirs is dtype and not ours and (strides is None or tuple(strides) == _dense_strides(leaf.shape, theirs)):
+            ours = ours or (start < high and end > low)
+        if theirs is dtype and not ours and strides is None:
             found.sources[k] = address
         else:
             found.others.append((k, interface, ours))

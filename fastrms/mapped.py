@@ -1,9 +1,12 @@
 """Buffers and norms of arrays that are files, mapped into memory, whose pages are given back when they were used."""
 
+import ctypes
 import errno
 import mmap
 import os
 import stat
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from fastrms.buffers import FlatBuffer
 from fastrms.errors import StorageError
 from fastrms.kernels.norms import CHUNK, SpanNorms
 
-__all__ = ["PART_BYTES", "MappedFile", "PartNorms", "StoredBuffer", "open_own"]
+__all__ = ["PART_BYTES", "MappedFile", "PartNorms", "StoredBuffer", "mapped_elsewhere", "open_own"]
 
 Array = NDArray[Any]
 _Storage = Any  # a `fastrms.storage.Storage`, which imports this file
@@ -108,6 +111,25 @@ class MappedFile:
         self.map.madvise(advice, start, min(low + array.nbytes, len(self.map)) - start)
 
 
+def mapped_elsewhere(files: Iterable[MappedFile]) -> list[Array]:
+    """The memory at which this process has mapped the same files once more, as arrays; only Linux tells."""
+    if sys.platform != "linux":
+        return []
+    found = []  # address, end, and what identifies the file
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        bounds, _, _, device, inode = line.split(maxsplit=5)[:5]
+        low, high = (int(bound, 16) for bound in bounds.split("-"))
+        found.append((low, high, (device, inode)))
+    own = {file.memory.ctypes.data for file in files}
+    # Not by `os.stat`: some file systems have other numbers there.
+    names = {name for low, high, name in found if any(low <= address < high for address in own)}
+    return [
+        np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
+        for low, high, name in found
+        if name in names and not any(low <= address < high for address in own)
+    ]
+
+
 def _reserve(file: int, size: int, path: Path) -> None:
     """Give a file its size, and its place on the disk: a write to memory can only say with SIGBUS that it is full."""
     try:
@@ -126,14 +148,11 @@ class StoredBuffer(FlatBuffer):
     storage: _Storage
     _set_once = FlatBuffer._set_once | {"storage"}
 
-    def store(self, arrays: Any) -> None:
-        """As `FlatBuffer.store`, and the pages are given back in between."""
-        own = [array is not None and array.base is self._memory for array in arrays]
-        if any(own):
-            # Views of this very block, which that method knows how to copy.
-            super().store(arrays)
-            self.storage.release(self.block)
-            return
+    def _places(self) -> list[Array]:
+        return [self._memory, *self.storage.mapped_elsewhere()]
+
+    def _copy_in(self, arrays: Any) -> None:
+        """As of `FlatBuffer`, and the pages are given back in between."""
         pending = 0
         for array, view in zip(arrays, self.leaves, strict=True):
             if array is not None:

@@ -4,8 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cache
-from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsFloat
 
 import numpy as np
 
@@ -29,7 +28,7 @@ __all__ = [
     "resolve_lr",
 ]
 
-LearningRate = float | Callable[[int], float]
+LearningRate = SupportsFloat | Callable[[int], SupportsFloat]
 
 # What can be set per parameter group, with the default and, for numbers, the range: (default, low, high, may be low,
 # may be None). The upper end is never included. The defaults of the first three are the reference's; the others are
@@ -80,19 +79,37 @@ def check_option(name: str, value: Any) -> Any:
     if value is None and may_be_none:
         return None
     kinds = "a number" + (" or a function of the step" if name == "lr" else "") + (" or None" if may_be_none else "")
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    # bool is a Real to Python, but lr=True is a slip.
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+    if type(value) is not float and not _is_number(value):
         raise OptionTypeError(f"{name}: expected {kinds}, got {_shown(value)} ({type(value).__name__})")
     try:
-        number = float(value)
+        with np.errstate(all="ignore"):  # a longdouble that is too large
+            # PyTorch warns where a gradient of the number would be lost.
+            number = float(value.detach() if hasattr(value, "detach") else value)
     except Exception as error:  # an int too large for a float, or whatever a type of the user's own raises
-        raise OptionError(f"{name}: expected {kinds}, got {_shown(value)}: {error}") from None
+        kind = OptionTypeError if isinstance(error, TypeError) else OptionError
+        raise kind(f"{name}: expected {kinds}, got {_shown(value)}: {error}") from None
     if not (low <= number < high) or (number == low and not may_be_low):
         limits = f"{name} {'>=' if may_be_low else '>'} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
         raise OptionError(f"{name}: expected {kinds} with {limits}, finite; got {_shown(value)}")
     return number
+
+
+# What a dtype is called whose scalars `float` takes, with another meaning or with a part of it.
+_NO_REAL_NUMBER = ("bool", "complex", "datetime", "timedelta", "str", "<U", ">U", "|S", "|V")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether this is one real number that `float` takes: of Python, or a scalar or 0-d array of any library."""
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == object:
+        value = value[()]
+    # bool is a number to Python, but lr=True is a slip.
+    if isinstance(value, bool | str) or not hasattr(type(value), "__float__"):
+        return False
+    try:
+        shape, dtype = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", ""))
+    except Exception:  # whatever an attribute of the user's own raises
+        return False
+    return shape == () and not any(word in dtype for word in _NO_REAL_NUMBER)
 
 
 def _shown(value: Any) -> str:
@@ -390,9 +407,9 @@ def parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:
 
 def resolve_lr(group: "ParamGroup", step: int) -> float:
     """The learning rate of a group at step number `step`, counted from 0: a number, or what its function returns."""
-    lr: LearningRate = group["lr"]
+    lr = group["lr"]
     if not callable(lr):
-        return lr
+        return float(lr)
     value = lr(step)
     try:
         if callable(value):

@@ -82,9 +82,14 @@ class Run:
         self._sources = (expected, self._shapes, self._spans)
         self._no_update = (*self._arrays, self._whole[:0], self._whole_factors[:0], False)
 
-    def find(self, items: int) -> bool:
-        """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
-        return bool(cpu.serial_from(items, *self._sources, False, *self._no_update) < 0)
+    def find(self, items: int) -> int:
+        """Find the gradients in the tuple whose items are at this address; what comes is that of `cpu.serial_from`."""
+        return int(cpu.serial_from(items, *self._sources, False, *self._no_update))
+
+    def found(self) -> NDArray[np.bool_]:
+        """Which gradients `find` has found, and which are None: to be asked before they are gathered."""
+        found: NDArray[np.bool_] = self._spans[:, 2] != 0
+        return found
 
     def gather(self) -> None:
         """Copy the gradients that were found to the gradient buffer, if this run does better so."""

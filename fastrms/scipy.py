@@ -279,9 +279,11 @@ def _real(name: str, value: Any) -> Array:
     """A new float64 array of what is real numbers."""
     try:
         array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
+        # Those of ml_dtypes are not of these kinds.
+        if array.dtype.kind not in "biuf" and not np.can_cast(array.dtype, np.float64):
             raise TypeError(f"dtype {array.dtype}")
-        return np.array(array, np.float64)
+        with np.errstate(all="ignore"):  # a longdouble that is too large becomes inf
+            return np.array(array, np.float64)
     except Exception as error:  # whatever a method of `value` raises
         raise DtypeError(f"{name}: expected real numbers, got {type(value).__name__}: {error}") from None
 

@@ -236,28 +236,28 @@ class Stepping(Guarded):
             self._storage.check_open()
         self._refuse_replaced(from_buffer)
         kernel = self._kernel if self._chooser is None else self._chooser.kernel
-        arrays, in_place, updated = None, False, False
+        arrays, present, in_place, updated = None, None, False, False
         if items is not None:
-            if self._zero_copy:
+            if self._zero_copy and (self._storage is None or not self._storage.shows(items)):
                 # `items` keeps the arrays alive until the kernels have read them.
                 address = pointers.items_of(items)
                 steady = self._steady_from.get(kernel)
-                if steady is None:
-                    in_place = self._find(address)
-                else:
+                if steady is not None:
                     # As in `_run`. What is returned is -1 after an update.
                     counts = self._counts
                     steps, work = counts.steps, starmap(cpu.serial_from, ((address, *steady),))
                     counts.steps = steps + ([*work] == _UPDATED)
                     updated = counts.steps > steps
+                if not updated:
+                    in_place, present = self._find(address)
             if not in_place and not updated:
                 arrays = grads.check(items, "gradients", skip_none=True)
         if not updated:
             calls, absent = None, None
-            if arrays is None and self._nonfinite == "propagate":
+            if arrays is None and present is None and self._nonfinite == "propagate":
                 calls = self._steady_calls.get((in_place, kernel))
             if calls is None:
-                calls, absent = self._plan(kernel, rates, items if in_place else None, arrays)
+                calls, absent = self._plan(kernel, rates, items if in_place else None, arrays, present)
             if calls is None:
                 self.skipped_steps += 1
                 if self._storage is not None:
@@ -323,13 +323,18 @@ class Stepping(Guarded):
                 self._chooser.step_done()
 
     def _plan(
-        self, kernel: str, rates: list[float] | None, found: tuple[Any, ...] | None, arrays: list[Any] | None
+        self,
+        kernel: str,
+        rates: list[float] | None,
+        found: tuple[Any, ...] | None,
+        arrays: list[Any] | None,
+        present: NDArray[np.bool_] | None,
     ) -> tuple[list[_Call] | None, NDArray[np.bool_] | None]:
         """The kernel calls of this step, or None where a gradient is not finite; and which parameters have none.
 
-        Gradients are in the arrays that were `found`, or in `arrays`, which are stored, or in the gradient buffer.
+        Gradients are in the arrays that were `found`, of which those that are not `present` are None, or in `arrays`,
+        which are stored, or in the gradient buffer.
         """
-        present = None
         if arrays is not None:
             if self._taken is not self._version:  # an array's own `__array__` may do anything
                 self._take_options()
@@ -370,13 +375,22 @@ class Stepping(Guarded):
         leaves, values = self._grads.layout.leaves, found or self._grads.leaves
         return NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
 
-    def _find(self, items: int) -> bool:
-        """Find the gradients in the tuple whose items are at this address; False if one of them is not ordinary."""
-        if not all(run.find(items) for run in self._runs):
-            return False
+    def _find(self, items: int) -> tuple[bool, NDArray[np.bool_] | None]:
+        """Find the gradients in the tuple whose items are at this address; whether none of them is unusual.
+
+        Then also which are present, where some are None.
+        """
+        present = None
+        for run in self._runs:
+            status = run.find(items)
+            if status >= 0:
+                return False, None
+            if status == cpu.FOUND_SOME:
+                present = np.ones(len(self._skipped), bool) if present is None else present
+                present[run.numbers] = run.found()
         for run in self._runs:  # only now, so that nothing is written if any array is a wrong one
             run.gather()
-        return True
+        return True, present
 
     def _scheduled_rates(self) -> list[float] | None:
         """The learning rate of each group, or None where none is a function."""

@@ -323,6 +323,16 @@ class Storage:
             temporary.write_text(json.dumps(head_of(opt) | {"storage": own}), encoding="utf-8")
         self._head_says_open = not clean
 
+    def mapped_elsewhere(self) -> list[Array]:
+        """The memory at which somebody in this process has mapped the buffers' files once more."""
+        return mapped.mapped_elsewhere(self._files.values())
+
+    def shows(self, arrays: tuple[Any, ...]) -> bool:
+        """Whether one of the arrays lies in another mapping of these files, and changes when the buffers do."""
+        viewing = [array for array in arrays if isinstance(array, np.ndarray) and not array.flags.owndata]
+        places = self.mapped_elsewhere() if viewing else []
+        return any(np.may_share_memory(array, place) for array in viewing for place in places)
+
     # Calls in parts.
 
     def release(self, array: Array) -> None:

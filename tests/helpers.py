@@ -1,5 +1,7 @@
 """What several test files use."""
 
+import sys
+
 import numba
 import numpy as np
 import pytest
@@ -77,6 +79,22 @@ def assert_same_bits(ours, theirs, what=""):
     if bits(ours) != bits(theirs):
         bad = np.flatnonzero(~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs))).ravel())
         raise AssertionError(f"{what}: {bad.size} of {ours.size} elements differ, first at {bad[:3]}")
+
+
+def count_calls(function):
+    """How many functions a call enters, of Python and of C."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def leaves(tree):

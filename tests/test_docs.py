@@ -237,3 +237,10 @@ def test_without_torch_one_line_says_how_to_run_what_needs_it():
         rf"SKIPPED \[3\] tests.helpers\.py:\d+: torch is not installed\. .*: {re.escape(command)}", line
     )
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_needs_torch_has_its_mark():
+    """Or `-m torch` would not choose it, and without torch it would have a line of its own."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        skips = re.findall(r"""importorskip\(["']torch""", path.read_text(encoding="utf-8"))
+        assert len(skips) == (path.name == "helpers.py"), f"{path.name}: expected the mark torch, or need_torch()"

@@ -337,8 +337,10 @@ def test_16_bit_state(rng):
             np.testing.assert_allclose(found[i][name], entry[name], rtol=2**-8)
 
 
+@pytest.mark.torch
 def test_steps_are_counted_in_a_dtype_that_can(rng):
-    torch = pytest.importorskip("torch")
+    import torch
+
     opt = RMSProp([np.ones(2)])
     opt.load_state_dict(opt.state_dict() | {"steps": 2049})
     before = torch.get_default_dtype()

@@ -1,19 +1,26 @@
 """Hyper-parameters: their ranges, when they are checked, and what the numbers for a kernel are."""
 
 import copy
+import importlib.util
 import inspect
+import itertools
 import math
+import os
 import pickle
 import re
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numba.core import event
 
-from fastrms import OptionError, OptionTypeError, RMSProp, StructureError, warmup
-from fastrms.options import GROUP_DEFAULTS, HYPER_FIELDS, hyper_values
+from fastrms import OptionError, OptionTypeError, RMSProp, StructureError, dialect, rmsprop_update, warmup
+from fastrms.options import GROUP_DEFAULTS, HYPER_FIELDS, check_option, hyper_values
 
 NAN, INF = math.nan, math.inf
 
@@ -86,6 +93,129 @@ def test_a_bad_assignment_raises_and_the_old_value_stays(name, value):
         with pytest.raises((OptionError, OptionTypeError), match=name):
             setattr(opt, name, value)
         assert getattr(opt, name) == before
+
+
+def numbers_of(value):
+    """The number in the form that each library has for one, by name."""
+    import jax.numpy as jnp
+    import keras
+
+    forms = {kind.__name__: kind(value) for kind in (np.float16, np.float32, np.longdouble, Fraction, Decimal)}
+    forms |= {f"0-d {dtype}": np.array(value, dtype) for dtype in ("f4", ">f8", "g", object)}
+    forms |= {"0-d Decimal": np.array(Decimal(value), object), "bfloat16": ml_dtypes.bfloat16(value)}
+    forms |= {f"jax {dtype}": jnp.array(value, dtype) for dtype in ("float32", "float16", "bfloat16")}
+    return forms | {"keras tensor": keras.ops.convert_to_tensor(value), "keras variable": keras.Variable(value)}
+
+
+def numbers():
+    value = 0.3125  # a number of each dtype
+    names = [name for name, row in RANGES.items() if 0.1 in row[0]] + ["decay_rate", "momentum"]
+    for name, (form, number) in itertools.product(names, numbers_of(value).items()):
+        opt = RMSProp([np.ones(2, np.float32)], **{name: number})
+        setting = opt.global_clip_norm if name == "global_clip_norm" else opt.param_groups[0][name]
+        assert (setting, type(setting)) == (value, float), (name, form)
+        if name in GROUP_DEFAULTS and name != "initial_scale":
+            opt.param_groups[0][name] = number
+            opt.param_groups[0][name] = value
+            opt.param_groups[0][name] = number
+            assert type(opt.param_groups[0][name]) is float
+        assert check_option(name, number) == value
+
+
+def test_numbers_of_torch_are_options():
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for number in (torch.tensor(0.3125, dtype=dtype), torch.nn.Parameter(torch.tensor(0.3125, dtype=dtype)),
+                       torch.tensor(0.3125, dtype=dtype, requires_grad=True) * 1):  # fmt: skip
+            assert RMSProp([np.ones(2)], number).lr == 0.3125
+            assert RMSProp([np.ones(2)], epsilon=number).epsilon == 0.3125
+            opt = RMSProp([np.ones(2)], lambda step: number)  # noqa: B023
+            opt.step([np.ones(2)])
+            assert opt.params[0][0] < 1
+    for no_number in (torch.tensor(True), torch.tensor(1 + 0j), torch.tensor([0.1])):
+        with pytest.raises(OptionTypeError, match=r"^lr: expected a number or a function of the step, got tensor"):
+            RMSProp([np.ones(2)], no_number)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.array(True), np.array(True, object), np.array(1j), np.complex64(1), np.array("0.1"), np.str_("0.1"), b"0.1",
+     np.bytes_(b"1"), np.void(b"1"), np.timedelta64(1, "s"), np.array(1, "m8[s]"), np.datetime64("2026"),
+     np.array([0.1]), np.array([[0.1]]), np.array(None, object), np.array([]), (0.1,)],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_single_real_number_is_no_option(value):
+    with pytest.raises(OptionTypeError, match=r"^epsilon: expected a number, got "):
+        RMSProp([np.ones(2)], epsilon=value)
+    with pytest.raises(OptionTypeError, match=r"^the function given as lr returned, at step 0: lr: expected "):
+        RMSProp([np.ones(2)], lambda step: value).step([np.ones(2)])
+
+
+def no_numbers():
+    import jax.numpy as jnp
+
+    for value in (jnp.array(True), jnp.array(1j), jnp.array([0.1])):
+        test_what_is_no_single_real_number_is_no_option(value)
+
+
+def schedules():
+    import optax
+    from keras.optimizers import schedules as kinds
+
+    made = {
+        "constant": optax.constant_schedule(0.1),
+        "cosine": optax.cosine_decay_schedule(0.1, 10),
+        "exponential": optax.exponential_decay(0.1, 10, 0.9),
+        "piecewise": optax.piecewise_constant_schedule(0.1, {2: 0.5}),
+        "linear": optax.linear_schedule(0.1, 0.01, 10),
+        "polynomial": optax.polynomial_schedule(0.1, 0.01, 2, 10),
+        "warmup": optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 10),
+        "one cycle": optax.linear_onecycle_schedule(10, 0.1),
+        "joined": optax.join_schedules([optax.constant_schedule(0.1), optax.constant_schedule(0.2)], [2]),
+        "restarts": optax.sgdr_schedule([
+            {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 2, "decay_steps": 5, "end_value": 0.0}
+        ]),
+        "Keras exponential": kinds.ExponentialDecay(0.1, 10, 0.9),
+        "Keras cosine": kinds.CosineDecay(0.1, 10),
+        "Keras restarts": kinds.CosineDecayRestarts(0.1, 10),
+        "Keras polynomial": kinds.PolynomialDecay(0.1, 10),
+        "Keras inverse": kinds.InverseTimeDecay(0.1, 10, 0.5),
+        "Keras piecewise": kinds.PiecewiseConstantDecay([1, 2], [0.1, 0.2, 0.3]),
+    }  # fmt: skip
+    for name, schedule in made.items():
+        opt = RMSProp([np.ones(2)], dialect("optax", learning_rate=schedule)["lr"], momentum=0.5)
+        other = RMSProp([np.ones(2)], lambda step: float(schedule(step)), momentum=0.5)  # noqa: B023
+        for _ in range(4):
+            assert np.array_equal(opt.step([np.ones(2)]), other.step([np.ones(2)])), name
+    opt.lr = made["cosine"]
+    opt.step([np.ones(2)])
+    assert rmsprop_update([np.ones(2)], [np.ones(2)], None, lr=opt.lr)[0][0][0] < 1
+
+
+def arrays():
+    import jax.numpy as jnp
+
+    gradients = [jnp.array([1.5, 2], jnp.bfloat16), jnp.array(5, jnp.float8_e5m2)]
+    opt, other = (RMSProp([np.ones(2, np.float32), np.ones((), np.float32)]) for _ in range(2))
+    opt.step(gradients)
+    other.step([np.array([1.5, 2]), 5])
+    assert np.array_equal(opt.params[0], other.params[0])
+    assert opt.params[1] == other.params[1]
+
+
+@pytest.mark.parametrize("check", [numbers, no_numbers, schedules, arrays], ids=lambda check: check.__name__)
+def test_what_jax_optax_and_keras_have(check):
+    for name in ("jax", "optax", "keras"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    # In a process of its own: where JAX was imported, each later fork warns.
+    program = f"import test_options; test_options.{check.__name__}()"
+    environment = os.environ | {
+        "KERAS_BACKEND": "jax",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_an_epsilon_too_small_for_float32_is_fine_for_float64_alone():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import assert_same_bits
@@ -254,6 +255,16 @@ def test_x0_is_not_written_and_functions_may_do_with_x_what_they_like():
 @pytest.mark.parametrize("value", [np.float32(2), [2.0], np.array([[2.0]]), 2], ids=repr)
 def test_functions_may_return_any_single_number(value):
     assert run(lambda x: value, jac=lambda x: [0, 0, 0]).fun == 2.0
+
+
+def test_gradients_may_be_of_any_float_dtype():
+    for kind in (np.longdouble, np.float16, ml_dtypes.bfloat16):
+        small = START.astype(np.float32).astype(kind)
+        same = run(square, jac=lambda x: small, options={"maxiter": 3}).x  # noqa: B023
+        assert_same_bits(same, run(square, jac=lambda x: small.astype(np.float64), options={"maxiter": 3}).x)  # noqa: B023
+    if np.finfo(np.longdouble).max > np.finfo(np.float64).max:
+        with np.errstate(all="raise"):
+            assert run(square, jac=lambda x: np.full(3, "1e4000", np.longdouble)).status == 3
 
 
 @pytest.mark.parametrize(

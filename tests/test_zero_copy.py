@@ -3,19 +3,23 @@
 import ctypes
 import mmap
 import os
+import pickle
 import platform
 import resource
 import subprocess
 import sys
 import tracemalloc
+from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
-from helpers import JIT
+from helpers import JIT, count_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
-from fastrms import RMSProp
+from fastrms import NonfiniteError, RMSProp, rmsprop_update
 from fastrms.buffers import FlatBuffer
 from fastrms.kernels import pointers
 
@@ -54,14 +58,16 @@ def gather_below(request, monkeypatch):
      {"bias_correction": True}, {"lr": lambda step: 0.1 / (1 + step)}],
     ids=["default", "momentum", "norms", "bias", "schedule"],
 )  # fmt: skip
+@pytest.mark.parametrize("absent", [[], [0, 2]], ids=str)
 @pytest.mark.parametrize("kind", ["list", "tuple", "dict", "one", "nested", "mixed", "groups"])
-def test_ordinary_gradients_need_no_python_work(kind, options, kernel, rng, monkeypatch):
+def test_ordinary_gradients_need_no_python_work(kind, absent, options, kernel, rng, monkeypatch):
     def tree(values):
         a, b, c = values
         nested = {"x": [a, {"y": b}], "z": (c,)}
         groups = [{"params": [a, c]}, {"params": b, "lr": 0.3}]
         forms = {"list": [a, b, c], "tuple": (a, b, c), "dict": {"a": a, "b": b, "c": c}, "one": a, "nested": nested}
-        return (forms | {"mixed": [a, b.astype(np.float32), c], "groups": groups})[kind]
+        mixed = [a, None if b is None else b.astype(np.float32), c]
+        return (forms | {"mixed": mixed, "groups": groups})[kind]
 
     def values():
         return [rng.standard_normal(shape) for shape in ((3, 4), (5,), (2, 1, 300))]
@@ -69,7 +75,8 @@ def test_ordinary_gradients_need_no_python_work(kind, options, kernel, rng, monk
     params = tree(values())
     opt = RMSProp(params, kernel=kernel, **options)
     other = copying(RMSProp(params, kernel=kernel, **options))
-    steps = [tree(values()) for _ in range(3)]
+    absent = absent if kind != "one" else []  # None is no argument then
+    steps = [tree([None if t % 2 and k in absent else v for k, v in enumerate(values())]) for t in range(5)]
     if kind == "groups":
         steps = [[first["params"], second["params"]] for first, second in steps]
     for gradients in steps:
@@ -98,6 +105,20 @@ def test_steps_with_and_without_arguments_take_turns(kernel, rng):
             opt.step([gradients[0], None])
             other.step([gradients[0], None])
         assert state(opt) == state(other)
+
+
+@needs_jit
+@pytest.mark.parametrize("size", [3, 1000], ids=["gathered", "read in place"])
+def test_a_step_with_none_costs_no_call_for_each_array(size):
+    calls = []
+    for n in (100, 200):
+        opt = RMSProp([np.ones(size) for _ in range(n)], kernel="serial")
+        for absent in (0, n // 2, n - 1):
+            gradients = [np.ones(size) for _ in range(n)]
+            gradients[absent] = None
+            opt.step(gradients)
+            calls.append(count_calls(lambda: opt.step(gradients)))  # noqa: B023
+    assert calls[3:] == calls[:3]
 
 
 class Derived(np.ndarray):
@@ -190,6 +211,157 @@ def test_gradients_that_lie_in_the_optimizers_own_memory(where, rng):
     opt.step([flat[3:103], flat[50:150]])
     other.step([other_flat[3:103].copy(), other_flat[50:150].copy()])
     assert state(opt) == state(other)
+
+
+def by_pickle(array):
+    buffers = []
+    text = pickle.dumps(array, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(text, buffers=buffers)
+
+
+class Wrapped:
+    def __init__(self, array):
+        self._array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return as_strided(self._array)
+
+
+# The same memory, of which `.base` is something else.
+WRAPPERS = {
+    "as_strided": as_strided,
+    "backwards twice": lambda a: as_strided(a)[::-1][::-1],
+    "memoryview": lambda a: np.asarray(memoryview(a)),
+    "frombuffer": lambda a: np.frombuffer(a, a.dtype).reshape(a.shape),
+    "from_dlpack": np.from_dlpack,
+    "sliding window": lambda a: sliding_window_view(a, a.shape)[(0,) * a.ndim],
+    "ctypes": lambda a: np.ctypeslib.as_array((ctypes.c_double * a.size).from_address(a.ctypes.data)).reshape(a.shape),
+    "array interface": lambda a: np.asarray(SimpleNamespace(__array_interface__=a.__array_interface__)),
+    "out-of-band pickle": by_pickle,
+    "__array__": Wrapped,
+    "torch": lambda a: pytest.importorskip("torch").from_numpy(a).numpy(),
+}
+
+
+@pytest.mark.usefixtures("gather_below")
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "files"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_gradients_that_alias_the_optimizers_memory_through_a_wrapper(wrapper, stored, kernel, rng, tmp_path):
+    wrap = WRAPPERS[wrapper]
+    params = [rng.standard_normal((3, 40)) for _ in range(4)]
+    options = {"momentum": 0.5, "kernel": kernel}
+    opt = RMSProp(params, storage=tmp_path / "run" if stored else None, **options)
+    other = RMSProp(params, **options)
+    for o in (opt, other):
+        o.param_groups[0]["centered"] = True  # a buffer that was not there when the runs were made
+        for view, value in zip(o.grads, params, strict=True):
+            view[...] = value
+        o.step()
+    opt.step([wrap(opt.grads[1]), wrap(opt.grads[0]), wrap(opt.params[3]), wrap(opt.grad_avg[1])])
+    other.step([other.grads[k].copy() for k in (1, 0)] + [other.params[3].copy(), other.grad_avg[1].copy()])
+    assert state(opt) == state(other)
+    # Shifted within what the update writes.
+    for name in ("params", "grad_avg", "momentum_buffer"):
+        flat = opt.buffers[name].flat
+        opt.step([wrap(flat[k : k + 120].reshape(3, 40)) for k in (1, 5, 110, 300)])
+        flat = other.buffers[name].flat.copy()
+        other.step([flat[k : k + 120].reshape(3, 40) for k in (1, 5, 110, 300)])
+        assert state(opt) == state(other), name
+    if stored:
+        opt.close()
+
+
+CASTS = {
+    "too large": lambda a: 1e300 * a,
+    "longdouble": lambda a: np.array(f"1e{np.finfo(np.longdouble).maxexp // 4}", np.longdouble) * a,
+    "half": lambda a: a.astype(np.float16),
+    "int64": lambda a: np.full(a.shape, np.iinfo(np.int64).max),
+    "uint64": lambda a: np.full(a.shape, np.iinfo(np.uint64).max),
+    "big-endian": lambda a: (1e300 * a).astype(">f8"),
+    "bfloat16": lambda a: a.astype(ml_dtypes.bfloat16),
+    "float8": lambda a: a.astype(ml_dtypes.float8_e5m2),
+    "list": lambda a: (1e300 * a).tolist(),
+    "list of integers": lambda a: np.full(a.shape, 2**62).tolist(),
+}
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
+@pytest.mark.parametrize("way", ["memory", "files", "function"])
+@pytest.mark.parametrize("kind", CASTS)
+@pytest.mark.parametrize("settings", [{}, {"all": "raise"}], ids=["warn", "raise"])
+def test_what_is_cast_to_inf_follows_nonfinite_and_not_numpys_settings(settings, kind, way, kernel, rng, tmp_path):
+    gradient = CASTS[kind](rng.standard_normal((3, 5)))
+    with np.errstate(all="ignore"):
+        cast = np.asarray(gradient).astype(np.float32)
+    finite = np.isfinite(cast).all()
+    assert finite == (kind not in ("too large", "big-endian", "list", "longdouble"))
+    start = [np.ones((3, 5), np.float32), np.ones(2, np.float32)]
+    for nonfinite in ("propagate", "raise", "skip"):
+        options = {"kernel": kernel, "nonfinite": nonfinite}
+        opt, other = None, RMSProp(start, **options)
+        if way == "memory":
+            opt = RMSProp(start, **options)
+        elif way == "files":
+            opt = RMSProp(start, storage=tmp_path / nonfinite, **options)
+        outcomes = []
+        with np.errstate(**settings):
+            for step, g in ((opt.step if opt else rmsprop_update, gradient), (other.step, cast)):
+                try:
+                    outcomes.append(step([g, start[1]]) if step != rmsprop_update else step(start, [g, start[1]], None))
+                except NonfiniteError as error:
+                    outcomes.append(str(error))
+        assert (outcomes[1].__class__ is str) == (nonfinite == "raise" and not finite)
+        if opt is None:
+            if nonfinite == "propagate":
+                assert all(a.tobytes() == b.tobytes() for a, b in zip(outcomes[0][0], outcomes[1], strict=True))
+            continue
+        assert state(opt) == state(other)
+        assert opt.skipped_steps == other.skipped_steps == (nonfinite == "skip" and not finite)
+        if way == "files":
+            opt.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped where")
+@pytest.mark.usefixtures("gather_below")
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+@pytest.mark.parametrize("kind", [np.memmap, np.ndarray])
+@pytest.mark.parametrize("name", ["params", "grads", "cache"])
+def test_gradients_in_another_mapping_of_the_same_file(name, kind, mode, kernel, rng, tmp_path):
+    params = [rng.standard_normal(700), rng.standard_normal(700)]
+    opt, other = RMSProp(params, kernel=kernel, storage=tmp_path / "run"), RMSProp(params, kernel=kernel)
+    for o in (opt, other):
+        o.grads[0][...], o.grads[1][...] = params
+        o.step()
+    start = opt.buffers[name].block.ctypes.data - opt.buffers[name]._memory.ctypes.data
+    again = np.memmap(tmp_path / "run" / f"{name}.bin", np.float64, mode, start, shape=1400).view(kind)
+    assert np.array_equal(again, other.buffers[name].flat)
+    flat = other.buffers[name].flat.copy()
+    for one, two in ((slice(700, 1400), slice(0, 700)), (slice(3, 703), slice(690, 1390))):
+        opt.step([again[one], again[two]])
+        other.step([flat[one], flat[two]])
+        assert state(opt) == state(other)
+        flat = np.array(again)
+    opt.close()
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "files"])
+def test_a_state_that_aliases_the_optimizers_memory_is_loaded_as_it_was(stored, rng, tmp_path):
+    params = [rng.standard_normal(30), rng.standard_normal(20)]
+    opt = RMSProp(params, momentum=0.9, storage=tmp_path / "run" if stored else None)
+    opt.step(params)
+    old = opt.state_dict()
+    state_dict = opt.state_dict()
+    names = [f"{name}/float64" for name in ("params", "cache", "momentum_buffer")]
+    turned = dict(zip(names, names[1:] + names[:1], strict=True))
+    for name, source in turned.items():
+        state_dict["arrays"][name] = as_strided(opt.buffers[source.split("/")[0]].flat)
+    opt.load_state_dict(state_dict)
+    for name, source in turned.items():
+        assert np.array_equal(opt.buffers[name.split("/")[0]].flat, old["arrays"][source]), name
+    if stored:
+        opt.close()
 
 
 @needs_jit

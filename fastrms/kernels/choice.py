@@ -7,13 +7,14 @@ to the end of the next, over real steps, first with the serial and then with the
 Bits do not depend on the kernel, so trying is harmless.
 """
 
+import multiprocessing
 import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numba
@@ -62,17 +63,34 @@ def start_threads() -> None:
 
     GNU OpenMP reads its environment when it is loaded, which is now, unless something else has loaded it: for that
     moment GOMP_SPINCOUNT is `SPIN_COUNT`. Settings of the user's own stay as they are.
+
+    Numba's threads are started by a thread that ends then. With OpenMP, Numba sets how many threads the next parallel
+    region of the thread that starts them has, and whether regions may be nested. That would hold for other libraries
+    with the same OpenMP, such as PyTorch, too. And Numba takes a lock from multiprocessing, after which nobody could
+    set a start method any more.
     """
     if _layer() is not None:
         return
-    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        numba.get_num_threads()
-        return
-    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    undecided = not multiprocessing.get_start_method(allow_none=True)
+    spin = None if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else str(SPIN_COUNT)
+    if spin is not None:
+        os.environ["GOMP_SPINCOUNT"] = spin
     try:
-        numba.get_num_threads()
+        with suppress(RuntimeError):  # where a thread cannot be started, as at a limit
+            starter = threading.Thread(target=_start, name="fastrms starts Numba's threads")
+            starter.start()
+            starter.join()
+        numba.get_num_threads()  # raises here, if it did in `_start`
     finally:
-        del os.environ["GOMP_SPINCOUNT"]
+        if spin is not None:
+            del os.environ["GOMP_SPINCOUNT"]
+        if undecided:
+            multiprocessing.set_start_method(None, force=True)
+
+
+def _start() -> None:
+    with suppress(Exception):
+        numba.get_num_threads()
 
 
 # In a child of fork() there are no threads but the one that called it. Numba's TBB and workqueue layers start new ones;

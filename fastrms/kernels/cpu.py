@@ -28,6 +28,8 @@ from fastrms.kernels.compiled import inner, inner_options, jit
 
 __all__ = [
     "BLOCK",
+    "FOUND",
+    "FOUND_SOME",
     "block_size",
     "gradient_part",
     "int64_at",
@@ -38,6 +40,9 @@ __all__ = [
     "serial_from",
 ]
 
+
+# What `serial_from` returns where all arrays are as expected, or all but those that are None.
+FOUND, FOUND_SOME = -1, -2
 
 # About the fewest elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough
 # that finding its spans (some 30 ns) does not show. Large arrays have 256 work items: with 4,096 elements each, a step
@@ -258,8 +263,13 @@ int64_at, int32_at = _number_at(types.int64), _number_at(types.int32)
 @inner
 def _find(items, expected, shapes, sources):
     """The part of `serial_from` that looks into the arrays; `pointers` has where their fields lie."""
+    status = FOUND
     for k in range(sources.shape[0]):
         array = int64_at(items + 8 * shapes[k, 0])
+        if array == expected[3]:
+            sources[k, 2] = 0
+            status = FOUND_SOME
+            continue
         if int64_at(array + pointers.TYPE) != expected[0] or int64_at(array + pointers.DTYPE) != expected[1]:
             return k
         if int32_at(array + pointers.FLAGS) & pointers.ORDINARY != pointers.ORDINARY:
@@ -272,11 +282,11 @@ def _find(items, expected, shapes, sources):
                 return k
         data = int64_at(array + pointers.DATA)
         end = data + (sources[k, 1] - sources[k, 0]) * expected[2]
-        for j in range(3, expected.size, 2):
+        for j in range(4, expected.size, 2):
             if data < expected[j + 1] and end > expected[j]:
                 return k
         sources[k, 2] = data
-    return -1
+    return status
 
 
 @inner
@@ -388,35 +398,35 @@ def serial_from(
     items, expected, shapes, sources, gathers,
     params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
 ):  # fmt: skip
-    """Find the gradients in a tuple of arrays, then do as `serial`; nothing is written if one is not as expected.
+    """Find the gradients in a tuple of arrays, then do as `serial`; nothing is updated if one is not as expected.
 
-    Returns -1, or the number of the first array that is not exactly as expected. Whoever calls holds the tuple, so
-    that the arrays live until they were read.
+    Returns `FOUND`; or `FOUND_SOME` where some are None and the others as expected; or the number of the first array
+    that is not exactly as expected. Whoever calls holds the tuple, so that the arrays live until they were read.
 
     Parameters
     ----------
     items : int
         Address of the items of the tuple (`pointers.items_of`), or 0 if `sources` has what was found before.
-    expected : ndarray of int64, shape (3 + 2 m,)
-        Type, dtype and bytes of an element (`pointers.identity`), and then [low, high) of each piece of memory that a
-        gradient may not touch: what the step writes, and where it is copied to.
+    expected : ndarray of int64, shape (4 + 2 m,)
+        Type, dtype, bytes of an element and None (`pointers.identity`), and then [low, high) of each piece of memory
+        that a gradient may not touch: what the step writes, and where it is copied to.
     shapes : ndarray of int64, shape (k, 2 + most dimensions)
         For each array its number in the tuple, its number of dimensions, and its shape.
     sources : ndarray of int64, shape (k, 3)
-        For each array its [start, stop) in the run, and the address that is found, which is written.
+        For each array its [start, stop) in the run, and the address that is found, which is written; 0 for None.
     gathers : bool
         Copy what was found to `grads`: for small arrays, which are faster updated as one (1,000 of 100 float32 each
         in 50 us, instead of 70 one by one).
     """
     if items != 0:
-        wrong = _find(items, expected, shapes, sources)
-        if wrong >= 0:
-            return wrong
+        status = _find(items, expected, shapes, sources)
+        if status != FOUND:
+            return status
     if gathers:
         _gather(sources, grads)
     _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
                     SERIAL_PREFETCHES_FROM)  # fmt: skip
-    return -1
+    return FOUND
 
 
 @jit(parallel=True)

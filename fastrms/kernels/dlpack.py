@@ -18,6 +18,7 @@ from fastrms.kernels.cpu import int64_at
 
 __all__ = [
     "ABSENT", "CPU", "CUDA", "ORDINARY", "UNUSUAL", "WORDS", "current_stream", "exchange_function", "kind_of", "locate",
+    "look_up",
 ]  # fmt: skip
 
 # What `locate` says of a tensor.
@@ -80,23 +81,56 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
     return types.boolean(types.int64, types.int64, words), codegen
 
 
+@intrinsic
+def _item(typingctx: Any, dictionary: Any, key: Any) -> Any:
+    """The address of an item of the dict at address `dictionary`, which holds it; 0 if there is none."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        get = cgutils.get_or_insert_function(builder.module, ir.FunctionType(byte, [byte, byte]), "PyDict_GetItem")
+        item = builder.call(get, [builder.inttoptr(argument, byte) for argument in arguments])
+        return builder.ptrtoint(item, ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@jit()
+def look_up(dicts, kind, key, items):
+    """Look up one key in many dicts.
+
+    Parameters
+    ----------
+    dicts : int
+        Address of the items of a tuple, which the caller holds: dicts, or something else that has no items.
+    kind : int
+        ``id(dict)``; subclasses are something else.
+    key : int
+        Address of a str.
+    items : ndarray of int64, shape (k,)
+        Written: the address of each item, which its dict holds, or 0.
+    """
+    for k in range(items.size):
+        dictionary = int64_at(dicts + 8 * k)
+        items[k] = _item(dictionary, key) if int64_at(dictionary + 8) == kind else 0
+
+
 @inner
-def _is_as_expected(words, expected, k, device):
-    """Whether a tensor that was described is a dense one on `device`, of the dtype and shape that are expected."""
+def _elements(words, expected, k, device):
+    """The elements of a tensor that was described, or -1 if it is not as expected: dense, on `device`, dtype, shape."""
     if words[1] != device or words[2] & 0xFFFFFFFF != expected[k, 1]:
-        return False
+        return -1
     if (words[2] >> 32) & 0xFFFFFFFF != expected[k, 0]:
-        return False
+        return -1
     dense = 1
     for back in range(expected[k, 1]):
         d = expected[k, 1] - 1 - back
         size = expected[k, 2 + d]
         if int64_at(words[3] + 8 * d) != size:
-            return False
+            return -1
         if size > 1 and int64_at(words[4] + 8 * d) != dense:
-            return False
+            return -1
         dense *= size
-    return True
+    return dense
 
 
 @jit()
@@ -108,15 +142,16 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
     function : int
         From `exchange_function`.
     tensors : int
-        Address of the items of a tuple of tensors, which the caller holds.
+        Address of the items of a tuple of tensors, which the caller holds, or of an array of their addresses, 0 for
+        one that is absent.
     kinds : ndarray of int64, shape (m,)
         The types (their ``id``) that the function is for, without subclasses.
     none : int
-        ``id(None)``, which stands for a tensor that is absent.
+        ``id(None)``, which stands for a tensor that is absent, as 0 does.
     expected : ndarray of int64, shape (k, 2 + most dimensions)
         For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
     excluded : ndarray of int64, shape (m, 2)
-        Pieces of memory [low, high) in which an ordinary tensor does not lie.
+        Pieces of memory [low, high) of which an ordinary tensor has no byte.
     words : ndarray of int64, shape (`WORDS`,)
         Room to work.
     addresses : ndarray of int64, shape (k,)
@@ -131,18 +166,23 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
         tensor = int64_at(tensors + 8 * k)
         state = UNUSUAL
         addresses[k] = 0
-        if tensor == none:
+        if tensor == none or tensor == 0:
             state = ABSENT
         else:
             kind = int64_at(tensor + 8)
             for i in range(kinds.size):
                 if kind == kinds[i]:
-                    if _describe(function, tensor, words) and _is_as_expected(words, expected, k, device):
+                    size = _elements(words, expected, k, device) if _describe(function, tensor, words) else -1
+                    if size >= 0:
                         state = ORDINARY
                         addresses[k] = words[0] + words[5]
+                        # The dtype is in the upper half of its word: code, bits, lanes.
+                        end = addresses[k] + size * (expected[k, 0] >> 8 & 0xFF) // 8
                         for j in range(excluded.shape[0]):
-                            if excluded[j, 0] <= addresses[k] < excluded[j, 1]:
-                                state, addresses[k] = UNUSUAL, 0
+                            if addresses[k] < excluded[j, 1] and end > excluded[j, 0]:
+                                state = UNUSUAL
+                        if state == UNUSUAL:
+                            addresses[k] = 0
                     break
         states[k] = state
         ordinary = ordinary and state == ORDINARY

@@ -42,8 +42,8 @@ def items_of(arrays: tuple[Any, ...]) -> int:
 
 
 def identity(dtype: np.dtype[Any]) -> NDArray[np.int64]:
-    """What `cpu.serial_from` recognises an ordinary array of `dtype` by; `dtype` is NumPy's own object for it."""
-    return np.array([id(np.ndarray), id(dtype), dtype.itemsize], np.int64)
+    """What `cpu.serial_from` recognises None and an ordinary array by; `dtype` is NumPy's own object for its dtype."""
+    return np.array([id(np.ndarray), id(dtype), dtype.itemsize, id(None)], np.int64)
 
 
 @cache

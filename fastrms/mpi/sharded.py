@@ -429,7 +429,6 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             return super()._step(gradients)
         rates, present, error = self._look_at(gradients)
         try:  # not `leaving()`, which a step would notice
-            # From here on other ranks know of this one: no other call may come in between, and no option may be set.
             self._counts.writing = True
             anywhere = self._exchange(rates, present, error)
             kernel = self._kernel if self._chooser is None else self._chooser.kernel
@@ -463,7 +462,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         rates = [0.0] * len(self.param_groups)
         from_buffer = gradients is None or gradients is grads.views
         try:
-            # First what may call functions of the user's, which may set options.
+            # First what may call functions of the user's.
             found = self._rates()
             arrays = None
             if handover.begun:
@@ -472,6 +471,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             elif not from_buffer:
                 arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
                 present = np.array([array is not None for array in arrays])
+            # From here on no other call may come in between, and no option may be set: ranks compare them.
+            self._counts.writing = True
             if self._taken is not self._version:
                 self._take_options()
             self._refuse_replaced(from_buffer)

@@ -1,5 +1,6 @@
 """Gradients of all kinds, for `CudaRMSProp`."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import assert_same_bits
@@ -50,6 +51,28 @@ def test_gradients_of_other_dtypes_are_cast_as_numpy_casts(dtype, rng):
     assert_same_state(optimizer, oracle)
 
 
+@pytest.mark.parametrize("nonfinite", ["propagate", "raise", "skip"])
+@pytest.mark.parametrize("kind", ["numpy", "device", "bfloat16", "list"])
+def test_what_is_cast_to_inf_follows_nonfinite_and_not_numpys_settings(kind, nonfinite, rng):
+    gradient = 1e300 * rng.standard_normal((2, 3))
+    with np.errstate(all="ignore"):
+        cast = (gradient.astype(ml_dtypes.bfloat16) if kind == "bfloat16" else gradient).astype(np.float32)
+    made = {"bfloat16": lambda g: g.astype(ml_dtypes.bfloat16), "list": lambda g: g.tolist()} | KINDS
+    oracle, optimizer = pair([np.ones((2, 3), np.float32)], nonfinite=nonfinite)
+    with np.errstate(all="ignore"):
+        gradient = made[kind](gradient)
+    for opt, g in ((oracle, cast), (optimizer, gradient)):
+        # What stands for the device computes with NumPy, in threads that have settings of their own.
+        with np.errstate(all="raise", invalid="ignore"):
+            try:
+                opt.step([g])
+                assert nonfinite != "raise"
+            except NonfiniteError:
+                assert nonfinite == "raise"
+    assert_same_state(optimizer, oracle)
+    assert optimizer.skipped_steps == oracle.skipped_steps == (nonfinite == "skip")
+
+
 def test_gradients_here_there_and_in_the_buffer_in_one_step(rng):
     shapes, dtypes = [(3, 2), (4,), (5,), (2, 2), (3,)], [np.float32, np.float64, np.float32, np.float32, np.float64]
     oracle, optimizer = pair(arrays(rng, shapes, dtypes))
@@ -84,6 +107,22 @@ def test_gradients_that_are_the_optimizers_own_memory_are_copied_first(rng):
     oracle.step([gradients[1], gradients[0], oracle.params[2].copy(), oracle.params[0].copy()])
     optimizer.step([optimizer.grads[1], optimizer.grads[0], optimizer.params[2], optimizer.params[0]])
     assert_same_state(optimizer, oracle)
+
+
+def test_gradients_that_reach_into_the_optimizers_own_memory_are_copied_first():
+    _, optimizer = pair([np.ones(4), np.ones(4)])
+    low, high = optimizer.buffers["grads"].span
+
+    def found(address, stride):
+        described = {"data": (address, False), "strides": (stride,), "shape": (4,), "typestr": "<f8"}
+        theirs = Theirs(np.ones(4), **described)
+        return optimizer._finder.find((theirs, None), np.array([[low, high]])).others
+
+    for address, stride in ((high, -8), (high + 16, -16), (low - 16, 16), (low - 24, 8), (low, 0)):
+        assert [ours for _, _, ours in found(address, stride)] == [True], (address - low, stride)
+    for address, stride in ((high, 16), (low - 8, -8), (low - 64, 16), (high + 24, -8)):
+        assert [ours for _, _, ours in found(address, stride)] == [False], (address - low, stride)
+    assert found(low - 32, 8) == found(high, 8) == []  # dense: read where it lies
 
 
 @pytest.mark.parametrize("tree", ["array", "dict", "nested", "groups"])
@@ -157,6 +196,17 @@ def test_tensors_of_torch_are_read_where_they_lie(rng):
         assert kernels.LEGACY_STREAM in found.streams
         optimizer.step(given)
     assert_same_state(optimizer, oracle)
+
+
+def test_a_tensor_that_reaches_into_memory_that_is_written_is_not_read_where_it_lies():
+    torch = pytest.importorskip("torch")
+    _, optimizer = pair([np.ones(4)])
+    optimizer._finder._device = dlpack.CPU
+    tensor = torch.arange(4.0, dtype=torch.float64)
+    start = tensor.data_ptr()
+    for low, high, there in ((-8, 0, True), (32, 40, True), (-8, 1, False), (31, 40, False), (8, 16, False)):
+        found = optimizer._finder.find((tensor,), np.array([[start + low, start + high]]))
+        assert (found.sources[0] == start) == there, (low, high)
 
 
 def test_a_view_of_torch_whose_memory_has_the_positive_numbers(rng):
