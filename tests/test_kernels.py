@@ -150,7 +150,7 @@ def test_importing_fastrms_loads_numpy_and_numba_and_nothing_else():
         import sys, sysconfig
         import numpy, numba
         before = set(sys.modules)
-        import fastrms
+        from fastrms import RMSProp
         new = {name.split(".")[0] for name in set(sys.modules) - before}
         print(sorted(new - set(sys.stdlib_module_names) - {"fastrms", "numpy", "numba", "llvmlite"}))
     """

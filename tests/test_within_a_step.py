@@ -368,7 +368,7 @@ INTERRUPTED = """if True:
 
 @pytest.mark.skipif(not JIT, reason="about compiling")
 def test_ctrl_c_in_the_first_compilation_counts_nothing(tmp_path):
-    for number in range(20):
+    for number in range(0, 200, 12):  # of some 40 functions that are compiled
         environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / str(number))}
         done = subprocess.run(
             [sys.executable, "-c", INTERRUPTED, str(number)], env=environment, capture_output=True, text=True,
@@ -378,7 +378,7 @@ def test_ctrl_c_in_the_first_compilation_counts_nothing(tmp_path):
             break
         assert done.stdout == "interrupted\n0 [0, 0] [1.0, 1.0]\n", done.stderr
     assert done.stdout.startswith("1 [1, 0] [1.0, 0."), done.stderr
-    assert number > 1
+    assert number > 10
 
 
 FEWER_THREADS = """if True:
