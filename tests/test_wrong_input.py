@@ -36,6 +36,8 @@ def test_what_is_said_of(what, code, error, message, tmp_path, monkeypatch):
 def test_every_line_of_the_tables_is_a_row():
     lines = [line for line in TEXT.splitlines() if line.startswith("| ") and not line.startswith("| given")]
     assert len(lines) == len(ROWS) > 100
+    promises = (Path(__file__).parent.parent / "docs" / "promises.md").read_text(encoding="utf-8")
+    assert f"the {len(ROWS)} lines of [wrong-input.md]" in promises
 
 
 def test_every_error_is_in_the_tables():
