@@ -25,8 +25,8 @@ __all__ = ["Stepping"]
 # A kernel and its arguments.
 _Call = tuple[Any, ...]
 
-# What a call of `cpu.serial_from` is among others that has found all gradients.
-_UPDATED = [-1]
+# What the one call of `cpu.serial_from` returns that is a whole step.
+_UPDATED = [cpu.FOUND]
 
 # State that an option needs, beside the cache: the names of buffer and option.
 _STATE = (("momentum_buffer", "momentum"), ("grad_avg", "centered"))
@@ -250,7 +250,7 @@ class Stepping(Guarded):
                 address = pointers.items_of(items)
                 steady = self._steady_from.get(kernel)
                 if steady is not None:
-                    # As in `_run`. What is returned is -1 after an update.
+                    # As in `_run`, but that the call may find gradients which are not ordinary, and update nothing.
                     counts = self._counts
                     steps, work = counts.steps, starmap(cpu.serial_from, ((address, *steady),))
                     counts.steps = steps + ([*work] == _UPDATED)
