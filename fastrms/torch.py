@@ -804,11 +804,12 @@ def _obstacle(p: Any) -> str | None:
         return "its memory is shared between processes"
     if _use_count is None:
         return "this version of PyTorch cannot tell whether others share its memory (2.8 can)"
-    alone = _holders(p) == _ALONE
-    storage = p.untyped_storage()
+    if _holders(p) != _ALONE or p.untyped_storage().nbytes() != p.numel() * p.element_size():
+        return "others share its memory"
     # Memory that cannot be resized is somebody else's, as that of torch.from_numpy, or of one of our buffers.
-    alone = alone and (p.numel() == 0 or storage.resizable() or p.data_ptr() in _places)
-    return None if alone and storage.nbytes() == p.numel() * p.element_size() else "others share its memory"
+    if p.numel() > 0 and not p.untyped_storage().resizable() and p.data_ptr() not in _places:
+        return "its memory came from outside of PyTorch or from torch.load of a whole model (copy.deepcopy of it helps)"
+    return None
 
 
 def _ids(objects: tuple[Any, ...]) -> Any:
