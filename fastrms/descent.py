@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrms.errors import OptionError, OptionTypeError
+from fastrms.errors import DeviceError, OptionError, OptionTypeError
 from fastrms.landscapes import LARGEST, Array, Landscape, Point, Region, check_point, check_region, check_steps, find
 from fastrms.optimizer import RMSProp
 from fastrms.options import check_option, resolve_lr
@@ -20,6 +20,9 @@ __all__ = ["METHODS", "AdaGrad", "Descent", "GradientDescent", "Momentum", "Trac
 
 # More lines than these cannot be told apart in one picture.
 MAX_TRACES = 8
+
+# Arguments of an optimizer that change no path: what is updated, and with which memory and threads.
+_NO_OPTIONS = ("params", "cache_dtype", "num_threads", "storage")
 
 # Points in x and in y at which a function is drawn.
 _GRID = 101
@@ -303,7 +306,7 @@ def descend(
         if not all(low <= at <= high for at, (low, high) in zip(first, region, strict=True)):
             raise OptionError(f"start: expected a point in the region {region}, got {first}")
     count = landscape.steps if steps is None else check_steps(steps)
-    optimizers = [(label, make(np.array(first), **options)) for label, make, options in runs]
+    optimizers = [(label, _made(where, make, np.array(first), options)) for where, label, make, options in runs]
     traces = [_follow(landscape, label, optimizer, first, count) for label, optimizer in optimizers]
     return Descent(landscape, region, tuple(traces))
 
@@ -317,8 +320,8 @@ def _including(region: Region, point: Point) -> Region:
     return limits[0], limits[1]
 
 
-def _plan(landscape: Landscape, settings: Any, beside: Any) -> list[tuple[str, Any, dict[str, Any]]]:
-    """What to run: label, class and options of each path."""
+def _plan(landscape: Landscape, settings: Any, beside: Any) -> list[tuple[str, str, Any, dict[str, Any]]]:
+    """What to run: where it was given, label, class and options of each path."""
     if beside is None:
         beside = tuple(METHODS) if settings is None else ()
     settings = [{}] if settings is None else settings
@@ -327,20 +330,20 @@ def _plan(landscape: Landscape, settings: Any, beside: Any) -> list[tuple[str, A
     if not isinstance(beside, Sequence) or isinstance(beside, str):
         raise OptionTypeError(f"beside: expected a list of names such as ['adagrad'], got {beside!r}")
 
-    runs: list[tuple[str, Any, dict[str, Any]]] = []
+    runs: list[tuple[str, str, Any, dict[str, Any]]] = []
     named = settings.items() if isinstance(settings, Mapping) else ((None, own) for own in settings)
     for k, (name, own) in enumerate(named):
         where = f"settings[{k if name is None else repr(name)}]"
         options = {"lr": landscape.rates["rmsprop"], **_checked(where, "RMSProp", RMSProp, own)}
         label = _label("RMSProp", options) if name is None else str(name)
-        runs.append((label, RMSProp, {"kernel": "numpy", **options}))
+        runs.append((where, label, RMSProp, {"kernel": "numpy", **options}))
     for k, item in enumerate(beside):
         method, own = item if isinstance(item, tuple) and len(item) == 2 else (item, {})
         if not isinstance(method, str) or method not in METHODS:
             raise OptionError(f"beside[{k}]: expected one of {tuple(METHODS)}, or (name, options), got {item!r}")
         title, make = METHODS[method]
         options = {"lr": landscape.rates[method], **_checked(f"beside[{k}]", method, make, own)}
-        runs.append((_label(title, options), make, options))
+        runs.append((f"beside[{k}]", _label(title, options), make, options))
     if not 1 <= len(runs) <= MAX_TRACES:
         raise OptionError(f"settings and beside: expected 1 to {MAX_TRACES} paths in one picture, got {len(runs)}")
     return runs
@@ -350,11 +353,20 @@ def _checked(where: str, method: str, make: Any, options: Any) -> Mapping[str, A
     """The options, if `make` has options of these names; it checks their values itself."""
     if not isinstance(options, Mapping):
         raise OptionTypeError(f"{where}: expected a dict of options of {method}, got {options!r}")
-    known = [name for name in inspect.signature(make).parameters if name != "params"]
+    known = [name for name in inspect.signature(make).parameters if name not in _NO_OPTIONS]
     for name in options:
         if name not in known:
-            raise OptionError(f"{where}: {name!r} is no option of {method}; the options are {', '.join(known)}")
+            options_are = f"the options are {', '.join(known)}"
+            raise OptionError(f"{where}: {name!r} is no option of {method} on a path; {options_are}")
     return options
+
+
+def _made(where: str, make: Any, start: Array, options: Mapping[str, Any]) -> Any:
+    """The optimizer, whose errors say where its options were given."""
+    try:
+        return make(start, **options)
+    except (OptionError, OptionTypeError, DeviceError) as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _label(title: str, options: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ except ImportError:
 # What all of SciPy's own methods use. The public `approx_fprime` has forward differences only, and knows no bounds.
 from scipy.optimize._numdiff import approx_derivative
 
+# What `minimize` makes of a function that returns value and gradient.
+from scipy.optimize._optimize import MemoizeJac
+
 __all__ = ["rmsprop"]
 
 Array = NDArray[Any]
@@ -35,6 +38,7 @@ _MESSAGES = {
     _NOT_FINITE: "The objective function or its gradient is inf or NaN.",
     _STOPPED: "`callback` raised `StopIteration`.",
 }
+_FIXED = "All independent variables were fixed by bounds."
 
 
 def rmsprop(
@@ -50,7 +54,7 @@ def rmsprop(
     callback: Callable[..., Any] | None = None,
     tol: float | None = None,
     gtol: float | None = None,
-    maxiter: int | None = None,
+    maxiter: float | None = None,
     disp: bool = False,
     return_all: bool = False,
     finite_diff: str = "2-point",
@@ -72,8 +76,10 @@ def rmsprop(
     args : tuple, default ()
         Further arguments of `fun` and `jac`.
     jac : callable, True or None
-        As `minimize` has it. Without one, gradients are finite differences. For methods that are not its own,
-        `minimize` makes None of "2-point", "3-point" and "cs": use the option `finite_diff`.
+        As `minimize` has it. A callable returns n numbers, of shape (n,), (1, n) or (n, 1). With True, `fun` returns
+        value and gradient, and is called once in each iteration, also where x has not changed. Without one, gradients
+        are finite differences. For methods that are not its own, `minimize` makes None of "2-point", "3-point" and
+        "cs": use the option `finite_diff`.
     hess, hessp : callable, optional
         Not used, and warned about.
     bounds : scipy.optimize.Bounds or sequence of (low, high), optional
@@ -88,8 +94,8 @@ def rmsprop(
         Stands for `gtol` where that is not given.
     gtol : float, default 1e-5
         Success where no component of the gradient is larger; with bounds, of the projected gradient. >= 0.
-    maxiter : int, default 15000
-        As L-BFGS-B has it: steps are small and many. >= 0.
+    maxiter : float, default 15000
+        As L-BFGS-B has it: steps are small and many. >= 0, and as with SciPy's methods not necessarily whole.
     disp : bool, default False
         Print the outcome; where it is no success, warn of it, as SciPy does.
     return_all : bool, default False
@@ -138,8 +144,8 @@ def rmsprop(
         raise OptionError("constraints: expected none, which RMSProp cannot handle; it takes bounds")
     if options.get("maximize"):
         raise OptionError("maximize: expected False for minimize(), got True; give the negative of fun and jac")
-    gtol = _at_least_0("gtol", next((value for value in (gtol, tol) if value is not None), 1e-5), Real)
-    maxiter = _at_least_0("maxiter", 15_000 if maxiter is None else maxiter, Integral)
+    gtol = _at_least_0("gtol", next((value for value in (gtol, tol) if value is not None), 1e-5))
+    maxiter = _at_least_0("maxiter", 15_000 if maxiter is None else maxiter)
 
     start = np.atleast_1d(_real("x0", x0))
     if start.ndim != 1:
@@ -179,9 +185,10 @@ def rmsprop(
 
     if not callable(jac):
         gradient[lower == upper] = np.nan
+    all_fixed = status == _CONVERGED and len(x) > 0 and (lower == upper).all()
     result = OptimizeResult(
         x=x.copy(), fun=value, jac=gradient, nit=nit, nfev=objective.nfev, njev=objective.njev, status=status,
-        success=status == _CONVERGED, message=_MESSAGES[status],
+        success=status == _CONVERGED, message=_FIXED if all_fixed else _MESSAGES[status],
     )  # fmt: skip
     if return_all:
         result["allvecs"] = visited
@@ -197,10 +204,14 @@ class _Objective:
         self, fun: Any, jac: Any, args: Any, lower: Array, upper: Array, finite_diff: str, rel_step: Any
     ) -> None:
         self.nfev = self.njev = 0
+        # SciPy's memo would answer for the same x again, which stays where a step is skipped; and a function that draws
+        # its data anew has another value there.
+        memoized = isinstance(fun, MemoizeJac) and getattr(jac, "__self__", None) is fun
+        self._both = fun.fun if memoized else fun if jac is True else None
         self._fun = fun
         self._jac = jac if callable(jac) else None
         self._args = args if isinstance(args, tuple) else (args,)
-        if self._jac is None:
+        if self._jac is None and self._both is None:
             # `minimize` does not let the names of finite differences through; a call without it, or a later one, may.
             name, scheme = ("finite_diff", finite_diff) if jac is None or jac is False else ("jac", jac)
             self._scheme = check_one_of(name, scheme, _SCHEMES)
@@ -209,24 +220,30 @@ class _Objective:
             self._rel_step = None if rel_step is None else _of_length("finite_diff_rel_step", rel_step, self._free)
 
     def __call__(self, x: Array) -> tuple[float, Array]:
+        if self._both is not None:
+            return self._value_and_gradient(x)
         value = float(self._value(x))
         self.njev += 1
-        return value, self._differences(x, value) if self._jac is None else self._gradient(x)
+        if self._jac is None:
+            return value, self._differences(x, value)
+        return value, _gradient(self._jac(np.copy(x), *self._args), x)
+
+    def _value_and_gradient(self, x: Array) -> tuple[float, Array]:
+        assert self._both is not None
+        self.nfev += 1
+        self.njev += 1
+        found = self._both(np.copy(x), *self._args)
+        try:
+            value, gradient = found[0], found[1]
+        except (IndexError, KeyError, TypeError):
+            raise StructureError(
+                f"fun: expected to return value and gradient, because of jac=True; got {type(found).__name__}"
+            ) from None
+        return float(_number(value, x)), _gradient(gradient, x)
 
     def _value(self, x: Array) -> Any:
         self.nfev += 1
-        value = np.asarray(self._fun(np.copy(x), *self._args))
-        if value.size != 1:
-            raise StructureError(f"fun: expected to return one number, got shape {value.shape}")
-        return (value if np.iscomplexobj(x) else _real("fun", value)).item()
-
-    def _gradient(self, x: Array) -> Array:
-        assert self._jac is not None
-        # A copy, because some functions always return the same array.
-        gradient = np.atleast_1d(_real("jac", self._jac(np.copy(x), *self._args)))
-        if gradient.shape != x.shape:
-            raise StructureError(f"jac: expected to return shape {x.shape}, got {gradient.shape}")
-        return gradient
+        return _number(self._fun(np.copy(x), *self._args), x)
 
     def _differences(self, x: Array, value: float) -> Array:
         def of_free(part: Array) -> Any:
@@ -240,6 +257,22 @@ class _Objective:
                 of_free, x[self._free], self._scheme, rel_step=self._rel_step, f0=value, bounds=self._bounds
             )
         return gradient
+
+
+def _number(value: Any, x: Array) -> Any:
+    """What `fun` returned for x, as a number."""
+    value = np.asarray(value)
+    if value.size != 1:
+        raise StructureError(f"fun: expected to return one number, got shape {value.shape}")
+    return (value if np.iscomplexobj(x) else _real("fun", value)).item()
+
+
+def _gradient(value: Any, x: Array) -> Array:
+    """What `jac` returned for x, in a copy, because some functions always return the same array."""
+    gradient = _real("jac", value)
+    if gradient.size != x.size or max(gradient.shape, default=1) != x.size:  # such as (1, n), of a Jacobian
+        raise StructureError(f"jac: expected to return shape {x.shape}, got {gradient.shape}")
+    return gradient.reshape(x.shape)
 
 
 def _real(name: str, value: Any) -> Array:
@@ -290,13 +323,13 @@ def _with_result_or_x(callback: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda result: callback(result.x)
 
 
-def _at_least_0(name: str, value: Any, kind: Any) -> Any:
-    what = "an integer" if kind is Integral else "a number"
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise OptionTypeError(f"{name}: expected {what}, got {value!r} ({type(value).__name__})")
-    if not value >= 0:
-        raise OptionError(f"{name}: expected {what} >= 0, got {value!r}")
-    return value
+def _at_least_0(name: str, value: Any) -> Any:
+    number = value[()] if isinstance(value, np.ndarray) else value  # one of 0 dimensions becomes a scalar
+    if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
+        raise OptionTypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+    if not number >= 0:  # type: ignore[operator]
+        raise OptionError(f"{name}: expected a number >= 0, got {value!r}")
+    return number
 
 
 def _show(result: Any) -> None:

@@ -268,3 +268,66 @@ def test_compiled_functions_have_our_cache():
         assert again(np.float32(3)) == 6
     assert len(second.buffer) == 0 <= len(recorder.buffer)
     assert function.stats.cache_path
+
+
+HALF_WAY = """
+    import os, signal
+    from numba.core.typing.context import BaseContext
+
+    kind, moment = sys.argv[1], int(sys.argv[2])
+    insert, calls = BaseContext.insert_attributes, 0
+
+    def insert_or_end(self, attributes):
+        global calls
+        calls += 1
+        if calls == moment:
+            if kind == "memory":
+                raise MemoryError("on purpose")
+            os.kill(os.getpid(), signal.SIGINT)
+        return insert(self, attributes)
+
+    BaseContext.insert_attributes = insert_or_end
+    if kind == "exit":
+        signal.signal(signal.SIGINT, lambda number, frame: sys.exit(1))
+    opt, plain = (RMSProp([np.linspace(-1, 1, 1000)], kernel=name, clip_norm=1.0) for name in ("serial", "numpy"))
+    gradient = np.linspace(1, 3, 1000)
+"""
+
+
+@pytest.mark.parametrize("moment", [3, 30, 60])
+@pytest.mark.parametrize("kind", ["interrupt", "exit"])
+def test_what_a_signal_raises_while_the_first_kernel_is_compiled_leaves_nothing_half_set_up(kind, moment, tmp_path):
+    program = """
+    try:
+        opt.step([gradient])
+    except (KeyboardInterrupt, SystemExit) as error:
+        print(type(error).__name__)
+    for _ in range(3):
+        opt.step([gradient])
+        plain.step([gradient])
+    print(opt.params[0].tobytes() == plain.params[0].tobytes(), opt.steps)
+    """
+    output, errors = run(HALF_WAY + program, kind, str(moment), folder=tmp_path, python=["-W", "error"])
+    assert output == ["SystemExit" if kind == "exit" else "KeyboardInterrupt", "True", "3"]
+    assert errors == ""
+    assert len(files(tmp_path)) == 2  # norms, and the update: compiled once, and kept
+
+
+def test_memory_that_ends_while_the_first_kernel_is_compiled(tmp_path):
+    program = """
+    for _ in range(2):
+        try:
+            opt.step([gradient])
+        except (MemoryError, RuntimeError) as error:
+            print(type(error).__name__, str(error).endswith("restart Python"))
+    """
+    output, _ = run(HALF_WAY + program, "memory", "30", folder=tmp_path)
+    assert output == ["MemoryError", "False", "RuntimeError", "True"]
+
+
+def test_without_threads_it_compiles_where_it_is_called(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(compiled.threading.Thread, "start", refuse)
+    assert compiled.jit()(double)(np.complex64(3)) == 6

@@ -122,8 +122,10 @@ def numbers():
         assert check_option(name, number) == value
 
 
+@pytest.mark.torch
 def test_numbers_of_torch_are_options():
-    torch = pytest.importorskip("torch")
+    import torch
+
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for number in (torch.tensor(0.3125, dtype=dtype), torch.nn.Parameter(torch.tensor(0.3125, dtype=dtype)),
                        torch.tensor(0.3125, dtype=dtype, requires_grad=True) * 1):  # fmt: skip

@@ -145,6 +145,60 @@ def test_function_that_returns_both_is_called_once_for_each_point():
     assert_same_bits(result.x, run().x)
 
 
+def test_a_skipped_step_calls_the_function_anew():
+    calls = 0
+
+    def both(x):
+        nonlocal calls
+        calls += 1
+        return (np.nan, x * np.nan) if calls == 3 else (square(x), square_der(x))
+
+    options = {"nonfinite": "skip", "lr": lambda k: 0.1 * 0.98**k}
+    result = run(both, jac=True, maxiter=600, options=options)
+    assert result.success
+    assert calls == result.nfev == result.njev == result.nit + 1
+    np.testing.assert_allclose(result.x, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("jac", [True, rosen_der, None], ids=["both", "jac", "differences"])
+def test_every_iteration_calls_the_function_also_where_x_stays(jac):
+    points = []
+
+    def fun(x):
+        points.append(x)
+        return (rosen(x), rosen_der(x)) if jac is True else rosen(x)
+
+    result = run(fun, jac=jac, options={"lr": 0.0})
+    assert result.nit == 20
+    assert len(points) == result.nfev == 21 * (4 if jac is None else 1)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1), (1, 1, 3)], ids=str)
+def test_gradients_may_be_rows_and_columns(shape):
+    result = run(jac=lambda x: rosen_der(x).reshape(shape))
+    assert result.jac.shape == (3,)
+    assert_same_bits(result.x, run().x)
+    both = run(lambda x: (rosen(x), rosen_der(x).reshape(shape)), jac=True)
+    assert_same_bits(both.x, run().x)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_gradients_of_one_variable(shape):
+    assert run(square, 2.0, lambda x: square_der(x).reshape(shape), maxiter=3).jac.shape == (1,)
+
+
+@pytest.mark.parametrize("maxiter", [20.0, 19.5, np.float32(20), np.int64(20), np.array(20.0)], ids=repr)
+def test_maxiter_of_any_kind_of_number(maxiter):
+    result = run(maxiter=maxiter)
+    assert (result.nit, result.status) == (20, 1)
+    assert_same_bits(result.x, run().x)
+
+
+def test_maxiter_without_end():
+    options = {"lr": lambda k: 0.1 * 0.98**k}
+    assert run(square, jac=square_der, maxiter=np.inf, options=options).success
+
+
 def test_maxiter_0_and_a_start_in_the_minimum():
     assert run(maxiter=0).status == 1
     result = run(x0=[1.0, 1.0], maxiter=0)
@@ -220,7 +274,11 @@ def test_gradients_may_be_of_any_float_dtype():
         (lambda x: None, rosen_der, DtypeError, "fun: expected real numbers, got ndarray: dtype object"),
         (lambda x: 1j, rosen_der, DtypeError, "fun: expected real numbers, got ndarray: dtype complex128"),
         (rosen, lambda x: x[:2], StructureError, r"jac: expected to return shape \(3,\), got \(2,\)"),
-        (rosen, lambda x: x[None], StructureError, r"jac: expected to return shape \(3,\), got \(1, 3\)"),
+        (rosen, lambda x: [x, x], StructureError, r"jac: expected to return shape \(3,\), got \(2, 3\)"),
+        (rosen, lambda x: 1.0, StructureError, r"jac: expected to return shape \(3,\), got \(\)"),
+        (rosen, True, StructureError, "fun: expected to return value and gradient, because of jac=True; got float"),
+        (lambda x: (x, x), True, StructureError, r"fun: expected to return one number, got shape \(3,\)"),
+        (lambda x: (1.0, x[:2]), True, StructureError, r"jac: expected to return shape \(3,\), got \(2,\)"),
         (rosen, lambda x: x * 1j, DtypeError, "jac: expected real numbers, got ndarray: dtype complex128"),
         (rosen, lambda x: "none", DtypeError, "jac: expected real numbers, got str: dtype <U4"),
     ],
@@ -238,8 +296,11 @@ def test_functions_that_return_something_else(fun, jac, error, message):
         ({"constraints": {"type": "eq", "fun": square}}, OptionError, "constraints: expected none"),
         ({"constraints": [LinearConstraint(np.eye(3))]}, OptionError, "constraints: expected none"),
         ({"options": {"maximize": True}}, OptionError, "maximize: expected False for minimize"),
-        ({"options": {"maxiter": -1}}, OptionError, "maxiter: expected an integer >= 0, got -1"),
-        ({"options": {"maxiter": 1.5}}, OptionTypeError, r"maxiter: expected an integer, got 1.5 \(float\)"),
+        ({"options": {"maxiter": -1}}, OptionError, "maxiter: expected a number >= 0, got -1"),
+        ({"options": {"maxiter": np.nan}}, OptionError, "maxiter: expected a number >= 0, got nan"),
+        ({"options": {"maxiter": "many"}}, OptionTypeError, r"maxiter: expected a number, got 'many' \(str\)"),
+        ({"options": {"maxiter": True}}, OptionTypeError, r"maxiter: expected a number, got True \(bool\)"),
+        ({"options": {"maxiter": np.ones(2)}}, OptionTypeError, "maxiter: expected a number, got array"),
         ({"options": {"gtol": "small"}}, OptionTypeError, r"gtol: expected a number, got 'small' \(str\)"),
         ({"tol": np.nan}, OptionError, "gtol: expected a number >= 0, got nan"),
         ({"options": {"lr": -1}}, OptionError, "lr: expected a number or a function"),
@@ -267,8 +328,10 @@ def test_called_without_minimize():
     ours, theirs = rmsprop(rosen, START, jac="3-point", maxiter=5), run(jac=None, maxiter=5, options={})
     assert ours.nfev == 6 * 7
     np.testing.assert_allclose(ours.x, theirs.x, rtol=1e-6)
+    both = rmsprop(lambda x: (rosen(x), rosen_der(x)), START, jac=True, maxiter=20)
+    assert_same_bits(both.x, run().x)
     with pytest.raises(OptionTypeError, match="jac: expected one of"):
-        rmsprop(rosen, START, jac=True)
+        rmsprop(rosen, START, jac=1)
     with pytest.raises(StructureError, match=r"x0: expected one dimension, got shape \(1, 3\)"):
         rmsprop(rosen, START[None])
 
@@ -388,6 +451,7 @@ def test_x0_outside_is_clipped_and_bounds_may_fix_variables():
     assert np.isnan(result.jac).tolist() == [False, True, False]
     everything = run(square, [5.0], None, bounds=[(2, 2)])
     assert (everything.success, everything.x, everything.nfev) == (True, 2.0, 1)
+    assert everything.message == "All independent variables were fixed by bounds."
 
 
 # Values that are not finite.

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import JIT, count_calls
+from helpers import JIT, count_calls, need_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
@@ -239,14 +239,16 @@ WRAPPERS = {
     "array interface": lambda a: np.asarray(SimpleNamespace(__array_interface__=a.__array_interface__)),
     "out-of-band pickle": by_pickle,
     "__array__": Wrapped,
-    "torch": lambda a: pytest.importorskip("torch").from_numpy(a).numpy(),
+    "torch": lambda a: need_torch().from_numpy(a).numpy(),
 }
 
 
 @pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
 @pytest.mark.parametrize("stored", [False, True], ids=["memory", "files"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(name, marks=[pytest.mark.torch] if name == "torch" else []) for name in WRAPPERS]
+)
 def test_gradients_that_alias_the_optimizers_memory_through_a_wrapper(wrapper, stored, kernel, rng, tmp_path):
     wrap = WRAPPERS[wrapper]
     params = [rng.standard_normal((3, 40)) for _ in range(4)]

@@ -4,7 +4,6 @@ import argparse
 import datetime
 import math
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from fastrms.cli.common import (
     require,
     save_figure,
     say,
+    start_threads,
     whole_number,
 )
 from fastrms.cli.progress import show_progress
@@ -92,17 +92,20 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out ``fastrms bench`` and return 0, or 130 after Ctrl-C.
+    """Carry out ``fastrms bench`` and return 0.
 
     Raises
     ------
+    KeyboardInterrupt
+        Ctrl-C; says in which case, and whether results are kept.
     CommandError
         Options do not go together; a package, kernel or folder cannot be used; or a kernel computes something else.
     """
     _check(args)
-    args.output = args.output.absolute()  # a kernel of the user's, or another library, may change the current folder
     require("bench", "rich", *([] if args.in_situ else ["matplotlib"]))
-    make_folder(args.output)
+    stem = STEM_IN_SITU if args.in_situ else STEM
+    make_folder(args.output, *(f"{stem}.{kind}" for kind in ("json", "csv", "png")[: 2 if args.in_situ else 3]))
+    start_threads()
     import numba
 
     limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -192,7 +195,9 @@ def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int
         interrupted = True
     finally:
         for remote in remotes.values():
-            remote.end()
+            remote.end(0 if interrupted else 2)
+    if interrupted and not rows:
+        return _finish(console, [], interrupted, done, len(todo))
     paths = report.write_results(args.output, STEM, _about(args, threads, skipped, not interrupted), rows + on_device)
     if rows:
         paths.append(_save_plot(args.output / f"{STEM}.png", rows))
@@ -222,6 +227,8 @@ def _run_in_situ(args: argparse.Namespace, console: "Console", threads: int) -> 
                 on_progress.case_done()
     except KeyboardInterrupt:
         interrupted = True
+    if interrupted and not rows:
+        return _finish(console, [], interrupted, done, len(todo))
     paths = report.write_results(args.output, STEM_IN_SITU, _about(args, threads, {}, not interrupted), rows)
     return _finish(console, paths, interrupted, done, len(todo))
 
@@ -308,8 +315,9 @@ def _save_plot(path: Path, rows: "list[Row]") -> Path:
 
 
 def _finish(console: "Console", paths: list[Path], interrupted: bool, done: int, cases_: int) -> int:
-    say(console, f"\nResults: {', '.join(map(str, paths))}")
+    if paths:
+        say(console, f"\nResults: {', '.join(map(str, paths))}")
     if interrupted:
-        print(f"fastrms bench: interrupted in case {done + 1} of {cases_}; what was measured is kept", file=sys.stderr)
-        return 130
+        kept = "what was measured is kept" if paths else "nothing was measured yet"
+        raise KeyboardInterrupt(f"in case {done + 1} of {cases_}; {kept}")
     return 0

@@ -1,7 +1,5 @@
 """Data for the demo: the digits of scikit-learn or the user's own file, split, standardised and checked."""
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,7 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastrms.cli.common import CommandError
+from fastrms.cli.common import CommandError, one_line
 
 __all__ = ["Dataset", "load_digits", "load_file", "split"]
 
@@ -112,8 +110,10 @@ def _read_stream(path: Path, stream: BinaryIO) -> dict[str, Array]:
     expected = f"{path}: expected an .npz file with the arrays X and y, as numpy.savez writes it"
     try:
         file = np.load(stream, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CommandError(f"{expected}; got something else or a damaged file ({_one_line(error)})") from None
+    except OSError:
+        raise
+    except Exception as error:
+        raise CommandError(f"{expected}; got something else or a damaged file ({one_line(error)})") from None
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise CommandError(f"{expected}; got an .npy file with one array of shape {file.shape}")
     arrays: dict[str, Array] = {}
@@ -124,9 +124,11 @@ def _read_stream(path: Path, stream: BinaryIO) -> dict[str, Array]:
                 raise CommandError(f"{expected}; there is no {name} in it, only: {found}")
             try:
                 arrays[name] = file[name]
-            except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            except OSError:
+                raise
+            except Exception as error:  # whatever NumPy and zipfile raise for a damaged or hostile file
                 what = "an array of numbers or strings, without pickled objects"
-                raise CommandError(f"{path}: {name}: expected {what}; cannot be read ({_one_line(error)})") from None
+                raise CommandError(f"{path}: {name}: expected {what}; cannot be read ({one_line(error)})") from None
             if not isinstance(arrays[name], np.ndarray):  # a file in the archive that is no .npy comes as bytes
                 raise CommandError(f"{expected}; {name} is no array")
     return arrays
@@ -162,7 +164,3 @@ def _check_y(path: Path, y: Array, rows: int) -> Array:
         row = np.flatnonzero(wrong)[0]
         raise CommandError(f"{path}: y: expected classes, as whole numbers or strings, got {y[row]} in row {row}")
     return y
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -22,6 +22,7 @@ from fastrms.cli.common import (
     require,
     save_figure,
     say,
+    start_threads,
     whole_number,
 )
 from fastrms.cli.training import Training, first_difference, train_both
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         A package, the data or the output folder cannot be used; the training diverged; or bits differ.
     """
     require("demo", "matplotlib", "rich", "sklearn")
+    start_threads()
     if not args.mpi:
         return _run(args, train_both, REFERENCE, FAST)
     require("mpi", "mpi4py")
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, train: Callable[..., tuple[Training, Training]], one: str, other: str) -> int:
     x, y = data.load_digits() if args.data is None else data.load_file(args.data)
     dataset = data.split(x, y, args.dtype, args.seed, "the digits" if args.data is None else str(args.data))
-    make_folder(args.output)
+    make_folder(args.output, PLOT_NAME)
     console = make_console()
 
     start_rng, batch_rng = np.random.default_rng(args.seed).spawn(2)

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from fastrms.cli.cases import BATCH_SIZE, NETWORKS
-from fastrms.cli.common import CommandError, positive
+from fastrms.cli.common import CommandError, positive, start_threads
 
 __all__ = ["add_command", "run"]
 
@@ -50,6 +50,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(args: argparse.Namespace) -> int:
     """Carry out ``fastrms info`` and return 0."""
+    if args.measure and importlib.util.find_spec("rich") is None:
+        raise CommandError('--measure: rich is not installed; install with: python -m pip install "fastrms[bench]"')
+    start_threads()
     for line in _facts():
         print(line, flush=True)
     print(f'\nkernel="auto" after {args.seconds:g} s of training a network of {NETWORK}, float32:')
@@ -150,8 +153,6 @@ def _advice() -> Iterator[str]:
 
 def _measured() -> Iterator[str]:
     """Train in processes with and without the setting, in turn."""
-    if importlib.util.find_spec("rich") is None:
-        raise CommandError('--measure: rich is not installed; install with: python -m pip install "fastrms[bench]"')
     name, value = _TIMEOUT
     times: dict[str, list[dict[str, float]]] = {"unset": [], f"={value}": []}
     for _ in range(2):

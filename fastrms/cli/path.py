@@ -1,7 +1,10 @@
 """``fastrms path``: draw what RMSProp does on a function of two variables, beside other methods."""
 
 import argparse
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +13,7 @@ import numpy as np
 from fastrms.cli.common import (
     CommandError,
     find_object,
+    from_start,
     make_console,
     make_folder,
     make_table,
@@ -21,6 +25,7 @@ from fastrms.cli.common import (
 )
 from fastrms.cli.progress import show_progress
 from fastrms.descent import METHODS, Descent, descend
+from fastrms.errors import FastrmsError
 from fastrms.landscapes import LANDSCAPES, Landscape
 from fastrms.plots import PANELS, animate, overview
 
@@ -31,6 +36,13 @@ __all__ = ["STEM", "add_command", "run"]
 
 STEM = "fastrms-path"
 FORMATS = ("png", "svg", "pdf")
+
+# Where arguments of `descend` come from.
+_OPTIONS_OF = {
+    **{name: f"--{name}" for name in ("function", "gradient", "start", "steps")},
+    "region": "--x and --y",
+    "settings and beside": "--with and --beside",
+}
 
 # In lines as they are printed: the examples below them are not to be joined.
 _DESCRIPTION = """
@@ -168,8 +180,7 @@ def run(args: argparse.Namespace) -> int:
         As `fastrms.descent.descend` raises it.
     """
     require("plot", "matplotlib", "rich")
-    # Code of the user's, which is run from here on, may change the current folder.
-    shown, args.output = args.output, args.output.absolute()
+    _check_pairs(args)
     landscape = _landscape(args.function, args.gradient)
     settings = args.settings
     if args.lr is not None:
@@ -178,8 +189,11 @@ def run(args: argparse.Namespace) -> int:
     beside = args.beside
     if beside is None:
         beside = () if args.settings else tuple(METHODS)
-    descent = descend(landscape, settings, beside, start=args.start, steps=args.steps, region=region)
-    make_folder(args.output)
+    kinds = [*dict.fromkeys(args.format), *(["gif"] if args.animate else [])]
+    make_folder(args.output, *(f"{STEM}.{kind}" for kind in kinds))
+    with _naming_options(args):
+        descent = descend(landscape, settings, beside, start=args.start, steps=args.steps, region=region)
+        descent.grid  # noqa: B018 - which can have no value to draw
     console = make_console()
     console.quiet = args.quiet
     _print_paths(console, descent)
@@ -187,18 +201,53 @@ def run(args: argparse.Namespace) -> int:
     for suffix in dict.fromkeys(args.format):
         path = args.output / f"{STEM}.{suffix}"
         save_figure(figure, path)
-        say(console, f"Picture: {shown / path.name}")
+        say(console, f"Picture: {path}")
     if args.animate:
         path = args.output / f"{STEM}.gif"
         with show_progress(console, 1) as on_progress:
             try:
                 animate(
-                    descent, path, panels=args.panels, on_picture=lambda k, total: on_progress(k / total, "animation")
+                    descent,
+                    from_start(path),
+                    panels=args.panels,
+                    on_picture=lambda k, total: on_progress(k / total, "animation"),
                 )
             except OSError as error:
                 raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
-        say(console, f"Animation: {shown / path.name}")
+        say(console, f"Animation: {path}")
     return 0
+
+
+def _check_pairs(args: argparse.Namespace) -> None:
+    """Refuse pairs of numbers that are no point or no limits."""
+    for name in ("start", "x", "y"):
+        pair = getattr(args, name)
+        if pair is None:
+            continue
+        limits = "" if name == "start" else ", LOW below HIGH"
+        if not (all(map(math.isfinite, pair)) and (name == "start" or pair[0] < pair[1])):
+            raise CommandError(f"--{name}: expected two finite numbers{limits}, got {pair[0]:g} {pair[1]:g}")
+
+
+@contextmanager
+def _naming_options(args: argparse.Namespace) -> Iterator[None]:
+    """Turn errors about arguments of `descend` into errors about the options that they come from."""
+    try:
+        yield
+    except FastrmsError as error:
+        place, colon, rest = str(error).partition(": ")
+        found = re.fullmatch(r"(settings|beside)\[(\d+)\]", place)
+        if place in _OPTIONS_OF:
+            option = _OPTIONS_OF[place]
+        elif found is None:
+            raise
+        elif found[1] == "beside":
+            option = "--beside" if not args.beside else f"--beside {args.beside[int(found[2])][0]}"
+        elif not args.settings:
+            option = "--lr"
+        else:
+            option = "--with" if len(args.settings) == 1 else f"--with, number {int(found[2]) + 1}"
+        raise CommandError(f"{option}{colon}{rest}") from None
 
 
 def _landscape(name: str, gradient: str | None) -> Landscape:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrms.cli.common import CommandError, is_plain, make_table, say
+from fastrms.cli.common import CommandError, from_start, is_plain, make_table, say
 from fastrms.cli.insitu import InSituRow
 from fastrms.cli.measure import Row
 from fastrms.plots import format_seconds
@@ -70,9 +70,9 @@ def write_results(
     try:
         # JSON has no NaN.
         clean = [{key: None if value != value else value for key, value in record.items()} for record in records]
-        path.write_text(json.dumps({**about, "results": clean}, indent=1) + "\n", encoding="utf-8")
+        from_start(path).write_text(json.dumps({**about, "results": clean}, indent=1) + "\n", encoding="utf-8")
         path = paths[1]
-        with path.open("w", encoding="utf-8", newline="") as stream:
+        with from_start(path).open("w", encoding="utf-8", newline="") as stream:
             if records:
                 writer = csv.DictWriter(stream, list(records[0]))
                 writer.writeheader()

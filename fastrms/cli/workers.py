@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 import time
 import warnings
+from collections.abc import Iterator
 from itertools import repeat
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -181,7 +182,10 @@ class Remote:
         self._pipe, theirs = context.Pipe()
         # A daemon ends with this process, however that ends.
         self._process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
-        self._process.start()
+        # Ctrl-C goes to all processes of a terminal. The one that prints results decides, and the others have it
+        # blocked from their first line on.
+        with _interrupts_blocked():
+            self._process.start()
         theirs.close()
 
     def open(self, name: str, case: Case) -> str:
@@ -196,11 +200,11 @@ class Remote:
         """As `Session.close`."""
         self._ask("close")
 
-    def end(self) -> None:
-        """End the process."""
+    def end(self, patience: float = 2) -> None:
+        """End the process, by a signal where it does not end by itself within so many seconds."""
         self._pipe.close()
         # Without the pipe it ends by itself, and libraries clean up behind them; if it is busy, it has to be stopped.
-        self._process.join(2)
+        self._process.join(patience)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join()
@@ -219,9 +223,25 @@ class Remote:
         return answer
 
 
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT for this thread and for processes that it starts; on Windows do nothing."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # whose start, with that of the first process, would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe: Connection, threads: int) -> None:
     """Answer requests until the other side is gone; what runs in the process of a `Remote`."""
-    # Ctrl-C goes to all processes of a terminal: the one that prints results decides.
+    # On Windows too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Standard output is for results, and what other libraries have to say about themselves is not ours to print.
     warnings.simplefilter("ignore")

@@ -9,22 +9,31 @@ folder that it can write to.
 So here a file's name says what it holds: which function, source of all kernels, versions, types of the arguments,
 processor and settings. There is no index to go wrong; whoever writes the same name writes the same code, in one piece.
 A file has a checksum, its name included, and counts only if it belongs to somebody who could change the source too.
+
+Compiling runs on a thread of its own, because an exception that a signal handler raises (Ctrl-C; SystemExit on SIGTERM)
+comes to the main thread, at any line of Python. In the midst of a compilation it would leave Numba's tables of types
+and functions half filled for the rest of the process. The thread goes on compiling after the exception, and the next
+step finds the result. Profilers and tracers of the calling thread do not see the compiler either.
 """
 
+import contextvars
 import hashlib
 import os
 import pickle
 import secrets
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NoReturn
 
 import numba
 from numba import config
 from numba.core import caching
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 
@@ -53,9 +62,56 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
                 compiled._cache = _Cache(function)
             except _NoPlaceError as error:
                 compiled._cache = _NoCache(str(error))
+            compiled.compile = _on_a_thread(compiled.compile)  # type: ignore[assignment, method-assign]
         return compiled
 
     return decorate
+
+
+def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`compile_`, run on a thread of its own while the calling thread waits, as long as nothing interrupts the wait."""
+
+    def compile_on_a_thread(signature: Any) -> Any:
+        if global_compiler_lock.is_locked():  # by this thread: part of a compilation that another one waits for
+            return compile_(signature)
+        outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                outcome.put((compile_(signature), None))
+            except BaseException as error:
+                outcome.put((None, error))
+
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="fastrms compiles")
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be started: at exit, under a limit, or on a platform without threads
+            return compile_(signature)
+        result, error = outcome.get()
+        if error is None:
+            return result
+        try:
+            _raise(error)
+        finally:
+            del error  # which holds this frame
+
+    return compile_on_a_thread
+
+
+_first_failure = ""
+
+
+def _raise(error: BaseException) -> NoReturn:
+    """Raise what a compilation ended with; after an earlier one, say that it may come of that."""
+    global _first_failure
+    if _first_failure and not isinstance(error, MemoryError | Warning):
+        raise RuntimeError(
+            f"fastrms: a kernel cannot be compiled: {type(error).__name__}. An earlier compilation in this process "
+            f"ended with {_first_failure}, which can leave Numba half set up: restart Python"
+        ) from error
+    if not isinstance(error, Warning):  # of code that was compiled, and cannot be kept
+        _first_failure = f"{type(error).__name__}: {error}".strip(": ")
+    raise error
 
 
 class _Files:
