@@ -380,6 +380,7 @@ class _Pack:
         self._views: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
         self._noted: dict[str, bytes] = {}
         self._items = np.zeros(count, np.int64)
+        self._items_at = self._items.ctypes.data
         # Where `zero_gradients` moves gradients to. Not the gradient buffer of `optimizer`, which a step may write: who
         # keeps a gradient after PyTorch has put another one in its place would see it change.
         self._flat: Any = None
@@ -566,7 +567,7 @@ class _Pack:
         if self._function:
             dlpack.look_up(pointers.items_of(self._dicts), id(dict), id(name), self._items)
             if name != "step":
-                self._locate_at(self._items.ctypes.data, self._places, self._written[:0])
+                self._locate_at(self._items_at, self._places, self._written[:0])
         else:
             found = tuple(d.get(name) if type(d) is dict else None for d in self._dicts)
             self._items[:] = [0 if item is None else id(item) for item in found]
