@@ -152,17 +152,23 @@ class Stepping(Guarded):
 
     @contextmanager
     def _between_steps(self, name: str, *, changes: bool = True) -> Iterator[None]:
-        """Hold the lock, so that no other thread steps, and see to it that counts and state belong together.
+        """Hold the lock, so that no other thread steps, and keep steps of this thread out too.
 
         `name` is what is asked for, which for an error message; `changes` says whether it writes parameters, state or
         counts.
         """
         with self._lock:
             self._admit(name, changes)
-            yield
+            if self._turn.locked():  # only to be read, within a step or a save
+                yield
+                return
+            with self._turn:
+                self._counts.writing = changes
+                yield
+                self._counts.writing = False
 
     def _admit(self, name: str, changes: bool) -> None:
-        """Raise if a step is in progress on this very thread that does not allow `name` now.
+        """Raise if a call is in progress on this very thread that does not allow `name` now.
 
         A signal handler may ask for anything in the midst of a step, and so may a function of the user's that the step
         calls. Before the first write of a step, and after the last, the state can be read, and nothing else.
@@ -171,8 +177,9 @@ class Stepping(Guarded):
             self._counts.writing = False  # a step was broken off, as by Ctrl-C
         elif changes or self._counts.writing:
             raise StepInProgressError(
-                f"{name}: expected a call between two steps, got one in the midst of a step of the same thread, from a "
-                "signal handler or a function that the step calls; let it set a flag, and look at that after step()"
+                f"{name}: expected a call between two steps, got one in the midst of a step, save or load of the same "
+                "thread, from a signal handler or a function that the step calls; let it set a flag, and look at that "
+                "after step()"
             )
 
     def _set_options(self, changes: Iterable[tuple[ParamGroup, Mapping[str, Any]]]) -> None:
@@ -306,7 +313,7 @@ class Stepping(Guarded):
         For adapters, which have looked at their tensors and hold them: dense, of the parameters' dtypes and shapes, in
         memory of their own. Not with the NumPy kernel, which cannot read there, and not with `nonfinite`.
         """
-        with self._between_steps("step"), self._turn:
+        with self._between_steps("step"):
             rates = self._scheduled_rates()
             if self._taken is not self._version:
                 self._take_options()

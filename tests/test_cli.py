@@ -216,6 +216,13 @@ def test_terminal_without_colour(tmp_path):
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", text)
 
 
+def test_a_narrow_terminal_loses_no_numbers(tmp_path):
+    status, text = run_in_terminal(["path", "--steps", "1", "--panels", "values"], tmp_path, COLUMNS="20")
+    assert status == 0, text
+    for cell in ("steps", "first", "-1.38", "AdaGrad", "0.0111"):
+        assert cell in text
+
+
 @pytest.mark.parametrize(("terminal", "quiet"), [(True, True), (False, False)])
 def test_no_progress_bar(monkeypatch, terminal, quiet):
     monkeypatch.setattr("rich.progress.Progress", None)

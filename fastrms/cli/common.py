@@ -28,6 +28,7 @@ __all__ = [
     "make_table",
     "one_line",
     "positive",
+    "print_table",
     "remember_start",
     "require",
     "save_figure",
@@ -35,6 +36,8 @@ __all__ = [
     "start_threads",
     "whole_number",
 ]
+
+TABLE_WIDTH = 80
 
 # Where the name to install is not the name to import.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
@@ -206,6 +209,16 @@ def make_table(console: "Console", *headers: str) -> "Table":
     for k, header in enumerate(headers):
         table.add_column(header, justify="right" if k else "left", overflow="fold")
     return table
+
+
+def print_table(console: "Console", table: "Table") -> None:
+    """Print a table whole: a terminal that is too narrow breaks its lines, where rich would leave out cells."""
+    before = console.width
+    if before < TABLE_WIDTH:
+        console.width = TABLE_WIDTH
+    console.print(table)
+    if before < TABLE_WIDTH:
+        console.width = before
 
 
 def say(console: "Console", text: str = "", style: str | None = None) -> None:

@@ -19,6 +19,7 @@ from fastrms.cli.common import (
     make_folder,
     make_table,
     positive,
+    print_table,
     require,
     save_figure,
     say,
@@ -308,7 +309,7 @@ def _print_results(console: "Console", dataset: data.Dataset, trainings: dict[st
     shares = [f"{part / whole:.1%}" for part, whole in zip(optimizers, steps, strict=True)]
     table.add_row("optimizer's share", *shares, "")
     say(console)
-    console.print(table)
+    print_table(console, table)
     say(console)
 
 

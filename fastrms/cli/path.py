@@ -18,6 +18,7 @@ from fastrms.cli.common import (
     make_folder,
     make_table,
     positive,
+    print_table,
     require,
     save_figure,
     say,
@@ -300,5 +301,5 @@ def _print_paths(console: "Console", descent: Descent) -> None:
         steps = f"{len(trace.rates):,}{'' if trace.lost_at is None else ', diverged'}"
         table.add_row(trace.label, steps, *cells)
     say(console)
-    console.print(table)
+    print_table(console, table)
     say(console)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrms.cli.common import CommandError, from_start, is_plain, make_table, say
+from fastrms.cli.common import CommandError, from_start, is_plain, make_table, print_table, say
 from fastrms.cli.insitu import InSituRow
 from fastrms.cli.measure import Row
 from fastrms.plots import format_seconds
@@ -34,7 +34,7 @@ def print_rows(console: "Console", title: str, rows: Sequence[Row]) -> None:
             row.check,
         )
     say(console)
-    console.print(table)
+    print_table(console, table)
 
 
 def print_training_rows(console: "Console", title: str, rows: Sequence[InSituRow]) -> None:
@@ -51,7 +51,7 @@ def print_training_rows(console: "Console", title: str, rows: Sequence[InSituRow
             f"{row.times_faster:.2f}x",
         )
     say(console)
-    console.print(table)
+    print_table(console, table)
 
 
 def write_results(

@@ -311,7 +311,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     def _together(self, call: str) -> Iterator[bool]:
         """What all ranks do together, in a call other than `step`."""
         # Nobody may come in between, not even to read, as that is an exchange of its own.
-        with self._between_steps(call), self._turn, self._ranks.leaving():
+        with self._between_steps(call), self._ranks.leaving():
             facts = self._facts(call, self._fixed_rates())
             if call in ("discard", "load", "load_state_dict"):  # which may well be there to mend what differs
                 facts[1:] = 0
@@ -392,7 +392,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         DtypeError
             As from `step`.
         """
-        with self._between_steps("ready"), self._turn:
+        with self._between_steps("ready"):
             try:
                 k = self._numbers[key]
             except (KeyError, TypeError):
