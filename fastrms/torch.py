@@ -380,6 +380,7 @@ class _Pack:
         self._views: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
         self._noted: dict[str, bytes] = {}
         self._items = np.zeros(count, np.int64)
+        self._items_at = self._items.ctypes.data
         # Where `zero_gradients` moves gradients to. Not the gradient buffer of `optimizer`, which a step may write: who
         # keeps a gradient after PyTorch has put another one in its place would see it change.
         self._flat: Any = None
@@ -566,7 +567,7 @@ class _Pack:
         if self._function:
             dlpack.look_up(pointers.items_of(self._dicts), id(dict), id(name), self._items)
             if name != "step":
-                self._locate_at(self._items.ctypes.data, self._places, self._written[:0])
+                self._locate_at(self._items_at, self._places, self._written[:0])
         else:
             found = tuple(d.get(name) if type(d) is dict else None for d in self._dicts)
             self._items[:] = [0 if item is None else id(item) for item in found]
@@ -804,11 +805,12 @@ def _obstacle(p: Any) -> str | None:
         return "its memory is shared between processes"
     if _use_count is None:
         return "this version of PyTorch cannot tell whether others share its memory (2.8 can)"
-    alone = _holders(p) == _ALONE
-    storage = p.untyped_storage()
+    if _holders(p) != _ALONE or p.untyped_storage().nbytes() != p.numel() * p.element_size():
+        return "others share its memory"
     # Memory that cannot be resized is somebody else's, as that of torch.from_numpy, or of one of our buffers.
-    alone = alone and (p.numel() == 0 or storage.resizable() or p.data_ptr() in _places)
-    return None if alone and storage.nbytes() == p.numel() * p.element_size() else "others share its memory"
+    if p.numel() > 0 and not p.untyped_storage().resizable() and p.data_ptr() not in _places:
+        return "its memory came from outside of PyTorch or from torch.load of a whole model (copy.deepcopy of it helps)"
+    return None
 
 
 def _ids(objects: tuple[Any, ...]) -> Any:

@@ -621,3 +621,18 @@ def test_the_compiled_way_is_there():
     give(mine, 0)
     ours.step()
     assert ours._packs[0]._function != 0
+
+
+def test_models_from_files():
+    model = torch.nn.Linear(3, 2)
+    saved, whole = io.BytesIO(), io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    torch.save(model, whole)
+    saved.seek(0)
+    whole.seek(0)
+    model.load_state_dict(torch.load(saved))
+    loaded = torch.load(whole, weights_only=False)
+    assert "the compiled pass" in RMSprop(model.parameters()).explain()[0]
+    (line,) = RMSprop(loaded.parameters()).explain()
+    assert line.endswith("from torch.load of a whole model (copy.deepcopy of it helps)")
+    assert "the compiled pass" in RMSprop(copy.deepcopy(loaded).parameters()).explain()[0]

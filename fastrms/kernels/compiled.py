@@ -77,6 +77,7 @@ def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
         outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
         def work() -> None:
+            sys.setprofile(None)  # that of threading.setprofile, which would see each call of the compiler
             try:
                 outcome.put((compile_(signature), None))
             except BaseException as error:
