@@ -150,6 +150,13 @@ def npy(array, **options):
     return file.getvalue()
 
 
+def claiming(shape):
+    """The bytes of an array that says that it has this shape."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(64)
+
+
 WHOLE = npz(X=np.ones((9, 2)), y=np.arange(9))
 BAD_FILES = {
     "empty": (b"", "expected an .npz file with the arrays X and y"),
@@ -159,6 +166,9 @@ BAD_FILES = {
     "cut short": (WHOLE[:200], "expected an .npz file with the arrays X and y"),
     "flipped bits": (WHOLE.replace(np.ones(2).tobytes(), np.full(2, 2.0).tobytes(), 1), "X: expected an array"),
     "no array": (zipped("X", b"text"), "X is no array"),
+    "more rows than there are numbers": (zipped("X.npy", claiming((10**25, 2))), "X: expected an array of numbers"),
+    "more rows than fit into memory": (zipped("X.npy", claiming((10**12, 1000))), "X: expected an array of numbers"),
+    "rows below 0": (zipped("X.npy", claiming((-5, 2))), "X: expected an array of numbers"),
     "damaged array": (zipped("X.npy", b"\x93NUMPY\x01\x00text"), "X: expected an array of numbers"),
 }
 
