@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from fastrms.dialects import meant
@@ -83,9 +84,12 @@ class Guarded:
         known = [key for key in dir(type(self)) if isinstance(getattr(type(self), key), property)]
         known = sorted({*known, *self._set_once} - {"storage"})
         hint = meant(name, [key for key in known if not key.startswith("_")])
-        derived = not type(self).__module__.startswith("fastrms")
-        if not derived or not hint.startswith("the "):
+        if _is_ours(type(self)) or not hint.startswith("the "):
             raise AttributeError(f"{name}: {type(self).__name__} has no such attribute; {hint}")
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def refuse_unknown(cls: type, options: Mapping[str, Any]) -> None:
@@ -103,15 +107,20 @@ def refuse_unknown(cls: type, options: Mapping[str, Any]) -> None:
     OptionTypeError
         It says which name is meant.
     """
-    if not cls.__module__.startswith("fastrms"):
-        return  # its constructor may take anything
-    known = [
+    if _is_ours(cls):  # others may take anything
+        known = _arguments(cls)
+        for name in options:
+            if name not in known:
+                raise OptionTypeError(f"{name}: {cls.__name__} has no such argument; {meant(name, known)}")
+
+
+@cache
+def _arguments(cls: type) -> list[str]:
+    """The names that the constructors of a class and of its bases take."""
+    return [
         name
         for base in cls.__mro__
-        if base.__module__.startswith("fastrms") and "__init__" in vars(base)
+        if _is_ours(base) and "__init__" in vars(base)
         for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
     ]
-    for name in options:
-        if name not in known:
-            raise OptionTypeError(f"{name}: {cls.__name__} has no such argument; {meant(name, known)}")
