@@ -304,7 +304,8 @@ NO_MEMORY = """if True:
     import resource, sys
     import numpy as np
     from fastrms import RMSProp
-    start, gradients = [np.linspace(-1, 1, 4_000_000)], [np.linspace(1, 2, 4_000_000)]
+    # Larger than what malloc keeps for later when it is freed, 32 MiB.
+    start, gradients = [np.linspace(-1, 1, 5_000_000)], [np.linspace(1, 2, 5_000_000)]
     opt, other = RMSProp(start), RMSProp(start)
     opt.step(gradients), other.step(gradients)
     with open("/proc/self/statm") as statm:
@@ -332,7 +333,7 @@ NO_MEMORY = """if True:
 def test_an_option_whose_buffer_cannot_be_made_is_not_set(code):
     done = subprocess.run([sys.executable, "-c", NO_MEMORY, code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [
-        "expected arrays that fit into memory, got 32,000,000 bytes of them, which each buffer takes",
+        "expected arrays that fit into memory, got 40,000,000 bytes of them, which each buffer takes",
         "True [ParamGroup(lr=0.001)] ['cache', 'grads', 'params'] []",
     ], done.stderr
 
