@@ -280,7 +280,9 @@ class Layout:
         items = self._by_level(tree)
         if items is None:
             _refuse(self._root, tree, name)
-            raise StructureError(f"{name}: expected items that stay as they are, got {_describe(tree)} that changes")
+            raise StructureError(
+                f"{name}: expected items that do not change while they are read, got {_describe(tree)} that changes"
+            )
         return tuple(items) if self._order is None else self._order(items)
 
     def _by_level(self, tree: Any) -> list[Any] | None:
@@ -392,7 +394,8 @@ class FlatBuffer(Guarded):
         Returns
         -------
         intact : bool
-            ``watched == kept`` tells it of all others: another array of one element is equal if its value is.
+            All other items are compared by ``watched == kept``. That cannot tell two arrays of one element apart if
+            their values are equal.
         """
         items = self.layout.flatten(self.views, "views")
         return self.ones is None or all(map(is_, self.ones(items), self.ones(self.leaves)))

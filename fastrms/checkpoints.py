@@ -91,7 +91,8 @@ class Checkpointed:
         Raises
         ------
         CheckpointError
-            Another ending; or a dict of parameters has keys that no other process could find again, such as functions.
+            The name has another ending; or a dict of parameters has keys whose repr is not the same in every process,
+            such as functions.
         OSError
             It cannot be written, or is read-only; an older file is as it was.
         """
@@ -134,8 +135,8 @@ class Checkpointed:
         path : str or path-like
             Its name ends in .npz or .safetensors.
         lr : float or callable, optional
-            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
-            none, for all groups, instead of what was saved.
+            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
+            groups. If there are none, `lr` replaces the saved rates of all groups.
         kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None
@@ -151,8 +152,8 @@ class Checkpointed:
         Raises
         ------
         CheckpointError
-            As for `load`; or keys of a dict of parameters are of other types than str, int, float, bool and None, and a
-            file cannot give them back; or `lr` is needed.
+            As for `load`; or a dict of parameters has keys that no file can restore (others than None and Python's own
+            str, int, float and bool); or `lr` is required and missing.
         FastrmsError, OSError
             As for `RMSProp`, for `lr`, `kernel`, `num_threads` and `storage`.
         """

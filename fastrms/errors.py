@@ -71,11 +71,11 @@ class DeviceError(FastrmsError, RuntimeError):
 
 
 class StepInProgressError(FastrmsError, RuntimeError):
-    """A call came from within a step, by a signal handler or by a function that the step calls; nothing was changed."""
+    """A signal handler, or a function that a step calls, made a call in the midst of that step; nothing was changed."""
 
 
 class RankError(FastrmsError, RuntimeError):
-    """Another rank of an MPI program could not go on, for the reason in the message; nothing was changed."""
+    """Another rank of an MPI program failed, made another call, or did not come in time; nothing was changed."""
 
 
 class StorageError(FastrmsError, OSError):

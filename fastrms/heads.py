@@ -88,7 +88,10 @@ def check_head(head: Any) -> None:
         raise CheckpointError(f"version: expected 1 to {VERSION}, got {version!r}{newer}")
     for name in ("steps", "skipped_steps"):
         if not _is_count(head.get(name)) or head[name] > MOST_STEPS:
-            raise CheckpointError(f"{name}: expected a number of steps, got {head.get(name)!r}")
+            raise CheckpointError(
+                f"{name}: expected a number of steps, got {head.get(name)!r}, which is not a whole number from 0 to "
+                "2**53"
+            )
     for name in ("parameters", "param_groups"):
         items = head.get(name)
         if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
@@ -112,8 +115,8 @@ def check_skipped(skipped: NDArray[np.int64], steps: int) -> None:
     if len(wrong):
         k = wrong[0]
         raise CheckpointError(
-            f"skipped[{k}]: expected 0 to {steps}, the number of steps, of which a parameter can sit out all at most; "
-            f"got {skipped[k]}"
+            f"skipped[{k}]: expected 0 to {steps}, as no parameter can miss more steps than were taken; got "
+            f"{skipped[k]}"
         )
 
 
@@ -158,7 +161,10 @@ def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool
     """
     missing = [group.get("lr") is None for group in groups]
     if lr is None and any(missing):
-        raise CheckpointError(f"lr: it was a function, which no file holds; give it: {call}(path, lr=...)")
+        raise CheckpointError(
+            "lr: expected a rate for the groups whose rate was a function, as no file can hold a function, got None; "
+            f"give it: {call}(path, lr=...)"
+        )
     return missing if any(missing) else [lr is not None] * len(groups)
 
 

@@ -411,7 +411,9 @@ def _number(name: str, value: Any) -> Any:
 def _count(name: str, value: Any) -> int:
     number = _number(name, value)
     if not isinstance(number, int | float) or not 0 <= number <= MOST_STEPS or number != int(number):
-        raise CheckpointError(f"{name}: expected a number of steps, got {number!r}")
+        raise CheckpointError(
+            f"{name}: expected a number of steps, got {number!r}, which is not a whole number from 0 to 2**53"
+        )
     return int(number)
 
 

@@ -53,8 +53,8 @@ def open_own(path: Path, flags: int) -> int:
     try:
         if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
             raise StorageError(
-                f"{path}: expected a file of this folder alone, got one that is also elsewhere (a hard link), or no "
-                "ordinary file; copy it, and put the copy in its place"
+                f"{path}: expected a file of this folder alone, got one with another name too (a hard link), or no "
+                "regular file; replace it by a copy"
             )
         # The superuser may write to all files, and means a file without any such bit to stay.
         if flags & os.O_RDWR and not flags & os.O_EXCL and not about.st_mode & 0o222:

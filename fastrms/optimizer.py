@@ -396,9 +396,10 @@ class RMSProp(Stepping, Checkpointed, Stored):
         Parameters
         ----------
         **arrays : array, or list, tuple or dict of these
-            What your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must show
-            memory of the optimizer's parameters. One does not that was copied (a copy or a pickle of an object that
-            holds views beside the optimizer has arrays of its own), or that was bound anew, as by ``W1 = W1 * 2``.
+            What your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must lie in
+            the memory of the optimizer's parameters. An array does not if it was copied (a copy or a pickle of an
+            object that holds views beside the optimizer has arrays of its own), or if its name was bound to a new
+            array, as by ``W1 = W1 * 2``.
 
         Returns
         -------
@@ -417,12 +418,12 @@ class RMSProp(Stepping, Checkpointed, Stored):
         []
         >>> copied_w, copied = copy.deepcopy((w, opt))
         >>> copied.check(w=copied_w)
-        ['w: expected a view of the parameters, got something with memory of its own; take it anew from params']
+        ['w: expected a view of the parameters, got something else; take it from params again']
         >>> (copied_w,) = copied.params
         """
         problems = [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
         return problems + [
-            f"{path}: expected a view of the parameters, got something with memory of its own; take it anew from params"
+            f"{path}: expected a view of the parameters, got something else; take it from params again"
             for name, tree in arrays.items()
             for path in self._params.foreign(tree, name)
         ]

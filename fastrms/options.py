@@ -94,7 +94,8 @@ def check_option(name: str, value: Any) -> Any:
     return number
 
 
-# What a dtype is called whose scalars `float` takes, with another meaning or with a part of it.
+# Parts of the names of dtypes whose scalars are no real numbers, although `float` may take them: it would read a time
+# as a number, or lose an imaginary part.
 _NO_REAL_NUMBER = ("bool", "complex", "datetime", "timedelta", "str", "<U", ">U", "|S", "|V")
 
 

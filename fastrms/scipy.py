@@ -204,8 +204,8 @@ class _Objective:
         self, fun: Any, jac: Any, args: Any, lower: Array, upper: Array, finite_diff: str, rel_step: Any
     ) -> None:
         self.nfev = self.njev = 0
-        # SciPy's memo would answer for the same x again, which stays where a step is skipped; and a function that draws
-        # its data anew has another value there.
+        # Not through SciPy's memo, which does not call the function again for the same x. After a skipped step x is the
+        # same, but a function that draws new data in each call has another value there.
         memoized = isinstance(fun, MemoizeJac) and getattr(jac, "__self__", None) is fun
         self._both = fun.fun if memoized else fun if jac is True else None
         self._fun = fun

@@ -154,7 +154,7 @@ class Stepping(Guarded):
     def _between_steps(self, name: str, *, changes: bool = True) -> Iterator[None]:
         """Hold the lock, so that no other thread steps, and keep steps of this thread out too.
 
-        `name` is what is asked for, which for an error message; `changes` says whether it writes parameters, state or
+        `name` is the name of the call, for error messages; `changes` says whether the call writes parameters, state or
         counts.
         """
         with self._lock:
@@ -177,8 +177,8 @@ class Stepping(Guarded):
             self._counts.writing = False  # a step was broken off, as by Ctrl-C
         elif changes or self._counts.writing:
             raise StepInProgressError(
-                f"{name}: expected a call between two steps, got one in the midst of a step, save or load of the same "
-                "thread, from a signal handler or a function that the step calls; let it set a flag, and look at that "
+                f"{name}: expected a call between two steps, got one in the midst of a step, save or load on the same "
+                "thread, made by a signal handler or by a function that the step calls; set a flag there, and check it "
                 "after step()"
             )
 
@@ -383,9 +383,9 @@ class Stepping(Guarded):
         return NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
 
     def _find(self, items: int) -> tuple[bool, NDArray[np.bool_] | None]:
-        """Find the gradients in the tuple whose items are at this address; whether none of them is unusual.
+        """Find the gradients in the tuple whose items are at this address.
 
-        Then also which are present, where some are None.
+        Returns whether all of them are ordinary arrays or None, and if some are None, which are present.
         """
         present = None
         for run in self._runs:

@@ -204,7 +204,10 @@ class Storage:
         where = self.path / _COUNTS
         for name, count in (("steps", self.counts[_STEPS]), ("skipped_steps", self.counts[_SKIPPED_STEPS])):
             if not 0 <= count <= MOST_STEPS:
-                raise StorageError(f"{where}: {name}: expected a number of steps, got {count}: the file is damaged")
+                raise StorageError(
+                    f"{where}: {name}: expected a number of steps, got {count}, which is not from 0 to 2**53: the file "
+                    "is damaged"
+                )
         try:
             check_skipped(skipped, int(self.counts[_STEPS]))
         except CheckpointError as error:
@@ -491,8 +494,8 @@ class Stored:
         path : str or path-like
             The folder.
         lr : float or callable, optional
-            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
-            none, for all groups, instead of what was saved.
+            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
+            groups. If there are none, `lr` replaces the saved rates of all groups.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `RMSProp`; it is not saved, as it changes no bit.
         num_threads : int or None, default None

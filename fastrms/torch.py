@@ -217,8 +217,8 @@ class RMSprop(torch.optim.RMSprop):
         Returns
         -------
         lines : list of str
-            One for each group and reason, with the numbers (or names) of the first parameters. It is what the next
-            step would do, if gradients are as they were at the last one.
+            One for each group and reason, with the numbers (or names) of the first parameters. The next step does what
+            they say if its gradients are of the same kinds as those of the last step.
         """
         lines = []
         for number, (pack, reasons) in enumerate(self._reasons()):
@@ -413,7 +413,7 @@ class _Pack:
         if self._is_asked_for():
             return _ASKED_FOR
         if self._misfit:
-            return f"of the options ({self._misfit})"
+            return f"the compiled pass cannot take the options of its group ({self._misfit})"
         if self._lost[k]:
             return _obstacle(self.params[k]) or "it has another shape or dtype than before"
         if self._foreign[k]:
@@ -677,8 +677,9 @@ class _Pack:
         """Let C++ hold tensors that it looks at in each step.
 
         One that only Python holds is slow to look at: C++ makes sure each time that Python keeps it (in PyTorch 2.13
-        50 ns instead of 25, a version counter 45 instead of 12). But whoever holds a parameter so keeps
-        `torch.utils.swap_tensors` from it, and whoever holds the node that adds its gradients up keeps it from growing.
+        50 ns instead of 25, a version counter 45 instead of 12). Parameters are not held so, because
+        `torch.utils.swap_tensors` would refuse them. Nor are the autograd nodes that add up their gradients, because
+        then the parameters could not grow.
         """
         views = [view for views in self._views for name, view in views.items() if name != "step"]
         self._held = getattr(torch._C, "ScriptList", list)([*self._versions, *views])
@@ -776,7 +777,7 @@ def _oddity(tensor: Any) -> str | None:
     if tensor.device.type != "cpu":
         return f"it is on the device {tensor.device}"
     if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
-        return f"it is of {tensor.dtype if tensor.layout is torch.strided else tensor.layout}"
+        return f"its dtype is {tensor.dtype}" if tensor.layout is torch.strided else f"its layout is {tensor.layout}"
     if not tensor.is_contiguous() or tensor.is_neg():
         return "its elements do not lie one after another"
     return None

@@ -154,7 +154,7 @@ def test_an_optimizer_from_a_file_alone(kind, rng, tmp_path):
 def test_what_a_file_cannot_hold_is_said(tmp_path):
     path = tmp_path / "state.npz"
     RMSProp([np.ones(2)], lr=lambda step: 0.1).save(path)
-    with pytest.raises(CheckpointError, match=r"lr: it was a function, which no file holds"):
+    with pytest.raises(CheckpointError, match=r"lr: expected a rate for the groups whose rate was a function"):
         RMSProp.from_checkpoint(path)
     schedule = lambda step: 0.5  # noqa: E731
     assert RMSProp.from_checkpoint(path, lr=schedule).lr is schedule

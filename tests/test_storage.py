@@ -251,7 +251,7 @@ def test_gradients_in_memory_are_read_where_they_lie(path, rng):
 
 def test_a_learning_rate_that_is_a_function_has_to_be_given_again(path):
     RMSProp([np.ones(2)], lr=lambda step: 0.5, storage=path).close()
-    with pytest.raises(StorageError, match=r"lr: it was a function, which no file holds; give it: reopen\(path, lr="):
+    with pytest.raises(StorageError, match=r"lr: expected a rate for the groups .*; give it: reopen\(path, lr="):
         RMSProp.reopen(path)
     with RMSProp.reopen(path, lr=lambda step: 0.25 / (step + 1)) as opt:
         opt.step([np.ones(2)])

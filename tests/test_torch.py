@@ -522,7 +522,7 @@ def test_explain_says_which_parameters_take_which_step_and_why():
     wrong = "its state cannot be moved: it is incomplete, of another shape or dtype, or others share its memory"
     assert optimizer.explain() == [
         "group 0, 1 of 9 parameters (usual): the compiled pass (serial, as asked for)",
-        "group 0, 2 of 9 parameters (bfloat16, half): PyTorch's step; it is of torch.bfloat16",
+        "group 0, 2 of 9 parameters (bfloat16, half): PyTorch's step; its dtype is torch.bfloat16",
         "group 0, 1 of 9 parameters (strided): PyTorch's step; its elements do not lie one after another",
         "group 0, 2 of 9 parameters (part, moved): PyTorch's step; others share its memory",
         f"group 0, 1 of 9 parameters (state): PyTorch's step; {wrong}",
@@ -531,7 +531,7 @@ def test_explain_says_which_parameters_take_which_step_and_why():
         "group 0, 1 of 9 parameters (meta): PyTorch's step; it is on the device meta",
     ]
     optimizer.param_groups[0]["eps"] = 0
-    assert "of the options (epsilon: " in optimizer.explain()[0]
+    assert "cannot take the options of its group (epsilon: " in optimizer.explain()[0]
     asked = RMSprop([torch.nn.Parameter(torch.ones(1)) for _ in range(7)], capturable=True)
     assert asked.explain() == [
         "group 0, 7 of 7 parameters (0, 1, 2, 3, 4, ...): PyTorch's step; differentiable=True or capturable=True asks "
@@ -542,10 +542,10 @@ def test_explain_says_which_parameters_take_which_step_and_why():
 @pytest.mark.parametrize(
     ("sizes", "options", "expected"),
     [
-        ((7, 6), {}, "7 of 13 elements, mainly because it is of torch.bfloat16"),
+        ((7, 6), {}, "7 of 13 elements, mainly because its dtype is torch.bfloat16"),
         ((6, 6), {}, None),
         ((7, 6), {"differentiable": True}, None),
-        ((0, 6), {"eps": 0}, "6 of 6 elements, mainly because of the options (epsilon: "),
+        ((0, 6), {"eps": 0}, "6 of 6 elements, mainly because the compiled pass cannot take the options"),
     ],
     ids=["most", "half", "asked for", "options"],
 )

@@ -48,8 +48,8 @@ _BLOCK = 1 << 22
 _TIMEOUT = 600.0
 _TIMEOUT_VARIABLE = "FASTRMS_MPI_TIMEOUT"
 
-# How often a waiting rank asks MPI without a pause, some 0.2 ms, and the seconds after which it sleeps between two
-# questions. In between it lets others have the core, if there are any.
+# A waiting rank polls MPI this many times without a pause, some 0.2 ms. Then it yields the core between two polls, and
+# after `_AWAKE` seconds it sleeps between them.
 _QUESTIONS = 1000
 _AWAKE = 0.005
 _yield_core = getattr(os, "sched_yield", lambda: None)  # not on Windows
@@ -249,7 +249,7 @@ class Ranks:
         raise self.all_raise(RankError(_different_calls(self.control.allgather(call))))
 
     def all_raise(self, error: BaseException) -> BaseException:
-        """Return an error that all ranks raise, or one like it, so that none has to wait for another."""
+        """Return the error, marked as one that all ranks raise, so that `leave` does not end the ranks for it."""
         self._all_raise = id(error)
         return error
 

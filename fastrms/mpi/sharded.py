@@ -53,9 +53,9 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     comm : mpi4py.MPI.Intracomm or None, default None
         The ranks that train together; None for MPI.COMM_WORLD. Messages go through copies of it.
     reduction : {"mean", "sum"}, default "mean"
-        What the step is taken with: the mean of the ranks' gradients, or their sum. The mean is right where each rank's
-        loss is a mean over the same number of rows. With other numbers of rows take the sum, and scale each gradient by
-        the rank's share of the batch.
+        How the ranks' gradients are combined. The mean is right if each rank's loss is a mean over the same number of
+        rows. If ranks have different numbers of rows, use the sum, and scale each gradient by the rank's share of the
+        batch.
     check_params : {"broadcast", "raise"}, default "broadcast"
         Whether all ranks start from the values of rank 0, or values have to be the same.
     timeout : float, None or "auto", default "auto"
@@ -250,7 +250,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         if self._turn.locked() and self._counts.writing:
             raise StepInProgressError(
                 "options: expected to be set between two steps, or by a function that the step calls on all ranks, got "
-                "one set in the midst of a step, after the ranks have compared theirs, as by a signal handler"
+                "a change in the midst of a step, after the ranks have compared their options, as a signal handler can "
+                "make it"
             )
 
     # Making sure that all ranks do the same.

@@ -121,8 +121,8 @@ class Unsharded:
         path : str or path-like
             Its name ends in .npz or .safetensors. That of rank 0 counts.
         lr : float or callable, optional
-            For the groups whose rate was a function, which no file holds; needed where there are such. Where there are
-            none, for all groups, instead of what was saved.
+            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
+            groups. If there are none, `lr` replaces the saved rates of all groups.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `ShardedRMSProp`.
         num_threads : int or None, default None
