@@ -135,10 +135,10 @@ class Stepping(Guarded):
         for k, group in enumerate(self._param_groups):
             group.bind(self._params.views[k] if self._grouped else self._params.views, self)
         # Two threads that step the same optimizer, or one that saves it meanwhile, take turns.
-        if "_lock" not in vars(self):
+        if "_lock" not in vars(self):  # a load connects anew, within them
             self._lock = threading.RLock()
+            self._turn = threading.Lock()  # held, by whoever holds `_lock`, as long as a step is in progress
         self._in_memory = self._storage is None
-        self._turn = threading.Lock()  # held, by whoever holds `_lock`, as long as a step is in progress
         choice.call_after_fork(self)
         self._add_state(self._param_groups)
         self._kernel_changed()
