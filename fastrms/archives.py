@@ -57,7 +57,12 @@ def write(path: Path, arrays: Mapping[str, Array], head: str, in_parts: Callable
     as_safetensors = is_safetensors(path)
     with replaced(path) as temporary:
         if as_safetensors:
-            _safetensors("numpy").save_file(dict(arrays), temporary, metadata={_HEAD: head})
+            try:
+                _safetensors("numpy").save_file(dict(arrays), temporary, metadata={_HEAD: head})
+            except Exception as error:  # an error of its own, for a full disk too
+                if isinstance(error, OSError | ImportError | MemoryError):
+                    raise
+                raise OSError(f"{path}: cannot be written: {error}") from None
             return
         entries: dict[str, Array] = {**arrays, _HEAD: np.frombuffer(head.encode(), np.uint8)}
         with zipfile.ZipFile(temporary, "w") as archive:  # as np.savez does, and in parts
@@ -171,13 +176,14 @@ class _Safetensors:
 def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
     """The file at `path`; a CheckpointError that is raised meanwhile names it, others come out as they are."""
     path_now = path.absolute()  # safetensors opens it a second time
+    as_safetensors = is_safetensors(path)
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if most_bytes is not None and size > most_bytes:
             raise CheckpointError(f"{path}: expected at most {most_bytes} bytes for this optimizer, got {size}")
         try:
             with reading():
-                source: Source = _Safetensors(path_now) if is_safetensors(path) else _Npz(stream, size)
+                source: Source = _Safetensors(path_now) if as_safetensors else _Npz(stream, size)
             yield source
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -221,7 +227,12 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = target.with_name(_temporary_name(target.name))
     try:
         # Nobody else can read what is to replace a private file, from the first byte on.
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if old is None else 0o600))
+        try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if old is None else 0o600))
+        except PermissionError as error:
+            raise PermissionError(
+                error.errno, "expected a folder in which a file can be made, got one that is read-only", str(path)
+            ) from None
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         if old is None:

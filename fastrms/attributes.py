@@ -21,7 +21,10 @@ def views(name: str, meaning: str) -> property:
     def refuse_another(self: Any, value: Any) -> None:
         # What `opt.grads *= 0.5` assigns, for a single array, is the same array.
         if value is not get(self):
-            raise AttributeError(f"{name}: these views cannot be replaced; write into them: opt.{name}[...] = value")
+            path = self.buffers["params"].layout.leaves[0].path
+            raise AttributeError(
+                f"{name}: these views cannot be replaced; write into them: opt.{name}{path}[...] = value"
+            )
 
     return property(get, refuse_another, doc=f"{meaning} Views of a flat buffer.")
 
@@ -78,6 +81,8 @@ class Guarded:
                 self._refuse_unknown(name)
             elif vars(self).get(name, value) is not value:
                 raise AttributeError(f"{name}: cannot be replaced; write into it: {name}[...] = value")
+        elif not callable(value) and inspect.isfunction(getattr(type(self), name, None)):
+            raise AttributeError(f"{name}: expected a function in the place of a method, got {value!r}")
         super().__setattr__(name, value)
 
     def _refuse_unknown(self, name: str) -> None:

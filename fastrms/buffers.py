@@ -714,7 +714,8 @@ def _refuse(node: _Node | None, tree: Any, name: str) -> None:
         if missing := [key for key in node.keys if key not in tree]:
             raise StructureError(f"{name}: missing {_list(missing)}; expected the keys {_list(node.keys)}")
         if len(tree) > len(node.keys):
-            extra = [key for key in tree if key not in node.keys]
+            known = set(node.keys)
+            extra = [key for key in tree if key not in known]
             raise StructureError(f"{name}: unknown {_list(extra)}; expected the keys {_list(node.keys)}")
     else:
         if not isinstance(tree, list | tuple):

@@ -161,20 +161,22 @@ class Checkpointed:
 
 
 def _state_dict(opt: _Optimizer) -> dict[str, Any]:
+    head = head_of(opt)  # first: an option that a signal handler sets meanwhile may bring a buffer, and is not in it
     arrays = {_SKIPPED: opt._skipped.copy()}
     for name, segment in _segments(opt):
         there = opt._read(segment)
         arrays[name] = np.empty_like(there)
         for part in opt._in_parts(there):
             arrays[name][part] = there[part]
-    return head_of(opt) | {"arrays": arrays}
+    return head | {"arrays": arrays}
 
 
 def _save(opt: _Optimizer, path: Path) -> None:
     check_keys(opt.params)
+    head = head_of(opt)  # first, as in `_state_dict`
     arrays = {name: opt._read(segment) for name, segment in _segments(opt)} | {_SKIPPED: opt._skipped}
     checksums = {name: checksum(array[part] for part in opt._in_parts(array)) for name, array in arrays.items()}
-    write(path, arrays, json.dumps(head_of(opt) | {"checksums": checksums}), opt._in_parts)
+    write(path, arrays, json.dumps(head | {"checksums": checksums}), opt._in_parts)
 
 
 def _load(opt: _Optimizer, path: Path) -> None:
@@ -207,7 +209,7 @@ def _new_from_file(cls: Any, path: Path, lr: Any, **options: Any) -> _Optimizer:
 
 def _segments(opt: _Optimizer) -> Iterator[tuple[str, Array]]:
     """The dense arrays of parameters and state, by name: "cache/float32"."""
-    for name, buffer in opt.buffers.items():
+    for name, buffer in list(opt.buffers.items()):
         if name != "grads":
             for segment in buffer.segments:
                 yield f"{name}/{segment.dtype}", segment
@@ -318,7 +320,8 @@ def _order(own: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]])
     order = []
     for path in ours:
         if not numbers.get(path):
-            got = next((other for other in paths if other not in ours), None)
+            known = set(ours)
+            got = next((other for other in numbers if other not in known), None)
             raise CheckpointError(f"params{path}: expected path {path!r}, got {got!r}")
         order.append(numbers[path].pop(0))
     return order

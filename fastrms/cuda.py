@@ -17,7 +17,7 @@ from fastrms.device import DeviceBuffer, Finder, Found, Pinned, Staged, as_strea
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels
 from fastrms.optimizer import RMSProp
-from fastrms.options import LearningRate, ParamGroup, hyper_values, needs_extended_rule
+from fastrms.options import LearningRate, ParamGroup, check_count, hyper_values, needs_extended_rule
 from fastrms.overlap import refuse_overlap
 from fastrms.runs import Run
 
@@ -286,7 +286,10 @@ class CudaRMSProp(RMSProp):
     @steps.setter
     def steps(self, value: int) -> None:
         self._settle()
-        self._counts.steps = value
+        self._counts.absent = np.minimum(self._skipped, check_count("steps", value))
+        self._counts.steps = int(value)
+        self._counts_there = False  # the device gets them anew
+        self._options_changed()
 
     @property
     def skipped_steps(self) -> int:
@@ -297,7 +300,7 @@ class CudaRMSProp(RMSProp):
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
         self._settle()
-        self._counts.skipped_steps = value
+        self._counts.skipped_steps = check_count("skipped_steps", value)
 
     @property
     def _skipped(self) -> NDArray[np.int64]:
@@ -343,11 +346,11 @@ class CudaRMSProp(RMSProp):
     def _write(self, segment: Any, values: Any) -> None:
         self._on_device("params").write(segment, values)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _to_copy(self) -> dict[str, Any]:
         with self._lock:
             self._settle()
             self._counts.absent = self._skipped
-            state = {name: value for name, value in super().__getstate__().items() if name not in _DERIVED}
+            state = {name: value for name, value in super()._to_copy().items() if name not in _DERIVED}
             return state | {"_buffers": {name: self._on_device(name).to_host() for name in self.buffers}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -227,18 +227,35 @@ def encode(tree: Any) -> Any:
 
 
 def check_keys(tree: Any) -> None:
-    """Raise CheckpointError if a dict has a key whose text, by which a file knows it, is another in each process."""
+    """Raise CheckpointError if a dict has a key whose text, by which a file knows it, is no name for it.
+
+    The text is another one in each process if it has an address in it, or several items of a set; and two keys may have
+    the same.
+    """
     if isinstance(tree, dict):
+        texts = set()
         for key, item in tree.items():
-            if type(key) is not str and re.search(" at 0x[0-9a-fA-F]+", repr(key)):
+            text = repr(key)
+            if type(key) is not str and (re.search(" at 0x[0-9a-fA-F]+", text) or _has_set(key)):
                 raise CheckpointError(
                     "params: expected keys whose repr, by which load() finds them, is the same in all processes; got "
-                    f"{key!r}"
+                    f"{text}"
                 )
+            if text in texts:
+                raise CheckpointError(
+                    f"params: expected keys that load() can tell apart by their repr, got two that are {text}"
+                )
+            texts.add(text)
             check_keys(item)
     elif isinstance(tree, list | tuple):
         for item in tree:
             check_keys(item)
+
+
+def _has_set(key: Any) -> bool:
+    if isinstance(key, frozenset) and len(key) > 1:
+        return True
+    return isinstance(key, tuple | frozenset) and any(map(_has_set, key))
 
 
 def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:

@@ -428,12 +428,20 @@ class RMSProp(Stepping, Checkpointed, Stored):
             for path in self._params.foreign(tree, name)
         ]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _refuse_copy(self) -> None:
         if self._storage is not None:  # a copy would be in memory, for which this one may well be too large
             raise StorageError(
                 f"{self.storage}: an optimizer with storage cannot be copied or pickled; use save() and "
                 "RMSProp.from_checkpoint(), or close() and RMSProp.reopen()"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_copy()
+        # A copy, since it is written later, when other threads may step.
+        with self._between_steps("pickle", changes=False):
+            return copy.deepcopy(self._to_copy())
+
+    def _to_copy(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -447,10 +455,11 @@ class RMSProp(Stepping, Checkpointed, Stored):
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._refuse_copy()
         with self._between_steps("copy", changes=False):
             other = object.__new__(type(self))
             memo[id(self)] = other
-            other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            other.__setstate__(copy.deepcopy(self._to_copy(), memo))
         return other
 
     def __repr__(self) -> str:

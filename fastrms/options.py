@@ -18,6 +18,7 @@ __all__ = [
     "ParamGroup",
     "ParamGroups",
     "check_cache_dtype",
+    "check_count",
     "check_for_dtype",
     "check_one_of",
     "check_option",
@@ -136,6 +137,15 @@ def check_threads(value: Any, available: int) -> int | None:
     return int(value)
 
 
+def check_count(name: str, value: Any) -> int:
+    """Return `value` as an int if it is a number of steps, from 0 to 2**53."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise OptionTypeError(f"{name}: expected a whole number, got {_shown(value)} ({type(value).__name__})")
+    if not 0 <= value <= 2**53:
+        raise OptionError(f"{name}: expected a whole number from 0 to 2**53, got {_shown(value)}")
+    return int(value)
+
+
 NONFINITE = ("propagate", "raise", "skip")
 
 
@@ -224,7 +234,7 @@ class ParamGroup(MutableMapping[str, Any]):
         self._params: Any = None
         self._optimizer: Callable[[], Any] = _none
         self._values: dict[str, Any] = {}
-        self._values = self.with_changes(GROUP_DEFAULTS | dict(options))
+        self.take(self.with_changes(GROUP_DEFAULTS | dict(options)))
 
     def with_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Check new values of options, together with those that stay, and return all options; nothing is set.
@@ -272,19 +282,19 @@ class ParamGroup(MutableMapping[str, Any]):
         if checked["nesterov"] and checked["momentum"] == 0:
             raise OptionError(
                 "nesterov: True needs momentum > 0, got momentum 0; it looks ahead along the momentum buffer. Set both "
-                "at once: group.update(nesterov=True, momentum=0.9)"
+                "together: opt.param_groups[0].update(nesterov=True, momentum=0.9)"
             )
         return checked
 
-    def take(self, values: dict[str, Any]) -> None:
-        """Have these options; the optimizer is not told.
+    def take(self, values: Mapping[str, Any]) -> None:
+        """Have these options beside the others; the optimizer is not told.
 
         Parameters
         ----------
-        values : dict
+        values : mapping of str to option
             From `with_changes`, of this group or of one with the same dtypes.
         """
-        self._values = values
+        self._values.update(values)
 
     def take_over(self, other: "ParamGroup") -> None:
         """Have the options of another group, which were checked when it was made; the optimizer is not told.
@@ -294,7 +304,7 @@ class ParamGroup(MutableMapping[str, Any]):
         other : ParamGroup
             Its options are copied.
         """
-        self.take(dict(other._values))
+        self.take(other._values)
 
     def bind(self, params: Any, optimizer: Any) -> None:
         """Connect the group with its optimizer, which does this itself.
@@ -379,7 +389,11 @@ class ParamGroups(list[ParamGroup]):
             "with param_groups[k][name] = value, and give all groups to the constructor"
         )
 
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = _refuse
+    def __setitem__(self, index: Any, group: Any) -> None:
+        if not isinstance(index, int) or self[index] is not group:  # as in groups[0] |= options
+            self._refuse()
+
+    __delitem__ = __iadd__ = __imul__ = append = extend = insert = _refuse
     remove = pop = clear = reverse = sort = _refuse
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

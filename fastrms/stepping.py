@@ -16,7 +16,7 @@ from fastrms.buffers import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, StepInProgressError, StructureError
 from fastrms.kernels import choice, cpu, pointers
 from fastrms.kernels.norms import AddUp, combine, scale_to
-from fastrms.options import ParamGroup, ParamGroups, resolve_lr
+from fastrms.options import ParamGroup, ParamGroups, check_count, resolve_lr
 from fastrms.runs import Run
 from fastrms.storage import Storage
 
@@ -78,7 +78,9 @@ class Stepping(Guarded):
 
     @steps.setter
     def steps(self, value: int) -> None:
-        self._counts.steps = value
+        self._counts.steps = value = check_count("steps", value)
+        # No parameter has missed more steps than were taken.
+        self._counts.absent = np.minimum(self._counts.absent, value)
 
     @property
     def skipped_steps(self) -> int:
@@ -87,7 +89,7 @@ class Stepping(Guarded):
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
-        self._counts.skipped_steps = value
+        self._counts.skipped_steps = check_count("skipped_steps", value)
 
     @property
     def _skipped(self) -> NDArray[np.int64]:
@@ -185,11 +187,13 @@ class Stepping(Guarded):
     def _set_options(self, changes: Iterable[tuple[ParamGroup, Mapping[str, Any]]]) -> None:
         """Set options of groups, all or, after an error, none."""
         with self._lock:
-            checked = [(group, group.with_changes(options)) for group, options in changes]
-            self._add_state([values for _, values in checked])
-            self._options_changed()
-            for group, values in checked:
-                group.take(values)
+            checked = [(group, options, group.with_changes(options)) for group, options in changes]
+            self._add_state([values for _, _, values in checked])
+            self._options_changed()  # also ahead of the change, as Ctrl-C may come in between
+            for group, options, values in checked:
+                # Not all values: a signal handler may have set another option meanwhile.
+                group.take({name: values[name] for name in options})
+            self._options_changed()  # a signal handler may have taken a step meanwhile
 
     def _add_state(self, options: Sequence[Mapping[str, Any]]) -> None:
         """Make the buffers that groups with these options need and that are not there."""
@@ -422,6 +426,9 @@ class Stepping(Guarded):
         `rates` are what the functions given as rates returned. `kernel` is the one for large runs; "auto" stands for
         serial. With `in_place`, gradients are read where `_find` found them, otherwise from the gradient buffer.
         """
+        version = self._version
+        if self._taken is not version:
+            self._take_options()
         steady_calls, steady_from = self._steady_calls, self._steady_from
         if not in_place:
             for run in self._runs:
@@ -450,8 +457,7 @@ class Stepping(Guarded):
             else:
                 update = kernels.UPDATES[name]
                 calls.append((choice.one_at_a_time(update) if name == "parallel" else update, *arguments))
-        if steady_calls is not self._steady_calls:  # a signal handler has set options meanwhile
-            self._take_options()
+        if self._version is not version:  # a signal handler has set options meanwhile
             return self._make_calls(rates, kernel, present, in_place)
         if (kernel, in_place) not in self._compiled:
             # Without spans they update nothing. So no compiler runs, and may be interrupted, between two updates.

@@ -29,7 +29,15 @@ from numpy.typing import NDArray
 from fastrms import mapped
 from fastrms.archives import replaced
 from fastrms.buffers import Layout
-from fastrms.errors import CheckpointError, FastrmsError, OptionTypeError, StorageError, StructureError, call_all
+from fastrms.errors import (
+    CheckpointError,
+    FastrmsError,
+    OptionError,
+    OptionTypeError,
+    StorageError,
+    StructureError,
+    call_all,
+)
 from fastrms.heads import MOST_STEPS, check_head, check_skipped, encode, get_lr, groups_of, head_of, params_of
 from fastrms.kernels.norms import SpanNorms
 from fastrms.mapped import MappedFile, PartNorms, StoredBuffer, open_own
@@ -65,6 +73,8 @@ def check_storage(storage: Any) -> None:
     """Raise OptionTypeError if this is nothing that RMSProp takes as `storage`."""
     if storage is not None and not isinstance(storage, str | os.PathLike | Storage):
         raise OptionTypeError(f"storage: expected the path of a folder or None, got {type(storage).__name__} object")
+    if storage == "":  # which is the current folder for pathlib
+        raise OptionError("storage: expected the path of a folder or None, got ''")
 
 
 class Storage:
@@ -223,6 +233,8 @@ class Storage:
         """A buffer of this layout in a file: one that is there, or a new one of zeros."""
         self.check_open()
         new = name not in self.names
+        if new:
+            self._check_place()
         file = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
         self._files[name] = file
         self._head_says_open = self._head_says_open and not new
@@ -240,6 +252,20 @@ class Storage:
         """Raise StorageError if it was closed, or is the parent's."""
         if self._closed is not None:
             raise StorageError(f"{self.path}: {self._closed}")
+
+    def _check_place(self) -> None:
+        """Raise StorageError if another folder, or none, is where this one was: what is mapped is elsewhere now."""
+        if self._lock is None:
+            return
+        try:
+            there = os.path.samestat(os.fstat(self._lock), os.stat(self.path / _LOCK))
+        except OSError:
+            there = False
+        if not there:
+            raise StorageError(
+                f"{self.path}: expected the folder that was opened, got none or another one in its place; nothing was "
+                "written there"
+            )
 
     # What is there, and what is being done with it.
 
@@ -311,6 +337,12 @@ class Storage:
 
     def discard(self) -> None:
         """Remove what was made, after an error; what cannot be removed is left, and does not hide that error."""
+        with contextlib.suppress(StorageError):
+            self._check_place()
+            self._remove()
+        self._let_go("it was not made")
+
+    def _remove(self) -> None:
         if not self.reopened:
             for name in [*(f"{name}.bin" for name in _BUFFERS), _COUNTS, _HEAD, _LOCK]:
                 with contextlib.suppress(OSError):
@@ -318,9 +350,9 @@ class Storage:
             if self._made_folder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
-        self._let_go("it was not made")
 
     def _write_head(self, opt: _Optimizer, clean: bool) -> None:
+        self._check_place()
         own = {"version": VERSION, "clean": clean, "buffers": self.names}
         with replaced(self.path / _HEAD) as temporary:
             temporary.write_text(json.dumps(head_of(opt) | {"storage": own}), encoding="utf-8")

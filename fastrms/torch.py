@@ -206,6 +206,8 @@ class RMSprop(torch.optim.RMSprop):
                     self._step_in_torch(pack.group, left)
                 if not in_torch:
                     pack.update()
+        if len(self.state) != len(self._kept[0]):
+            self._seen = None  # else what was made in this step could be taken out again unseen
         return loss
 
     # PyTorch's tests, among others, go by way of this attribute to the step without hooks.

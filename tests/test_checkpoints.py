@@ -16,6 +16,7 @@ import tracemalloc
 import warnings
 import zipfile
 from collections import namedtuple
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -833,3 +834,38 @@ def test_files_of_older_versions(path):
     np.testing.assert_allclose(opt.cache["b"], [0.271, 0.271])  # three steps with a gradient of 1
     np.testing.assert_allclose(opt.momentum_buffer["b"], opt.momentum_buffer["b"][0])
     assert opt.param_groups[0]["momentum"] == 0.5
+
+
+@dataclass(frozen=True)
+class Named:
+    kind: str
+    name: str = field(repr=False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            (Named("w", "first"), Named("w", "second")),
+            r"expected keys that load\(\) can tell apart by",
+        ),
+        ((frozenset({"a", "b"}), 1), "the same in all processes; got frozenset"),
+        ((("w", frozenset({"a", "b"})), 1), r"the same in all processes; got \('w', frozenset"),
+    ],
+    ids=["alike", "set", "set in a tuple"],
+)
+def test_keys_whose_text_is_no_name_are_refused(keys, message, tmp_path):
+    opt = RMSProp(dict.fromkeys(keys, np.ones(2)) | {keys[1]: np.zeros(2)})
+    with pytest.raises(CheckpointError, match=message):
+        opt.save(tmp_path / "state.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_made_is_named_as_it_was_given(tmp_path, monkeypatch):
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    opt = RMSProp([np.ones(2)])
+    monkeypatch.setattr(archives.os, "open", refuse)  # what the superuser may do is no test of it
+    with pytest.raises(PermissionError, match=r"one that is read-only: '.*state\.npz'$"):
+        opt.save(tmp_path / "state.npz")

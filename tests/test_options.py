@@ -427,6 +427,7 @@ def test_options_that_go_together_are_set_together_in_any_order(options):
         lambda group: group.update(options),
         lambda group: group.update(list(options.items())),
         lambda group: group.__ior__(options),
+        lambda group: group._optimizer().param_groups.__setitem__(0, group.__ior__(options)),  # groups[0] |= options
     ):
         opt = RMSProp([np.ones(2)])
         change(opt.param_groups[0])

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -703,3 +704,37 @@ def test_the_folder_has_what_its_page_says(path):
     page = (Path(__file__).parent.parent / "docs" / "storage.md").read_text(encoding="utf-8")
     for item in path.iterdir():
         assert f"`{item.name}`" in page
+
+
+@pytest.mark.parametrize("what", ["removed", "moved", "replaced"])
+def test_a_folder_in_the_place_of_the_one_that_was_opened_is_left_alone(what, rng, tmp_path):
+    path = tmp_path / "run"
+    first = RMSProp([np.ones(300)], lr=0.5, storage=path)
+    first.step([np.ones(300)])
+    if what == "moved":
+        path.rename(tmp_path / "moved")
+    else:
+        shutil.rmtree(path)
+    second = None
+    if what == "replaced":
+        second = RMSProp([np.zeros(300)], lr=0.001, storage=path)
+        second.step([np.ones(300)])
+        second.flush()
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+    for call in (lambda: setattr(first, "momentum", 0.9), first.flush, first.close):
+        with pytest.raises(StorageError, match="expected the folder that was opened, got none or another one in its"):
+            call()
+    assert first.momentum == 0
+    if second is None:
+        assert not path.exists()
+    else:
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+        second.close()
+        again = RMSProp.reopen(path)
+        assert (again.lr, again.steps) == (0.001, 1)
+        again.close()
+
+
+def test_an_empty_path_is_no_folder():
+    with pytest.raises(OptionError, match="storage: expected the path of a folder or None, got ''"):
+        RMSProp([np.ones(2)], storage="")

@@ -469,3 +469,28 @@ def test_options_whose_memory_cannot_be_had_are_tried_again(monkeypatch):
         give(params, 1)
         optimizer.step()
     assert_near(mine, theirs)
+
+
+@pytest.mark.parametrize("take_out", ["clear", "del", "new", "pop"])
+def test_state_that_is_taken_out_right_after_it_was_made(take_out):
+    def train(cls):
+        p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        optimizer = cls([p, q], lr=0.01)
+        for step in range(5):
+            if step in (1, 3):
+                if take_out == "clear":
+                    optimizer.state.clear()
+                elif take_out == "del":
+                    del optimizer.state[p]
+                elif take_out == "pop":
+                    optimizer.state.pop(p)
+                else:
+                    optimizer.state = defaultdict(dict)
+            p.grad, q.grad = torch.ones(3), torch.ones(3) if step > 1 else None
+            optimizer.step()
+        return p.data, q.data, optimizer
+
+    ours, theirs = train(RMSprop), train(torch.optim.RMSprop)
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(ours[2].state_dict()["state"]) == len(theirs[2].state_dict()["state"])

@@ -217,6 +217,132 @@ def test_other_threads_that_set_options_leave_nothing_stale(name, rng):
         assert whole(opt) == whole(other)
 
 
+def at_every_line(make, act, handler, names):
+    """Let `handler` come to what `make` makes while `act` is under way, at each line of functions of these names.
+
+    Yields the number of the line and what was made.
+    """
+    for number in range(10_000):
+        made, seen = make(), 0
+
+        def trace(frame, event, argument, number=number, made=made):
+            if "fastrms" not in frame.f_code.co_filename or frame.f_code.co_name not in names:
+                return None
+
+            def at_line(frame, event, argument):
+                nonlocal seen
+                if event == "line":
+                    seen += 1
+                    if seen == number + 1:
+                        sys.settrace(None)
+                        handler(made)
+                return at_line
+
+            return at_line
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            act(made)
+        finally:
+            sys.settrace(before)
+        if seen <= number:
+            return
+        yield number, made
+
+
+STEPPING = {"_step", "_plan", "_calls_for", "_make_calls", "_take_options", "_run", "_find", "_refuse_replaced"}
+SETTING = {"_set_options", "take", "with_changes", "_add_state", "_options_changed", "update"}
+
+
+@pytest.mark.skipif(not JIT, reason="where compiled code is the interpreter's, a step has lines between updates")
+@pytest.mark.parametrize("name", ["momentum", "centered", "lr", "clip_norm"])
+def test_an_option_that_a_signal_handler_sets_in_a_step_holds_from_the_next_on(name, rng):
+    start, gradients = [rng.standard_normal(5)], [rng.standard_normal(5)]
+
+    def make():
+        opt = RMSProp(start, kernel="serial")
+        opt.step(gradients)
+        opt.weight_decay = 0.0  # so that the calls of the step are made anew
+        return opt
+
+    def handler(opt):
+        setattr(opt, name, OPTIONS[name])
+
+    for number, opt in at_every_line(make, lambda opt: opt.step(gradients), handler, STEPPING):
+        other = RMSProp(start, kernel="numpy")
+        other.load_state_dict(opt.state_dict())
+        for _ in range(2):
+            for optimizer in (opt, other):
+                optimizer.step(gradients)
+            assert whole(opt) == whole(other), f"line {number}"
+    assert number > 30
+
+
+def test_an_option_that_a_signal_handler_sets_while_another_one_is_set_holds(rng):
+    start, gradients = [rng.standard_normal(5)], [rng.standard_normal(5)]
+
+    def make():
+        opt = RMSProp(start)
+        opt.step(gradients)
+        return opt
+
+    def handler(opt):
+        opt.momentum = 0.9
+        opt.step(gradients)
+
+    for number, opt in at_every_line(make, lambda opt: setattr(opt, "lr", 0.5), handler, SETTING):
+        assert (opt.lr, opt.momentum) == (0.5, 0.9), f"line {number}"
+        other = RMSProp(start, kernel="numpy")
+        other.load_state_dict(opt.state_dict())
+        for optimizer in (opt, other):
+            optimizer.step(gradients)
+        assert whole(opt) == whole(other), f"line {number}"
+    assert number > 10
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_pickle_made_while_another_thread_steps_is_of_one_step(kernel):
+    size = 200_000 if JIT else 100
+    opt = RMSProp([np.zeros(size)], lr=1.0, decay_rate=0.0, epsilon=1e-30, kernel=kernel)
+    stop = threading.Event()
+
+    def train():
+        gradients = [np.ones(size)]
+        while not stop.is_set():
+            opt.step(gradients)
+
+    thread = threading.Thread(target=train)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    thread.start()
+    try:
+        copies = [pickle.loads(pickle.dumps(opt)) for _ in range(20)]
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    for other in copies:  # each step goes down by 1
+        assert set(np.unique(other.params[0]).tolist()) == {-float(other.steps)}
+
+
+def test_a_count_of_steps_that_is_set_is_one_that_a_run_can_have(rng, tmp_path):
+    opt = RMSProp([np.ones(2), np.ones(2)], bias_correction=True)
+    for _ in range(3):
+        opt.step([np.ones(2), None])
+    for value in (2.5, -1, "x", None, True, 2**53 + 1):
+        with pytest.raises((TypeError, ValueError), match=r"^steps: expected a whole number"):
+            opt.steps = value
+        with pytest.raises((TypeError, ValueError), match=r"^skipped_steps: expected a whole number"):
+            opt.skipped_steps = value
+    assert opt.steps == 3
+    opt.steps = np.int64(0)  # to begin a schedule again
+    opt.save(tmp_path / "state.npz")
+    assert RMSProp.from_checkpoint(tmp_path / "state.npz").steps == 0
+    opt.step([np.ones(2), np.ones(2)])
+    assert all(np.isfinite(view).all() for view in opt.params)
+
+
 def trajectory(make, gradients, count):
     """All that `state_dict` has after each step, as bytes."""
     opt, states = make(), []
@@ -331,11 +457,22 @@ def test_a_handler_may_not_step_while_the_state_is_saved_or_loaded(rng, tmp_path
 
     monkeypatch.setattr(type(opt), "_in_parts", asking)
     opt.save(tmp_path / "state.npz")
-    opt.load(tmp_path / "state.npz")
     state = opt.state_dict()
+    assert len(seen) >= 2
+    write = type(opt)._write
+
+    def looking(self, segment, values):
+        for call in (opt.step, opt.state_dict, lambda: opt.load_state_dict(state)):
+            with pytest.raises(StepInProgressError, match=r"in the midst of a step, save or load"):
+                call()
+        seen.append(segment)
+        write(self, segment, values)
+
+    monkeypatch.setattr(type(opt), "_write", looking)
+    opt.load(tmp_path / "state.npz")
     opt.load_state_dict(state)
     monkeypatch.undo()
-    assert len(seen) >= 3
+    assert len(seen) >= 6
     assert whole(opt) == whole(RMSProp.from_checkpoint(tmp_path / "state.npz")) == expected
     opt.step(gradients)
 

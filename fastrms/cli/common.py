@@ -37,8 +37,6 @@ __all__ = [
     "whole_number",
 ]
 
-TABLE_WIDTH = 80
-
 # Where the name to install is not the name to import.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
@@ -207,18 +205,26 @@ def make_table(console: "Console", *headers: str) -> "Table":
     plain = is_plain(console)
     table = Table(box=None if plain else box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if plain else (0, 1), pad_edge=not plain)
     for k, header in enumerate(headers):
-        table.add_column(header, justify="right" if k else "left", overflow="fold")
+        # Labels are folded where a terminal is narrow, and numbers stay whole.
+        table.add_column(
+            header, justify="right" if k else "left", overflow="fold", no_wrap=k > 0, min_width=0 if k else 12
+        )
     return table
 
 
 def print_table(console: "Console", table: "Table") -> None:
-    """Print a table whole: a terminal that is too narrow breaks its lines, where rich would leave out cells."""
+    """Print a table whole. Where it is too wide for a terminal, labels are folded, and then lines are; numbers stay."""
+    from rich.measure import Measurement
+
+    def width() -> int:
+        return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+
     before = console.width
-    if before < TABLE_WIDTH:
-        console.width = TABLE_WIDTH
+    if width() > before:
+        table.columns[0].width = 12
+    console.width = max(before, width())
     console.print(table)
-    if before < TABLE_WIDTH:
-        console.width = before
+    console.width = before
 
 
 def say(console: "Console", text: str = "", style: str | None = None) -> None:

@@ -88,7 +88,11 @@ def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
             thread.start()
         except RuntimeError:  # no thread can be started: at exit, under a limit, or on a platform without threads
             return compile_(signature)
-        result, error = outcome.get()
+        try:
+            result, error = outcome.get()
+        except BaseException as interrupt:
+            interrupt.add_note("fastrms: a kernel is still being compiled; the process ends when that is done")
+            raise
         if error is None:
             return result
         try:
