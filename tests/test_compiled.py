@@ -315,14 +315,17 @@ def test_what_a_signal_raises_while_the_first_kernel_is_compiled_leaves_nothing_
 
 def test_memory_that_ends_while_the_first_kernel_is_compiled(tmp_path):
     program = """
+    errors = []
     for _ in range(2):
         try:
             opt.step([gradient])
-        except (MemoryError, RuntimeError) as error:
-            print(type(error).__name__, str(error).endswith("restart Python"))
+        except Exception as error:
+            errors.append(error)
+    print(str(errors[0]).endswith("restart Python"), type(errors[1]).__name__, str(errors[1]).endswith("restart Python"))
     """
+    # In some places Numba makes an error of its own of it.
     output, _ = run(HALF_WAY + program, "memory", "30", folder=tmp_path)
-    assert output == ["MemoryError", "False", "RuntimeError", "True"]
+    assert output == ["False", "RuntimeError", "True"]
 
 
 def test_without_threads_it_compiles_where_it_is_called(monkeypatch):
