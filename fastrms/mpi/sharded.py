@@ -246,8 +246,11 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         super()._options_changed()
         self._digest: int | None = None
 
+    # Whether a step is in progress for which the ranks compare, or have compared, their options.
+    _options_fixed = False
+
     def _refuse_options_in_an_exchange(self) -> None:
-        if self._turn.locked() and self._counts.writing:
+        if self._turn.locked() and self._options_fixed:
             raise StepInProgressError(
                 "options: expected to be set between two steps, or by a function that the step calls on all ranks, got "
                 "a change in the midst of a step, after the ranks have compared their options, as a signal handler can "
@@ -428,9 +431,10 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     def _step(self, gradients: Any) -> Any:
         if self.size == 1 and not self._handover.begun:
             return super()._step(gradients)
+        self._options_fixed = False
         rates, present, error = self._look_at(gradients)
         try:  # not `leaving()`, which a step would notice
-            self._counts.writing = True
+            self._counts.writing = self._options_fixed = True
             anywhere = self._exchange(rates, present, error)
             kernel = self._kernel if self._chooser is None else self._chooser.kernel
             calls = self._calls_for(rates, kernel, anywhere, None)
@@ -442,7 +446,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             self._ranks.leave(caught)
             raise
         finally:
-            self._counts.writing = False
+            self._counts.writing = self._options_fixed = False
         if self._chooser is not None:
             self._chooser.step_done()
         return self._params.views
@@ -473,7 +477,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
                 present = np.array([array is not None for array in arrays])
             # From here on no other call may come in between, and no option may be set: ranks compare them.
-            self._counts.writing = True
+            self._counts.writing = self._options_fixed = True
             if self._taken is not self._version:
                 self._take_options()
             self._refuse_replaced(from_buffer)
