@@ -572,7 +572,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         self._ranks.all_raise(error)
         return error
 
-    def __getstate__(self) -> NoReturn:
+    def _refuse_copy(self) -> NoReturn:
         raise TypeError(
             "a ShardedRMSProp cannot be copied or pickled, as its other parts are in other processes: "
             "use state_dict() or save()"
