@@ -17,6 +17,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import JIT
 from numba.core import event
 
 from fastrms import OptionError, OptionTypeError, RMSProp, StructureError, dialect, rmsprop_update, warmup
@@ -326,6 +327,7 @@ NO_MEMORY = """if True:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+@pytest.mark.skipif(not JIT, reason="millions of elements, which the interpreter takes a minute for")
 @pytest.mark.parametrize(
     "code",
     [
