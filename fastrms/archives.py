@@ -254,7 +254,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def _old(target: Path, path: Path) -> os.stat_result | None:
-    """What is known of the file that is to be replaced, or None; an error where it must not be replaced."""
+    """Return the status of the file to be replaced, or None if there is none; raise if it must not be replaced."""
     try:
         old = target.lstat()
     except FileNotFoundError:
@@ -273,7 +273,7 @@ def _old(target: Path, path: Path) -> os.stat_result | None:
 
 
 def _temporary_name(name: str) -> str:
-    """A name beside `name` that nothing else has, and that is no longer than `name` or 64 bytes."""
+    """Return a unique file name that is no longer than `name`, or than 64 bytes."""
     end = f".{secrets.token_hex(8)}.tmp"
     beginning, room = f".{name}", max(64, len(os.fsencode(name))) - len(end)
     while len(os.fsencode(beginning)) > room:

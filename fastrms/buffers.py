@@ -61,7 +61,7 @@ class _Node:
 
 
 class _Level:
-    """All containers of one depth of a nesting, whose items are taken in C, some 0.1 us for each."""
+    """Take the items of all containers at one depth of a nesting, in C."""
 
     def __init__(self, nodes: list[_Node]) -> None:
         self.nodes = nodes
