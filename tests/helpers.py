@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import re
 import sys
 
 import numba
@@ -52,6 +53,11 @@ def undefine_gradients(patch):
 
 # The same for a program in a process of its own.
 UNDEFINE_GRADIENTS = "import helpers, pytest; helpers.undefine_gradients(pytest.MonkeyPatch())"
+
+
+def case_id(value):
+    """The string of a parameter of a test, without the addresses in it: they differ between the processes of xdist."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def steps(many):

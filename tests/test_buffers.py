@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same_bits, count_calls, leaves, same_structure
+from helpers import assert_same_bits, case_id, count_calls, leaves, same_structure
 from numpy.lib.stride_tricks import as_strided
 
 from fastrms import DtypeError, FlatBuffer, StructureError
@@ -287,7 +287,7 @@ class Misbehaves:
         (np.ones((1, 1)).view(np.matrix), "np.matrix; use np.asarray"),
         (Misbehaves(), "got Misbehaves object: no array today"),
     ],
-    ids=str,
+    ids=case_id,
 )
 def test_what_is_no_array_is_refused(item, message):
     with pytest.raises(DtypeError, match=rf"arrays\[1\]: .*{message}"):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits, leaves, same_structure, steps
+from helpers import JIT, assert_same_bits, case_id, leaves, same_structure, steps
 from test_contract import OPTIONS
 from test_nonfinite import everything
 
@@ -64,7 +64,7 @@ def draw(rng, dtypes=(np.float32, np.float64)):
         {"nonfinite": "skip"},
         {"lr": lambda step: 0.01 / (1 + step)},
     ],
-    ids=str,
+    ids=case_id,
 )
 def test_resuming_gives_the_bits_of_never_stopping(options, kind, tmp_path):
     dtypes = (np.float32, np.float32) if "cache_dtype" in options else (np.float32, np.float64)

@@ -7,7 +7,7 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same_bits
+from helpers import assert_same_bits, case_id
 from scipy.optimize import (
     Bounds,
     LinearConstraint,
@@ -313,7 +313,7 @@ def test_functions_that_return_something_else(fun, jac, error, message):
         ({"bounds": [(0, 1), (2, 1), (0, 1)]}, OptionError, r"low <= high, got 2.0 and 1.0 for x\[1\]"),
         ({"bounds": [(0, 1), (0, 1), (np.nan, 1)]}, OptionError, r"low <= high, got nan and 1.0 for x\[2\]"),
     ],
-    ids=str,
+    ids=case_id,
 )
 def test_wrong_input_is_refused_before_anything_is_called(given, error, message):
     def fun(x):
@@ -420,7 +420,7 @@ def test_finite_differences_with_a_step_for_each_variable():
 # Bounds.
 
 
-@pytest.mark.parametrize("jac", [rosen_der, "2-point", "3-point", "cs"], ids=str)
+@pytest.mark.parametrize("jac", [rosen_der, "2-point", "3-point", "cs"], ids=case_id)
 @pytest.mark.parametrize(
     "bounds", [[(1.1, 2), (None, 1.0), (-5, None)], Bounds([1.1, -np.inf, -5], [2, 1, np.inf])], ids=["pairs", "Bounds"]
 )
