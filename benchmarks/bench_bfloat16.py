@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastrms import RMSProp
-from fastrms.cli import data, mlp
+from fastrms.demo import data, mlp
 
 SETTINGS = {
     "decay_rate=0.9": {},

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from fastrms import RMSProp
-from fastrms.cli.contenders import CONTENDERS
-from fastrms.cli.workers import Session
+from fastrms.bench.implementations import CONTENDERS
+from fastrms.bench.workers import Session
 from fastrms.plots import format_seconds
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to make the files (default: that of temporary files)")
     parser.add_argument("--limited", action="store_true", help="this process has the limit already")
     args = parser.parse_args()
-    import fastrms.cli.machine as about
+    import fastrms.bench.machine as about
 
     rows = []
     for case in CASES:

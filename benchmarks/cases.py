@@ -1,6 +1,6 @@
 """What `python -m pytest benchmarks` and `tables.py` measure: the table of `fastrms bench`, which is the only one."""
 
-from fastrms.cli.cases import MANY_ARRAYS, QUICK_SIZES, Case
+from fastrms.bench.cases import MANY_ARRAYS, QUICK_SIZES, Case
 
 __all__ = ["CASES"]
 

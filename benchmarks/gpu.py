@@ -143,7 +143,7 @@ def main() -> int:
         return 1
     import torch
 
-    from fastrms.cli import device
+    from fastrms.bench import device
 
     table = markdown(
         ["a step over", "fastrms", "the other", "as fast by", "at least", "", "slowest to fastest turn"],

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastrms.cli.cases import MANY_ARRAYS
+from fastrms.bench.cases import MANY_ARRAYS
 from fastrms.plots import format_seconds
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 from fastrms import RMSProp
-from fastrms.cli.mlp import evaluate, init_params, loss_and_gradients
+from fastrms.demo.mlp import evaluate, init_params, loss_and_gradients
 from fastrms.plots import plot_throughput
 
 __all__ = ["PICTURES", "draw_all"]

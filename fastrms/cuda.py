@@ -12,14 +12,25 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers import FlatBuffer, Layout
-from fastrms.device import DeviceBuffer, Finder, Found, Pinned, Staged, as_stream, copy_in, let_wait, shadows, to_host
+from fastrms.backends.device import (
+    DeviceBuffer,
+    Finder,
+    Found,
+    Pinned,
+    Staged,
+    as_stream,
+    copy_in,
+    let_wait,
+    shadows,
+    to_host,
+)
+from fastrms.backends.plan import Run
+from fastrms.buffers.flat import FlatBuffer, Layout
+from fastrms.buffers.overlap import refuse_overlap
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, ParamGroup, check_count, hyper_values, needs_extended_rule
-from fastrms.overlap import refuse_overlap
-from fastrms.runs import Run
 
 __all__ = ["CudaRMSProp", "why_not"]
 
@@ -254,7 +265,7 @@ class CudaRMSProp(RMSProp):
         self._forked = True
 
     def _kernel_changed(self) -> None:
-        self._chooser, self._uses_threads = None, False
+        self._tuner, self._uses_threads = None, False
         self._options_changed()
 
     def _take_options(self) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms.checkpoints.metadata import MOST_STEPS
 from fastrms.dialects import DIALECTS, dialect
 from fastrms.errors import CheckpointError, OptionError
-from fastrms.heads import MOST_STEPS
 from fastrms.kernels.reference import from_bfloat16, to_bfloat16
 from fastrms.optimizer import RMSProp
 from fastrms.options import GROUP_DEFAULTS, parameter_groups, resolve_lr

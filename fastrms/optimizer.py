@@ -8,11 +8,16 @@ from typing import Any, Self
 
 import numpy as np
 
+from fastrms import kernels
 from fastrms.attributes import checked, option_of_all_groups, refuse_unknown, views
-from fastrms.buffers import FlatBuffer, Layout
-from fastrms.checkpoints import Checkpointed
+from fastrms.backends import tuner
+from fastrms.backends.host import Counts, Stepping
+from fastrms.backends.storage import Storage, Stored, check_storage
+from fastrms.buffers.flat import FlatBuffer, Layout
+from fastrms.buffers.overlap import refuse_overlap
+from fastrms.checkpoints.state import Checkpointed
 from fastrms.errors import DeviceError, DtypeError, OptionError, StorageError
-from fastrms.kernels import choice
+from fastrms.kernels import threads
 from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import (
     NONFINITE,
@@ -25,9 +30,6 @@ from fastrms.options import (
     check_threads,
     parameter_groups,
 )
-from fastrms.overlap import refuse_overlap
-from fastrms.stepping import Counts, Stepping
-from fastrms.storage import Storage, Stored, check_storage
 
 __all__ = ["RMSProp"]
 
@@ -40,7 +42,7 @@ def _check_kernel(value: Any) -> str:
             'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
             "load_state_dict() of this one"
         )
-    return check_one_of("kernel", value, choice.KERNELS)
+    return check_one_of("kernel", value, kernels.KERNELS)
 
 
 class RMSProp(Stepping, Checkpointed, Stored):
@@ -215,8 +217,8 @@ class RMSProp(Stepping, Checkpointed, Stored):
         }
         self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
         self._nonfinite = check_one_of("nonfinite", nonfinite, NONFINITE)
-        self._kernel = _check_kernel(check_one_of("kernel", kernel, (*choice.KERNELS, "cuda")))
-        self._num_threads = check_threads(num_threads, choice.max_threads())
+        self._kernel = _check_kernel(check_one_of("kernel", kernel, (*kernels.KERNELS, "cuda")))
+        self._num_threads = check_threads(num_threads, threads.max_threads())
         check_storage(storage)
 
         groups = parameter_groups(params)
@@ -309,7 +311,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
     )
     num_threads: Any = checked(
         "num_threads",
-        lambda value: check_threads(value, choice.max_threads()),
+        lambda value: check_threads(value, threads.max_threads()),
         "_kernel_changed",
         "Threads of the parallel kernel, or None for all that Numba started with.",
     )
@@ -357,7 +359,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
             with self._turn:
                 if self._num_threads is None or not self._uses_threads:
                     return self._step(gradients)
-                with choice.limit_threads(self._num_threads):
+                with threads.limit_threads(self._num_threads):
                     return self._step(gradients)
 
     def _start_state(self) -> None:
@@ -379,15 +381,15 @@ class RMSProp(Stepping, Checkpointed, Stored):
         lines = []
         for run in self._runs:
             what = f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays"
-            if not choice.threads_work() and self._kernel in ("auto", "parallel"):
+            if not threads.threads_work() and self._kernel in ("auto", "parallel"):
                 lines.append(f"{what}: serial; this process was forked from one that had started OpenMP threads")
             elif self._kernel != "auto":
                 lines.append(f"{what}: {self._kernel}, as asked for")
-            elif self._chooser is None or run.size < choice.TRY_PARALLEL_FROM:
-                few = f"{choice.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
+            elif self._tuner is None or run.size < tuner.TRY_PARALLEL_FROM:
+                few = f"{tuner.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
                 lines.append(f"{what}: serial; " + (few if self._threads() > 1 else "there is one thread"))
             else:
-                lines.append(f"{what}: {self._chooser.kernel}; {self._chooser.reason}")
+                lines.append(f"{what}: {self._tuner.kernel}; {self._tuner.reason}")
         return lines
 
     def check(self, **arrays: Any) -> list[str]:
@@ -447,7 +449,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._num_threads is not None:  # no bit depends on it, and a worker process may have fewer
-            self._num_threads = min(self._num_threads, choice.max_threads())
+            self._num_threads = min(self._num_threads, threads.max_threads())
         self._connect()
 
     def __copy__(self) -> Self:
@@ -473,5 +475,5 @@ RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ign
 # What `_connect` makes, and pickles and copies leave out.
 _DERIVED = (
     "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_turn",
-    "_zero_copy", "_chooser", "_uses_threads", "_version", "_taken", "_scheduled", "_compiled",
+    "_zero_copy", "_tuner", "_uses_threads", "_version", "_taken", "_scheduled", "_compiled",
 )  # fmt: skip

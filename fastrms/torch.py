@@ -31,8 +31,7 @@ except ImportError as error:
 
 from fastrms.dialects import DIALECTS
 from fastrms.errors import OptionError, StructureError
-from fastrms.kernels import dlpack, pointers
-from fastrms.kernels.choice import KERNELS
+from fastrms.kernels import KERNELS, dlpack, pointers
 from fastrms.optimizer import RMSProp
 from fastrms.options import check_one_of
 

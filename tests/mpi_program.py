@@ -25,7 +25,7 @@ from mpi4py import MPI
 
 import fastrms
 from fastrms import RankError, RMSProp, StructureError, mpi
-from fastrms.mpi import handover, ranks
+from fastrms.mpi import buckets, communicator
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
@@ -295,7 +295,7 @@ def nonfinite():
 
 def ready():
     """Buckets of some elements each, handed over in any order, by one rank or all."""
-    handover.BUCKET, ranks._FEW = 20, 2  # so that both kinds of reductions are used
+    buckets.BUCKET, communicator._FEW = 20, 2  # so that both kinds of reductions are used
     layout = LAYOUTS["mixed"]
     params = params_of(layout)
     made = [cls(params, momentum=0.9) for cls in (ShardedRMSProp, ShardedRMSProp, RMSProp)]
@@ -349,7 +349,7 @@ def ready():
         alone.step(add(gradients))
         same(opt, alone)
     assert opt._ranks._channel.requests == []
-    handover.BUCKET, ranks._FEW = 1 << 20, 4
+    buckets.BUCKET, communicator._FEW = 1 << 20, 4
     # A single array has no key of its own.
     single = ShardedRMSProp(np.ones(20))
     single.ready((), np.ones(20))
@@ -358,7 +358,7 @@ def ready():
 
 def long_messages():
     """What is longer than one message may be, with a limit that these arrays reach."""
-    ranks._MOST, ranks._BLOCK = 10, 7
+    communicator._MOST, communicator._BLOCK = 10, 7
     layout = LAYOUTS["odd"] | LAYOUTS["mixed"]
     params = params_of(layout, seed=RANK)
     opt, alone = ShardedRMSProp(params, centered=True), RMSProp(params_of(layout), centered=True)
@@ -371,7 +371,7 @@ def long_messages():
     opt.step(gradients[RANK])
     opt.load_state_dict(state)
     same(opt, alone)
-    ranks._MOST, ranks._BLOCK = 2**28 - 1, 1 << 22
+    communicator._MOST, communicator._BLOCK = 2**28 - 1, 1 << 22
 
 
 def checkpoints():
@@ -903,7 +903,7 @@ def sizes():
 def cores():
     """The cores that a rank may use, shared with the ranks that may use them too."""
     count = len(os.sched_getaffinity(0))
-    most = fastrms.kernels.choice.max_threads()
+    most = fastrms.kernels.threads.max_threads()
     assert ShardedRMSProp(np.ones(3)).num_threads == min(most, max(1, count // SIZE))
     assert ShardedRMSProp(np.ones(3), num_threads=1).num_threads == 1
     COMM.Barrier()
@@ -930,7 +930,7 @@ def communicators():
     assert mail[0] == (RANK + 1) % SIZE + 1
     alone.step(add(gradients[RANK % 2 :: 2]))
     same(opt, alone)
-    pool = COMM.Get_attr(ranks._pool_of).channels
+    pool = COMM.Get_attr(communicator._pool_of).channels
     gc.collect()
     before = len(pool)
     for k in range(1500 if SIZE == 2 else 10):

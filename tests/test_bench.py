@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from helpers import JIT
 
-from fastrms.cli import cases, contenders, insitu, main, measure, problem, roofline, workers
+from fastrms.bench import cases, implementations, in_situ, measure, problem, roofline, workers
+from fastrms.cli import main
 from fastrms.plots import plot_throughput
 
 pytestmark = pytest.mark.skipif(not JIT, reason="times of interpreted kernels say nothing")
@@ -46,7 +47,7 @@ def _short(monkeypatch):
     monkeypatch.setattr(measure, "PAUSE", 0)
     monkeypatch.setattr(workers, "SETTLE_SECONDS", 0.01)
     monkeypatch.setattr(workers, "WARM_SECONDS", 0)
-    monkeypatch.setattr(insitu, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(in_situ, "SETTLE_SECONDS", 0.01)
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -116,11 +117,11 @@ def test_sixteen_bit_state_is_for_float32_and_moves_fewer_bytes(tmp_path, capsys
 
 
 def test_sixteen_bit_state_is_compared_with_its_own_oracle(monkeypatch):
+    from fastrms.bench.problem import Problem, check
     from fastrms.cli.common import CommandError
-    from fastrms.cli.problem import Problem, check
 
     problem = Problem(cases.Case(1, (1000,), "float32"), 1)
-    ours = contenders.CONTENDERS["parallel-bfloat16"]
+    ours = implementations.CONTENDERS["parallel-bfloat16"]
     assert check(ours.make(problem), problem, True, "bfloat16") == "same bits"
     with pytest.raises(CommandError, match="expected the bits"):
         check(ours.make(problem), problem, True)
@@ -251,7 +252,7 @@ def test_in_situ(tmp_path, capsys):
         base = rows[0] if row["dtype"] == "float32" else rows[7]
         assert row["times_faster"] == pytest.approx(base["step_seconds"] / row["step_seconds"])
         assert 0 < row["optimizer_seconds"] < row["step_seconds"]
-        assert row["steps"] % (insitu.TURN - insitu.DROPPED) == 0
+        assert row["steps"] % (in_situ.TURN - in_situ.DROPPED) == 0
         assert row["params"] == 5 * 4 + 4 + 4 * 3 + 3
     out = capsys.readouterr().out
     assert "5-4-3, float64" in out
@@ -260,13 +261,13 @@ def test_in_situ(tmp_path, capsys):
 
 
 def test_in_situ_finds_a_way_that_trains_otherwise(tmp_path, monkeypatch, capsys):
-    class Other(insitu.RMSProp):
+    class Other(in_situ.RMSProp):
         def step(self, gradients=None):
             super().step(gradients)
             self.params[0][0, 0] += 0.001
             return self.params
 
-    monkeypatch.setattr(insitu, "RMSProp", Other)
+    monkeypatch.setattr(in_situ, "RMSProp", Other)
     assert main(["bench", "--in-situ", "--networks", "5-4-3", "--output", str(tmp_path)]) == 1
     assert "expected the losses of the reference, got another one at step 2" in capsys.readouterr().err
 
@@ -274,10 +275,10 @@ def test_in_situ_finds_a_way_that_trains_otherwise(tmp_path, monkeypatch, capsys
 def test_settling_leaves_training_where_it_was(rng):
     rows = []
     # From 65,536 parameters on "auto" is given time to choose.
-    insitu.measure_training("n", (300, 220, 3), "float32", ["auto"], None, 1e-9, rows=rows)
+    in_situ.measure_training("n", (300, 220, 3), "float32", ["auto"], None, 1e-9, rows=rows)
     assert [row.kernel for row in rows] == ["reference", "auto", "auto"]
-    way = insitu._Way(
-        insitu.Training(insitu.RMSProp([np.ones((4, 3)), np.zeros(3)])), (np.ones((64, 4)), np.zeros(64, np.intp))
+    way = in_situ._Way(
+        in_situ.Training(in_situ.RMSProp([np.ones((4, 3)), np.zeros(3)])), (np.ones((64, 4)), np.zeros(64, np.intp))
     )
     way.steps(3)
     before = way.training.optimizer.params[0].copy()
@@ -334,8 +335,8 @@ def test_output_that_is_no_folder(tmp_path, capsys):
 def test_names_of_the_option_are_those_of_the_table():
     from fastrms.cli import bench
 
-    assert tuple(contenders.CONTENDERS) == bench.KERNELS
-    assert insitu.KERNELS == bench.IN_SITU_KERNELS
+    assert tuple(implementations.CONTENDERS) == bench.KERNELS
+    assert in_situ.KERNELS == bench.IN_SITU_KERNELS
 
 
 @pytest.mark.parametrize("names", [["numexpr"], pytest.param(["torch", "torch-foreach"], marks=pytest.mark.torch)])

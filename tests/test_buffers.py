@@ -15,8 +15,8 @@ from helpers import assert_same_bits, case_id, count_calls, leaves, same_structu
 from numpy.lib.stride_tricks import as_strided
 
 from fastrms import DtypeError, FlatBuffer, StructureError
-from fastrms.buffers import Layout
-from fastrms.overlap import refuse_overlap
+from fastrms.buffers.flat import Layout
+from fastrms.buffers.overlap import refuse_overlap
 
 Pair = namedtuple("Pair", "W b")
 

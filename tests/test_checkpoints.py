@@ -25,7 +25,8 @@ from helpers import JIT, assert_same_bits, case_id, leaves, same_structure, step
 from test_contract import OPTIONS
 from test_nonfinite import everything
 
-from fastrms import CheckpointError, DeviceError, OptionError, OptionTypeError, RMSProp, StorageError, archives, heads
+from fastrms import CheckpointError, DeviceError, OptionError, OptionTypeError, RMSProp, StorageError
+from fastrms.checkpoints import formats, metadata
 
 KINDS = ["dict", "npz", "safetensors"]
 MUTATIONS = 10_000
@@ -258,7 +259,7 @@ def reordered(tree, like):
 @pytest.mark.parametrize("dtypes", ["ff", "fd", "bfloat16"])
 @pytest.mark.parametrize("name", ORDERS)
 def test_keys_in_another_order_are_matched_by_path(name, dtypes, kind, storage, rng, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastrms.mapped.PART_BYTES", 8)
+    monkeypatch.setattr("fastrms.backends.mapped.PART_BYTES", 8)
     shapes, others = ORDERS[name]
     options = {"momentum": 0.5, "centered": True, "bias_correction": True}
     if dtypes == "bfloat16":
@@ -373,7 +374,7 @@ def test_a_disk_or_memory_that_fails_is_not_called_a_bad_file(tmp_path, monkeypa
         def fail(*arguments, error=error):
             raise error
 
-        monkeypatch.setattr(archives, "checksum", fail)
+        monkeypatch.setattr(formats, "checksum", fail)
         for load in (opt.load, RMSProp.from_checkpoint):
             with pytest.raises(type(error)) as caught:
                 load(tmp_path / "state.npz")
@@ -421,7 +422,7 @@ def with_skipped(state, counts):
 CHANGES = {
     "no dict": (lambda s: [], "expected what RMSProp.state_dict"),
     "another dict": (lambda s: {"steps": 3}, "expected what RMSProp.state_dict"),
-    "newer": (lambda s: s | {"version": heads.VERSION + 1}, "needs a newer fastrms"),
+    "newer": (lambda s: s | {"version": metadata.VERSION + 1}, "needs a newer fastrms"),
     "version 0": (lambda s: s | {"version": 0}, "version: expected 1 to"),
     "no version": (lambda s: s | {"version": None}, "version: expected 1 to"),
     "steps": (lambda s: s | {"steps": -1}, "steps: expected a number of steps, got -1"),
@@ -526,7 +527,7 @@ def with_head(entries, **changes):
 
 def with_array(entries, name, values):
     array = np.array(values, entries[name].dtype)
-    checksums = json.loads(bytes(entries["head"]))["checksums"] | {name: archives.checksum([array])}
+    checksums = json.loads(bytes(entries["head"]))["checksums"] | {name: formats.checksum([array])}
     return with_head(entries, checksums=checksums) | {name: array}
 
 
@@ -686,7 +687,7 @@ def test_the_mode_of_a_file_that_is_saved_over_stays(kind, mode, tmp_path):
 def test_what_replaces_a_private_file_is_private_from_the_first_byte_on(tmp_path):
     path = tmp_path / "state.npz"
     path.touch(0o600)
-    with archives.replaced(path) as temporary:
+    with formats.replaced(path) as temporary:
         assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
 
 
@@ -707,9 +708,9 @@ def test_another_group_that_cannot_be_kept_gets_no_rights():
     program = """if True:
         import os, sys
         from pathlib import Path
-        from fastrms import archives
+        from fastrms.checkpoints import formats
         os.setgroups([]); os.setgid(1235); os.setuid(1234)
-        with archives.replaced(Path(sys.argv[1])) as temporary:
+        with formats.replaced(Path(sys.argv[1])) as temporary:
             temporary.write_text("new")
     """
     with tempfile.TemporaryDirectory() as folder:  # others cannot look into pytest's own
@@ -866,6 +867,6 @@ def test_a_file_that_cannot_be_made_is_named_as_it_was_given(tmp_path, monkeypat
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     opt = RMSProp([np.ones(2)])
-    monkeypatch.setattr(archives.os, "open", refuse)  # what the superuser may do is no test of it
+    monkeypatch.setattr(formats.os, "open", refuse)  # what the superuser may do is no test of it
     with pytest.raises(PermissionError, match=r"one that is read-only: '.*state\.npz'$"):
         opt.save(tmp_path / "state.npz")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from fastrms import RMSProp
-from fastrms.kernels import UPDATES, choice
-from fastrms.kernels.choice import Chooser
+from fastrms.backends import tuner
+from fastrms.backends.tuner import Tuner
+from fastrms.kernels import UPDATES, threads
 
 
 class Training:
@@ -18,7 +19,7 @@ class Training:
 
     def __init__(self, **seconds):
         self.seconds, self.now, self.used = seconds, 0.0, []
-        self.chooser = Chooser(lambda: self.now)
+        self.chooser = Tuner(lambda: self.now)
         self.chooser.step_done()
 
     def run(self, steps):
@@ -29,7 +30,7 @@ class Training:
         return self
 
 
-TRIAL = Chooser.ROUNDS * Chooser.STEPS
+TRIAL = Tuner.ROUNDS * Tuner.STEPS
 
 
 def test_nothing_is_tried_in_the_first_seconds():
@@ -49,7 +50,7 @@ def test_the_faster_one_is_kept():
 
 def test_a_trial_of_a_much_slower_kernel_ends_after_its_first_round():
     training = Training(serial=0.01, parallel=0.1).run(500)
-    assert training.used.count("parallel") == Chooser.STEPS
+    assert training.used.count("parallel") == Tuner.STEPS
     assert training.used[-1] == "serial"
 
 
@@ -69,9 +70,9 @@ def test_it_looks_again_at_once_when_steps_become_slower():
     training = Training(serial=0.01, parallel=0.006).run(400)
     assert training.used[-1] == "parallel"
     training.seconds = {"serial": 0.011, "parallel": 0.1}  # another program took a core
-    training.run(Chooser.SLOW_STEPS + 2 * Chooser.STEPS + 1)
+    training.run(Tuner.SLOW_STEPS + 2 * Tuner.STEPS + 1)
     assert training.used[-1] == "serial"
-    assert training.used[-50:].count("parallel") > Chooser.SLOW_STEPS
+    assert training.used[-50:].count("parallel") > Tuner.SLOW_STEPS
 
 
 def test_a_pause_between_steps_is_no_training():
@@ -98,7 +99,7 @@ def test_threads_that_wake_up_after_a_pause_do_not_decide():
     for _ in range(20):
         training.now += 100.0
         training.seconds["parallel"] = 240e-6
-        training.run(2 * Chooser.SLOW_STEPS)
+        training.run(2 * Tuner.SLOW_STEPS)
         training.seconds["parallel"] = 24e-6
         training.run(200)
     assert set(training.used) == {"parallel"}
@@ -126,11 +127,11 @@ def test_single_slow_steps_do_not_decide():
 @pytest.fixture
 def small_trials(monkeypatch):
     """Trials begin at once, and with few elements."""
-    monkeypatch.setattr(Chooser, "FIRST_LOOK", 0.0)
-    monkeypatch.setattr(Chooser, "LAST_LOOK", 0.0)
-    monkeypatch.setattr(Chooser, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(Chooser, "DROPPED_SECONDS", 0.0)
-    monkeypatch.setattr(choice, "TRY_PARALLEL_FROM", 50)
+    monkeypatch.setattr(Tuner, "FIRST_LOOK", 0.0)
+    monkeypatch.setattr(Tuner, "LAST_LOOK", 0.0)
+    monkeypatch.setattr(Tuner, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(Tuner, "DROPPED_SECONDS", 0.0)
+    monkeypatch.setattr(tuner, "TRY_PARALLEL_FROM", 50)
 
 
 def test_bits_do_not_depend_on_trials(small_trials, rng, monkeypatch):
@@ -158,20 +159,20 @@ def test_explain_says_what_runs_and_why(small_trials):
     assert opt.explain()[0].endswith("numpy, as asked for")
     one = RMSProp([np.zeros(60)], num_threads=1)
     assert one.explain() == ["group 0, 60 float64 in 1 arrays: serial; there is one thread"]
-    assert one._chooser is None
+    assert one._tuner is None
 
 
 def test_only_auto_with_many_elements_and_threads_is_watched():
-    many = [np.zeros(choice.TRY_PARALLEL_FROM)]
-    assert RMSProp(many)._chooser is not None
-    assert RMSProp([np.zeros(choice.TRY_PARALLEL_FROM - 1)])._chooser is None
+    many = [np.zeros(tuner.TRY_PARALLEL_FROM)]
+    assert RMSProp(many)._tuner is not None
+    assert RMSProp([np.zeros(tuner.TRY_PARALLEL_FROM - 1)])._tuner is None
     for kernel in ("numpy", "serial", "parallel"):
         opt = RMSProp(many, kernel=kernel)
-        assert opt._chooser is None
+        assert opt._tuner is None
         opt.kernel = "auto"
-        assert opt._chooser is not None
+        assert opt._tuner is not None
         opt.num_threads = 1
-        assert opt._chooser is None
+        assert opt._tuner is None
 
 
 def test_num_threads_holds_during_the_step_only(monkeypatch):
@@ -208,7 +209,7 @@ def test_num_threads_is_given_back_after_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("users_own", "expected"),
     [
-        ({}, f"GOMP_SPINCOUNT = '{choice.SPIN_COUNT}'"),
+        ({}, f"GOMP_SPINCOUNT = '{threads.SPIN_COUNT}'"),
         ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
         ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
     ],

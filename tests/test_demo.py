@@ -7,8 +7,9 @@ import pytest
 from helpers import bits
 
 from fastrms import RMSProp
-from fastrms.cli import data, demo, main, mlp
-from fastrms.cli.training import Training, first_difference, train_both
+from fastrms.cli import demo, main
+from fastrms.demo import data, mlp
+from fastrms.demo.training import Training, first_difference, train_both
 from fastrms.kernels.reference import ReferenceRMSProp
 
 DTYPES = ("float32", "float64")

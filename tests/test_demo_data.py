@@ -8,7 +8,8 @@ import pytest
 from helpers import bits
 from sklearn.model_selection import train_test_split
 
-from fastrms.cli import data, main
+from fastrms.cli import main
+from fastrms.demo import data
 
 TINY = ["--hidden", "4", "--epochs", "1", "--batch-size", "512"]
 

@@ -8,9 +8,9 @@ from helpers import assert_same_bits, bits
 
 import fastrms
 from fastrms import OptionError, OptionTypeError
-from fastrms.descent import METHODS, AdaGrad, GradientDescent, Momentum, descend
 from fastrms.kernels.reference import ReferenceRMSProp
-from fastrms.landscapes import LANDSCAPES, Landscape
+from fastrms.plots.functions import LANDSCAPES, Landscape
+from fastrms.plots.trajectories import METHODS, AdaGrad, GradientDescent, Momentum, descend
 
 TORCH = {
     "gradient-descent": ("SGD", {}),

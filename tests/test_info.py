@@ -11,7 +11,8 @@ import pytest
 from helpers import JIT
 
 import fastrms
-from fastrms.cli import info, machine, main
+from fastrms.bench import machine
+from fastrms.cli import info, main
 
 pytestmark = pytest.mark.skipif(not JIT, reason="there is nothing to say about kernels that are not compiled")
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import JIT, assert_same_bits, wide
 
 from fastrms import RMSProp
-from fastrms.kernels import UPDATES, choice, cpu, norms, pointers
+from fastrms.kernels import UPDATES, cpu, norms, pointers, threads
 
 pytestmark = pytest.mark.skipif(not JIT, reason="only compiled code can leave its arrays")
 
@@ -131,5 +131,5 @@ def test_norms(size, dtype, guarded, rng):
 
 def test_threads_are_there():
     """Otherwise the parallel kernels would have run as serial ones."""
-    assert choice.threads_work()
-    assert choice.max_threads() > 1
+    assert threads.threads_work()
+    assert threads.max_threads() > 1

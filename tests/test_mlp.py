@@ -5,7 +5,7 @@ import pytest
 from helpers import bits
 
 from fastrms import RMSProp
-from fastrms.cli import mlp
+from fastrms.demo import mlp
 
 DTYPES = ("float32", "float64")
 

@@ -283,7 +283,8 @@ def test_the_demo_fails_where_the_losses_are_not_those_of_one_process(tmp_path):
     # Ranks see other rows than one process does.
     code = """if True:
         import sys
-        from fastrms.cli import main, data_parallel
+        from fastrms.cli import main
+        from fastrms.demo import data_parallel
         whole = data_parallel.loss_and_gradients
         data_parallel.loss_and_gradients = lambda params, x, y, out: whole(params, 1.01 * x, y, out)
         sys.exit(main(sys.argv[1:]))

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from fastrms.cli import main, path
-from fastrms.descent import descend
+from fastrms.plots.trajectories import descend
 
 MODULE = """
 import math
-from fastrms.landscapes import Landscape
+from fastrms.plots.functions import Landscape
 def f(x, y): return math.cosh(x) + y**2
 def gradient(x, y): return math.sinh(x), 2 * y
 def none(x, y): return None

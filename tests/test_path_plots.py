@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastrms import OptionError, OptionTypeError, plots
-from fastrms.descent import descend
-from fastrms.landscapes import LANDSCAPES, Landscape
+from fastrms.plots.functions import LANDSCAPES, Landscape
+from fastrms.plots.trajectories import descend
 
 EIGHT = {
     "settings": [{"lr": 0.01 * k} for k in range(1, 6)],

@@ -115,10 +115,10 @@ def stepping():
 
 def trying():
     from fastrms import RMSProp
-    from fastrms.kernels.choice import Chooser
-    Chooser.FIRST_LOOK = 0.0
+    from fastrms.backends.tuner import Tuner
+    Tuner.FIRST_LOOK = 0.0
     optimizer = RMSProp(parameters())
-    while optimizer._chooser.reason.startswith("after"):
+    while optimizer._tuner.reason.startswith("after"):
         optimizer.step()
 
 def saving():
@@ -222,8 +222,8 @@ print("\\nchanged: " + json.dumps(different, default=str), file=sys.stderr, flus
 
 
 AT_EXIT = {
-    "functions at exit": ["fastrms.storage._close_all"],
-    "functions at fork": ["fastrms.kernels.choice._in_child"],
+    "functions at exit": ["fastrms.backends.storage._close_all"],
+    "functions at fork": ["fastrms.kernels.threads._in_child"],
 }
 
 

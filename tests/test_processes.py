@@ -13,7 +13,7 @@ import pytest
 from helpers import JIT, assert_same_bits, steps
 
 from fastrms import RMSProp
-from fastrms.kernels import choice
+from fastrms.kernels import threads
 from fastrms.kernels.reference import ReferenceRMSProp
 
 LAYERS = ["omp", "workqueue", "tbb"]
@@ -183,4 +183,4 @@ def test_other_ways_to_start_processes(way, layer):
 
 
 def test_a_process_whose_threads_were_never_started_can_start_them():
-    assert choice.threads_work()
+    assert threads.threads_work()

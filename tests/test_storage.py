@@ -15,7 +15,7 @@ import pytest
 from helpers import JIT, assert_same_bits, leaves, same_structure, wide
 from test_checkpoints import KEYS, OTHER_KEYS, posix
 
-import fastrms.mapped
+import fastrms.backends.mapped
 from fastrms import (
     DeviceError,
     DtypeError,
@@ -34,7 +34,7 @@ STATE = ("params", "cache", "momentum_buffer", "grad_avg")
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of one page, so that small arrays are cut."""
-    monkeypatch.setattr(fastrms.mapped, "PART_BYTES", 4096)
+    monkeypatch.setattr(fastrms.backends.mapped, "PART_BYTES", 4096)
 
 
 @pytest.fixture
@@ -487,7 +487,7 @@ def test_a_buffer_that_cannot_be_made_leaves_the_folder_as_it_was(path, monkeypa
             assert caught.value.errno == errno.ENOSPC
             assert sorted(contents(path)) == names
     with monkeypatch.context() as patch:
-        patch.setattr(fastrms.mapped.mmap, "mmap", full)
+        patch.setattr(fastrms.backends.mapped.mmap, "mmap", full)
         with pytest.raises(OSError, match="No space"):
             opt.param_groups[0]["momentum"] = 0.5
         assert sorted(contents(path)) == names
@@ -555,7 +555,9 @@ def test_what_cannot_be_removed_does_not_hide_the_error(path, monkeypatch):
     path.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuses)
-        patch.setattr(fastrms.storage.Storage, "_write_head", lambda *a, **k: (_ for _ in ()).throw(KeyError("mine")))
+        patch.setattr(
+            fastrms.backends.storage.Storage, "_write_head", lambda *a, **k: (_ for _ in ()).throw(KeyError("mine"))
+        )
         with pytest.raises(KeyError, match="mine"):
             RMSProp([np.ones(3)], storage=path)
     assert list(contents(path)) == ["params.bin"]

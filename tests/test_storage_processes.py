@@ -33,9 +33,9 @@ def run(program, *arguments, status=0):
 TRAIN = """
     import os, signal, sys
     import numpy as np
-    import fastrms.mapped
+    import fastrms.backends.mapped
     from fastrms import RMSProp
-    fastrms.mapped.PART_BYTES = 4096
+    fastrms.backends.mapped.PART_BYTES = 4096
     start = np.linspace(-1, 1, 9000)
     opt = RMSProp([start], storage=sys.argv[1], momentum=0.5)
     def train(steps):
@@ -87,13 +87,13 @@ def test_killed_in_a_step(part, path):
         TRAIN
         + f"""
     train(2); opt.flush(); train(2)
-    release, left = fastrms.storage.Storage.release, [4 * {part} + 1]
+    release, left = fastrms.backends.storage.Storage.release, [4 * {part} + 1]
     def release_or_die(self, array):
         left[0] -= bool(self.counts[0])  # where gradients are copied, that comes first
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         release(self, array)
-    fastrms.storage.Storage.release = release_or_die
+    fastrms.backends.storage.Storage.release = release_or_die
     train(1)
     """
     )
@@ -112,7 +112,9 @@ def test_killed_in_a_step(part, path):
 
 
 def test_killed_while_it_is_made(path):
-    program = TRAIN.replace("opt = ", "fastrms.storage.Storage._write_head = lambda *a, **k: os._exit(3)\n    opt = ")
+    program = TRAIN.replace(
+        "opt = ", "fastrms.backends.storage.Storage._write_head = lambda *a, **k: os._exit(3)\n    opt = "
+    )
     run(program, path, status=3)
     with pytest.raises(StorageError, match="it was not finished: remove it"):
         RMSProp.reopen(path)

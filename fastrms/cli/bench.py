@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrms.cli import cases
+from fastrms.bench import cases
 from fastrms.cli.common import (
     CommandError,
     make_console,
@@ -24,10 +24,10 @@ from fastrms.cli.progress import show_progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastrms.cli.contenders import Contender
-    from fastrms.cli.insitu import InSituRow
-    from fastrms.cli.measure import Entry, Row, Where
-    from fastrms.cli.workers import Remote
+    from fastrms.bench.implementations import Contender
+    from fastrms.bench.in_situ import InSituRow
+    from fastrms.bench.measure import Entry, Row, Where
+    from fastrms.bench.workers import Remote
 
 __all__ = ["STEM", "STEM_IN_SITU", "add_command", "run"]
 
@@ -141,8 +141,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int:
-    from fastrms.cli import device, measure, report
-    from fastrms.cli.contenders import CONTENDERS, load_kernel
+    from fastrms.bench import device, measure, report
+    from fastrms.bench.implementations import CONTENDERS, load_kernel
 
     own = {name: load_kernel(name) for name in args.kernel}
     chosen, skipped = _choose(args)
@@ -205,7 +205,7 @@ def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int
 
 
 def _run_in_situ(args: argparse.Namespace, console: "Console", threads: int) -> int:
-    from fastrms.cli import insitu, report
+    from fastrms.bench import in_situ, report
 
     names = args.networks or (cases.QUICK_NETWORKS if args.quick else list(cases.NETWORKS))
     todo = [(name, _widths(name), dtype) for dtype in args.dtypes for name in names]
@@ -216,8 +216,8 @@ def _run_in_situ(args: argparse.Namespace, console: "Console", threads: int) -> 
             for name, widths, dtype in todo:
                 first = len(rows)
                 try:
-                    insitu.measure_training(
-                        name, widths, dtype, args.kernels or insitu.KERNELS, args.threads, args.min_time, rows=rows,
+                    in_situ.measure_training(
+                        name, widths, dtype, args.kernels or in_situ.KERNELS, args.threads, args.min_time, rows=rows,
                         on_progress=on_progress,
                     )  # fmt: skip
                 finally:
@@ -247,7 +247,7 @@ def _widths(name: str) -> tuple[int, ...]:
 
 def _choose(args: argparse.Namespace) -> "tuple[dict[str, Contender], dict[str, str]]":
     """The ways to time, and why others are left out."""
-    from fastrms.cli.contenders import CONTENDERS, missing
+    from fastrms.bench.implementations import CONTENDERS, missing
 
     chosen, skipped = {}, {}
     for name, contender in CONTENDERS.items():
@@ -272,8 +272,8 @@ def _entries(
     chosen: "dict[str, Contender]", threads: int, timeout: float, remotes: "dict[str, Remote]"
 ) -> "tuple[dict[str, Entry], dict[str, Entry]]":
     """The ways and the machine's limit, each with where it runs; processes are started and added to `remotes`."""
-    from fastrms.cli.measure import Entry
-    from fastrms.cli.workers import LIMIT_PARALLEL, LIMIT_SERIAL, Remote, Session
+    from fastrms.bench.measure import Entry
+    from fastrms.bench.workers import LIMIT_PARALLEL, LIMIT_SERIAL, Remote, Session
 
     here = Session(threads)
     entries: dict[str, Entry] = {}
@@ -293,7 +293,7 @@ def _entries(
 
 
 def _about(args: argparse.Namespace, threads: int, skipped: dict[str, str], complete: bool) -> dict[str, Any]:
-    from fastrms.cli import machine
+    from fastrms.bench import machine
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

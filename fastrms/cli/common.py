@@ -98,10 +98,10 @@ def load_numba() -> None:
 
 def start_threads() -> None:
     """Start Numba's threads, or raise CommandError where the environment asks for a threading layer that is missing."""
-    from fastrms.kernels import choice
+    from fastrms.kernels import threads
 
     try:
-        choice.start_threads()
+        threads.start_threads()
     except (ImportError, ValueError) as error:
         raise CommandError(f"Numba's threads cannot be started: {one_line(error)}") from None
 

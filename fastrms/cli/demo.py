@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import fastrms
-from fastrms.cli import data, mlp
+from fastrms import kernels
 from fastrms.cli.common import (
     CommandError,
     is_plain,
@@ -26,8 +26,9 @@ from fastrms.cli.common import (
     start_threads,
     whole_number,
 )
-from fastrms.cli.training import Training, first_difference, train_both
-from fastrms.kernels import choice
+from fastrms.demo import data, mlp
+from fastrms.demo.training import Training, first_difference, train_both
+from fastrms.kernels import threads
 from fastrms.optimizer import RMSProp
 from fastrms.plots import format_seconds, plot_training
 
@@ -93,7 +94,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help=f"of the split, the start and the batches {default}",
     )
     add("--dtype", choices=("float32", "float64"), default="float32", help=f"of parameters and data {default}")
-    add("--kernel", choices=choice.KERNELS, default="auto", help=f"what runs the update of fastrms {default}")
+    add("--kernel", choices=kernels.KERNELS, default="auto", help=f"what runs the update of fastrms {default}")
     add(
         "--gradients",
         choices=("list", "buffer"),
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, train_both, REFERENCE, FAST)
     require("mpi", "mpi4py")
     try:
-        from fastrms.cli import data_parallel
+        from fastrms.demo import data_parallel
     except ImportError as error:  # no library of MPI, for instance
         raise CommandError(str(error)) from None
 
@@ -189,7 +190,7 @@ def _run(args: argparse.Namespace, train: Callable[..., tuple[Training, Training
         if isinstance(fast.optimizer, RMSProp):
             say(console, f"Kernel{' of rank 0' if args.mpi else ''}: {fast.optimizer.explain()[0]}")
         if args.mpi:
-            from fastrms.cli.data_parallel import what_ranks_cost
+            from fastrms.demo.data_parallel import what_ranks_cost
 
             say(console, what_ranks_cost(fast))
     path = args.output / PLOT_NAME
@@ -216,7 +217,7 @@ def _describe(
     yield f"Network: {_network(sizes)}, {size:,} parameters, {args.dtype}"
     yield f"Training: {_count(args.epochs, 'epoch')} of {_count(batches, 'step')}, {batch_size:,} rows a batch"
     yield (
-        f"fastrms: kernel {args.kernel}, up to {_count(choice.max_threads(), 'thread')}"
+        f"fastrms: kernel {args.kernel}, up to {_count(threads.max_threads(), 'thread')}"
         f"{', which ranks share' if args.mpi else ''}, "
         f"gradients {'as a list' if args.gradients == 'list' else 'written into its buffer'}"
     )
@@ -261,7 +262,7 @@ def _compare(args: argparse.Namespace, reference: Training, fast: Training) -> t
         return text, _difference(reference, fast)
     if not np.isfinite(reference.losses).all() and not np.isfinite(fast.losses).all():
         return "", None
-    from fastrms.cli.data_parallel import apart
+    from fastrms.demo.data_parallel import apart
 
     return apart(reference, fast, args.dtype)
 

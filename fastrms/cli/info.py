@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fastrms.cli.cases import BATCH_SIZE, NETWORKS
+from fastrms.bench.cases import BATCH_SIZE, NETWORKS
 from fastrms.cli.common import CommandError, positive, start_threads
 
 __all__ = ["add_command", "run"]
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _facts() -> Iterator[str]:
     import numba
 
-    from fastrms.cli import device, machine
+    from fastrms.bench import device, machine
     from fastrms.kernels import cpu, pointers
 
     variables = machine.environment()  # ahead of libraries that set some for themselves
@@ -109,8 +109,8 @@ def _explain(seconds: float) -> list[str]:
     """Train for some seconds, and let the optimizer say what it chose."""
     import numpy as np
 
-    from fastrms.cli.mlp import init_params
-    from fastrms.cli.training import Training
+    from fastrms.demo.mlp import init_params
+    from fastrms.demo.training import Training
     from fastrms.optimizer import RMSProp
 
     rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def _explain(seconds: float) -> list[str]:
 
 
 def _advice() -> Iterator[str]:
-    from fastrms.cli import machine
+    from fastrms.bench import machine
 
     name, value = _TIMEOUT
     if not any("openblas" in line.lower() for line in machine.blas()):

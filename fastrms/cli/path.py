@@ -25,10 +25,10 @@ from fastrms.cli.common import (
     whole_number,
 )
 from fastrms.cli.progress import show_progress
-from fastrms.descent import METHODS, Descent, descend
 from fastrms.errors import FastrmsError
-from fastrms.landscapes import LANDSCAPES, Landscape
 from fastrms.plots import PANELS, animate, overview
+from fastrms.plots.functions import LANDSCAPES, Landscape
+from fastrms.plots.trajectories import METHODS, Descent, descend
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     CommandError
         A package, the function or the output folder cannot be used, or options do not go together.
     FastrmsError
-        As `fastrms.descent.descend` raises it.
+        As `fastrms.plots.trajectories.descend` raises it.
     """
     require("plot", "matplotlib", "rich")
     _check_pairs(args)

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.kernels import reference
-from fastrms.kernels.choice import one_at_a_time
 from fastrms.kernels.compiled import inner, jit
 from fastrms.kernels.cpu import gradient_part
+from fastrms.kernels.threads import one_at_a_time
 
 __all__ = ["CHUNK", "LANES", "AddUp", "SpanNorms", "combine", "scale_to"]
 

@@ -14,16 +14,16 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends.plan import Run
+from fastrms.buffers.flat import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
-from fastrms.kernels import choice
+from fastrms.kernels import threads
 from fastrms.kernels.norms import AddUp
-from fastrms.mpi.handover import Handover
-from fastrms.mpi.ranks import Bounds, Ranks, check_timeout, end_together, named
-from fastrms.mpi.unsharded import Unsharded
+from fastrms.mpi.buckets import Handover
+from fastrms.mpi.checkpoints import Unsharded
+from fastrms.mpi.communicator import Bounds, Ranks, check_timeout, end_together, named
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, check_one_of
-from fastrms.runs import Run
 
 __all__ = ["ShardedRMSProp"]
 
@@ -123,7 +123,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         if self._ranks.size > 1:
             end_together()
         if options.get("num_threads") is None:
-            options["num_threads"] = min(self._ranks.threads, choice.max_threads())
+            options["num_threads"] = min(self._ranks.threads, threads.max_threads())
         with self._ranks.leaving():
             try:
                 if error is None:
@@ -436,7 +436,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         try:  # not `leaving()`, which a step would notice
             self._counts.writing = self._options_fixed = True
             anywhere = self._exchange(rates, present, error)
-            kernel = self._kernel if self._chooser is None else self._chooser.kernel
+            kernel = self._kernel if self._tuner is None else self._tuner.kernel
             calls = self._calls_for(rates, kernel, anywhere, None)
             if calls is None:
                 self.skipped_steps += 1
@@ -447,8 +447,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             raise
         finally:
             self._counts.writing = self._options_fixed = False
-        if self._chooser is not None:
-            self._chooser.step_done()
+        if self._tuner is not None:
+            self._tuner.step_done()
         return self._params.views
 
     def _elsewhere(self, calls: list[Any]) -> Iterable[None]:

@@ -3,10 +3,10 @@
 Matplotlib (extras ``plot``, ``demo`` and ``bench``) is imported when one is made.
 """
 
-from fastrms.descent import descend
-from fastrms.landscapes import Landscape
+from fastrms.plots.functions import Landscape
 from fastrms.plots.measurements import format_seconds, plot_throughput, plot_training
 from fastrms.plots.paths import PANELS, animate, overview, path, rates, surface, values
+from fastrms.plots.trajectories import descend
 
 __all__ = [
     "PANELS",

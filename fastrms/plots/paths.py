@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.descent import Descent, Trace, descend
 from fastrms.errors import OptionError, OptionTypeError
+from fastrms.plots.trajectories import Descent, Trace, descend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +55,9 @@ def path(function: Any = "ellipse", *, ax: "Axes | None" = None, **options: Any)
     Parameters
     ----------
     function : str, callable, Landscape or Descent, default "ellipse"
-        What `fastrms.descent.descend` takes: ``"bowl"``, ``"ellipse"``, ``"rosenbrock"``, ``"beale"``, ``"saddle"``,
-        ``"ravine"``, a function that is called with two floats and returns a number, or a
-        `fastrms.landscapes.Landscape`. Or what `descend` returned, for several pictures of the same paths.
+        What `fastrms.plots.trajectories.descend` takes: ``"bowl"``, ``"ellipse"``, ``"rosenbrock"``, ``"beale"``,
+        ``"saddle"``, ``"ravine"``, a function that is called with two floats and returns a number, or a
+        `fastrms.plots.functions.Landscape`. Or what `descend` returned, for several pictures of the same paths.
     ax : matplotlib.axes.Axes, optional
         Where to draw. By default axes of a new figure of pyplot.
     **options

@@ -21,8 +21,8 @@ from fastrms import (
     StructureError,
 )
 from fastrms import cuda as ours
-from fastrms.cli import device
-from fastrms.cli.cases import Case
+from fastrms.bench import device
+from fastrms.bench.cases import Case
 from fastrms.cli.common import CommandError
 from fastrms.kernels.reference import ReferenceRMSProp
 

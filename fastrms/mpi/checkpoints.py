@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.mpi.ranks import Bounds, Ranks, check_timeout
+from fastrms.mpi.communicator import Bounds, Ranks, check_timeout
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers.flat import FlatBuffer
 from fastrms.errors import StorageError
 from fastrms.kernels.norms import CHUNK, SpanNorms
 
 __all__ = ["PART_BYTES", "MappedFile", "PartNorms", "StoredBuffer", "mapped_elsewhere", "open_own"]
 
 Array = NDArray[Any]
-_Storage = Any  # a `fastrms.storage.Storage`, which imports this file
+_Storage = Any  # a `fastrms.backends.storage.Storage`, which imports this file
 
 # How much of each array a step works on at a time. With 2 GB of data in 512 MB of memory, 1 MB took 1.2 s a step, every
 # time; 4 and 16 MB took up to 2.9 s now and then. Tried and left out: to ask for the next part ahead (MADV_WILLNEED,

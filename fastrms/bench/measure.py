@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from fastrms.cli.cases import Case
+from fastrms.bench.cases import Case
+from fastrms.bench.roofline import percent_of_limit, rates
+from fastrms.bench.workers import LIMIT_PARALLEL, LIMIT_SERIAL
 from fastrms.cli.common import CommandError
-from fastrms.cli.roofline import percent_of_limit, rates
-from fastrms.cli.workers import LIMIT_PARALLEL, LIMIT_SERIAL
 
 __all__ = ["Entry", "Row", "Where", "measure"]
 
@@ -24,7 +24,7 @@ PAUSE = 0.02
 
 
 class Where(Protocol):
-    """What ways run in: `fastrms.cli.workers.Session` or `Remote`."""
+    """What ways run in: `fastrms.bench.workers.Session` or `Remote`."""
 
     def open(self, name: str, case: Case) -> str:
         """Make a way ready and compare its result with the reference's."""

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
-from fastrms.cli import roofline
-from fastrms.cli.cases import Case
+from fastrms.bench import roofline
+from fastrms.bench.cases import Case
+from fastrms.bench.implementations import CONTENDERS, load_kernel
+from fastrms.bench.problem import Problem, Runner, check
 from fastrms.cli.common import CommandError
-from fastrms.cli.contenders import CONTENDERS, load_kernel
-from fastrms.cli.problem import Problem, Runner, check
-from fastrms.kernels import choice
+from fastrms.kernels import threads
 from fastrms.optimizer import RMSProp
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _limit(problem: Problem, parallel: bool) -> Runner:
         touch(p, g, c, half, *fetch)
         return time.perf_counter() - start
 
-    with choice.limit_threads(problem.threads):
+    with threads.limit_threads(problem.threads):
         trials = [[taken(fetch) for fetch in roofline.FETCHES] for _ in range(FETCH_TRIALS)]
     fetch = roofline.FETCHES[int(np.argmin(np.median(trials, axis=0)))]
 
@@ -246,7 +246,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     # Standard output is for results, and what other libraries have to say about themselves is not ours to print.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from fastrms.cli.peers import limit_processors
+    from fastrms.bench.peers import limit_processors
 
     limit_processors(threads)
     session = Session(threads)

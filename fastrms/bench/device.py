@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fastrms.cli.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
+from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
+from fastrms.bench.measure import Row
+from fastrms.bench.roofline import rates
 from fastrms.cli.common import CommandError
-from fastrms.cli.measure import Row
-from fastrms.cli.roofline import rates
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.cli.mlp import loss_and_gradients
+from fastrms.demo.mlp import loss_and_gradients
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
@@ -40,7 +40,7 @@ class Training:
     optimizer_seconds: list[float] = field(default_factory=list)
 
     def step(self, x: Array, y: NDArray[np.intp]) -> None:
-        """Train on one batch (`fastrms.cli.mlp.loss_and_gradients` has the shapes)."""
+        """Train on one batch (`fastrms.demo.mlp.loss_and_gradients` has the shapes)."""
         optimizer = self.optimizer
         start = perf_counter()
         loss, gradients = loss_and_gradients(optimizer.params, x, y, self.out)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastrms.bench.in_situ import InSituRow
+from fastrms.bench.measure import Row
 from fastrms.cli.common import CommandError, from_start, is_plain, make_table, print_table, say
-from fastrms.cli.insitu import InSituRow
-from fastrms.cli.measure import Row
 from fastrms.plots import format_seconds
 
 if TYPE_CHECKING:

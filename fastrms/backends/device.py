@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastrms.buffers import FlatBuffer, Layout, _can_store, _castable_to, _empty
+from fastrms.buffers.flat import FlatBuffer, Layout, _can_store, _castable_to, _empty
 from fastrms.errors import DtypeError, OptionTypeError, StructureError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import dlpack, pointers

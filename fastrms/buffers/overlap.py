@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers import Layout
+from fastrms.buffers.flat import Layout
 from fastrms.errors import StructureError
 
 __all__ = ["refuse_overlap"]

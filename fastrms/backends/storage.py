@@ -26,9 +26,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms import mapped
-from fastrms.archives import replaced
-from fastrms.buffers import Layout
+from fastrms.backends import mapped
+from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
+from fastrms.buffers.flat import Layout
+from fastrms.checkpoints.formats import replaced
+from fastrms.checkpoints.metadata import (
+    MOST_STEPS,
+    check_head,
+    check_skipped,
+    encode,
+    get_lr,
+    groups_of,
+    head_of,
+    params_of,
+)
 from fastrms.errors import (
     CheckpointError,
     FastrmsError,
@@ -38,9 +49,7 @@ from fastrms.errors import (
     StructureError,
     call_all,
 )
-from fastrms.heads import MOST_STEPS, check_head, check_skipped, encode, get_lr, groups_of, head_of, params_of
 from fastrms.kernels.norms import SpanNorms
-from fastrms.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.options import check_one_of
 
 if sys.platform != "win32":

@@ -76,7 +76,7 @@ class Landscape:
 
     Examples
     --------
-    >>> from fastrms.landscapes import Landscape
+    >>> from fastrms.plots.functions import Landscape
     >>> tilted = Landscape(lambda x, y: (x + y) ** 2 + y**2, name="tilted", minima=[(0, 0)])
     >>> tilted.value_at(1.0, 2.0)
     13.0

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.cli.cases import BATCH_SIZE, LR
+from fastrms.bench.cases import BATCH_SIZE, LR
+from fastrms.bench.workers import SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS
 from fastrms.cli.common import CommandError
-from fastrms.cli.mlp import count_params, init_params
-from fastrms.cli.training import Training, first_difference
-from fastrms.cli.workers import SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS
+from fastrms.demo.mlp import count_params, init_params
+from fastrms.demo.training import Training, first_difference
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastrms.cli.cases import DECAY_RATE, EPSILON, LR
-from fastrms.cli.problem import Problem, Runner
+from fastrms.bench.cases import DECAY_RATE, EPSILON, LR
+from fastrms.bench.problem import Problem, Runner
 
 __all__ = ["limit_processors", "numexpr", "optax", "torch_compiled", "torch_foreach", "torch_loop"]
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastrms.buffers import FlatBuffer
-from fastrms.mpi.ranks import Bounds, Piece, Ranks
+from fastrms.buffers.flat import FlatBuffer
+from fastrms.mpi.communicator import Bounds, Piece, Ranks
 
 __all__ = ["Handover"]
 

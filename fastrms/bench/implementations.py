@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastrms.cli.cases import DECAY_RATE, EPSILON, LR
+from fastrms.bench.cases import DECAY_RATE, EPSILON, LR
+from fastrms.bench.problem import Problem, Runner, numbers
 from fastrms.cli.common import CommandError, find_object
-from fastrms.cli.problem import Problem, Runner, numbers
 from fastrms.kernels.reference import ReferenceRMSProp
 
 __all__ = ["CONTENDERS", "Contender", "load_kernel", "missing"]
@@ -131,7 +131,7 @@ def load_kernel(name: str) -> Contender:
 def _peer(function: str) -> Callable[[Problem], Runner]:
     def make(problem: Problem) -> Runner:
         # Imported with the first of them, in the process that runs them.
-        peers = importlib.import_module("fastrms.cli.peers")
+        peers = importlib.import_module("fastrms.bench.peers")
         runner: Runner = getattr(peers, function)(problem)
         return runner
 

@@ -12,9 +12,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.cli.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
+from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
 from fastrms.cli.common import CommandError
-from fastrms.kernels import choice
+from fastrms.kernels import threads
 from fastrms.kernels.reference import ReferenceRMSProp, from_bfloat16
 from fastrms.optimizer import RMSProp
 
@@ -55,10 +55,10 @@ class Problem:
     def new_optimizer(self, kernel: str, cache_dtype: str | None = None) -> RMSProp:
         """An optimizer of this case's arrays."""
         # Setting the number for each step takes time, which no one pays who wants all threads.
-        choice.start_threads()
-        threads = None if self.threads == numba.get_num_threads() else self.threads
+        threads.start_threads()
+        num_threads = None if self.threads == numba.get_num_threads() else self.threads
         return RMSProp(
-            self.params, LR, DECAY_RATE, EPSILON, kernel=kernel, num_threads=threads, cache_dtype=cache_dtype
+            self.params, LR, DECAY_RATE, EPSILON, kernel=kernel, num_threads=num_threads, cache_dtype=cache_dtype
         )
 
     def copies(self) -> tuple[list[Array], list[Array]]:

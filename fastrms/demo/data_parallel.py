@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.cli.common import CommandError
-from fastrms.cli.mlp import loss_and_gradients
-from fastrms.cli.training import Training
+from fastrms.demo.mlp import loss_and_gradients
+from fastrms.demo.training import Training
 from fastrms.errors import FastrmsError
 from fastrms.mpi import ShardedRMSProp
-from fastrms.mpi.ranks import MPI, end_all
+from fastrms.mpi.communicator import MPI, end_all
 from fastrms.optimizer import RMSProp
 
 __all__ = ["RankTraining", "apart", "comm", "ending_together", "train_one_and_all", "what_ranks_cost"]
@@ -75,7 +75,7 @@ def train_one_and_all(
     Parameters
     ----------
     start, x, y, epochs, batch_size, lr, kernel, into_buffer, rng, on_step
-        As for `fastrms.cli.training.train_both`; the same on all ranks.
+        As for `fastrms.demo.training.train_both`; the same on all ranks.
 
     Returns
     -------

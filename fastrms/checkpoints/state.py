@@ -15,10 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.archives import Kind, Source, checksum, compare_checksum, opened, reading, write
-from fastrms.buffers import Layout
+from fastrms.buffers.flat import Layout
+from fastrms.checkpoints.formats import Kind, Source, checksum, compare_checksum, opened, reading, write
+from fastrms.checkpoints.metadata import (
+    check_head,
+    check_keys,
+    check_skipped,
+    get_lr,
+    groups_of,
+    head_of,
+    kind_of,
+    params_of,
+)
 from fastrms.errors import CheckpointError
-from fastrms.heads import check_head, check_keys, check_skipped, get_lr, groups_of, head_of, kind_of, params_of
 from fastrms.options import ParamGroup, check_option
 
 __all__ = ["Checkpointed"]

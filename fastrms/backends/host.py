@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from fastrms import kernels
 from fastrms.attributes import Guarded
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends import tuner
+from fastrms.backends.plan import Run
+from fastrms.backends.storage import Storage
+from fastrms.buffers.flat import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, StepInProgressError, StructureError
-from fastrms.kernels import choice, cpu, pointers
+from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.norms import AddUp, combine, scale_to
 from fastrms.options import ParamGroup, ParamGroups, check_count, resolve_lr
-from fastrms.runs import Run
-from fastrms.storage import Storage
 
 __all__ = ["Stepping"]
 
@@ -141,7 +142,7 @@ class Stepping(Guarded):
             self._lock = threading.RLock()
             self._turn = threading.Lock()  # held, by whoever holds `_lock`, as long as a step is in progress
         self._in_memory = self._storage is None
-        choice.call_after_fork(self)
+        threads.call_after_fork(self)
         self._add_state(self._param_groups)
         self._kernel_changed()
 
@@ -202,9 +203,9 @@ class Stepping(Guarded):
                 self._buffers[name] = self._new_state(name)
 
     def _kernel_changed(self) -> None:
-        large = any(run.size >= choice.TRY_PARALLEL_FROM for run in self._runs)
-        watch = self._kernel == "auto" and large and self._threads() > 1 and choice.threads_work()
-        self._chooser = choice.Chooser() if watch else None
+        large = any(run.size >= tuner.TRY_PARALLEL_FROM for run in self._runs)
+        watch = self._kernel == "auto" and large and self._threads() > 1 and threads.threads_work()
+        self._tuner = tuner.Tuner() if watch else None
         # Where nothing parallel can run, no threads are started for the sake of a limit on them.
         self._uses_threads = watch or self._kernel == "parallel"
         self._zero_copy = self._kernel != "numpy" and pointers.available()
@@ -246,7 +247,7 @@ class Stepping(Guarded):
         if self._storage is not None:
             self._storage.check_open()
         self._refuse_replaced(from_buffer)
-        kernel = self._kernel if self._chooser is None else self._chooser.kernel
+        kernel = self._kernel if self._tuner is None else self._tuner.kernel
         arrays, present, in_place, updated = None, None, False, False
         if items is not None:
             if self._zero_copy and (self._storage is None or not self._storage.shows(items)):
@@ -275,8 +276,8 @@ class Stepping(Guarded):
                     self._storage.note_skipped(self)
             else:
                 self._run(calls, absent)
-        if self._chooser is not None:
-            self._chooser.step_done()
+        if self._tuner is not None:
+            self._tuner.step_done()
         return self._params.views
 
     def _refuse_replaced(self, from_buffer: bool) -> None:
@@ -321,7 +322,7 @@ class Stepping(Guarded):
             rates = self._scheduled_rates()
             if self._taken is not self._version:
                 self._take_options()
-            kernel = self._kernel if self._chooser is None else self._chooser.kernel
+            kernel = self._kernel if self._tuner is None else self._tuner.kernel
             for run in self._runs:
                 run.point_to(addresses)
                 if self._kernel_of(run, kernel) != "serial":  # which gathers by itself
@@ -330,8 +331,8 @@ class Stepping(Guarded):
             if calls is None:
                 calls = self._make_calls(rates, kernel, present, True)
             self._run(calls, None if present is None else ~present)
-            if self._chooser is not None:
-                self._chooser.step_done()
+            if self._tuner is not None:
+                self._tuner.step_done()
 
     def _plan(
         self,
@@ -456,7 +457,7 @@ class Stepping(Guarded):
                 calls.append((cpu.serial_from, 0, *run.with_sources(arguments)))
             else:
                 update = kernels.UPDATES[name]
-                calls.append((choice.one_at_a_time(update) if name == "parallel" else update, *arguments))
+                calls.append((threads.one_at_a_time(update) if name == "parallel" else update, *arguments))
         if self._version is not version:  # a signal handler has set options meanwhile
             return self._make_calls(rates, kernel, present, in_place)
         if (kernel, in_place) not in self._compiled:
@@ -472,14 +473,14 @@ class Stepping(Guarded):
 
     def _kernel_of(self, run: Run, kernel: str) -> str:
         """The kernel for a run where `kernel` is the one for large runs."""
-        if not choice.threads_work() and kernel == "parallel":
+        if not threads.threads_work() and kernel == "parallel":
             return "serial"
         if self._kernel != "auto":
             return kernel
-        return kernel if kernel == "parallel" and run.size >= choice.TRY_PARALLEL_FROM else "serial"
+        return kernel if kernel == "parallel" and run.size >= tuner.TRY_PARALLEL_FROM else "serial"
 
     def _threads(self) -> int:
-        return self._num_threads or choice.max_threads()
+        return self._num_threads or threads.max_threads()
 
     def _add_up_of(self, run: Run) -> AddUp | None:
         """What makes sums of squares of parameters from those that `run` has, or None where it has whole ones."""

@@ -12,9 +12,19 @@ from typing import Any
 import numpy as np
 
 from fastrms.errors import DeviceError, OptionError, OptionTypeError
-from fastrms.landscapes import LARGEST, Array, Landscape, Point, Region, check_point, check_region, check_steps, find
 from fastrms.optimizer import RMSProp
 from fastrms.options import check_option, resolve_lr
+from fastrms.plots.functions import (
+    LARGEST,
+    Array,
+    Landscape,
+    Point,
+    Region,
+    check_point,
+    check_region,
+    check_steps,
+    find,
+)
 
 __all__ = ["METHODS", "AdaGrad", "Descent", "GradientDescent", "Momentum", "Trace", "descend", "rmsprop_rate"]
 
@@ -144,7 +154,7 @@ def rmsprop_rate(optimizer: RMSProp) -> Array:
     --------
     >>> import numpy as np
     >>> from fastrms import RMSProp
-    >>> from fastrms.descent import rmsprop_rate
+    >>> from fastrms.plots.trajectories import rmsprop_rate
     >>> opt = RMSProp(np.zeros(2), lr=0.1)
     >>> opt.step(np.array([1.0, 2.0]))
     array([-0.31622776, -0.31622776])
@@ -287,7 +297,7 @@ def descend(
 
     Examples
     --------
-    >>> from fastrms.descent import descend
+    >>> from fastrms.plots.trajectories import descend
     >>> descent = descend("bowl", [{"lr": 0.1}], ["adagrad"], steps=50)
     >>> [trace.label for trace in descent.traces]
     ['RMSProp, lr 0.1', 'AdaGrad, lr 0.1']

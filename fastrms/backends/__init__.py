@@ -1,0 +1,1 @@
+"""Run the steps of an optimizer: on the host, in mapped files, on a GPU."""

@@ -1,0 +1,1 @@
+"""Measure the throughput of kernels, and of whole training steps: `fastrms bench`."""

@@ -1,0 +1,1 @@
+"""Save and restore optimizers: in memory, and in files."""
