@@ -46,20 +46,20 @@ def option_of_all_groups(name: str, meaning: str) -> property:
 
 
 def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) -> property:
-    """An option of the optimizer as a whole: setting it checks the value, and calls the method `changed`."""
+    """An option of the optimizer as a whole: setting it checks the value, and calls the backend's method `changed`."""
 
     def get(self: Any) -> Any:
-        return getattr(self, f"_{name}")
+        return getattr(self._state, name)
 
     def set_checked(self: Any, value: Any) -> None:
         value = check(value)
-        with self._lock:  # a step on another thread ends first
-            before = getattr(self, f"_{name}")
-            setattr(self, f"_{name}", value)
+        with self._turns.lock:  # a step on another thread ends first
+            before = getattr(self._state, name)
+            setattr(self._state, name, value)
             try:
-                getattr(self, changed)()
+                getattr(self._backend, changed)()
             except BaseException:
-                setattr(self, f"_{name}", before)
+                setattr(self._state, name, before)
                 raise
 
     return property(get, set_checked, doc=meaning)

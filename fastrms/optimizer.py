@@ -1,51 +1,24 @@
-"""`RMSProp`: the buffers, the options and what users call; `stepping` has what a step does."""
+"""`RMSProp`: what users make, step and ask; a backend takes the steps."""
 
 import copy
-import importlib
 import inspect
 import os
+from dataclasses import replace
 from typing import Any, Self
 
-import numpy as np
-
-from fastrms import kernels
-from fastrms.attributes import checked, option_of_all_groups, refuse_unknown, views
-from fastrms.backends import tuner
-from fastrms.backends.host import Counts, Stepping
-from fastrms.backends.storage import Storage, Stored, check_storage
-from fastrms.buffers.flat import FlatBuffer, Layout
-from fastrms.buffers.overlap import refuse_overlap
-from fastrms.checkpoints.state import Checkpointed
-from fastrms.errors import DeviceError, DtypeError, OptionError, StorageError
+from fastrms._base import check_kernel
+from fastrms._persistence import Persistent
+from fastrms._state import OptimizerState, Settings
+from fastrms.attributes import refuse_unknown
+from fastrms.backends import new_backend
+from fastrms.backends.storage import check_storage
 from fastrms.kernels import threads
-from fastrms.kernels.reference import to_bfloat16
-from fastrms.options import (
-    NONFINITE,
-    LearningRate,
-    ParamGroup,
-    ParamGroups,
-    check_cache_dtype,
-    check_one_of,
-    check_option,
-    check_threads,
-    parameter_groups,
-)
+from fastrms.options import LearningRate
 
 __all__ = ["RMSProp"]
 
 
-def _check_kernel(value: Any) -> str:
-    """Return `value` if it is the name of a kernel that an optimizer on the host can change to."""
-    if isinstance(value, str) and value == "cuda":
-        raise OptionError(
-            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
-            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
-            "load_state_dict() of this one"
-        )
-    return check_one_of("kernel", value, kernels.KERNELS)
-
-
-class RMSProp(Stepping, Checkpointed, Stored):
+class RMSProp(Persistent):
     """RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
 
     With default options each step computes, element by element of a parameter p with gradient g and cache v, ::
@@ -157,16 +130,8 @@ class RMSProp(Stepping, Checkpointed, Stored):
     [array([0.45435653, 2.54564347]), array(3.)]
     """
 
-    def __new__(cls, *args: Any, kernel: Any = "auto", **options: Any) -> Self:
-        """Make an optimizer; with kernel="cuda" one of the class whose buffers are on a GPU."""
-        if cls is RMSProp and isinstance(kernel, str) and kernel == "cuda":
-            try:  # by name, so that only who asks for it imports CUDA
-                cls = importlib.import_module("fastrms.cuda").CudaRMSProp
-            except ImportError as error:
-                raise DeviceError(
-                    f'kernel: expected a GPU for "cuda", but the package numba-cuda cannot be imported ({error}); '
-                    'install with: python -m pip install "fastrms[cuda]"'
-                ) from None
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Make an optimizer, after a look at the names of the arguments."""
         refuse_unknown(cls, options)
         return super().__new__(cls)
 
@@ -196,130 +161,17 @@ class RMSProp(Stepping, Checkpointed, Stored):
         cache_dtype: str | None = None,
         nonfinite: str = "propagate",
         storage: str | os.PathLike[str] | None = None,
+        stream: Any = None,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "decay_rate": decay_rate,
-            "epsilon": epsilon,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "centered": centered,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "eps_in_sqrt": eps_in_sqrt,
-            "initial_scale": initial_scale,
-            "bias_correction": bias_correction,
-            "lr_in_momentum": lr_in_momentum,
-            "clip_value": clip_value,
-            "clip_norm": clip_norm,
-            "flush_subnormals": flush_subnormals,
-        }
-        self._global_clip_norm: float | None = check_option("global_clip_norm", global_clip_norm)
-        self._nonfinite = check_one_of("nonfinite", nonfinite, NONFINITE)
-        self._kernel = _check_kernel(check_one_of("kernel", kernel, (*kernels.KERNELS, "cuda")))
-        self._num_threads = check_threads(num_threads, threads.max_threads())
-        check_storage(storage)
-
-        groups = parameter_groups(params)
-        self._grouped = groups is not None
-        arrays = params if groups is None else [group["params"] for group in groups]
-        values = FlatBuffer(arrays, "params") if storage is None else None
-        layout = Layout(arrays, "params") if values is None else values.layout
-        for leaf in layout.leaves:
-            if (dtype := layout.dtype_of(leaf)) not in (np.float32, np.float64):
-                raise DtypeError(
-                    f"params{leaf.path}: expected float32 or float64, got {dtype}; convert it with .astype(np.float32)"
-                )
-        refuse_overlap(layout, arrays)
-
-        self._cache_dtype = check_cache_dtype(cache_dtype, {segment.dtype for segment in layout.segments})
-
-        # With groups, the outermost list of the structure is the list of groups.
-        sizes = layout.child_sizes() if self._grouped else [len(layout.leaves)]
-        self._group_of = np.repeat(np.arange(len(sizes)), sizes)
-        made = []
-        bounds = np.concatenate([[0], np.cumsum(sizes)])
-        for number, group in enumerate(groups or [{}]):
-            own = {name: value for name, value in group.items() if name != "params"}
-            dtypes = {layout.dtype_of(leaf) for leaf in layout.leaves[bounds[number] : bounds[number + 1]]}
-            made.append(ParamGroup(defaults | own, f"param_groups[{number}]", dtypes, self._cache_dtype))
-        self._param_groups = ParamGroups(made)
-
-        self._buffers: dict[str, FlatBuffer] = {}
-        self._counts = Counts(len(layout.leaves))
-        self._storage = None if storage is None else Storage.of(storage, layout)
-        if values is not None:
-            self._buffers = {"params": values, "grads": values.like()}
-            self._start_state()
-            self._connect()
-        elif self._storage is not None:
-            with self._storage.making(self, layout) as reopened:
-                if not reopened:
-                    self._buffers["params"].gather(arrays, "params")
-                    self._start_state()
-                self._connect()
-
-    params: Any = views("params", "The parameters, in the structure that was given.")
-    grads: Any = views(
-        "grads",
-        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses "
-        "this memory for small arrays, and to cast or rearrange: what it holds afterwards is not defined.",
-    )
-    cache: Any = views("cache", "The running mean of squared gradients, v in the equations.")
-    momentum_buffer: Any = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
-    grad_avg: Any = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
-
-    lr: Any = option_of_all_groups("lr", "Learning rate, or the function that gives it.")
-    decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
-    epsilon: Any = option_of_all_groups("epsilon", "Constant added to the denominator.")
-    momentum: Any = option_of_all_groups("momentum", "Decay rate of the momentum buffer, or 0.")
-    nesterov: Any = option_of_all_groups("nesterov", "Whether a step looks ahead along the momentum buffer.")
-    centered: Any = option_of_all_groups("centered", "Whether the variance takes the place of the mean square.")
-    weight_decay: Any = option_of_all_groups("weight_decay", "Coefficient of weight decay.")
-    decoupled_weight_decay: Any = option_of_all_groups(
-        "decoupled_weight_decay", "Whether weight decay is taken off the parameter instead of added to the gradient."
-    )
-    maximize: Any = option_of_all_groups("maximize", "Whether steps climb.")
-    eps_in_sqrt: Any = option_of_all_groups("eps_in_sqrt", "Whether epsilon is added under the root.")
-    initial_scale: Any = option_of_all_groups("initial_scale", "What the cache started from; it cannot change later.")
-    bias_correction: Any = option_of_all_groups("bias_correction", "Whether the start of the cache is corrected for.")
-    lr_in_momentum: Any = option_of_all_groups(
-        "lr_in_momentum", "Whether the learning rate is applied ahead of the momentum buffer."
-    )
-    clip_value: Any = option_of_all_groups("clip_value", "Bound on each gradient element, or None.")
-    clip_norm: Any = option_of_all_groups("clip_norm", "Bound on the norm of each parameter's gradient, or None.")
-    flush_subnormals: Any = option_of_all_groups("flush_subnormals", "Whether subnormal numbers count as 0.")
-
-    global_clip_norm: Any = checked(
-        "global_clip_norm",
-        lambda value: check_option("global_clip_norm", value),
-        "_options_changed",
-        "Bound on the Euclidean norm of all gradients together, or None.",
-    )
-    nonfinite: Any = checked(
-        "nonfinite",
-        lambda value: check_one_of("nonfinite", value, NONFINITE),
-        "_options_changed",
-        'What a step does about gradients that are inf or NaN: "propagate", "raise" or "skip".',
-    )
-    kernel: Any = checked(
-        "kernel",
-        _check_kernel,
-        "_kernel_changed",
-        'What runs the update: "auto", "numpy", "serial" or "parallel".',
-    )
-    num_threads: Any = checked(
-        "num_threads",
-        lambda value: check_threads(value, threads.max_threads()),
-        "_kernel_changed",
-        "Threads of the parallel kernel, or None for all that Numba started with.",
-    )
-
-    @property
-    def cache_dtype(self) -> str | None:
-        """The dtype of the state: "bfloat16", or None for that of the parameters."""
-        return self._cache_dtype
+            "lr": lr, "decay_rate": decay_rate, "epsilon": epsilon, "momentum": momentum, "nesterov": nesterov,
+            "centered": centered, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize, "eps_in_sqrt": eps_in_sqrt, "initial_scale": initial_scale,
+            "bias_correction": bias_correction, "lr_in_momentum": lr_in_momentum, "clip_value": clip_value,
+            "clip_norm": clip_norm, "flush_subnormals": flush_subnormals,
+        }  # fmt: skip
+        settings = Settings(defaults, kernel, num_threads, cache_dtype, nonfinite, global_clip_norm)
+        self._start(new_backend(params, settings, storage, stream))
 
     def step(self, gradients: Any = None) -> Any:
         """Take one step and return the updated parameters, which are the same views as before.
@@ -353,22 +205,17 @@ class RMSProp(Stepping, Checkpointed, Stored):
         -----
         All errors come before the first write to parameters and state.
         """
-        with self._lock:
-            if self._turn.locked():
-                self._admit("step", changes=True)
-            with self._turn:
-                if self._num_threads is None or not self._uses_threads:
-                    return self._step(gradients)
-                with threads.limit_threads(self._num_threads):
-                    return self._step(gradients)
-
-    def _start_state(self) -> None:
-        self.buffers["cache"] = self._new_state("cache")
-        for cache, k in zip(self.buffers["cache"].leaves, self._group_of, strict=True):
-            if start := self.param_groups[k]["initial_scale"]:  # new memory is 0
-                flat = cache.reshape(-1)
-                for part in self._in_parts(flat):
-                    flat[part] = start if self._cache_dtype is None else to_bfloat16(start)
+        turns, backend = self._turns, self._backend
+        with turns.lock:
+            if turns.in_progress.locked():
+                turns.admit("step", changes=True)
+            with turns.in_progress:
+                if backend.thread_limit is None:
+                    backend.step(gradients)
+                else:
+                    with threads.limit_threads(backend.thread_limit):
+                        backend.step(gradients)
+        return self._state.buffers["params"].views
 
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, and why.
@@ -378,19 +225,7 @@ class RMSProp(Stepping, Checkpointed, Stored):
         lines : list of str
             One for each group and dtype.
         """
-        lines = []
-        for run in self._runs:
-            what = f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays"
-            if not threads.threads_work() and self._kernel in ("auto", "parallel"):
-                lines.append(f"{what}: serial; this process was forked from one that had started OpenMP threads")
-            elif self._kernel != "auto":
-                lines.append(f"{what}: {self._kernel}, as asked for")
-            elif self._tuner is None or run.size < tuner.TRY_PARALLEL_FROM:
-                few = f"{tuner.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
-                lines.append(f"{what}: serial; " + (few if self._threads() > 1 else "there is one thread"))
-            else:
-                lines.append(f"{what}: {self._tuner.kernel}; {self._tuner.reason}")
-        return lines
+        return self._backend.explain()
 
     def check(self, **arrays: Any) -> list[str]:
         """Say what has happened to the views of parameters, gradients and state that should not: one line for each.
@@ -423,57 +258,45 @@ class RMSProp(Stepping, Checkpointed, Stored):
         ['w: expected a view of the parameters, got something else; take it from params again']
         >>> (copied_w,) = copied.params
         """
-        problems = [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
-        return problems + [
+        return self._backend.problems() + [
             f"{path}: expected a view of the parameters, got something else; take it from params again"
             for name, tree in arrays.items()
-            for path in self._params.foreign(tree, name)
+            for path in self.buffers["params"].foreign(tree, name)
         ]
 
-    def _refuse_copy(self) -> None:
-        if self._storage is not None:  # a copy would be in memory, for which this one may well be too large
-            raise StorageError(
-                f"{self.storage}: an optimizer with storage cannot be copied or pickled; use save() and "
-                "RMSProp.from_checkpoint(), or close() and RMSProp.reopen()"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_copy()
+        self._backend.refuse_copy()
         # A copy, since it is written later, when other threads may step.
-        with self._between_steps("pickle", changes=False):
+        with self._turns.between_steps("pickle", changes=False):
             return copy.deepcopy(self._to_copy())
 
     def _to_copy(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+        kept = {name: value for name, value in vars(self).items() if name not in ("_backend", "_turns")}
+        return kept | {"_state": self._backend.state_on_host()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._num_threads is not None:  # no bit depends on it, and a worker process may have fewer
-            self._num_threads = min(self._num_threads, threads.max_threads())
-        self._connect()
+        vars(self).update(state)
+        data: OptimizerState = state["_state"]
+        if data.num_threads is not None:  # no bit depends on it, and a worker process may have fewer
+            data.num_threads = min(data.num_threads, threads.max_threads())
+        self._start(backend_of(data))
 
     def __copy__(self) -> Self:
         # A shallow copy would step the same memory with a count of steps of its own.
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self._refuse_copy()
-        with self._between_steps("copy", changes=False):
+        self._backend.refuse_copy()
+        with self._turns.between_steps("copy", changes=False):
             other = object.__new__(type(self))
             memo[id(self)] = other
             other.__setstate__(copy.deepcopy(self._to_copy(), memo))
         return other
 
     def __repr__(self) -> str:
-        buffer = self.buffers["params"]
-        return f"RMSProp({buffer!r}, groups={self.param_groups!r}, kernel={self._kernel!r}, steps={self.steps})"
+        buffer, kernel = self.buffers["params"], self._state.kernel
+        return f"RMSProp({buffer!r}, groups={self.param_groups!r}, kernel={kernel!r}, steps={self.steps})"
 
 
 # help() and the documentation would show the signature of __new__.
 RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ignore[attr-defined]
-
-# What `_connect` makes, and pickles and copies leave out.
-_DERIVED = (
-    "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_turn",
-    "_zero_copy", "_tuner", "_uses_threads", "_version", "_taken", "_scheduled", "_compiled",
-)  # fmt: skip

@@ -1,32 +1,23 @@
 """Buffers and norms of arrays that are files, mapped into memory, whose pages are given back when they were used."""
 
-import ctypes
 import errno
 import mmap
 import os
 import stat
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers.flat import FlatBuffer
+from fastrms.backends.base import Array
+from fastrms.backends import pages
+from fastrms.backends.pages import Pages
+from fastrms.buffers import FlatBuffer
 from fastrms.errors import StorageError
 from fastrms.kernels.norms import CHUNK, SpanNorms
 
-__all__ = ["PART_BYTES", "MappedFile", "PartNorms", "StoredBuffer", "mapped_elsewhere", "open_own"]
-
-Array = NDArray[Any]
-_Storage = Any  # a `fastrms.backends.storage.Storage`, which imports this file
-
-# How much of each array a step works on at a time. With 2 GB of data in 512 MB of memory, 1 MB took 1.2 s a step, every
-# time; 4 and 16 MB took up to 2.9 s now and then. Tried and left out: to ask for the next part ahead (MADV_WILLNEED,
-# 2.5 s), to start writing a part when it is done (sync_file_range, POSIX_FADV_DONTNEED, 2.5 s), and to wait until it is
-# written (msync, 1.9 s). The system does both better by itself, unless nothing is given back: 3.5 s.
-PART_BYTES = 1 << 20
+__all__ = ["MappedFile", "PartNorms", "StoredBuffer", "open_own"]
 
 
 def open_own(path: Path, flags: int) -> int:
@@ -111,25 +102,6 @@ class MappedFile:
         self.map.madvise(advice, start, min(low + array.nbytes, len(self.map)) - start)
 
 
-def mapped_elsewhere(files: Iterable[MappedFile]) -> list[Array]:
-    """The memory at which this process has mapped the same files once more, as arrays; only Linux tells."""
-    if sys.platform != "linux":
-        return []
-    found = []  # address, end, and what identifies the file
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-        bounds, _, _, device, inode = line.split(maxsplit=5)[:5]
-        low, high = (int(bound, 16) for bound in bounds.split("-"))
-        found.append((low, high, (device, inode)))
-    own = {file.memory.ctypes.data for file in files}
-    # Not by `os.stat`: some file systems have other numbers there.
-    names = {name for low, high, name in found if any(low <= address < high for address in own)}
-    return [
-        np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
-        for low, high, name in found
-        if name in names and not any(low <= address < high for address in own)
-    ]
-
-
 def _reserve(file: int, size: int, path: Path) -> None:
     """Give a file its size, and its place on the disk: a write to memory can only say with SIGBUS that it is full."""
     try:
@@ -145,11 +117,11 @@ def _reserve(file: int, size: int, path: Path) -> None:
 class StoredBuffer(FlatBuffer):
     """A `FlatBuffer` whose memory is a file."""
 
-    storage: _Storage
-    _set_once = FlatBuffer._set_once | {"storage"}
+    pages: Pages
+    _set_once = FlatBuffer._set_once | {"pages"}
 
     def _places(self) -> list[Array]:
-        return [self._memory, *self.storage.mapped_elsewhere()]
+        return [self._memory, *self.pages.mapped_elsewhere()]
 
     def _copy_in(self, arrays: Any) -> None:
         """As of `FlatBuffer`, and the pages are given back in between."""
@@ -158,20 +130,20 @@ class StoredBuffer(FlatBuffer):
             if array is not None:
                 pending += view.nbytes
                 self._copy(view, array)
-                if pending > PART_BYTES:
-                    self.storage.release(self.block)
+                if pending > pages.PART_BYTES:
+                    self.pages.release(self.block)
                     pending = 0
-        self.storage.release(self.block)
+        self.pages.release(self.block)
 
     def _copy(self, view: Array, array: Any) -> None:
-        if view.nbytes <= PART_BYTES or not view.ndim:
+        if view.nbytes <= pages.PART_BYTES or not view.ndim:
             view[...] = array
             return
-        rows = PART_BYTES * len(view) // view.nbytes
+        rows = pages.PART_BYTES * len(view) // view.nbytes
         for i in range(0, len(view), max(1, rows)):
             if rows:
                 view[i : i + rows] = array[i : i + rows]
-                self.storage.release(view[i : i + rows])
+                self.pages.release(view[i : i + rows])
             else:
                 self._copy(view[i], array[i])
 
@@ -183,16 +155,16 @@ class PartNorms(SpanNorms):
     ----------
     spans : ndarray of int64, shape (k, 3)
         As for `SpanNorms`.
-    storage : Storage
+    pages : Pages
     """
 
-    def __init__(self, spans: NDArray[np.int64], storage: _Storage) -> None:
+    def __init__(self, spans: NDArray[np.int64], pages: Pages) -> None:
         super().__init__(spans)
-        self._storage = storage
+        self._pages = pages
 
     def of(self, spans: NDArray[np.int64]) -> SpanNorms:
         """The same for other spans."""
-        return PartNorms(spans, self._storage)
+        return PartNorms(spans, self._pages)
 
     def _sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
         if self.spans[:, 2].any():  # they are elsewhere in memory
@@ -207,10 +179,10 @@ class PartNorms(SpanNorms):
         partials = np.empty(len(pieces))
         first = 0
         while first < len(pieces):
-            end = pieces[first, 0] + PART_BYTES // grads.itemsize
+            end = pieces[first, 0] + pages.PART_BYTES // grads.itemsize
             last = max(first + 1, int(np.searchsorted(pieces[:, 1], end, side="right")))
             partials[first:last] = SpanNorms(pieces[first:last])._sum_squares(grads, clip, prescale, kernel)
-            self._storage.release(grads[pieces[first, 0] : pieces[last - 1, 1]])
+            self._pages.release(grads[pieces[first, 0] : pieces[last - 1, 1]])
             first = last
         sums = np.zeros(len(counts))
         sums[counts > 0] = partials[self._first_chunk[:-1][counts > 0]]

@@ -1,42 +1,64 @@
-"""`Run`: the parameters that one call of a kernel updates, and the arguments of that call."""
+"""The plan of a step on the host: runs of neighbouring parameters, and the kernel call that updates each of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.storage import Storage
-from fastrms.buffers.flat import FlatBuffer, Layout
-from fastrms.kernels import cpu, pointers
-from fastrms.kernels.norms import SpanNorms
+from fastrms import kernels
+from fastrms.backends.base import Array, Call, Memory
+from fastrms._state import Counts
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.kernels import cpu, pointers, threads
+from fastrms.kernels.norms import SpanNorms, combine, scale_to
 from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule
 
-__all__ = ["Run"]
+__all__ = ["IN_BUFFER", "IN_PLACE", "Located", "Run", "clip_scales", "make_plan"]
+
+
+class Located(NamedTuple):
+    """Where the gradients of a step lie.
+
+    Attributes
+    ----------
+    in_place : bool
+        Whether kernels read them in the caller's arrays, at the addresses that the runs hold. Otherwise they are in
+        the gradient buffer.
+    present : ndarray of bool, shape (parameters,), or None
+        Which parameters have a gradient; None where all have one.
+    """
+
+    in_place: bool
+    present: NDArray[np.bool_] | None
+
+
+IN_BUFFER, IN_PLACE = Located(False, None), Located(True, None)
 
 
 class Run:
-    """The parameters of one group and one dtype, neighbours in memory: what one call of a kernel updates.
+    """The parameters of one group and one dtype, neighbours in memory: one kernel call updates them.
 
     Parameters
     ----------
     group_number : int
     group : ParamGroup
     layout : Layout
+        Of the parameters that this process updates.
     numbers : ndarray of int
-        Which leaves of the layout.
-    storage : Storage or None, default None
-        Where the buffers are, if not in memory.
+        The leaves of the layout that belong to the run.
+    memory : Memory
+
+    Attributes
+    ----------
+    size : int
+        Elements of all its parameters.
+    dtype : numpy.dtype
     """
 
     def __init__(
-        self,
-        group_number: int,
-        group: ParamGroup,
-        layout: Layout,
-        numbers: NDArray[np.int64],
-        storage: Storage | None = None,
+        self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64], memory: Memory
     ) -> None:
         leaves = [layout.leaves[i] for i in numbers]
         self.group_number = group_number
@@ -46,28 +68,28 @@ class Run:
         self._start, self._stop = leaves[0].start, leaves[-1].stop
         self.size = self._stop - self._start
         self.dtype = layout.dtype_of(leaves[0])
-        # Spans are counted from the start of the run; the third number is where the gradient is, 0 for the buffer.
+        # Bounds are counted from the start of the run; the third number is the gradient's address, 0 for the buffer.
         self._spans = np.array([(leaf.start - self._start, leaf.stop - self._start, 0) for leaf in leaves], np.int64)
         self._whole = np.array([(0, self.size, 0)], np.int64)
         self._shapes = np.zeros((len(leaves), 2 + max(len(leaf.shape) for leaf in leaves)), np.int64)
         for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
             row[0], row[1] = number, len(leaf.shape)
             row[2 : 2 + len(leaf.shape)] = leaf.shape
-        self._storage = storage
-        # Small arrays are faster copied together and updated as one, where that is a copy in memory.
-        self._gathers = self.size < pointers.GATHER_BELOW * len(leaves) and storage is None
-        # Kernels read these; they are written in place, so that a step without changes makes no array.
+        self._memory = memory
+        # It is faster to copy small gradients together and to update them as one span, where the copy is in memory.
+        self._copies = self.size < pointers.GATHER_BELOW * len(leaves) and not memory.in_parts
+        # Kernels read these arrays. They are written in place, so that a step without changes makes no array.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(leaves), 2), self.dtype)
         self._whole_factors = np.empty((1, 2), self.dtype)
 
     @cached_property
     def norms(self) -> SpanNorms:
-        """The norm of each parameter's gradient."""
-        return SpanNorms(self._spans) if self._storage is None else self._storage.norms(self._spans)
+        """The object that computes the norm of each parameter's gradient."""
+        return self._memory.norms(self._spans)
 
-    def prepare(self, buffers: Mapping[str, FlatBuffer]) -> None:
-        """Take note of where the buffers lie and which state the options ask for."""
+    def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
+        """Keep the parts of the buffers that belong to the run, and those of the state that its options ask for."""
         written = [(buffer.block.ctypes.data, buffer.block.nbytes) for buffer in buffers.values()]
         bounds = [bound for address, nbytes in written for bound in (address, address + nbytes)]
         expected = np.array([*pointers.identity(self.dtype), *bounds], np.int64)
@@ -82,59 +104,68 @@ class Run:
         self._sources = (expected, self._shapes, self._spans)
         self._no_update = (*self._arrays, self._whole[:0], self._whole_factors[:0], False)
 
-    def find(self, items: int) -> int:
-        """Find the gradients in the tuple whose items are at this address; what comes is that of `cpu.serial_from`."""
+    def locate(self, items: int) -> int:
+        """Write the addresses of gradients to the spans, and return the status that `cpu.serial_from` returns.
+
+        `items` is the address of the items of the tuple that has the gradients of all parameters.
+        """
         return int(cpu.serial_from(items, *self._sources, False, *self._no_update))
 
-    def found(self) -> NDArray[np.bool_]:
-        """Which gradients `find` has found, and which are None: to be asked before they are gathered."""
-        found: NDArray[np.bool_] = self._spans[:, 2] != 0
-        return found
+    def located(self) -> NDArray[np.bool_]:
+        """Return which gradients `locate` found; the others are None. Ask before `copy_small`."""
+        located: NDArray[np.bool_] = self._spans[:, 2] != 0
+        return located
 
-    def gather(self) -> None:
-        """Copy the gradients that were found to the gradient buffer, if this run does better so."""
-        if self._gathers:
+    def copy_small(self) -> None:
+        """Copy the gradients that were located to the gradient buffer, if this run is faster so."""
+        if self._copies:
             cpu.serial_from(0, *self._sources, True, *self._no_update)
 
-    def with_sources(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of `cpu.serial_from`, but for the address of the items, from those of `cpu.serial`."""
-        return (*self._sources, self._gathers, *arguments)
+    def with_sources(self, arguments: Call) -> Call:
+        """Return the arguments of `cpu.serial_from` after the address of the items, from those of `cpu.serial`."""
+        return (*self._sources, self._copies, *arguments)
 
     def point_to_buffer(self) -> None:
         """Take the gradients from the gradient buffer."""
         self._spans[:, 2] = self._whole[:, 2] = 0
 
     def point_to(self, addresses: NDArray[np.int64]) -> None:
-        """Take the gradients from these addresses, which are those of all leaves of the layout."""
+        """Take the gradients from these addresses, one for each parameter of the optimizer."""
         own = addresses[self.numbers]
         starts = own - self.dtype.itemsize * self._spans[:, 0]
         self.point_to_buffer()
-        if self._gathers and bool(np.all(starts == starts[0])):
-            self._whole[:, 2] = starts[0]  # neighbours, as parts of one array are: nothing has to be gathered
+        if self._copies and bool(np.all(starts == starts[0])):
+            self._whole[:, 2] = starts[0]  # neighbours, as parts of one array are: nothing has to be copied
         else:
             self._spans[:, 2] = own
 
-    def part_of(self, buffer: FlatBuffer) -> NDArray[Any]:
-        """The elements of this run in `buffer`, 1-D."""
-        part: NDArray[Any] = buffer.segments[self._segment][self._start : self._stop]
+    def part_of(self, buffer: FlatBuffer) -> Array:
+        """Return the elements of this run in `buffer`, 1-D."""
+        part: Array = buffer.segments[self._segment][self._start : self._stop]
         return part
 
     def arguments(
         self,
         lr: float,
-        in_place: bool,
-        present: NDArray[np.bool_] | None,
+        located: Located,
         scales: NDArray[np.float64] | None,
         corrections: NDArray[np.float64] | None,
-    ) -> tuple[Any, ...]:
-        """What a kernel gets (see `kernels.reference.update`); the last three have one item a parameter, or are None.
+    ) -> Call:
+        """Return the arguments of a kernel (see `kernels.reference.update`).
 
-        Parameters whose gradients are neighbours and that have the same factors are updated as one span.
+        Parameters whose gradients are neighbours and whose factors are equal become one span.
+
+        Parameters
+        ----------
+        lr : float
+        located : Located
+        scales, corrections : ndarray of float64, shape (parameters of the run,), or None
+            The factors of clipping by norm and of bias correction.
         """
-        options = self.group
-        alike = (self._gathers or not in_place) and present is None and scales is None
-        alike = alike and (corrections is None or bool(np.all(corrections == corrections[0])))
-        spans, factors = (self._whole, self._whole_factors) if alike else (self._spans, self._factors)
+        options, present = self.group, None if located.present is None else located.present[self.numbers]
+        one_span = (self._copies or not located.in_place) and present is None and scales is None
+        one_span = one_span and (corrections is None or bool(np.all(corrections == corrections[0])))
+        spans, factors = (self._whole, self._whole_factors) if one_span else (self._spans, self._factors)
         sign = -1.0 if options["maximize"] else 1.0
         factors[:, 0] = sign if scales is None else sign * scales
         factors[:, 1] = 1.0 if corrections is None else corrections[: len(factors)]
@@ -142,3 +173,81 @@ class Run:
             spans, factors = spans[present], factors[present]
         self._hyper[:] = hyper_values(options, lr, self.dtype)
         return (*self._arrays, spans, factors, needs_extended_rule(options) or scales is not None)
+
+
+def make_plan(
+    runs: Sequence[Run],
+    kernel_of: Sequence[str],
+    rates: Sequence[float],
+    located: Located,
+    scales: NDArray[np.float64] | None,
+    counts: Counts,
+    from_items: bool,
+) -> tuple[list[Call], bool]:
+    """Return the kernel calls of the next step, and whether the calls of later steps are the same.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    kernel_of : sequence of str
+        The kernel of each run.
+    rates : sequence of float
+        The learning rate of each run.
+    located : Located
+    scales : ndarray of float64, shape (parameters,), or None
+        The factors of clipping by norm.
+    counts : Counts
+        Before the step.
+    from_items : bool
+        Whether serial kernels find gradients in a tuple by themselves: then a first step compiles one function only.
+    """
+    steady = scales is None and located.present is None
+    calls: list[Call] = []
+    for run, name, lr in zip(runs, kernel_of, rates, strict=True):
+        options = run.group
+        corrections = None
+        if options["bias_correction"]:
+            own_steps = counts.steps + 1 - counts.absent[run.numbers]
+            corrections = 1.0 / (1.0 - options["decay_rate"] ** own_steps)
+        steady = steady and not callable(options["lr"]) and corrections is None
+        arguments = run.arguments(lr, located, None if scales is None else scales[run.numbers], corrections)
+        if from_items and name == "serial":
+            calls.append((cpu.serial_from, 0, *run.with_sources(arguments)))  # 0: they are located already
+        else:
+            update = kernels.UPDATES[name]
+            calls.append((threads.one_at_a_time(update) if name == "parallel" else update, *arguments))
+    return calls, steady
+
+
+def clip_scales(
+    runs: Sequence[Run],
+    norms_of: Sequence[NDArray[np.float64]],
+    global_clip_norm: float | None,
+    present: NDArray[np.bool_] | None,
+    parameters: int,
+) -> NDArray[np.float64]:
+    """Return the factor on each parameter's gradient that clipping by norm asks for.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    norms_of : sequence of ndarray of float64
+        For each run the norms of its gradients.
+    global_clip_norm : float or None
+    present : ndarray of bool, shape (parameters,), or None
+        Which parameters have a gradient; None for all.
+    parameters : int
+        The number of all parameters.
+    """
+    scales, norms = np.ones(parameters), np.zeros(parameters)
+    for run, own in zip(runs, norms_of, strict=True):
+        limit = run.group["clip_norm"]
+        if limit is not None:
+            scales[run.numbers] = scale_to(limit, own)
+            own = np.minimum(own, limit)
+        norms[run.numbers] = own
+    if global_clip_norm is not None:
+        if present is not None:
+            norms[~present] = 0.0  # the buffer has a gradient of an earlier step in their place
+        scales *= scale_to(global_clip_norm, np.array(combine(norms)))
+    return scales

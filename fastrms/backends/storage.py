@@ -1,33 +1,31 @@
-"""Buffers in memory-mapped files, for parameters and state that are larger than memory.
+"""A folder that has the buffers of an optimizer in memory-mapped files, larger than memory if need be.
 
-A folder has one file for each buffer, ``head.json`` with structure, dtypes and options as checkpoints have them,
-``counts.bin`` with the counts of steps, and ``lock``, which whoever has the folder open holds. `Storage` is such a
-folder; `Stored` has the methods of `fastrms.RMSProp` that are about it.
+The folder has one file for each buffer, ``head.json`` with structure, dtypes and options as checkpoints have them,
+``counts.bin`` with the counts of steps, and ``lock``, which a process holds while it has the folder open.
 
-The system keeps what is mapped in its page cache and writes it to the disk when it thinks fit; nothing of that is
-memory of the process, but for the pages that it has touched. So a step goes through the arrays in parts of some MB,
-and gives the pages of each part back when it is done: a call of a kernel becomes many calls, on slices. No bit depends
-on where arrays are cut, which is part of the kernels' contract.
+The system keeps mapped pages in its page cache and writes them to the disk when it thinks fit. Only the pages that a
+process has touched are memory of that process. So a step goes through the arrays in parts of some MB, and gives the
+pages of each part back when it is done: one kernel call becomes many, on slices. No bit depends on where arrays are
+cut, which is part of the kernels' contract.
 """
 
-import atexit
 import contextlib
 import errno
 import json
-import mmap
 import os
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends import mapped
+from fastrms.backends.base import Call
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
+from fastrms.backends.pages import Pages
+from fastrms._state import OptimizerState
 from fastrms.buffers.flat import Layout
 from fastrms.checkpoints.formats import replaced
 from fastrms.checkpoints.metadata import (
@@ -35,10 +33,7 @@ from fastrms.checkpoints.metadata import (
     check_head,
     check_skipped,
     encode,
-    get_lr,
-    groups_of,
     head_of,
-    params_of,
 )
 from fastrms.errors import (
     CheckpointError,
@@ -50,32 +45,24 @@ from fastrms.errors import (
     call_all,
 )
 from fastrms.kernels.norms import SpanNorms
-from fastrms.options import check_one_of
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Storage", "Stored", "check_storage"]
+__all__ = ["HEAD", "Storage", "check_storage"]
 
 Array = NDArray[Any]
-_Optimizer = Any  # an RMSProp, which is a `Stored` and imports this file
 
 # Of what is in the folder. Head and arrays are those of checkpoints, which have a version of their own.
 VERSION = 1
 
-_HEAD, _COUNTS, _LOCK = "head.json", "counts.bin", "lock"
+HEAD, _COUNTS, _LOCK = "head.json", "counts.bin", "lock"
 _BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three are always there
 
-# Advice that Linux takes from 5.14 on, for which `mmap` has no names: get all pages at once, to be read or written,
-# instead of each when it is touched. 60 ms a step instead of 110 where all is in the page cache (5e7 float32).
-_POPULATE_READ, _POPULATE_WRITE = 22, 23
-
-# What `counts.bin` begins with; the steps that each parameter sat out follow.
-_UNDER_WAY, _STEPS, _SKIPPED_STEPS, _SKIPPED = range(4)
+# The numbers in `counts.bin`, before those of the steps in which each parameter had no gradient.
+_UNDER_WAY, _STEPS, _SKIPPED_STEPS, _ABSENT = range(4)
 _NOTHING, _STEP, _LOAD = range(3)
 _WHAT = {_NOTHING: "nothing was under way", _STEP: "a step was under way", _LOAD: "a load was under way"}
-
-_open: "weakref.WeakSet[Stored]" = weakref.WeakSet()
 
 
 def check_storage(storage: Any) -> None:
@@ -98,6 +85,8 @@ class Storage:
     head : dict
         What ``head.json`` said when it was opened.
     """
+
+    _state: OptimizerState  # from the end of `making` on
 
     path: Path
     reopened: bool
@@ -133,18 +122,18 @@ class Storage:
         """Open what is there; the buffers are mapped when somebody asks for them."""
         old = cls.__new__(cls)
         path = _real(path)
-        if not os.path.lexists(path / _HEAD):
+        if not os.path.lexists(path / HEAD):
             files = path.is_dir() and any(path.iterdir())
             rest = "; it was not finished: remove it, and make a new one with RMSProp(params, storage=...)"
-            raise StorageError(f"{path}: expected a folder with {_HEAD}, got none{rest if files else ''}")
+            raise StorageError(f"{path}: expected a folder with {HEAD}, got none{rest if files else ''}")
         old._start(path, True)
         old._take_lock(os.O_CREAT)
         try:
-            old.head = _read_head(path / _HEAD)
+            old.head = _read_head(path / HEAD)
             old._map_counts(len(old.head["parameters"]))
             under_way, steps = old.counts[_UNDER_WAY], old.counts[_STEPS]
             if old.head["storage"]["clean"]:
-                old._check_counts(old.counts[_SKIPPED:])
+                old._check_counts(old.counts[_ABSENT:])
             elif after_crash == "raise":
                 raise StorageError(
                     f"{path}: expected a folder that was closed, got one of a process that ended without: "
@@ -154,40 +143,37 @@ class Storage:
                 )
             else:
                 # Of what was written by then, some counts can be newer than others.
-                old._check_counts(np.minimum(old.counts[_SKIPPED:], steps))
+                old._check_counts(np.minimum(old.counts[_ABSENT:], steps))
         except BaseException:
             old._unlock()
             raise
         return old
 
     @contextlib.contextmanager
-    def making(self, opt: _Optimizer, layout: Layout) -> Iterator[bool]:
-        """Around the making of an optimizer: its buffers are there, in the end its counts; nothing, after an error.
+    def making(self, state: OptimizerState) -> Iterator[None]:
+        """Return a context in which the buffers of an optimizer are made, or found if the folder was opened.
 
-        What comes says whether they were there before.
+        Where it ends with an error, files that were made are removed.
         """
         try:
-            if len(self.counts) != _SKIPPED + len(layout.leaves):
-                raise StorageError(f"{self.path / _HEAD}: structure and parameters do not fit together")
-            for name in ("params", "grads"):
-                opt.buffers[name] = self.buffer(name, layout)
+            if len(self.counts) != _ABSENT + len(state.layout.leaves):
+                raise StorageError(f"{self.path / HEAD}: structure and parameters do not fit together")
+            yield
+            self._state = state
             if self.reopened:
-                for name in self.names[2:]:
-                    opt.buffers[name] = opt._new_state(name)
-            yield self.reopened
-            if self.reopened:
-                opt.steps, opt.skipped_steps = int(self.counts[_STEPS]), int(self.counts[_SKIPPED_STEPS])
-                opt._skipped[...] = np.minimum(self.counts[_SKIPPED:], opt.steps)
+                counts = state.counts
+                counts.steps, counts.skipped_steps = int(self.counts[_STEPS]), int(self.counts[_SKIPPED_STEPS])
+                counts.absent[...] = np.minimum(self.counts[_ABSENT:], counts.steps)
             else:
-                self._write_head(opt, clean=False)
+                self._write_head(clean=False)
         except BaseException:
             self.discard()
             raise
-        _open.add(opt)
 
     def _start(self, path: Path, reopened: bool) -> None:
         self.path, self.reopened, self.head = path, reopened, {}
         self._files: dict[str, MappedFile] = {}
+        self.pages = Pages(path, self._files)
         self._lock: int | None = None
         self._closed: str | None = None  # why nothing can be done with it any more
         self._interrupted = False  # whether something that began here has not ended
@@ -214,7 +200,7 @@ class Storage:
             self._lock = None
 
     def _map_counts(self, parameters: int) -> None:
-        nbytes = 8 * (_SKIPPED + parameters)
+        nbytes = 8 * (_ABSENT + parameters)
         self._counts_file = MappedFile(self.path / _COUNTS, nbytes, not self.reopened)
         self.counts: NDArray[np.int64] = self._counts_file.memory[:nbytes].view(np.int64)
 
@@ -238,8 +224,8 @@ class Storage:
         found = {*self.head.get("storage", {}).get("buffers", []), *self._files}
         return [name for name in _BUFFERS if name in found]
 
-    def buffer(self, name: str, layout: Layout) -> StoredBuffer:
-        """A buffer of this layout in a file: one that is there, or a new one of zeros."""
+    def new_buffer(self, name: str, layout: Layout) -> StoredBuffer:
+        """Return a buffer of this layout in a file: one that is there, or a new one of zeros."""
         self.check_open()
         new = name not in self.names
         if new:
@@ -249,7 +235,7 @@ class Storage:
         self._head_says_open = self._head_says_open and not new
         buffer = StoredBuffer.__new__(StoredBuffer)
         buffer._allocate(layout, lambda *size_and_dtype: file.memory)
-        buffer.storage = self
+        buffer.pages = self.pages
         return buffer
 
     @property
@@ -276,58 +262,59 @@ class Storage:
                 "written there"
             )
 
-    # What is there, and what is being done with it.
+    # Notes of the work in progress.
 
-    def begin(self, opt: _Optimizer, what: int = _STEP) -> None:
-        """Note, ahead of the first write, that something is under way."""
+    def _begin(self, what: int) -> None:
+        """Note, ahead of the first write, that a step or a load is under way."""
         self.check_open()
         if not self._head_says_open:
-            self._write_head(opt, clean=False)
+            self._write_head(clean=False)
         self.counts[_UNDER_WAY] = what
         self._interrupted = True
 
-    def end(self, opt: _Optimizer) -> None:
-        """Note that it is done, and how many steps there are now."""
-        self.counts[_SKIPPED:] = opt._skipped
-        self.counts[_SKIPPED_STEPS] = opt.skipped_steps
-        self.counts[_STEPS] = opt.steps
+    def step_taken(self) -> None:
+        """Note that nothing is under way any more, and how many steps there are now."""
+        counts = self._state.counts
+        self.counts[_ABSENT:] = counts.absent
+        self.counts[_SKIPPED_STEPS] = counts.skipped_steps
+        self.counts[_STEPS] = counts.steps
         self.counts[_UNDER_WAY] = _NOTHING
         self._interrupted = False
 
-    def note_skipped(self, opt: _Optimizer) -> None:
+    def step_skipped(self) -> None:
         """Note a step that was not taken, which neither begins nor ends anything."""
         if not self._head_says_open:
-            self._write_head(opt, clean=False)
-        self.counts[_SKIPPED_STEPS] = opt.skipped_steps
+            self._write_head(clean=False)
+        self.counts[_SKIPPED_STEPS] = self._state.counts.skipped_steps
 
     @contextlib.contextmanager
-    def loading(self, opt: _Optimizer) -> Iterator[None]:
-        """Around all writes of a load."""
-        self.begin(opt, _LOAD)
+    def loading(self) -> Iterator[None]:
+        """Return a context for all writes of a load."""
+        self._begin(_LOAD)
         yield
-        self.end(opt)
-        self._write_head(opt, clean=False)  # options are others now
+        self.step_taken()
+        self._write_head(clean=False)  # with the options that were loaded
 
-    def flush(self, opt: _Optimizer) -> None:
+    def flush(self) -> None:
         """Write all to the disk, and then that it is there. Gradients are no state, and are left to the system."""
         self.check_open()
         call_all([partial(self._write_out, file) for name, file in self._files.items() if name != "grads"])
         if not self._interrupted:
-            self.end(opt)
+            self.step_taken()
         self._counts_file.map.flush()
-        self._write_head(opt, clean=not self._interrupted)
+        self._write_head(clean=not self._interrupted)
 
     def _write_out(self, file: MappedFile) -> None:
         file.map.flush()
-        self.release(file.memory)
+        self.pages.release(file.memory)
 
-    def close(self, opt: _Optimizer) -> None:
-        """Flush, and let others have it; views live on, and can be read."""
+    def close(self) -> None:
+        """Flush, and let others have the folder; views live on, and can be read."""
         try:
-            self.flush(opt)
+            self.flush()
         finally:
             self._let_go("expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) goes on")
-            for buffer in opt.buffers.values():
+            for buffer in self._state.buffers.values():
                 for array in (buffer._memory, buffer.block, *buffer.segments, *buffer.leaves):
                     array.flags.writeable = False
 
@@ -335,8 +322,8 @@ class Storage:
         self._unlock()
         self._closed = reason
 
-    def in_child_of_fork(self) -> None:
-        """The memory is the parent's as well, and so is the lock."""
+    def after_fork(self) -> None:
+        """Let a child process do nothing with the folder: memory and lock are its parent's as well."""
         if self._closed is None:
             self._closed = (
                 "expected the process that opened it, got a child of fork(), whose steps would be steps of its "
@@ -353,110 +340,45 @@ class Storage:
 
     def _remove(self) -> None:
         if not self.reopened:
-            for name in [*(f"{name}.bin" for name in _BUFFERS), _COUNTS, _HEAD, _LOCK]:
+            for name in [*(f"{name}.bin" for name in _BUFFERS), _COUNTS, HEAD, _LOCK]:
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
             if self._made_folder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
 
-    def _write_head(self, opt: _Optimizer, clean: bool) -> None:
+    def _write_head(self, clean: bool) -> None:
         self._check_place()
         own = {"version": VERSION, "clean": clean, "buffers": self.names}
-        with replaced(self.path / _HEAD) as temporary:
-            temporary.write_text(json.dumps(head_of(opt) | {"storage": own}), encoding="utf-8")
+        with replaced(self.path / HEAD) as temporary:
+            temporary.write_text(json.dumps(head_of(self._state) | {"storage": own}), encoding="utf-8")
         self._head_says_open = not clean
 
-    def mapped_elsewhere(self) -> list[Array]:
-        """The memory at which somebody in this process has mapped the buffers' files once more."""
-        return mapped.mapped_elsewhere(self._files.values())
+    # What a host backend asks of its memory.
 
-    def shows(self, arrays: tuple[Any, ...]) -> bool:
-        """Whether one of the arrays lies in another mapping of these files, and changes when the buffers do."""
-        viewing = [array for array in arrays if isinstance(array, np.ndarray) and not array.flags.owndata]
-        places = self.mapped_elsewhere() if viewing else []
-        return any(np.may_share_memory(array, place) for array in viewing for place in places)
+    in_parts = True
 
-    # Calls in parts.
-
-    def release(self, array: Array) -> None:
-        """Give back the pages of a dense array, if it lies in one of the files; what it has is in the page cache."""
-        # Elsewhere it is not there, or is not known to leave changed pages of a file alone.
-        if sys.platform == "linux":
-            self._advise(array, mmap.MADV_DONTNEED)
-
-    def _populate(self, array: Array, advice: int) -> None:
-        """Get the pages of a dense array, if it lies in one of the files, where the system can do so at once."""
-        if sys.platform == "linux":
-            try:
-                self._advise(array, advice)
-            except OSError as error:
-                # EFAULT: the disk cannot be read or written, for which touching them would end the process.
-                if error.errno == errno.EFAULT:
-                    raise OSError(errno.EIO, "cannot be read or written", str(self.path)) from None
-
-    def _advise(self, array: Array, advice: int) -> None:
-        for file in self._files.values():
-            if array.nbytes and file.has(array):
-                file.advise(array, advice)
-
-    def parts(self, array: Array) -> Iterator[slice]:
-        """Slices that make up a 1-D array; the pages of each are given back when the next is asked for."""
-        size = max(1, mapped.PART_BYTES // array.itemsize)
-        for start in range(0, len(array), size):
-            part = slice(start, min(start + size, len(array)))
-            yield part
-            self.release(array[part])
-
-    def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
-        """What tells the norm of each parameter's gradient."""
-        return PartNorms(spans, self)
-
-    def in_parts(self, opt: _Optimizer, calls: list[tuple[Any, ...]]) -> Iterator[None]:
-        """Make the calls of kernels that are a step, in parts, one for each item; `end` follows when it was counted."""
-        self.begin(opt)
+    def run(self, calls: Sequence[Call]) -> Iterator[None]:
+        """Make the kernel calls of a step, in parts, one for each item. `step_taken` follows when it was counted."""
+        self._begin(_STEP)
         for call in calls:
-            self._call_in_parts(*call)
+            self.pages.call_in_parts(*call)
             yield
 
-    def _call_in_parts(
-        self,
-        update: Callable[..., None],
-        params: Array,
-        grads: Array,
-        cache: Array,
-        momentum_buffer: Array | None,
-        grad_avg: Array | None,
-        hyper: Array,
-        spans: NDArray[np.int64],
-        factors: Array,
-        extended: bool,
-    ) -> None:
-        """One call of a kernel as many on slices of its arrays. Arguments as for `kernels.reference.update`."""
-        starts, stops = (np.ascontiguousarray(spans[:, column]) for column in (0, 1))
-        size = mapped.PART_BYTES // params.itemsize
-        for low in range(0, len(params), size):
-            high = min(low + size, len(params))
-            own = slice(np.searchsorted(stops, low, side="right"), np.searchsorted(starts, high, side="left"))
-            here = spans[own].copy()
-            if not len(here):
-                continue
-            # Of the first and last span what lies in this part; and of the arrays, what these have.
-            first, last = max(low, here[0, 0]), min(here[-1, 1], high)
-            if here[0, 2]:  # the address of its gradient, of which the beginning may have been read
-                here[0, 2] += (first - here[0, 0]) * grads.itemsize
-            here[0, 0], here[-1, 1] = first, last
-            here[:, :2] -= first
-            arrays = [None if a is None else a[first:last] for a in (params, grads, cache, momentum_buffer, grad_avg)]
-            there = [array for array in arrays if array is not None]
-            for array in there:
-                if array is not arrays[1]:
-                    self._populate(array, _POPULATE_WRITE)
-                elif not here[:, 2].any():
-                    self._populate(array, _POPULATE_READ)
-            update(*arrays, hyper, here, factors[own], extended)
-            for array in there:
-                self.release(array)
+    def refuse_copy(self) -> None:
+        """Raise StorageError: a copy would be in memory, for which the buffers may be too large."""
+        raise StorageError(
+            f"{self.path}: an optimizer with storage cannot be copied or pickled; use save() and "
+            "RMSProp.from_checkpoint(), or close() and RMSProp.reopen()"
+        )
+
+    def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
+        """Return an object that computes the norm of each span of the gradient buffer."""
+        return PartNorms(spans, self.pages)
+
+    def parts(self, array: Array) -> Iterator[slice]:
+        """Iterate over slices of a 1-D array; the pages of each are given back when the next one is asked for."""
+        return self.pages.parts(array)
 
 
 def _real(path: Path) -> Path:
@@ -477,7 +399,7 @@ def _make_folder(path: Path) -> bool:
         if not path.is_dir():
             raise StorageError(f"storage: expected the path of a folder, got that of a file: {path}") from None
         found = sorted(item.name for item in path.iterdir())
-        if _HEAD in found:
+        if HEAD in found:
             raise StorageError(
                 f"storage: expected a new folder, got one with an optimizer in it: {path}; RMSProp.reopen(path) goes "
                 "on with that one"
@@ -505,143 +427,3 @@ def _read_head(path: Path) -> Any:
     except (FastrmsError, ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from None
     return head
-
-
-class Stored:
-    """The methods of `fastrms.RMSProp` about its storage."""
-
-    _between_steps: Any
-    _storage: Storage | None = None
-
-    @property
-    def storage(self) -> Path | None:
-        """The folder that has the buffers, or None where they are in memory."""
-        return None if self._storage is None else self._storage.path
-
-    @classmethod
-    def reopen(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        lr: float | Callable[[int], float] | None = None,
-        kernel: str = "auto",
-        num_threads: int | None = None,
-        after_crash: str = "raise",
-    ) -> Any:
-        """Go on with an optimizer that was made with ``storage=path`` and closed: same bits, options and steps.
-
-        Parameters
-        ----------
-        path : str or path-like
-            The folder.
-        lr : float or callable, optional
-            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
-            groups. If there are none, `lr` replaces the saved rates of all groups.
-        kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
-            As for `RMSProp`; it is not saved, as it changes no bit.
-        num_threads : int or None, default None
-            As for `RMSProp`; not saved either.
-        after_crash : {"raise", "use"}, default "raise"
-            What to do if the process that had it open ended without closing it, so that parameters and state may be of
-            different steps: raise StorageError, which says what is known, or use what is there.
-
-        Returns
-        -------
-        optimizer : RMSProp
-            Its buffers are the files; nothing is read until it is used.
-
-        Raises
-        ------
-        StorageError
-            There is no optimizer in the folder, it is damaged, open elsewhere, or was not closed; or `lr` is needed.
-        OptionError, OptionTypeError
-            A bad option.
-        """
-        check_one_of("after_crash", after_crash, ("raise", "use"))
-        storage = Storage.open(Path(path), after_crash)
-        try:
-            head, where = storage.head, storage.path / _HEAD
-            try:
-                params = params_of(head, None)
-                dtypes = [
-                    {np.dtype(parameter["dtype"]) for parameter in head["parameters"] if parameter.get("group") == k}
-                    for k in range(len(head["param_groups"]))
-                ]
-                # Rates that are missing are the caller's to give, and checked as such.
-                groups_of(head, dtypes, [0.0 if group.get("lr") is None else None for group in head["param_groups"]])
-            except CheckpointError as error:
-                raise StorageError(f"{where}: cannot be read: {error}") from None
-            try:
-                new_lr = get_lr(head["param_groups"], lr, "reopen")
-            except CheckpointError as error:
-                raise StorageError(str(error)) from None
-            options = [
-                group | ({"lr": lr} if new else {}) for group, new in zip(head["param_groups"], new_lr, strict=True)
-            ]
-            of_all = {name: head[name] for name in ("global_clip_norm", "nonfinite", "cache_dtype")}
-            if head["grouped"]:
-                params = [{"params": part} | group for part, group in zip(params, options, strict=True)]
-            else:
-                of_all |= options[0]
-            make: Any = cls
-            opt: _Optimizer = make(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
-            if head_of(opt)["parameters"] != head["parameters"]:
-                raise StorageError(f"{where}: structure and parameters do not fit together")
-        except BaseException:
-            storage.discard()
-            raise
-        return opt
-
-    def flush(self) -> None:
-        """Write parameters, state, counts and options to the disk, if they are in storage; return when they are there.
-
-        What a crash leaves is what was there then, or newer. In memory there is nothing to do.
-
-        Raises
-        ------
-        StorageError
-            It was closed.
-        OSError
-            It cannot be written.
-        """
-        if self._storage is not None:
-            with self._between_steps("flush", changes=False):
-                self._storage.flush(self)
-
-    def close(self) -> None:
-        """Flush, and let others open the folder; this optimizer takes no step any more. In memory nothing to do.
-
-        Views of parameters and state live on, and can be read, not written. ``with RMSProp(params, storage=path) as
-        opt`` closes at the end, and so do the end of the optimizer's life and that of a program that ends by itself.
-        A second call does nothing.
-
-        Raises
-        ------
-        OSError
-            It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
-        """
-        if self._storage is not None and self._storage.is_open:
-            with self._between_steps("close"):
-                if self._storage.is_open:  # still, when it is this thread's turn
-                    self._storage.close(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *about: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _in_parts(self, array: Array) -> Iterator[slice]:
-        """Slices of an array of this optimizer: of one in storage some MB at a time, whose memory is given back."""
-        return iter([slice(None)]) if self._storage is None else self._storage.parts(array)
-
-    def _loading(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._storage is None else self._storage.loading(self)
-
-
-@atexit.register
-def _close_all() -> None:
-    call_all([optimizer.close for optimizer in _open])

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers.flat import Layout
+from fastrms._state import OptimizerState
+from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import Kind
 from fastrms.errors import CheckpointError, FastrmsError, StructureError
 from fastrms.options import (
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-_Optimizer = Any  # an RMSProp, which imports this file
 
 # Of what `state_dict` returns. This one and all older ones can be loaded; tests/checkpoints has a file of each.
 VERSION = 1
@@ -47,9 +47,9 @@ _MOST_DIMENSIONS = 64  # of NumPy
 MOST_STEPS = 2**53
 
 
-def head_of(opt: _Optimizer) -> dict[str, Any]:
-    """All but the arrays: what JSON can hold."""
-    layout = opt.buffers["params"].layout
+def head_of(state: OptimizerState) -> dict[str, Any]:
+    """Return everything but the arrays of an optimizer, in types that JSON has."""
+    layout, counts = state.layout, state.counts
     try:
         structure = encode(layout.structure(range(len(layout.leaves))))
     except StructureError:
@@ -57,21 +57,21 @@ def head_of(opt: _Optimizer) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "version": VERSION,
-        "steps": opt.steps,
-        "skipped_steps": opt.skipped_steps,
-        "global_clip_norm": opt.global_clip_norm,
-        "nonfinite": opt.nonfinite,
-        "cache_dtype": opt.cache_dtype,
+        "steps": counts.steps,
+        "skipped_steps": counts.skipped_steps,
+        "global_clip_norm": state.global_clip_norm,
+        "nonfinite": state.nonfinite,
+        "cache_dtype": state.cache_dtype,
         "param_groups": [
             # A function cannot be stored; whoever loads has it.
             {name: None if callable(value) else value for name, value in group.items() if name != "params"}
-            for group in opt.param_groups
+            for group in state.param_groups
         ],
         "parameters": [
             {"path": leaf.path, "shape": list(leaf.shape), "dtype": str(layout.dtype_of(leaf)), "group": int(group)}
-            for leaf, group in zip(layout.leaves, opt._group_of, strict=True)
+            for leaf, group in zip(layout.leaves, state.group_of, strict=True)
         ],
-        "grouped": opt._grouped,
+        "grouped": state.grouped,
         "structure": structure,
     }
 

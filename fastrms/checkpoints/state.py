@@ -1,256 +1,157 @@
-"""Checkpoints: all of an optimizer as plain arrays, numbers and text, in memory and in files.
+"""Save and restore an optimizer: its parameters, state, options and counts as plain arrays, numbers and text.
 
-What is loaded may come from elsewhere, or be damaged. So nothing in it is run (no pickle), every count, shape and dtype
-is compared with what is expected before memory is taken for it, each array has a checksum, and the optimizer is
-changed only when all of it was read and found right. What is saved is written to a temporary file beside the old one,
-which it replaces when it has reached the disk: whenever a process ends, there is the old file or the new one.
+A state to load may come from elsewhere, or be damaged. So nothing in it is run (no pickle). Every count, shape and dtype
+is compared with the expected one before memory is taken for it, and each array has a checksum. The optimizer is changed
+only when all of it was read and found right. A new file is written beside the old one, which it replaces when it has
+reached the disk: whenever a process ends, there is the old file or the new one.
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers.flat import Layout
+from fastrms._state import Counts, OptimizerState
+from fastrms.buffers import FlatBuffer, Layout
 from fastrms.checkpoints.formats import Kind, Source, checksum, compare_checksum, opened, reading, write
-from fastrms.checkpoints.metadata import (
-    check_head,
-    check_keys,
-    check_skipped,
-    get_lr,
-    groups_of,
-    head_of,
-    kind_of,
-    params_of,
-)
+from fastrms.checkpoints.metadata import check_head, check_keys, check_skipped, groups_of, head_of, kind_of
 from fastrms.errors import CheckpointError
 from fastrms.options import ParamGroup, check_option
 
-__all__ = ["Checkpointed"]
+__all__ = ["Target", "load_file", "load_state", "restore", "save_file", "state_dict"]
 
 Array = NDArray[Any]
-_Optimizer = Any  # an RMSProp, which is a `Checkpointed` and imports this file
 
-_SKIPPED = "skipped"  # the array of steps that each parameter sat out
-# What a file may take around the numbers that are expected in it: in all, and for each array of parameters.
+_SKIPPED = "skipped"  # the array of steps in which each parameter had no gradient
+# The bytes of a file beside the expected numbers: in all, and for each array of parameters.
 _BESIDES, _BESIDES_EACH = 1 << 16, 1 << 11
 _PART = 1 << 18  # numbers that are read at a time where not all can be in memory
 
 
-class Checkpointed:
-    """The methods of `fastrms.RMSProp` that store and restore it."""
+class Target(Protocol):
+    """An optimizer to save or to restore: every backend is one."""
 
-    _buffers: dict[str, Any]
-    _between_steps: Any
+    @property
+    def state(self) -> OptimizerState:
+        """The data of the optimizer."""
 
-    def _read(self, segment: Any) -> Array:
-        """The numbers of a segment of a buffer, where NumPy can use them."""
-        array: Array = segment
-        return array
+    @property
+    def in_parts(self) -> bool:
+        """Whether buffers may be larger than memory, and are read and written part by part."""
 
-    def _write(self, segment: Any, values: Any) -> None:
-        """Set the numbers of a segment of a buffer."""
-        segment[...] = values
+    def new_buffer(self, name: str) -> FlatBuffer:
+        """Return a state buffer of zeros."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that makes the next steps what they would have been, copied: plain arrays, numbers and text.
+    def read(self, segment: Any) -> Array:
+        """Return a segment of a buffer as an array on the host."""
 
-        Returns
-        -------
-        state : dict
-            Under ``"arrays"`` parameters and state, dense and 1-D, one array for each dtype (``"cache/float32"``);
-            under ``"parameters"`` path, shape, dtype and group of each parameter in the order in which they lie there;
-            the options, ``"steps"``, and the ``"version"`` of all this. A learning rate that is a function is None.
-        """
-        with self._between_steps("state_dict", changes=False):
-            return _state_dict(self)
+    def write(self, segment: Any, values: Array | float) -> None:
+        """Set the elements of a segment of a buffer."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state into this optimizer's own buffers, whose views stay as they are, and take over its options.
+    def parts(self, array: Array) -> Iterator[slice]:
+        """Iterate over slices of an array, small enough to be in memory."""
 
-        Parameters
-        ----------
-        state : dict
-            From `state_dict`, of this or an earlier version. Where it has no learning rate, the present one stays. The
-            keys of dicts may be in another order than here.
+    def loading(self) -> AbstractContextManager[None]:
+        """Return a context for all writes of a load."""
 
-        Raises
-        ------
-        CheckpointError
-            Other paths, shapes, dtypes or groups than this optimizer's, options out of range, or no such state at all.
-            Nothing is changed then.
-        """
-        with self._between_steps("load_state_dict"):
-            _take(self, _Memory(state, self._buffers.values()))
+    def settle(self) -> Counts:
+        """Return the counts, after the last step has been counted."""
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file, which appears complete or not at all.
+    def counts_changed(self) -> None:
+        """Use the counts that were written to `state`."""
 
-        Parameters
-        ----------
-        path : str or path-like
-            Its name ends in .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). A file of
-            that name is replaced when the new one has reached the disk; the new one has its mode and owner. Where it
-            is a link, its target is replaced.
-
-        Raises
-        ------
-        CheckpointError
-            The name has another ending; or a dict of parameters has keys whose repr is not the same in every process,
-            such as functions.
-        OSError
-            It cannot be written, or is read-only; an older file is as it was.
-        """
-        with self._between_steps("save", changes=False):
-            _save(self, Path(path))
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read a file of `save` into this optimizer, as `load_state_dict`; it may come from anywhere.
-
-        Parameters
-        ----------
-        path : str or path-like
-            Its name ends in .npz or .safetensors.
-
-        Raises
-        ------
-        CheckpointError
-            It is damaged, larger than a file of this optimizer can be, no checkpoint, or of another optimizer. Nothing
-            is changed then.
-        OSError
-            It cannot be opened.
-        """
-        with self._between_steps("load"):
-            _load(self, Path(path))
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        lr: float | Callable[[int], float] | None = None,
-        kernel: str = "auto",
-        num_threads: int | None = None,
-        storage: str | os.PathLike[str] | None = None,
-    ) -> Any:
-        """Make the optimizer that a file of `save` is of, with its parameters, their structure and all options.
-
-        Parameters
-        ----------
-        path : str or path-like
-            Its name ends in .npz or .safetensors.
-        lr : float or callable, optional
-            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
-            groups. If there are none, `lr` replaces the saved rates of all groups.
-        kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
-            As for `RMSProp`; it is not saved, as it changes no bit.
-        num_threads : int or None, default None
-            As for `RMSProp`; not saved either.
-        storage : path of a new or empty folder, or None, default None
-            As for `RMSProp`: where to keep parameters and state, if not in memory.
-
-        Returns
-        -------
-        optimizer : RMSProp
-            With parameters and state of its own.
-
-        Raises
-        ------
-        CheckpointError
-            As for `load`; or a dict of parameters has keys that no file can restore (others than None and Python's own
-            str, int, float and bool); or `lr` is required and missing.
-        FastrmsError, OSError
-            As for `RMSProp`, for `lr`, `kernel`, `num_threads` and `storage`.
-        """
-        return _new_from_file(cls, Path(path), lr, kernel=kernel, num_threads=num_threads, storage=storage)
+    def options_changed(self) -> None:
+        """Use the options that were written to `state`."""
 
 
-def _state_dict(opt: _Optimizer) -> dict[str, Any]:
-    head = head_of(opt)  # first: an option that a signal handler sets meanwhile may bring a buffer, and is not in it
-    arrays = {_SKIPPED: opt._skipped.copy()}
-    for name, segment in _segments(opt):
-        there = opt._read(segment)
+def state_dict(target: Target) -> dict[str, Any]:
+    """Return a copy of everything that decides the next steps of an optimizer."""
+    counts = target.settle()
+    head = head_of(target.state)  # first: a signal handler may set an option that brings a buffer, which is not in it
+    arrays = {_SKIPPED: counts.absent.copy()}
+    for name, segment in _segments(target):
+        there = target.read(segment)
         arrays[name] = np.empty_like(there)
-        for part in opt._in_parts(there):
+        for part in target.parts(there):
             arrays[name][part] = there[part]
     return head | {"arrays": arrays}
 
 
-def _save(opt: _Optimizer, path: Path) -> None:
-    check_keys(opt.params)
-    head = head_of(opt)  # first, as in `_state_dict`
-    arrays = {name: opt._read(segment) for name, segment in _segments(opt)} | {_SKIPPED: opt._skipped}
-    checksums = {name: checksum(array[part] for part in opt._in_parts(array)) for name, array in arrays.items()}
-    write(path, arrays, json.dumps(head | {"checksums": checksums}), opt._in_parts)
+def save_file(target: Target, path: Path) -> None:
+    """Write the state of an optimizer to a file, which appears complete or not at all."""
+    check_keys(target.state.buffers["params"].views)
+    counts = target.settle()
+    head = head_of(target.state)  # first, as in `state_dict`
+    arrays = {name: target.read(segment) for name, segment in _segments(target)} | {_SKIPPED: counts.absent}
+    checksums = {name: checksum(array[part] for part in target.parts(array)) for name, array in arrays.items()}
+    write(path, arrays, json.dumps(head | {"checksums": checksums}), target.parts)
 
 
-def _load(opt: _Optimizer, path: Path) -> None:
-    layout = opt.buffers["params"].layout
+def load_file(target: Target, path: Path) -> None:
+    """Read a file of `save_file` into an optimizer."""
+    layout = target.state.layout
     expected = 4 * layout.nbytes + (_BESIDES_EACH + 8) * len(layout.leaves) + _BESIDES
     with opened(path, expected) as source:
-        _take(opt, source)
+        restore(target, source)
 
 
-def _new_from_file(cls: Any, path: Path, lr: Any, **options: Any) -> _Optimizer:
-    with opened(path, None) as source:
-        with reading():
-            head = source.head
-            check_head(head)
-            params = params_of(head, source.kinds)
-        new_lr = get_lr(head["param_groups"], lr, "from_checkpoint")
-        if head["grouped"]:
-            params = [{"params": p} | ({"lr": lr} if new else {}) for p, new in zip(params, new_lr, strict=True)]
-        elif lr is not None:
-            options["lr"] = lr
-        opt = cls(params, cache_dtype=head["cache_dtype"], **options)
-        try:
-            _take(opt, source, new_lr)
-        except BaseException:
-            if opt._storage is not None:
-                opt._storage.discard()
-            raise
-    return opt
+def load_state(target: Target, state: Any) -> None:
+    """Read a state of `state_dict` into an optimizer."""
+    restore(target, _Memory(state, target.state.buffers.values()))
 
 
-def _segments(opt: _Optimizer) -> Iterator[tuple[str, Array]]:
-    """The dense arrays of parameters and state, by name: "cache/float32"."""
-    for name, buffer in list(opt.buffers.items()):
+def _segments(target: Target) -> Iterator[tuple[str, Any]]:
+    """Iterate over the dense arrays of parameters and state, with names such as "cache/float32"."""
+    for name, buffer in list(target.state.buffers.items()):
         if name != "grads":
             for segment in buffer.segments:
                 yield f"{name}/{segment.dtype}", segment
 
 
-def _take(opt: _Optimizer, source: Source, keep_lr: Sequence[bool] | None = None) -> None:
-    """Check everything that `source` has, then copy it into `opt`, whose groups can keep their rates."""
+def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = None) -> None:
+    """Check all of `source`, then copy it into an optimizer.
+
+    Parameters
+    ----------
+    target : Target
+    source : Source
+    keep_lr : sequence of bool or None, default None
+        Which groups keep their own learning rate; None for none.
+
+    Raises
+    ------
+    CheckpointError
+        Something in `source` does not fit. Nothing is changed then.
+    """
+    state = target.state
     with reading():
-        loaded = _checked(opt, source, keep_lr or [False] * len(opt.param_groups))
-    # Whole or not at all: all that this may lack memory or room for comes first.
-    opt.buffers.update({name: opt._new_state(name) for name in loaded.names if name not in opt.buffers})
-    # From here on nothing can fail; but for reading again what is to go into storage, which then is marked as torn.
-    head = source.head
-    with opt._loading():
-        for name, segment in _segments(opt):
-            if opt._storage is None:
-                opt._write(segment, loaded.arrays.get(name, 0))
+        loaded = _checked(target, source, keep_lr or [False] * len(state.param_groups))
+    # Whole or not at all: everything for which memory or room may lack comes first.
+    state.buffers.update({name: target.new_buffer(name) for name in loaded.names if name not in state.buffers})
+    counts, head = target.settle(), source.head
+    # From here on nothing can fail, except reading again for storage, which is marked as torn then.
+    with target.loading():
+        for name, segment in _segments(target):
+            if not target.in_parts:
+                target.write(segment, loaded.arrays.get(name, 0))
             elif name in loaded.moves:
                 with reading():
-                    _read_in_parts(opt, source, name, segment, loaded.moves[name])
+                    _read_in_parts(target, source, name, segment, loaded.moves[name])
             else:
-                for part in opt._in_parts(segment):
+                for part in target.parts(segment):
                     segment[part] = 0
-        opt._skipped[...] = loaded.arrays[_SKIPPED]
-        opt.steps, opt.skipped_steps = head["steps"], head["skipped_steps"]
-        opt._global_clip_norm, opt._nonfinite = (
-            check_option("global_clip_norm", head["global_clip_norm"]),
-            head["nonfinite"],
-        )
-        for group, options in zip(opt.param_groups, loaded.groups, strict=True):
+        counts.absent = loaded.arrays[_SKIPPED]
+        counts.steps, counts.skipped_steps = head["steps"], head["skipped_steps"]
+        target.counts_changed()
+        state.global_clip_norm = check_option("global_clip_norm", head["global_clip_norm"])
+        state.nonfinite = head["nonfinite"]
+        for group, options in zip(state.param_groups, loaded.groups, strict=True):
             group.take_over(options)
-    opt._connect()
+        target.options_changed()
 
 
 # Elements of an array in a file, and where they belong in the segment of that name.
@@ -266,11 +167,12 @@ class _Loaded(NamedTuple):
     moves: dict[str, _Moves]
 
 
-def _checked(opt: _Optimizer, source: Source, keep_lr: Sequence[bool]) -> _Loaded:
+def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded:
     """Look whether all of `source` fits the optimizer, of which nothing is changed."""
     head = source.head
     check_head(head)
-    own = head_of(opt)
+    state = target.state
+    own = head_of(state)
     for name in ("parameters", "param_groups"):
         if len(head[name]) != len(own[name]):
             raise CheckpointError(f"{name}: expected {len(own[name])}, got {len(head[name])}")
@@ -283,19 +185,19 @@ def _checked(opt: _Optimizer, source: Source, keep_lr: Sequence[bool]) -> _Loade
     if head["cache_dtype"] != own["cache_dtype"]:
         raise CheckpointError(f"cache_dtype: expected {own['cache_dtype']!r}, got {head['cache_dtype']!r}")
     keep = [old or group.get("lr") is None for old, group in zip(keep_lr, head["param_groups"], strict=True)]
-    rates = [group["lr"] if old else None for old, group in zip(keep, opt.param_groups, strict=True)]
-    groups = groups_of(head, [group.dtypes for group in opt.param_groups], rates)
+    rates = [group["lr"] if old else None for old, group in zip(keep, state.param_groups, strict=True)]
+    groups = groups_of(head, [group.dtypes for group in state.param_groups], rates)
 
     names = ["params", "cache"]
     names += ["momentum_buffer"] if any(group["momentum"] for group in groups) else []
     names += ["grad_avg"] if any(group["centered"] for group in groups) else []
     # State that no option asks for any more is kept: an option may come back.
     names += [name for name in ("momentum_buffer", "grad_avg") if name not in names and _has(source.kinds, name)]
-    expected: dict[str, Kind] = {_SKIPPED: (np.dtype(np.int64), opt._skipped.shape)}
+    expected: dict[str, Kind] = {_SKIPPED: (np.dtype(np.int64), state.counts.absent.shape)}
     moves: dict[str, _Moves] = {}
-    moves_of_segments = _moves(opt.buffers["params"].layout, order)
+    moves_of_segments = _moves(state.layout, order)
     for name in names:
-        segments = opt.buffers["params" if name == "params" else "cache"].segments
+        segments = state.buffers["params" if name == "params" else "cache"].segments
         for segment, there in zip(segments, moves_of_segments, strict=True):
             expected[f"{name}/{segment.dtype}"] = segment.dtype, segment.shape
             moves[f"{name}/{segment.dtype}"] = there
@@ -311,7 +213,7 @@ def _checked(opt: _Optimizer, source: Source, keep_lr: Sequence[bool]) -> _Loade
     check_skipped(skipped, head["steps"])
     arrays = {_SKIPPED: skipped[order]}
     for name, (_, (size,)) in expected.items():
-        if opt._storage is not None:  # this may be larger than memory, and is read twice: first to see if it is right
+        if target.in_parts:  # read twice: first to see whether it is right
             _verify(source, name, size)
         elif name in moves:
             arrays[name] = _arranged(source.read(name), moves[name])
@@ -360,13 +262,13 @@ def _arranged(array: Array, moves: _Moves) -> Array:
     return arranged
 
 
-def _read_in_parts(opt: _Optimizer, source: Source, name: str, segment: Array, moves: _Moves) -> None:
+def _read_in_parts(target: Target, source: Source, name: str, segment: Array, moves: _Moves) -> None:
     target = segment
 
     def slices() -> Iterator[slice]:
         nonlocal target
         for there, here in moves:
-            for part in opt._in_parts(segment[here]):
+            for part in target.parts(segment[here]):
                 target = segment[here][part]
                 yield slice(there.start + part.start, there.start + part.stop)
 
@@ -377,7 +279,7 @@ def _read_in_parts(opt: _Optimizer, source: Source, name: str, segment: Array, m
 class _Memory:
     """What `state_dict` returned; arrays that alias `buffers`, which are written in turn, are copied."""
 
-    def __init__(self, state: Any, buffers: Iterable[Any]) -> None:
+    def __init__(self, state: Any, buffers: Iterable[FlatBuffer]) -> None:
         check_head(state)
         self.head = state
         arrays = state.get("arrays")

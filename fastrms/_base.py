@@ -1,0 +1,159 @@
+"""The attributes of an optimizer: views of its buffers, its options, and its counts."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastrms import kernels
+from fastrms._state import OptimizerState
+from fastrms.attributes import Guarded, checked, option_of_all_groups, views
+from fastrms.backends.base import Backend
+from fastrms.backends.turns import Turns
+from fastrms.buffers import FlatBuffer
+from fastrms.errors import OptionError
+from fastrms.kernels import threads
+from fastrms.options import (
+    NONFINITE,
+    ParamGroup,
+    ParamGroups,
+    check_count,
+    check_one_of,
+    check_option,
+    check_threads,
+)
+
+__all__ = ["OptimizerBase", "check_kernel"]
+
+
+def check_kernel(value: Any) -> str:
+    """Return `value` if it is the name of a kernel to which an optimizer on the host can change."""
+    if isinstance(value, str) and value == "cuda":
+        raise OptionError(
+            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
+            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
+            "load_state_dict() of this one"
+        )
+    return check_one_of("kernel", value, kernels.KERNELS)
+
+
+class OptimizerBase(Guarded):
+    """The attributes that every optimizer has."""
+
+    _state: OptimizerState
+    _backend: Backend
+    _turns: Turns
+
+    def _start(self, backend: Backend) -> None:
+        """Connect the optimizer with its backend, and its groups with the optimizer."""
+        self._state, self._backend, self._turns = backend.state, backend, backend.turns
+        views_of = backend.state.buffers["params"].views
+        for k, group in enumerate(backend.state.param_groups):
+            group.bind(views_of[k] if backend.state.grouped else views_of, self)
+
+    @property
+    def backend(self) -> Backend:
+        """The object that takes the steps, for adapters to other libraries."""
+        return self._backend
+
+    @property
+    def buffers(self) -> dict[str, FlatBuffer]:
+        """The flat buffers behind the views, by name: ``opt.buffers["grads"].flat`` is one dense vector."""
+        return self._state.buffers
+
+    @property
+    def param_groups(self) -> ParamGroups:
+        """One mapping of options for each group, which may be changed; the list itself cannot."""
+        return self._state.param_groups
+
+    @property
+    def steps(self) -> int:
+        """The number of steps taken. On a GPU with nonfinite="skip", reading it waits for the device."""
+        return self._backend.settle().steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        value = check_count("steps", value)
+        counts = self._backend.settle()
+        counts.steps, counts.absent = value, counts.absent.clip(max=value)  # no parameter misses more steps
+        self._backend.counts_changed()
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps not taken, with nonfinite="skip"."""
+        return self._backend.settle().skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        value = check_count("skipped_steps", value)
+        self._backend.settle().skipped_steps = value
+
+    params: Any = views("params", "The parameters, in the structure that was given.")
+    grads: Any = views(
+        "grads",
+        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses "
+        "this memory for small arrays, and to cast or rearrange: what it holds afterwards is not defined.",
+    )
+    cache: Any = views("cache", "The running mean of squared gradients, v in the equations.")
+    momentum_buffer: Any = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
+    grad_avg: Any = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
+
+    lr: Any = option_of_all_groups("lr", "Learning rate, or the function that gives it.")
+    decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
+    epsilon: Any = option_of_all_groups("epsilon", "Constant added to the denominator.")
+    momentum: Any = option_of_all_groups("momentum", "Decay rate of the momentum buffer, or 0.")
+    nesterov: Any = option_of_all_groups("nesterov", "Whether a step looks ahead along the momentum buffer.")
+    centered: Any = option_of_all_groups("centered", "Whether the variance takes the place of the mean square.")
+    weight_decay: Any = option_of_all_groups("weight_decay", "Coefficient of weight decay.")
+    decoupled_weight_decay: Any = option_of_all_groups(
+        "decoupled_weight_decay", "Whether weight decay is taken off the parameter instead of added to the gradient."
+    )
+    maximize: Any = option_of_all_groups("maximize", "Whether steps climb.")
+    eps_in_sqrt: Any = option_of_all_groups("eps_in_sqrt", "Whether epsilon is added under the root.")
+    initial_scale: Any = option_of_all_groups("initial_scale", "What the cache started from; it cannot change later.")
+    bias_correction: Any = option_of_all_groups("bias_correction", "Whether the start of the cache is corrected for.")
+    lr_in_momentum: Any = option_of_all_groups(
+        "lr_in_momentum", "Whether the learning rate is applied ahead of the momentum buffer."
+    )
+    clip_value: Any = option_of_all_groups("clip_value", "Bound on each gradient element, or None.")
+    clip_norm: Any = option_of_all_groups("clip_norm", "Bound on the norm of each parameter's gradient, or None.")
+    flush_subnormals: Any = option_of_all_groups("flush_subnormals", "Whether subnormal numbers count as 0.")
+
+    global_clip_norm: Any = checked(
+        "global_clip_norm",
+        lambda value: check_option("global_clip_norm", value),
+        "options_changed",
+        "Bound on the Euclidean norm of all gradients together, or None.",
+    )
+    nonfinite: Any = checked(
+        "nonfinite",
+        lambda value: check_one_of("nonfinite", value, NONFINITE),
+        "options_changed",
+        'What a step does about gradients that are inf or NaN: "propagate", "raise" or "skip".',
+    )
+    kernel: Any = checked(
+        "kernel",
+        _check_kernel,
+        "kernel_changed",
+        'What runs the update: "auto", "numpy", "serial" or "parallel".',
+    )
+    num_threads: Any = checked(
+        "num_threads",
+        lambda value: check_threads(value, threads.max_threads()),
+        "kernel_changed",
+        "Threads of the parallel kernel, or None for all that Numba started with.",
+    )
+
+    @property
+    def cache_dtype(self) -> str | None:
+        """The dtype of the state: "bfloat16", or None for that of the parameters."""
+        return self._state.cache_dtype
+
+    def _set_options(self, changes: Iterable[tuple[ParamGroup, Mapping[str, Any]]]) -> None:
+        """Set options of groups, all or, after an error, none."""
+        with self._turns.lock:
+            checked_changes = [(group, options, group.with_changes(options)) for group, options in changes]
+            self._backend.add_state(values for _, _, values in checked_changes)
+            self._backend.options_changed()  # also ahead of the change, as Ctrl-C may come in between
+            for group, options, values in checked_changes:
+                # Not all values: a signal handler may have set another option meanwhile.
+                group.take({name: values[name] for name in options})
+            self._backend.options_changed()  # a signal handler may have taken a step meanwhile

@@ -1,0 +1,296 @@
+"""What keeps an optimizer beyond a run: states, checkpoints, and folders of mapped files."""
+
+import atexit
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from fastrms._base import OptimizerBase
+from fastrms.backends.base import Backend
+from fastrms.backends.host import HostBackend
+from fastrms.backends.storage import HEAD, Storage
+from fastrms.checkpoints.formats import opened, reading
+from fastrms.checkpoints.metadata import check_head, get_lr, groups_of, head_of, params_of
+from fastrms.checkpoints.state import load_file, load_state, restore, save_file, state_dict
+from fastrms.errors import CheckpointError, StorageError, call_all
+from fastrms.options import LearningRate, check_one_of
+
+__all__ = ["Persistent"]
+
+_open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
+
+
+class Persistent(OptimizerBase):
+    """The methods that save and restore an optimizer."""
+
+    def _start(self, backend: Backend) -> None:
+        super()._start(backend)
+        if self._folder is not None:
+            _open.add(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of everything that decides the next steps: plain arrays, numbers and text.
+
+        Returns
+        -------
+        state : dict
+            Under ``"arrays"`` parameters and state, dense and 1-D, one array for each dtype (``"cache/float32"``);
+            under ``"parameters"`` path, shape, dtype and group of each parameter in the order in which they lie there;
+            the options, ``"steps"``, and the ``"version"`` of all this. A learning rate that is a function is None.
+        """
+        with self._turns.between_steps("state_dict", changes=False):
+            return state_dict(self._backend)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy a state into this optimizer's own buffers, whose views stay as they are, and take over its options.
+
+        Parameters
+        ----------
+        state : dict
+            From `state_dict`, of this or an earlier version. Where it has no learning rate, the present one stays. The
+            keys of dicts may be in another order than here.
+
+        Raises
+        ------
+        CheckpointError
+            Other paths, shapes, dtypes or groups than this optimizer's, options out of range, or no such state at all.
+            Nothing is changed then.
+        """
+        with self._turns.between_steps("load_state_dict"):
+            load_state(self._backend, state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, which appears complete or not at all.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Its name ends in .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). A file of
+            that name is replaced when the new one has reached the disk; the new one has its mode and owner. Where it
+            is a link, its target is replaced.
+
+        Raises
+        ------
+        CheckpointError
+            The name has another ending; or a dict of parameters has keys whose repr is not the same in every process,
+            such as functions.
+        OSError
+            It cannot be written, or is read-only; an older file is as it was.
+        """
+        with self._turns.between_steps("save", changes=False):
+            save_file(self._backend, Path(path))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read a file of `save` into this optimizer, as `load_state_dict`; it may come from anywhere.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Its name ends in .npz or .safetensors.
+
+        Raises
+        ------
+        CheckpointError
+            It is damaged, larger than a file of this optimizer can be, no checkpoint, or of another optimizer. Nothing
+            is changed then.
+        OSError
+            It cannot be opened.
+        """
+        with self._turns.between_steps("load"):
+            load_file(self._backend, Path(path))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        lr: LearningRate | None = None,
+        kernel: str = "auto",
+        num_threads: int | None = None,
+        storage: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Make the optimizer that a file of `save` is of, with its parameters, their structure and all options.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Its name ends in .npz or .safetensors.
+        lr : float or callable, optional
+            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
+            groups. If there are none, `lr` replaces the saved rates of all groups.
+        kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
+            As for `RMSProp`; it is not saved, as it changes no bit.
+        num_threads : int or None, default None
+            As for `RMSProp`; not saved either.
+        storage : path of a new or empty folder, or None, default None
+            As for `RMSProp`: where to keep parameters and state, if not in memory.
+
+        Returns
+        -------
+        optimizer : RMSProp
+            With parameters and state of its own.
+
+        Raises
+        ------
+        CheckpointError
+            As for `load`; or a dict of parameters has keys that no file can restore (others than None and Python's own
+            str, int, float and bool); or `lr` is required and missing.
+        FastrmsError, OSError
+            As for `RMSProp`, for `lr`, `kernel`, `num_threads` and `storage`.
+        """
+        with opened(Path(path), None) as source:
+            with reading():
+                head = source.head
+                check_head(head)
+                params = params_of(head, source.kinds)
+            new_lr = get_lr(head["param_groups"], lr, "from_checkpoint")
+            options: dict[str, Any] = {"kernel": kernel, "num_threads": num_threads, "storage": storage}
+            if head["grouped"]:
+                params = [{"params": p} | ({"lr": lr} if new else {}) for p, new in zip(params, new_lr, strict=True)]
+            elif lr is not None:
+                options["lr"] = lr
+            opt = cls(params, cache_dtype=head["cache_dtype"], **options)
+            try:
+                restore(opt._backend, source, new_lr)
+            except BaseException:
+                opt._backend.discard()
+                raise
+        return opt
+
+    @property
+    def storage(self) -> Path | None:
+        """The folder that has the buffers, or None where they are in memory."""
+        folder = self._folder
+        return None if folder is None else folder.path
+
+    @classmethod
+    def reopen(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        lr: LearningRate | None = None,
+        kernel: str = "auto",
+        num_threads: int | None = None,
+        after_crash: str = "raise",
+    ) -> Self:
+        """Go on with an optimizer that was made with ``storage=path`` and closed: same bits, options and steps.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The folder.
+        lr : float or callable, optional
+            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
+            groups. If there are none, `lr` replaces the saved rates of all groups.
+        kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
+            As for `RMSProp`; it is not saved, as it changes no bit.
+        num_threads : int or None, default None
+            As for `RMSProp`; not saved either.
+        after_crash : {"raise", "use"}, default "raise"
+            What to do if the process that had it open ended without closing it, so that parameters and state may be of
+            different steps: raise StorageError, which says what is known, or use what is there.
+
+        Returns
+        -------
+        optimizer : RMSProp
+            Its buffers are the files; nothing is read until it is used.
+
+        Raises
+        ------
+        StorageError
+            There is no optimizer in the folder, it is damaged, open elsewhere, or was not closed; or `lr` is needed.
+        OptionError, OptionTypeError
+            A bad option.
+        """
+        check_one_of("after_crash", after_crash, ("raise", "use"))
+        storage = Storage.open(Path(path), after_crash)
+        try:
+            head, where = storage.head, storage.path / HEAD
+            try:
+                params = params_of(head, None)
+                dtypes = [
+                    {np.dtype(parameter["dtype"]) for parameter in head["parameters"] if parameter.get("group") == k}
+                    for k in range(len(head["param_groups"]))
+                ]
+                # Rates that are missing are the caller's to give, and checked as such.
+                groups_of(head, dtypes, [0.0 if group.get("lr") is None else None for group in head["param_groups"]])
+            except CheckpointError as error:
+                raise StorageError(f"{where}: cannot be read: {error}") from None
+            try:
+                new_lr = get_lr(head["param_groups"], lr, "reopen")
+            except CheckpointError as error:
+                raise StorageError(str(error)) from None
+            options = [
+                group | ({"lr": lr} if new else {}) for group, new in zip(head["param_groups"], new_lr, strict=True)
+            ]
+            of_all = {name: head[name] for name in ("global_clip_norm", "nonfinite", "cache_dtype")}
+            if head["grouped"]:
+                params = [{"params": part} | group for part, group in zip(params, options, strict=True)]
+            else:
+                of_all |= options[0]
+            opt = cls(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
+            if head_of(opt._state)["parameters"] != head["parameters"]:
+                raise StorageError(f"{where}: structure and parameters do not fit together")
+        except BaseException:
+            storage.discard()
+            raise
+        return opt
+
+    def flush(self) -> None:
+        """Write parameters, state, counts and options to the disk, if they are in storage; return when they are there.
+
+        What a crash leaves is what was there then, or newer. In memory there is nothing to do.
+
+        Raises
+        ------
+        StorageError
+            It was closed.
+        OSError
+            It cannot be written.
+        """
+        folder = self._folder
+        if folder is not None:
+            with self._turns.between_steps("flush", changes=False):
+                folder.flush()
+
+    def close(self) -> None:
+        """Flush, and let others open the folder; this optimizer takes no step any more. In memory nothing to do.
+
+        Views of parameters and state live on, and can be read, not written. ``with RMSProp(params, storage=path) as
+        opt`` closes at the end, and so do the end of the optimizer's life and that of a program that ends by itself.
+        A second call does nothing.
+
+        Raises
+        ------
+        OSError
+            It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
+        """
+        folder = self._folder
+        if folder is not None and folder.is_open:
+            with self._turns.between_steps("close"):
+                if folder.is_open:  # still, when it is this thread's turn
+                    folder.close()
+
+    @property
+    def _folder(self) -> Storage | None:
+        # An optimizer that could not be made has no backend.
+        backend = vars(self).get("_backend")
+        return backend.storage if isinstance(backend, HostBackend) else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    call_all([optimizer.close for optimizer in _open])

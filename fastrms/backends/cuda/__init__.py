@@ -1,0 +1,1 @@
+"""Take the steps of an optimizer on a GPU."""

@@ -1,0 +1,141 @@
+"""Arrays on a GPU, of Numba and of other libraries: their streams, and copies in and out."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.errors import OptionTypeError
+from fastrms.kernels import cuda as kernels
+
+__all__ = [
+    "Array", "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of", "to_host",
+]  # fmt: skip
+
+Array = NDArray[Any]
+Interface = Mapping[str, Any]
+
+cuda: Any = kernels.cuda  # with the types of none of its targets
+
+
+def as_stream(value: Any) -> Any:
+    """A stream of Numba's from what `stream` may be: None, a number, or a stream of another library.
+
+    Raises
+    ------
+    OptionTypeError
+        It is something else.
+    """
+    given = value
+    if value is None:
+        return _default_stream()
+    if hasattr(value, "auto_synchronize"):  # Numba's; 0 is its default stream, which others know by another number
+        return value if kernels.handle_of(value) != kernels.LEGACY_STREAM else _default_stream()
+    for name in ("cuda_stream", "ptr"):  # PyTorch's and CuPy's
+        value = getattr(value, name, value)
+    if hasattr(value, "__cuda_stream__"):
+        value = value.__cuda_stream__()[1]
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise OptionTypeError(
+            f"stream: expected None, the number of a stream, or a stream of Numba, CuPy or PyTorch, got {value!r} "
+            f"({type(value).__name__})"
+        )
+    if value <= kernels.LEGACY_STREAM:
+        return _default_stream()
+    stream = cuda.external_stream(int(value))
+    stream.given = given  # which ends its stream when nobody has it any more
+    return stream
+
+
+def _default_stream() -> Any:
+    # The simulator of Numba's own target has no name for it.
+    return getattr(cuda, "legacy_default_stream", cuda.stream)()
+
+
+def let_wait(waiting: Any, handle: int, for_it: bool) -> None:
+    """Let the work that is yet to come on a stream wait for that on another, which is known by its number.
+
+    Parameters
+    ----------
+    waiting : stream of Numba's
+    handle : int
+        Of the other one.
+    for_it : bool
+        False for the other way round.
+    """
+    if handle in (kernels.handle_of(waiting), 0):
+        return
+    other = cuda.external_stream(handle)
+    event = cuda.event()
+    event.record(other if for_it else waiting)
+    event.wait(waiting if for_it else other)
+
+
+def dense_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
+    return tuple(dtype.itemsize * math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def stream_of(item: Any, interface: Interface) -> int:
+    """The stream on which something was computed, or 0 where there is nothing to wait for."""
+    if interface.get("stream") is not None:
+        return int(interface["stream"])
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(item, torch.Tensor):  # whose interface is an older one that has no streams
+        return torch.cuda.current_stream(item.device).cuda_stream or kernels.LEGACY_STREAM
+    return 0
+
+
+def copy_in(target: Any, interface: Interface, stream: Any) -> None:
+    """Copy an array on the device, of any dtype and strides, into a 1-D array there."""
+    shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+    strides = interface.get("strides") or dense_strides(shape, dtype)
+    if not shape:
+        shape, strides = (1,), (dtype.itemsize,)
+    blocks = -(-target.size // kernels.THREADS)
+    kernels.launch(
+        kernels.convert_kernel(len(shape)), blocks, kernels.THREADS, stream, target,
+        np.int64(interface["data"][0]), dtype.type(0), tuple(map(np.int64, shape)), tuple(map(np.int64, strides)),
+    )  # fmt: skip
+
+
+def to_host(tree: Any, stream: Any) -> Any:
+    """The same nesting of lists, tuples and dicts with arrays in ordinary memory in the place of those on the device.
+
+    Those of dtypes other than float32 and float64, which no optimizer takes, come without their values.
+    """
+
+    def copied(item: Any, interface: Interface) -> Array:
+        shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+        if dtype not in (np.float32, np.float64) or not dtype.isnative or not math.prod(shape):
+            return np.broadcast_to(np.zeros((), dtype), shape)
+        let_wait(stream, stream_of(item, interface), True)
+        dense = cuda.device_array(math.prod(shape), dtype)
+        copy_in(dense, interface, stream)
+        host: Array = dense.copy_to_host(stream=stream)
+        stream.synchronize()
+        return host.reshape(shape)
+
+    return _mapped(tree, copied)
+
+
+def shadows(tree: Any) -> Any:
+    """The same with arrays that have the addresses, shapes and strides of those on the device, and cannot be read."""
+
+    def shadow(item: Any, interface: Interface) -> Array:
+        return np.asarray(SimpleNamespace(__array_interface__={**interface, "version": 3}))
+
+    return _mapped(tree, shadow)
+
+
+def _mapped(tree: Any, change: Callable[[Any, Interface], Any]) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _mapped(item, change) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        items = [_mapped(item, change) for item in tree]
+        return (type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)) if isinstance(tree, tuple) else items
+    interface = kernels.interface_of(tree)
+    return tree if interface is None else change(tree, interface)

@@ -1,0 +1,192 @@
+"""Buffers on a GPU, and memory through which the host writes to them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from fastrms.backends.cuda.arrays import Array, cuda
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.flat import _empty
+from fastrms.errors import StructureError
+from fastrms.kernels import cuda as kernels
+
+__all__ = ["DeviceBuffer", "Pinned", "Staged"]
+
+# How many copies of a table can be on their way to the device. The host waits only if it is further ahead than that.
+_ON_THEIR_WAY = 16
+
+
+class DeviceBuffer(FlatBuffer):
+    """A `FlatBuffer` whose memory is on the device: `flat`, `segments`, `leaves` and `views` are Numba's device arrays.
+
+    Parameters
+    ----------
+    layout : Layout
+    stream : stream of Numba's
+        On which all is done, and which the arrays tell others of.
+    """
+
+    def __init__(self, layout: Layout, stream: Any) -> None:
+        self.layout = layout
+        self._stream = stream
+        self.block: Any = cuda.device_array(max(1, layout.nbytes), np.uint8)
+        self.segments: Any = tuple(self._part(s.dtype, s.offset, (s.size,)) for s in layout.segments)
+        self.leaves: Any = tuple(
+            self._part(dtype, layout.segments[leaf.segment].offset + leaf.start * dtype.itemsize, leaf.shape)
+            for leaf, dtype in ((leaf, layout.dtype_of(leaf)) for leaf in layout.leaves)
+        )
+        self.views = layout.structure(self.leaves)
+        self._watch()
+        self.use(stream)
+
+    def _part(self, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Any:
+        size = math.prod(shape)
+        if size == 0:  # there is no address for it
+            return cuda.device_array(shape, dtype)
+        return self.block[offset : offset + size * dtype.itemsize].view(dtype).reshape(shape)
+
+    def use(self, stream: Any) -> None:
+        """Do everything on another stream from now on."""
+        self._stream = stream
+        for array in (self.block, *self.segments, *self.leaves):
+            array.stream = stream
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first address of the block, and the first one after it."""
+        interface = kernels.interface_of(self.block)
+        assert interface is not None
+        low = interface["data"][0]
+        return low, low + self.nbytes
+
+    def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "DeviceBuffer":
+        """Return a new buffer of the same structure on the device; as `FlatBuffer.like`."""
+        other = DeviceBuffer(self.layout if dtype is None else self.layout.with_dtype(dtype), self._stream)
+        for segment in other.segments:
+            other.write(segment, fill)
+        return other
+
+    def write(self, segment: Any, values: Any) -> None:
+        """Set one of `segments` to an ndarray, or to a number."""
+        if not segment.size:
+            return
+        if isinstance(values, np.ndarray):
+            segment.copy_to_device(np.ascontiguousarray(values), stream=self._stream)
+        else:
+            blocks = -(-segment.size // kernels.THREADS)
+            kernels.launch(kernels.fill, blocks, kernels.THREADS, self._stream, segment, segment.dtype.type(values))
+
+    def read(self, array: Any) -> Array:
+        """A copy of one of `segments` or `leaves`; waits for all that is under way on the stream."""
+        copied: Array = np.zeros(array.shape, array.dtype)
+        if array.size:
+            copied = array.copy_to_host(stream=self._stream)
+            self._stream.synchronize()
+        return copied
+
+    def part(self, number: int) -> Any:
+        """The elements of one of `leaves`, 1-D."""
+        leaf = self.layout.leaves[number]
+        return self.segments[leaf.segment][leaf.start : leaf.stop]
+
+    def store(self, arrays: Sequence[Any]) -> None:
+        """Copy what `check` returned to the device."""
+        for k, (array, view) in enumerate(zip(arrays, self.leaves, strict=True)):
+            if array is not None and view.size:
+                with np.errstate(all="ignore"):  # as on the device, a number that is too large becomes inf
+                    dense = np.array(array, view.dtype, order="C")
+                self.part(k).copy_to_device(dense.reshape(-1), stream=self._stream)
+
+    def aliases(self, arrays: Sequence[Any]) -> list[bool]:
+        """As `FlatBuffer.aliases`, of arrays in ordinary memory."""
+        return [False] * len(arrays)
+
+    def to_host(self) -> FlatBuffer:
+        """A copy in ordinary memory."""
+        host = _empty(self.layout)
+        for segment, ours in zip(host.segments, self.segments, strict=True):
+            segment[...] = self.read(ours)
+        return host
+
+    @classmethod
+    def of(cls, host: FlatBuffer, stream: Any) -> "DeviceBuffer":
+        """A copy of `host` on the device."""
+        buffer = cls(host.layout, stream)
+        for segment, theirs in zip(buffer.segments, host.segments, strict=True):
+            buffer.write(segment, theirs)
+        return buffer
+
+    def _has(self, item: Any) -> bool:
+        interface = kernels.interface_of(item)
+        if interface is None or not math.prod(interface["shape"]):
+            return interface is not None
+        low, high = self.span
+        return bool(low <= interface["data"][0] < high)
+
+    def problems(self, name: str) -> list[str]:
+        """As `FlatBuffer.problems`; the arrays of Numba do not change their shape."""
+        try:
+            items = self.layout.flatten(self.views, name)
+        except StructureError as error:
+            return [str(error)]
+        return [
+            f"{name}{leaf.path}: expected the view that was there, got a {type(item).__name__} in its place; write "
+            f"into the view: {name}{leaf.path}[...] = value"
+            for item, view, leaf in zip(items, self.leaves, self.layout.leaves, strict=True)
+            if item is not view
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.to_host().__reduce__()
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("FlatBuffer", "DeviceBuffer", 1)
+
+
+class Pinned(FlatBuffer):
+    """A `FlatBuffer` in memory of the host that the device can read by itself, while the host does something else."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._allocate(layout, cuda.pinned_array)
+
+
+class Staged:
+    """A 1-D array on the device that the host writes, without waiting: through pinned memory, as often as it likes.
+
+    Parameters
+    ----------
+    values : ndarray, shape (n,)
+        What it has at first.
+    stream : stream of Numba's
+        On which it is written now.
+    """
+
+    def __init__(self, values: Array, stream: Any) -> None:
+        self.array: Any = cuda.device_array(max(1, values.size), values.dtype)
+        self._now: Array | None = None
+        self._pinned: list[tuple[Array, Any]] = []
+        self._turn = 0
+        self.write(values, stream)
+
+    def write(self, values: Array, stream: Any) -> None:
+        """Write `values`, unless the array has them already."""
+        if not values.size or (self._now is not None and np.array_equal(values, self._now)):
+            return
+        if len(self._pinned) < _ON_THEIR_WAY:
+            self._pinned.append((cuda.pinned_array(values.size, values.dtype), cuda.event()))
+            self._turn = -1
+        else:
+            self._turn = (self._turn + 1) % _ON_THEIR_WAY
+            self._pinned[self._turn][1].synchronize()
+        memory, event = self._pinned[self._turn]
+        memory[...] = values
+        self.array.copy_to_device(memory, stream=stream)
+        event.record(stream)
+        self._now = values.copy()
+
+    def forget(self) -> None:
+        """Note that somebody else has written it."""
+        self._now = None

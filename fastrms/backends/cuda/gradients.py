@@ -1,0 +1,163 @@
+"""Where the gradients of a step lie: on the device, in ordinary memory, or nowhere."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.backends.cuda.arrays import Interface, cuda, dense_strides, stream_of
+from fastrms.backends.cuda.buffer import DeviceBuffer
+from fastrms.buffers import FlatBuffer
+from fastrms.buffers.flat import _can_store, _castable_to, _empty
+from fastrms.errors import DtypeError, StructureError
+from fastrms.kernels import cuda as kernels
+from fastrms.kernels import dlpack, pointers
+
+__all__ = ["Finder", "Found"]
+
+
+class Found:
+    """Where the gradients of a step are.
+
+    Attributes
+    ----------
+    sources : ndarray of int64
+        For each parameter an address, `IN_BUFFER` or `ABSENT`.
+    arrays : list of ndarray or None
+        Those in ordinary memory, or an empty list.
+    others : list of (int, interface, bool)
+        Number and description of those on the device that have to be copied to the gradient buffer first, and whether
+        they lie in the optimizer's own memory.
+    streams : set of int
+        Of those who made them.
+    kept : list
+        What has to live until the step has been asked for.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.sources = np.zeros(count, np.int64)
+        self.arrays: list[Any] = []
+        self.others: list[tuple[int, Interface, bool]] = []
+        self.streams: set[int] = set()
+        self.kept: list[Any] = []
+
+
+class Finder:
+    """Finds out where gradients are, and checks them; nothing is written.
+
+    Parameters
+    ----------
+    grads : DeviceBuffer
+        The gradient buffer.
+    """
+
+    def __init__(self, grads: DeviceBuffer) -> None:
+        self._grads = grads
+        layout = grads.layout
+        self._leaves = layout.leaves
+        self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
+        self._checker: FlatBuffer | None = None
+        self._known: dict[tuple[str, np.dtype[Any]], np.dtype[Any]] = {}  # which dtypes can be stored as which
+        # For `dlpack.locate`.
+        self._expected = np.zeros((len(self._leaves), 2 + max(len(leaf.shape) for leaf in self._leaves)), np.int64)
+        for row, leaf, dtype in zip(self._expected, self._leaves, self._dtypes, strict=True):
+            row[0], row[1] = dlpack.kind_of(dtype.itemsize), len(leaf.shape)
+            row[2 : 2 + len(leaf.shape)] = leaf.shape
+        self._words = np.zeros(dlpack.WORDS, np.int64)
+        self._places = np.zeros((2, len(self._leaves)), np.int64)
+        self._device = dlpack.CUDA | getattr(getattr(cuda.current_context(), "device", None), "id", 0) << 32
+        # Negative views of PyTorch's are parts of complex tensors, and dense only if they have one element.
+        self._singles = [k for k, leaf in enumerate(self._leaves) if leaf.stop - leaf.start == 1]
+
+    def find(self, items: tuple[Any, ...], written: NDArray[np.int64]) -> Found:
+        """Find the gradients `items`, one for each parameter, or None.
+
+        Parameters
+        ----------
+        items : tuple
+        written : ndarray of int64, shape (m, 2)
+            Pieces of memory [low, high) that the step writes: what lies there is copied first.
+
+        Raises
+        ------
+        StructureError, DtypeError
+            As `RMSProp.step` raises them.
+        """
+        found = Found(len(items))
+        spans = written.tolist()
+        left: Iterable[int] = range(len(items))
+        if dlpack.exchange_function(type(items[0])):
+            left = self._locate(items, written, found)
+        on_host: list[int] = []
+        for k in left:
+            item = items[k]
+            if item is None:
+                found.sources[k] = kernels.ABSENT
+            elif item is not self._grads.leaves[k]:
+                interface = kernels.interface_of(item)
+                if interface is None:
+                    on_host.append(k)
+                    continue
+                if getattr(item, "is_neg", bool)():  # a view of PyTorch's, of which memory has the positive numbers
+                    item = item.resolve_neg()
+                    found.kept.append(item)
+                    interface = kernels.interface_of(item) or interface
+                self._look_at(k, item, interface, spans, found)
+        if on_host:
+            if self._checker is None:
+                self._checker = _empty(self._grads.layout)  # of which nothing is ever written
+            wanted = set(on_host)
+            chosen = [item if k in wanted else None for k, item in enumerate(items)]
+            found.arrays = self._checker.check(chosen, "gradients", skip_none=True)
+        return found
+
+    def _locate(self, items: tuple[Any, ...], written: NDArray[np.int64], found: Found) -> list[int]:
+        """Find those that can be found by compiled code, and return the numbers of the others."""
+        kind = type(items[0])
+        addresses, states = self._places
+        dlpack.locate(
+            dlpack.exchange_function(kind), pointers.items_of(items), np.array([id(kind)]), id(None), self._expected,
+            written, self._words, addresses, states, self._device,
+        )  # fmt: skip
+        ordinary = states == dlpack.ORDINARY
+        for k in self._singles:
+            ordinary[k] = ordinary[k] and not getattr(items[k], "is_neg", bool)()
+        found.sources[ordinary] = addresses[ordinary]
+        if ordinary.any():
+            found.streams.add(dlpack.current_stream(kind, self._device) or kernels.LEGACY_STREAM)
+        return np.flatnonzero(~ordinary).tolist()
+
+    def _look_at(self, k: int, item: Any, interface: Interface, spans: list[list[int]], found: Found) -> None:
+        # 1,000 arrays come here one by one: texts are made where they are needed.
+        leaf, dtype, shape = self._leaves[k], self._dtypes[k], interface["shape"]
+        if interface.get("mask") is not None:
+            raise DtypeError(
+                f"gradients{leaf.path}: expected an array, got a masked one on the device; the mask would be lost"
+            )
+        if shape != leaf.shape and tuple(shape) != leaf.shape:
+            raise StructureError(f"gradients{leaf.path}: expected shape {leaf.shape}, got {tuple(shape)}")
+        theirs = self._known.get((interface["typestr"], dtype))
+        if theirs is None:
+            theirs = np.dtype(interface["typestr"])
+            if not _can_store(theirs, dtype) or not theirs.isnative:
+                raise DtypeError(f"gradients{leaf.path}: expected {_castable_to(dtype)}, got {theirs}")
+            self._known[interface["typestr"], dtype] = theirs
+        if leaf.stop == leaf.start:
+            return
+        address, strides = interface["data"][0], interface.get("strides")
+        found.streams.add(stream_of(item, interface))
+        if strides is not None and tuple(strides) == dense_strides(leaf.shape, theirs):
+            strides = None
+        start, end = address, address + (leaf.stop - leaf.start) * theirs.itemsize
+        if strides is not None:
+            reach = [(size - 1) * stride for size, stride in zip(leaf.shape, strides, strict=True)]
+            start = address + sum(step for step in reach if step < 0)
+            end = address + sum(step for step in reach if step > 0) + theirs.itemsize
+        ours = False
+        for low, high in spans:
+            ours = ours or (start < high and end > low)
+        if theirs is dtype and not ours and strides is None:
+            found.sources[k] = address
+        else:
+            found.others.append((k, interface, ours))

@@ -1,0 +1,116 @@
+"""The data that kernels of a step read and write on the device, beside the buffers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.backends.cuda.arrays import cuda
+from fastrms.backends.cuda.buffer import Staged
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.kernels import cuda as kernels
+from fastrms.options import ParamGroup, hyper_values
+
+__all__ = ["NO_BOUND", "DeviceRun", "Tables"]
+
+NO_BOUND = math.inf
+
+
+class DeviceRun(Run):
+    """A `Run` with its tables on the device."""
+
+    def __init__(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> None:
+        super().__init__(group_number, group, layout, numbers)
+        sizes = self._spans[:, 1] - self._spans[:, 0]
+        first_chunk = np.concatenate([[0], np.cumsum(-(-sizes // kernels.CHUNK))])
+        self.chunks = int(first_chunk[-1])
+        self.whole_chunks = -(-self.size // kernels.CHUNK)
+        # Bounds and first chunks of each parameter, and of all as one span, whose gradient is in the buffer.
+        self.each = tuple(map(cuda.to_device, (np.ascontiguousarray(self._spans[:, :2]), first_chunk)))
+        whole = np.array([[0, self.size]]), np.array([0, self.whole_chunks]), np.array([kernels.IN_BUFFER])
+        self.whole = tuple(map(cuda.to_device, whole))
+        self.slots = slice(0, 0)  # its parameters among those of all runs, one run after the other
+        self.tables: tuple[Any, ...] = ()  # its items of `sources`, `sums`, `norms`, `finite` and `factors`
+        self.hyper: tuple[Any, ...] = ()
+
+    _arrays: Any
+
+    def prepare(self, buffers: Any) -> None:
+        """Take note of where the buffers lie and which state the options ask for."""
+        params = self.part_of(buffers["params"])
+        self._arrays = (
+            params,
+            self.part_of(buffers["grads"]),
+            self.part_of(buffers["cache"]),
+            # Instead of what is not there anything will do.
+            self.part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else params,
+            self.part_of(buffers["grad_avg"]) if self.group["centered"] else params,
+        )
+
+    def part_of(self, buffer: FlatBuffer) -> Any:
+        """The elements of this run in `buffer`, 1-D."""
+        segment = buffer.segments[self._segment]
+        return segment[self._start : self._stop] if self.size else segment
+
+    def set_hyper(self, lr: float) -> None:
+        """Make the numbers that the kernel gets for the options."""
+        with np.errstate(all="ignore"):
+            self.hyper = tuple(np.array(hyper_values(self.group, lr, self.dtype), self.dtype))
+
+
+class Tables:
+    """What a step reads and writes on the device beside the buffers: one item for each parameter, run after run."""
+
+    def __init__(self, runs: list[DeviceRun], stream: Any) -> None:
+        self.order = np.concatenate([run.numbers for run in runs])
+        count = 0
+        for run in runs:
+            run.slots = slice(count, count + len(run.numbers))
+            count = run.slots.stop
+        self.sources = Staged(np.zeros(count, np.int64), stream)
+        self.sums, self.norms, self.partials = (
+            cuda.to_device(np.zeros(size))
+            for size in (count, count, max(1, *(run.chunks for run in runs)))
+        )  # fmt: skip
+        self.finite, self.sat_out = (cuda.to_device(np.zeros(count, np.int64)) for _ in range(2))
+        self.missed, self.go = (cuda.to_device(np.zeros(1, np.int64)) for _ in range(2))
+        self.factors = cuda.to_device(np.zeros((count, 2)))
+        self.limits, self.signs = (Staged(np.zeros(count), stream) for _ in range(2))
+        self.rows = Staged(np.full(count, -1), stream)
+        for run in runs:  # slices take Numba longer than a launch
+            run.tables = tuple(
+                array[run.slots]
+                for array in (self.sources.array, self.sums, self.norms, self.finite, self.factors)
+            )  # fmt: skip
+        # For correcting bias: a row for each decay rate, a column for each number of steps.
+        self.decay_rates: list[float] = []
+        self.corrections = np.ones((1, 1))
+        self.corrections_there = cuda.to_device(self.corrections)
+
+    def set_options(self, runs: list[DeviceRun], stream: Any) -> None:
+        """Write what the options say of each parameter."""
+        limits, signs, rows = np.zeros(len(self.order)), np.zeros(len(self.order)), np.full(len(self.order), -1)
+        rates = sorted({run.group["decay_rate"] for run in runs if run.group["bias_correction"]})
+        for run in runs:
+            options = run.group
+            limits[run.slots] = NO_BOUND if options["clip_norm"] is None else options["clip_norm"]
+            signs[run.slots] = -1.0 if options["maximize"] else 1.0
+            if options["bias_correction"]:
+                rows[run.slots] = rates.index(options["decay_rate"])
+        self.limits.write(limits, stream)
+        self.signs.write(signs, stream)
+        self.rows.write(rows, stream)
+        if rates != self.decay_rates:
+            self.decay_rates = rates
+            self.corrections = np.zeros((max(1, len(rates)), 0))
+
+    def correct_up_to(self, steps: int, stream: Any) -> None:
+        """Have the corrections up to so many steps; they come to 1, and then there need be no more."""
+        known = self.corrections.shape[1]
+        if known >= steps or (known and bool((self.corrections[:, -1] == 1).all())):
+            return
+        number = np.arange(1, max(1024, 2 * steps) + 1)
+        self.corrections = np.array([1.0 / (1.0 - rate**number) for rate in self.decay_rates])
+        self.corrections_there = cuda.to_device(self.corrections, stream=stream)

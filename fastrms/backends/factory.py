@@ -1,0 +1,64 @@
+"""Make the backend that the options of an optimizer ask for."""
+
+from typing import TYPE_CHECKING, Any
+
+from fastrms import kernels
+from fastrms._state import OptimizerState, Settings
+from fastrms.backends import host
+from fastrms.backends.base import Backend
+from fastrms.backends.memory import Ram
+from fastrms.backends.storage import check_storage
+from fastrms.errors import DeviceError, OptionError
+from fastrms.options import check_one_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["backend_of", "new_backend"]
+
+
+def new_backend(params: Any, settings: Settings, storage: Any, stream: Any) -> Backend:
+    """Return the backend of a new optimizer.
+
+    Parameters
+    ----------
+    params, storage, stream
+        As for `fastrms.RMSProp`. A Storage was opened by `fastrms.RMSProp.reopen`.
+    settings : Settings
+        The other arguments.
+
+    Raises
+    ------
+    FastrmsError, OSError
+        As for `fastrms.RMSProp`.
+    """
+    settings.check()
+    check_one_of("kernel", settings.kernel, (*kernels.KERNELS, "cuda"))
+    check_storage(storage)
+    if settings.kernel == "cuda":
+        if storage is not None:
+            raise OptionError('storage: expected None with kernel="cuda", which keeps the buffers on a GPU, got a path')
+        backend: Backend = _cuda().new_backend(params, settings, stream)
+        return backend
+    if stream is not None:
+        raise OptionError(f'stream: expected None unless kernel is "cuda", got {stream!r}')
+    return host.new_backend(OptimizerState(params, settings), storage)
+
+
+def backend_of(state: OptimizerState) -> Backend:
+    """Return a backend for data whose buffers are in ordinary memory, as after unpickling."""
+    if state.kernel == "cuda":
+        backend: Backend = _cuda().CudaBackend(state, None)
+        return backend
+    return host.HostBackend(state, Ram())
+
+
+def _cuda() -> "ModuleType":
+    try:  # only who asks for it imports CUDA
+        from fastrms.backends.cuda import backend
+    except ImportError as error:
+        raise DeviceError(
+            f'kernel: expected a GPU for "cuda", but the package numba-cuda cannot be imported ({error}); '
+            'install with: python -m pip install "fastrms[cuda]"'
+        ) from None
+    return backend

@@ -1,0 +1,37 @@
+"""Buffers in ordinary memory."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import starmap
+from operator import call
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms.backends.base import Array, RunCalls
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.flat import _empty
+from fastrms.kernels.norms import SpanNorms
+
+__all__ = ["Ram"]
+
+
+class Ram:
+    """The memory of an optimizer whose buffers are ordinary arrays."""
+
+    in_parts = False
+
+    # Without a function of Python's own, since each step calls it.
+    run: RunCalls = staticmethod(partial(starmap, call))
+
+    def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
+        """Return a buffer of this layout, of zeros."""
+        return _empty(layout)
+
+    def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
+        """Return an object that computes the norm of each span of the gradient buffer."""
+        return SpanNorms(spans)
+
+    def parts(self, array: Array) -> Iterator[slice]:
+        """Iterate over one slice, of the whole array."""
+        yield slice(None)
