@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastrms import kernels
 from fastrms._state import OptimizerState
-from fastrms.attributes import Guarded, checked, option_of_all_groups, views
+from fastrms.attributes import Guarded, change, checked, option_of_all_groups, views
 from fastrms.backends.base import Backend
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
-from fastrms.errors import OptionError
 from fastrms.kernels import threads
 from fastrms.options import (
     NONFINITE,
@@ -21,18 +19,7 @@ from fastrms.options import (
     check_threads,
 )
 
-__all__ = ["OptimizerBase", "check_kernel"]
-
-
-def check_kernel(value: Any) -> str:
-    """Return `value` if it is the name of a kernel to which an optimizer on the host can change."""
-    if isinstance(value, str) and value == "cuda":
-        raise OptionError(
-            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
-            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
-            "load_state_dict() of this one"
-        )
-    return check_one_of("kernel", value, kernels.KERNELS)
+__all__ = ["OptimizerBase"]
 
 
 class OptimizerBase(Guarded):
@@ -129,12 +116,29 @@ class OptimizerBase(Guarded):
         "options_changed",
         'What a step does about gradients that are inf or NaN: "propagate", "raise" or "skip".',
     )
-    kernel: Any = checked(
-        "kernel",
-        _check_kernel,
-        "kernel_changed",
-        'What runs the update: "auto", "numpy", "serial" or "parallel".',
-    )
+
+    @property
+    def kernel(self) -> str:
+        """The kernel of the update: "auto", "numpy", "serial", "parallel" or "cuda"."""
+        return self._state.kernel
+
+    @kernel.setter
+    def kernel(self, value: str) -> None:
+        change(self, "kernel", self._backend.check_kernel(value), "kernel_changed")
+
+    @property
+    def stream(self) -> Any:
+        """The stream of all work on a GPU, one of Numba's. It may be set to any stream that the constructor takes."""
+        return self._backend.stream
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        self._backend.stream = value
+
+    def synchronize(self) -> None:
+        """Wait until a GPU has done all work on this optimizer's stream. On the host there is nothing to wait for."""
+        self._backend.synchronize()
+
     num_threads: Any = checked(
         "num_threads",
         lambda value: check_threads(value, threads.max_threads()),

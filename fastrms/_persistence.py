@@ -3,14 +3,13 @@
 import atexit
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from fastrms._base import OptimizerBase
-from fastrms.backends.base import Backend
 from fastrms.backends.host import HostBackend
 from fastrms.backends.storage import HEAD, Storage
 from fastrms.checkpoints.formats import opened, reading
@@ -27,8 +26,7 @@ _open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
 class Persistent(OptimizerBase):
     """The methods that save and restore an optimizer."""
 
-    def _start(self, backend: Backend) -> None:
-        super()._start(backend)
+    def _close_at_exit(self) -> None:
         if self._folder is not None:
             _open.add(self)
 
@@ -153,7 +151,8 @@ class Persistent(OptimizerBase):
                 params = [{"params": p} | ({"lr": lr} if new else {}) for p, new in zip(params, new_lr, strict=True)]
             elif lr is not None:
                 options["lr"] = lr
-            opt = cls(params, cache_dtype=head["cache_dtype"], **options)
+            make: Callable[..., Self] = cls  # a class that derives from this one takes these arguments
+            opt = make(params, cache_dtype=head["cache_dtype"], **options)
             try:
                 restore(opt._backend, source, new_lr)
             except BaseException:
@@ -232,7 +231,8 @@ class Persistent(OptimizerBase):
                 params = [{"params": part} | group for part, group in zip(params, options, strict=True)]
             else:
                 of_all |= options[0]
-            opt = cls(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
+            make: Callable[..., Self] = cls  # a class that derives from this one takes these arguments
+            opt = make(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
             if head_of(opt._state)["parameters"] != head["parameters"]:
                 raise StorageError(f"{where}: structure and parameters do not fit together")
         except BaseException:

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray  # noqa: TC002 # a dataclass has its annotations at run time
 
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.overlap import refuse_overlap
 from fastrms.errors import DtypeError
 from fastrms.kernels import threads
 from fastrms.options import (
+    GROUP_DEFAULTS,
     NONFINITE,
     ParamGroup,
     ParamGroups,
@@ -50,6 +51,10 @@ class Counts:
         self.absent: NDArray[np.int64] = np.zeros(parameters, np.int64)
         self.writing = False
 
+    def take_over(self, other: "Counts") -> None:
+        """Copy the numbers of another optimizer with the same parameters."""
+        self.steps, self.skipped_steps, self.absent = other.steps, other.skipped_steps, other.absent.copy()
+
 
 @dataclass
 class Settings:
@@ -69,6 +74,16 @@ class Settings:
     cache_dtype: str | None
     nonfinite: str
     global_clip_norm: float | None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Return the settings that arguments of `fastrms.RMSProp` say; the others have their defaults."""
+        whole = {
+            "kernel": "auto", "num_threads": None, "cache_dtype": None, "nonfinite": "propagate",
+            "global_clip_norm": None,
+        }  # fmt: skip
+        of_groups = {name: value for name, value in options.items() if name not in whole}
+        return cls(GROUP_DEFAULTS | of_groups, **{name: options.get(name, value) for name, value in whole.items()})
 
     def check(self) -> None:
         """Check the options of all groups, and replace each by its checked form.

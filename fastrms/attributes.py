@@ -8,7 +8,7 @@ from typing import Any
 from fastrms.dialects import meant
 from fastrms.errors import OptionError, OptionTypeError
 
-__all__ = ["Guarded", "checked", "option_of_all_groups", "refuse_unknown", "views"]
+__all__ = ["Guarded", "change", "checked", "option_of_all_groups", "refuse_unknown", "views"]
 
 
 def views(name: str, meaning: str) -> property:
@@ -52,17 +52,21 @@ def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) 
         return getattr(self._state, name)
 
     def set_checked(self: Any, value: Any) -> None:
-        value = check(value)
-        with self._turns.lock:  # a step on another thread ends first
-            before = getattr(self._state, name)
-            setattr(self._state, name, value)
-            try:
-                getattr(self._backend, changed)()
-            except BaseException:
-                setattr(self._state, name, before)
-                raise
+        change(self, name, check(value), changed)
 
     return property(get, set_checked, doc=meaning)
+
+
+def change(optimizer: Any, name: str, value: Any, changed: str) -> None:
+    """Set an option of the optimizer as a whole, call the backend's method `changed`, and undo both after an error."""
+    with optimizer._turns.lock:  # a step on another thread ends first
+        before = getattr(optimizer._state, name)
+        setattr(optimizer._state, name, value)
+        try:
+            getattr(optimizer._backend, changed)()
+        except BaseException:
+            setattr(optimizer._state, name, before)
+            raise
 
 
 class Guarded:

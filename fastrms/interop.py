@@ -91,12 +91,12 @@ def from_torch(state_dict: Mapping[str, Any], params: Any, **options: Any) -> RM
             for group, values in zip(grouped, own, strict=True)
         ]
         opt = RMSProp(given, **options)
-    sizes = np.bincount(opt._group_of, minlength=len(groups)).tolist()
+    sizes = np.bincount(opt.backend.state.group_of, minlength=len(groups)).tolist()
     if sizes != numbers:
         raise CheckpointError(f"params: expected {numbers} parameters in the groups, as in state_dict; got {sizes}")
 
     opt.steps = max(steps)
-    opt._skipped[...] = opt.steps - np.array(steps)
+    opt.backend.state.counts.absent[...] = opt.steps - np.array(steps)
     for name, theirs in _TORCH.items():
         _put(opt, name, theirs, [entry.get(theirs) for entry in entries], lr_in_momentum=False)
     return opt
@@ -137,9 +137,9 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
         torch = importlib.import_module("torch")
     except ImportError:
         raise ImportError("torch is not installed; install with: python -m pip install torch") from None
-    with optimizer._between_steps("to_torch", changes=False):
+    with optimizer.backend.turns.between_steps("to_torch", changes=False):
         groups = [_arguments(optimizer, k, "torch") for k in range(len(optimizer.param_groups))]
-        steps = optimizer.steps - optimizer._skipped
+        steps = optimizer.steps - optimizer.backend.state.counts.absent
         # As torch counts. In float16, which may be its default, counting would stop at 2,048.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         state: dict[int, dict[str, Any]] = {
@@ -150,7 +150,7 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
                 if array is not None:
                     state[i][theirs] = torch.as_tensor(array)
         for k, group in enumerate(groups):
-            group["params"] = np.flatnonzero(optimizer._group_of == k).tolist()
+            group["params"] = np.flatnonzero(optimizer.backend.state.group_of == k).tolist()
     return {"state": state, "param_groups": groups}
 
 
@@ -277,7 +277,7 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     >>> config["learning_rate"], sorted(variables)
     (0.5, ['0', '1', '2'])
     """
-    with optimizer._between_steps("to_keras", changes=False):
+    with optimizer.backend.turns.between_steps("to_keras", changes=False):
         configs = [_arguments(optimizer, k, "keras") for k in range(len(optimizer.param_groups))]
         config = configs[0]
         for argument, value in config.items():
@@ -348,11 +348,11 @@ def _take(opt: RMSProp, name: str, lr_in_momentum: bool) -> list[Array | None]:
     """Copies of the state in buffer `name`, one for each parameter, or None where its group does not use it."""
     option = _OPTION_OF.get(name)
     if option is not None and name not in opt.buffers:
-        return [None] * len(opt._group_of)
+        return [None] * len(opt.backend.state.group_of)
     read = np.copy if opt.cache_dtype is None else from_bfloat16
     arrays: list[Array | None] = [
         read(leaf) if option is None or opt.param_groups[k][option] else None
-        for k, leaf in zip(opt._group_of, opt.buffers[name].leaves, strict=True)
+        for k, leaf in zip(opt.backend.state.group_of, opt.buffers[name].leaves, strict=True)
     ]
     return _rescaled(opt, arrays, lr_in_momentum, outward=True) if name == "momentum_buffer" else arrays
 
@@ -363,7 +363,7 @@ def _rescaled(opt: RMSProp, arrays: Iterable[Any], theirs: bool, outward: bool) 
     A buffer b without lr moves a parameter by lr b, one with lr by b: at the lr of the next step, both by the same.
     """
     rescaled = []
-    for k, array in zip(opt._group_of, arrays, strict=True):
+    for k, array in zip(opt.backend.state.group_of, arrays, strict=True):
         group = opt.param_groups[k]
         ours = group["lr_in_momentum"]
         if array is not None and ours != theirs and group["momentum"]:

@@ -3,15 +3,12 @@
 import copy
 import inspect
 import os
-from dataclasses import replace
 from typing import Any, Self
 
-from fastrms._base import check_kernel
 from fastrms._persistence import Persistent
 from fastrms._state import OptimizerState, Settings
 from fastrms.attributes import refuse_unknown
-from fastrms.backends import new_backend
-from fastrms.backends.storage import check_storage
+from fastrms.backends.factory import backend_of, new_backend
 from fastrms.kernels import threads
 from fastrms.options import LearningRate
 
@@ -172,6 +169,7 @@ class RMSProp(Persistent):
         }  # fmt: skip
         settings = Settings(defaults, kernel, num_threads, cache_dtype, nonfinite, global_clip_norm)
         self._start(new_backend(params, settings, storage, stream))
+        self._close_at_exit()
 
     def step(self, gradients: Any = None) -> Any:
         """Take one step and return the updated parameters, which are the same views as before.

@@ -29,6 +29,7 @@ try:
 except ImportError as error:
     raise ImportError('PyTorch is not installed; install with: python -m pip install "fastrms[torch]"') from error
 
+from fastrms.backends.host import HostBackend
 from fastrms.dialects import DIALECTS
 from fastrms.errors import OptionError, StructureError
 from fastrms.kernels import KERNELS, dlpack, pointers
@@ -356,6 +357,9 @@ class _Pack:
         if not self.params:
             return
         self.optimizer = RMSProp([p.detach().numpy() for p in self.params], kernel=kernel)
+        backend = self.optimizer.backend
+        assert isinstance(backend, HostBackend)
+        self._backend = backend
         count = len(self.params)
         self._own = np.array([view.ctypes.data if view.size else 0 for view in self.optimizer.params])
         self._lost = np.zeros(count, bool)  # those that became something that cannot be moved
@@ -463,7 +467,7 @@ class _Pack:
             return
         (addresses, present, gradients), self._ready = self._ready, None
         if self._zero_copy:
-            self.optimizer._step_at(addresses, present)
+            self._backend.step_at(addresses, present)
         else:
             there = np.ones(len(gradients), bool) if present is None else present
             self.optimizer.step(

@@ -205,7 +205,7 @@ def none():
                     gradients[rank][list(layout)[k]] = None
             take(made[0], gradients[RANK], way, rng)
             made[1].step(add(gradients))
-        assert made[1]._skipped.any()
+        assert made[1].backend.state.counts.absent.any()
         same(*made, way)
 
 
@@ -219,7 +219,7 @@ def sums():
             gradients = gradients_of(layout, step, whole_numbers=False)
             made[0].step(gradients[RANK])
             total = made[1].buffers["grads"].like()
-            for all_, own, bounds in zip(total.segments, made[0]._own["grads"].segments, made[0]._bounds, strict=True):
+            for all_, own, bounds in zip(total.segments, made[0]._shards._own["grads"].segments, made[0]._shards.bounds, strict=True):
                 all_[bounds[RANK] : bounds[RANK + 1]] = own
                 made[0]._ranks.all_gather(all_, bounds)
             np.testing.assert_allclose(total.views["W"], add(gradients)["W"], rtol=1e-4, atol=1e-5)
@@ -326,7 +326,7 @@ def ready():
     raises(StructureError, "key: expected one of", opt.ready, ["W"], mine["W"])
     raises(StructureError, "gradients['W']: expected shape (13, 7), got (7, 13)", opt.ready, "W", mine["W"].T)
     raises(fastrms.DtypeError, "gradients['b']: expected an array", opt.ready, "b", "text")
-    assert not opt._handover.begun
+    assert not opt._shards._buckets.begun
     last = SIZE - 1
     for key in mine:
         if last != RANK or key not in ("b", "d"):
@@ -894,8 +894,8 @@ def sizes():
     assert SIZE == 1 or all(view.ndim == 1 for view in opt.cache)
     assert f"rank={RANK} of {SIZE})" in repr(opt)
     if SIZE > 1:  # the sum of gradients is of the shard, parameters lie among all parameters
-        assert opt._own["grads"].size == opt.buffers["cache"].size
-        assert np.shares_memory(opt._own["params"].segments[0], opt.buffers["params"].segments[0])
+        assert opt._shards._own["grads"].size == opt.buffers["cache"].size
+        assert np.shares_memory(opt._shards._own["params"].segments[0], opt.buffers["params"].segments[0])
     assert opt.check() == []
     assert len(opt.explain()) == 2
 

@@ -259,7 +259,7 @@ def reordered(tree, like):
 @pytest.mark.parametrize("dtypes", ["ff", "fd", "bfloat16"])
 @pytest.mark.parametrize("name", ORDERS)
 def test_keys_in_another_order_are_matched_by_path(name, dtypes, kind, storage, rng, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastrms.backends.mapped.PART_BYTES", 8)
+    monkeypatch.setattr("fastrms.backends.pages.PART_BYTES", 8)
     shapes, others = ORDERS[name]
     options = {"momentum": 0.5, "centered": True, "bias_correction": True}
     if dtypes == "bfloat16":

@@ -159,20 +159,20 @@ def test_explain_says_what_runs_and_why(small_trials):
     assert opt.explain()[0].endswith("numpy, as asked for")
     one = RMSProp([np.zeros(60)], num_threads=1)
     assert one.explain() == ["group 0, 60 float64 in 1 arrays: serial; there is one thread"]
-    assert one._tuner is None
+    assert one.backend._tuner is None
 
 
 def test_only_auto_with_many_elements_and_threads_is_watched():
     many = [np.zeros(tuner.TRY_PARALLEL_FROM)]
-    assert RMSProp(many)._tuner is not None
-    assert RMSProp([np.zeros(tuner.TRY_PARALLEL_FROM - 1)])._tuner is None
+    assert RMSProp(many).backend._tuner is not None
+    assert RMSProp([np.zeros(tuner.TRY_PARALLEL_FROM - 1)]).backend._tuner is None
     for kernel in ("numpy", "serial", "parallel"):
         opt = RMSProp(many, kernel=kernel)
-        assert opt._tuner is None
+        assert opt.backend._tuner is None
         opt.kernel = "auto"
-        assert opt._tuner is not None
+        assert opt.backend._tuner is not None
         opt.num_threads = 1
-        assert opt._tuner is None
+        assert opt.backend._tuner is None
 
 
 def test_num_threads_holds_during_the_step_only(monkeypatch):

@@ -69,8 +69,8 @@ def guarded(request):
 
 def arguments_of(opt, present=None, scales=None):
     """What a kernel gets for the only run of an optimizer, with gradients in the buffer."""
-    opt._take_options()
-    (run,) = opt._runs
+    opt.backend.use_options()
+    (run,) = opt.backend._runs
     run.point_to_buffer()
     return run.arguments(0.01, False, present, scales, None)
 
@@ -105,8 +105,8 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
     gradients = tuple(guarded.copy(wide(rng, part.size, np.float32, -3, 3)) for part in start)
     opt, other = RMSProp(start, lr=0.01), RMSProp(start, lr=0.01, kernel="numpy")
     other.step(gradients)
-    opt._take_options()
-    (run,) = opt._runs
+    opt.backend.use_options()
+    (run,) = opt.backend._runs
     plain = run.with_sources(run.arguments(0.01, True, None, None, None))
     found = [guarded.copy(part) if isinstance(part, np.ndarray) else part for part in plain]
     if plain[10] is plain[2]:  # the spans of the update are those that are found

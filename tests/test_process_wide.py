@@ -118,7 +118,7 @@ def trying():
     from fastrms.backends.tuner import Tuner
     Tuner.FIRST_LOOK = 0.0
     optimizer = RMSProp(parameters())
-    while optimizer._tuner.reason.startswith("after"):
+    while optimizer.backend._tuner.reason.startswith("after"):
         optimizer.step()
 
 def saving():
@@ -222,7 +222,7 @@ print("\\nchanged: " + json.dumps(different, default=str), file=sys.stderr, flus
 
 
 AT_EXIT = {
-    "functions at exit": ["fastrms.backends.storage._close_all"],
+    "functions at exit": ["fastrms._persistence._close_all"],
     "functions at fork": ["fastrms.kernels.threads._in_child"],
 }
 

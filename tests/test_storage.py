@@ -16,6 +16,7 @@ from helpers import JIT, assert_same_bits, leaves, same_structure, wide
 from test_checkpoints import KEYS, OTHER_KEYS, posix
 
 import fastrms.backends.mapped
+import fastrms.backends.pages
 from fastrms import (
     DeviceError,
     DtypeError,
@@ -34,7 +35,7 @@ STATE = ("params", "cache", "momentum_buffer", "grad_avg")
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of one page, so that small arrays are cut."""
-    monkeypatch.setattr(fastrms.backends.mapped, "PART_BYTES", 4096)
+    monkeypatch.setattr(fastrms.backends.pages, "PART_BYTES", 4096)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def path(tmp_path):
 
 def assert_same(ours, theirs):
     assert (ours.steps, ours.skipped_steps) == (theirs.steps, theirs.skipped_steps)
-    assert ours._skipped.tolist() == theirs._skipped.tolist()
+    assert ours.backend.state.counts.absent.tolist() == theirs.backend.state.counts.absent.tolist()
     assert ours.buffers.keys() == theirs.buffers.keys()
     for name in ours.buffers.keys() & set(STATE):
         for mine, other in zip(ours.buffers[name].segments, theirs.buffers[name].segments, strict=True):
@@ -404,7 +405,7 @@ def test_counts_of_a_process_that_was_killed_are_used_as_far_as_they_go_together
     rewrite(path, storage=head["storage"] | {"clean": False})
     recount(path, 3, 2)  # more than there were steps
     with RMSProp.reopen(path, after_crash="use") as opt:
-        assert (opt.steps, opt._skipped.tolist()) == (1, [1, 0])
+        assert (opt.steps, opt.backend.state.counts.absent.tolist()) == (1, [1, 0])
         opt.step([np.ones(2), np.ones(3)])
         assert np.isfinite(opt.params[0]).all()
     rewrite(path, storage=head["storage"] | {"clean": False})
@@ -518,16 +519,16 @@ def test_an_error_of_the_disk_in_a_step_counts_nothing(path, monkeypatch):
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(opt._storage, "_call_in_parts", broken)
+            patch.setattr(opt.backend.storage.pages, "call_in_parts", broken)
             with pytest.raises(OSError, match="cannot be read or written"):
                 opt.step([None, np.ones(2)])
-        assert (opt.steps, opt._skipped.tolist()) == (0, [0, 0])
-        assert opt._storage.counts[1:5].tolist() == [0, 0, 0, 0]
+        assert (opt.steps, opt.backend.state.counts.absent.tolist()) == (0, [0, 0])
+        assert opt.backend.storage.counts[1:5].tolist() == [0, 0, 0, 0]
     opt.step([None, np.ones(2)])
-    assert opt._storage.counts[:5].tolist() == [0, 1, 0, 1, 0]
+    assert opt.backend.storage.counts[:5].tolist() == [0, 1, 0, 1, 0]
     opt.close()
     with RMSProp.reopen(path) as opt:
-        assert (opt.steps, opt._skipped.tolist()) == (1, [1, 0])
+        assert (opt.steps, opt.backend.state.counts.absent.tolist()) == (1, [1, 0])
         opt.step([np.ones(3), np.ones(2)])
         assert np.isfinite(opt.params[0]).all()
 
@@ -587,7 +588,7 @@ def test_wrong_arguments(path):
 def test_an_error_in_a_step_shows_when_it_is_opened_again(path, small_parts, monkeypatch):
     opt = RMSProp([np.ones(9000)], storage=path, kernel="numpy")
     opt.step([np.ones(9000)])
-    monkeypatch.setattr(opt._storage, "release", lambda array: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(opt.backend.storage.pages, "release", lambda array: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         opt.step()
     monkeypatch.undo()

@@ -33,9 +33,9 @@ def run(program, *arguments, status=0):
 TRAIN = """
     import os, signal, sys
     import numpy as np
-    import fastrms.backends.mapped
+    import fastrms.backends.pages
     from fastrms import RMSProp
-    fastrms.backends.mapped.PART_BYTES = 4096
+    fastrms.backends.pages.PART_BYTES = 4096
     start = np.linspace(-1, 1, 9000)
     opt = RMSProp([start], storage=sys.argv[1], momentum=0.5)
     def train(steps):
@@ -140,7 +140,7 @@ def test_at_exit_all_are_closed_also_where_some_cannot_be(tmp_path):
         for opt in opts:
             opt.step([np.ones(3)])
         for opt in opts[::3]:
-            opt._storage.flush = fail
+            opt.backend.storage.flush = fail
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), tmp_path], capture_output=True, text=True, check=True
@@ -162,7 +162,7 @@ def test_after_a_fork_all_are_told_also_where_one_raises(tmp_path):
         def fail():
             raise OSError("this one")
         for opt in opts[::3]:
-            opt._storage.in_child_of_fork = fail
+            opt.backend.storage.after_fork = fail
         child = os.fork()
         if not child:
             told = 0

@@ -407,7 +407,7 @@ def test_a_signal_handler_that_saves_finds_state_and_counts_of_one_step(way, ker
 def test_a_handler_in_the_midst_of_parts_of_a_file_is_refused(rng, tmp_path):
     """Steps on mapped files are made of many calls: there the state of one step is only between steps."""
     opt = RMSProp([rng.standard_normal(1000)], storage=tmp_path / "folder")
-    in_parts, seen = opt._storage._call_in_parts, []
+    in_parts, seen = opt.backend.storage.pages.call_in_parts, []
 
     def interrupted(*call):
         in_parts(*call)
@@ -415,7 +415,7 @@ def test_a_handler_in_the_midst_of_parts_of_a_file_is_refused(rng, tmp_path):
             opt.save(tmp_path / "state.npz")
         seen.append(opt.steps)
 
-    opt._storage._call_in_parts = interrupted
+    opt.backend.storage.pages.call_in_parts = interrupted
     opt.step()
     assert seen == [0]
     opt.save(tmp_path / "state.npz")
@@ -425,18 +425,18 @@ def test_a_handler_in_the_midst_of_parts_of_a_file_is_refused(rng, tmp_path):
 def test_a_step_that_fails_is_not_counted(rng, tmp_path):
     """With bias correction a count that is ahead divides by 0."""
     opt = RMSProp([np.ones(3), np.ones(3)], bias_correction=True, storage=tmp_path / "folder")
-    in_parts = opt._storage._call_in_parts
+    in_parts = opt.backend.storage.pages.call_in_parts
 
     def fail(*call):
         raise OSError("the disk is gone")
 
-    opt._storage._call_in_parts = fail
+    opt.backend.storage.pages.call_in_parts = fail
     with pytest.raises(OSError, match="the disk is gone"):
         opt.step([None, np.ones(3)])
-    assert (opt.steps, list(opt._skipped)) == (0, [0, 0])
-    opt._storage._call_in_parts = in_parts
+    assert (opt.steps, list(opt.backend.state.counts.absent)) == (0, [0, 0])
+    opt.backend.storage.pages.call_in_parts = in_parts
     opt.step([None, np.ones(3)])
-    assert (opt.steps, list(opt._skipped)) == (1, [1, 0])
+    assert (opt.steps, list(opt.backend.state.counts.absent)) == (1, [1, 0])
     assert np.isfinite(opt.params[1]).all()
     opt.step([np.ones(3), np.ones(3)])
     assert np.isfinite(opt.params[0]).all()
@@ -499,7 +499,7 @@ INTERRUPTED = """if True:
         opt.step([[None], [np.ones(3)]])
     except KeyboardInterrupt:
         print("interrupted")
-    print(opt.steps, opt._skipped.tolist(), [float(p[0][0]) for p in opt.params])
+    print(opt.steps, opt.backend.state.counts.absent.tolist(), [float(p[0][0]) for p in opt.params])
 """
 
 

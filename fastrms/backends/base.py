@@ -1,7 +1,7 @@
 """The protocols that parts of an optimizer meet: a backend takes its steps, a memory holds the buffers of the host."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from fastrms.buffers import FlatBuffer, Layout
 from fastrms.checkpoints.state import Target
 from fastrms.errors import NonfiniteError
 from fastrms.kernels.norms import AddUp, SpanNorms
+
+if TYPE_CHECKING:
+    from fastrms.backends.host import HostBackend
 
 __all__ = ["Array", "Backend", "Call", "Memory", "Ranks", "RunCalls"]
 
@@ -35,6 +38,16 @@ class Backend(Target, Protocol):
     def thread_limit(self) -> int | None:
         """The number of threads to which a step is limited, or None where it is not."""
 
+    @property
+    def stream(self) -> Any:
+        """The stream of all work on a GPU; None on the host."""
+
+    @stream.setter
+    def stream(self, value: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        """Wait until all work on a GPU is done."""
+
     def step(self, gradients: Any) -> None:
         """Take one step with gradients in the structure of the parameters, or None for the gradient buffer.
 
@@ -43,6 +56,9 @@ class Backend(Target, Protocol):
 
     def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
+
+    def check_kernel(self, value: Any) -> str:
+        """Return the kernel that `value` names, if the optimizer can change to it."""
 
     def kernel_changed(self) -> None:
         """Follow `state.kernel` and `state.num_threads`."""
@@ -86,11 +102,18 @@ class Memory(Protocol):
 class Ranks(Protocol):
     """The processes that share a host backend: each updates its own shard."""
 
-    def shard_of(self, buffers: Mapping[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
+    @property
+    def exchange(self) -> bool:
+        """Whether the next step exchanges gradients with other ranks."""
+
+    def step(self, backend: "HostBackend", gradients: Any) -> None:
+        """Exchange gradients with the other ranks, and let `backend` take the step."""
+
+    def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
         """Return the buffers of which this process updates every element."""
 
     def run_with(self, run: RunCalls) -> RunCalls:
-        """Return a function that runs the kernel calls, and then sends the new parameters to all ranks."""
+        """Return a function that runs kernel calls, and then sends the new parameters to all ranks."""
 
     def add_up(self, numbers: NDArray[np.int64]) -> AddUp | None:
         """Return a function that adds up sums of squares of these parameters over ranks, or None on one rank."""
@@ -98,5 +121,11 @@ class Ranks(Protocol):
     def nonfinite_anywhere(self, nonfinite: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which parameters have a gradient that is not finite on any rank."""
 
-    def nonfinite_error(self, numbers: NDArray[np.intp], grads: FlatBuffer) -> NonfiniteError:
-        """Return the error about these parameters, with counts of all ranks."""
+    def nonfinite_error(self, numbers: NDArray[np.intp]) -> NonfiniteError:
+        """Return the error about the gradients of these parameters, with counts of all ranks."""
+
+    def options_change(self) -> None:
+        """Note that options are about to change, or raise where ranks have compared them already."""
+
+    def refuse_copy(self) -> None:
+        """Raise: the other shards are in other processes."""

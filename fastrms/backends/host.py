@@ -8,23 +8,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms import kernels
+from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
 from fastrms.backends import tuner
 from fastrms.backends.base import Array, Call, Memory, Ranks
 from fastrms.backends.memory import Ram
-from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run, clip_scales, make_plan
-from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
+from fastrms.backends.plan import (
+    IN_BUFFER,
+    IN_PLACE,
+    Located,
+    Run,
+    clip_scales,
+    make_plan,
+    rate_of,
+    refuse_replaced,
+    split_runs,
+)
 from fastrms.backends.storage import Storage
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
-from fastrms.errors import NonfiniteError, StructureError
+from fastrms.errors import NonfiniteError, OptionError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.reference import to_bfloat16
-from fastrms.options import resolve_lr
+from fastrms.options import check_one_of, resolve_lr
 
-__all__ = ["HostBackend", "new_backend"]
+__all__ = ["HostBackend", "check_host_kernel", "new_backend", "new_sharded_backend"]
 
 # The result of the one call of `cpu.serial_from` that is a whole step.
 _UPDATED = [cpu.FOUND]
+
+
+def check_host_kernel(value: Any) -> str:
+    """Return `value` if it is a kernel that runs on the host, or raise OptionError or OptionTypeError."""
+    if isinstance(value, str) and value == "cuda":
+        raise OptionError(
+            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
+            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
+            "load_state_dict() of this one"
+        )
+    return check_one_of("kernel", value, kernels.KERNELS)
 
 
 def new_backend(state: OptimizerState, storage: Any = None) -> "HostBackend":
@@ -99,14 +121,8 @@ class HostBackend:
         self._own = state.buffers if ranks is None else ranks.shard_of(state.buffers)
         self._run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
-        segment_of = np.array([leaf.segment for leaf in layout.leaves])
-        # One group and dtype after the other, without a search for each: there may be thousands of groups.
-        order = np.lexsort((state.group_of, segment_of))
-        ends = np.flatnonzero(np.diff(segment_of[order]) | np.diff(state.group_of[order])) + 1
         self._runs = [
-            Run(int(k), state.param_groups[int(k)], layout, numbers, memory)
-            for numbers in np.split(order, ends)
-            for k in state.group_of[numbers[:1]]
+            Run(k, state.param_groups[k], layout, numbers, memory) for k, numbers in split_runs(layout, state.group_of)
         ]
         self._computed_from: object = None  # the version of the options from which everything below was computed
         self._used: list[tuple[bool, bool]] = []  # for each group whether it has a momentum buffer and a mean gradient
@@ -123,14 +139,33 @@ class HostBackend:
         """The folder that has the buffers, or None."""
         return self._folder
 
+    @property
+    def stream(self) -> None:
+        """None: there is no GPU."""
+        return None
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        raise OptionError(
+            f'stream: expected an optimizer with kernel="cuda", got a stream for one on the host: {value!r}'
+        )
+
+    def synchronize(self) -> None:
+        """Do nothing: a step on the host ends when it is done."""
+
     # Buffers and options.
 
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros."""
         return self._memory.new_buffer(name, self.state.state_layout(self._own["params"].layout))
 
+    def check_kernel(self, value: Any) -> str:
+        """Return `value` if it is a kernel to which an optimizer on the host can change."""
+        return check_host_kernel(value)
+
     def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
+        self._refuse_options_in_an_exchange()
         options = list(options)
         for name, option in STATE_OPTIONS.items():
             if name not in self.state.buffers and any(values[option] for values in options):
@@ -138,6 +173,7 @@ class HostBackend:
 
     def kernel_changed(self) -> None:
         """Follow `state.kernel` and `state.num_threads`."""
+        self._refuse_options_in_an_exchange()
         kernel, threads_work = self.state.kernel, threads.threads_work()
         large = any(run.size >= tuner.TRY_PARALLEL_FROM for run in self._runs)
         watch = kernel == "auto" and large and self._threads() > 1 and threads_work
@@ -152,6 +188,7 @@ class HostBackend:
 
         Thousands of groups may change one by one, so nothing is computed here.
         """
+        self._refuse_options_in_an_exchange()
         # The calls of a step where every step has the same, by whether gradients are read in place, and by kernel. A
         # step that is making calls writes them to the dict with which it began.
         self._steady_calls: dict[tuple[bool, str], list[Call]] = {}
@@ -159,8 +196,15 @@ class HostBackend:
         self._whole_step: dict[str, Call] = {}
         self._version = object()
 
-    def _use_options(self) -> None:
+    def _refuse_options_in_an_exchange(self) -> None:
+        if self._ranks is not None:
+            self._ranks.options_change()
+
+    def use_options(self) -> None:
+        """Compute everything that follows from options, unless that was done."""
         version = self._version
+        if self._computed_from is version:
+            return
         self._compiled: set[tuple[bool, str]] = set()
         groups = self.state.param_groups
         self._scheduled = any(callable(group["lr"]) for group in groups)
@@ -172,6 +216,11 @@ class HostBackend:
             self._used = used
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
 
+    @property
+    def large_kernel(self) -> str:
+        """The kernel of large runs in the next step; "auto" stands for serial."""
+        return self.state.kernel if self._tuner is None else self._tuner.kernel
+
     def _threads(self) -> int:
         return self.state.num_threads or threads.max_threads()
 
@@ -182,23 +231,26 @@ class HostBackend:
 
         The caller holds the lock of `turns`.
         """
+        if self._ranks is not None and self._ranks.exchange:
+            self._ranks.step(self, gradients)
+            return
         # First everything that may call the user's functions, which may set options: rates, then items of a mapping.
         rates = self.rates() if self._computed_from is not self._version or self._scheduled else None
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
         items = None if from_buffer else grads.layout.flatten(gradients, "gradients")
         if self._computed_from is not self._version:
-            self._use_options()
+            self.use_options()
             if self._scheduled and rates is None:
-                rates = self._rates()
+                rates = self.all_rates()
         if self._folder is not None:
             self._folder.check_open()
-        self.refuse_replaced(from_buffer)
-        kernel = self.state.kernel if self._tuner is None else self._tuner.kernel
-        located: Located | None = IN_BUFFER
+        refuse_replaced(self._params, grads, from_buffer)
+        kernel = self.large_kernel
+        located = IN_BUFFER
         if items is not None:
-            located = None
-            if self._zero_copy and (self._folder is None or not self._folder.shows(items)):
+            in_place = None
+            if self._zero_copy and (self._folder is None or not self._folder.pages.shows(items)):
                 # `items` keeps the arrays alive until the kernels have read them.
                 address = pointers.items_of(items)
                 arguments = self._whole_step.get(kernel)
@@ -211,9 +263,8 @@ class HostBackend:
                         if self._tuner is not None:
                             self._tuner.step_done()
                         return
-                located = self._locate(address)
-            if located is None:
-                located = self._copy(items)
+                in_place = self._locate(address)
+            located = self._copy(items) if in_place is None else in_place
         self.take(located, rates, kernel, items if located.in_place else None)
 
     def step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
@@ -230,9 +281,7 @@ class HostBackend:
         """
         with self.turns.between_steps("step"):
             rates = self.rates()
-            if self._computed_from is not self._version:
-                self._use_options()
-            kernel = self.state.kernel if self._tuner is None else self._tuner.kernel
+            kernel = self.large_kernel
             for run in self._runs:
                 run.point_to(addresses)
                 if self._kernel_of(run, kernel) != "serial":  # which copies by itself
@@ -277,29 +326,6 @@ class HostBackend:
         if self._tuner is not None:
             self._tuner.step_done()
 
-    def refuse_replaced(self, gradients_too: bool) -> None:
-        """Raise where something was put in the place of a view of the parameters, or of the gradients.
-
-        Parameters
-        ----------
-        gradients_too : bool
-            Whether the step uses the gradient buffer.
-
-        Raises
-        ------
-        StructureError
-        """
-        params, grads = self._params, self._grads
-        try:
-            # Looks first whether items are the same objects, some nanoseconds each.
-            intact = params.watched == params.kept and (not gradients_too or grads.watched == grads.kept)
-            if params.ones is not None and intact:
-                intact = params.has_its_ones() and (not gradients_too or grads.has_its_ones())
-        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
-            intact = False
-        if not intact and (problems := params.problems("params") + grads.problems("grads") * gradients_too):
-            raise StructureError(problems[0])
-
     def _locate(self, items: int) -> Located | None:
         """Locate the gradients in the tuple whose items are at this address, or return None where one is unusual."""
         present = None
@@ -318,8 +344,7 @@ class HostBackend:
     def _copy(self, items: tuple[Any, ...]) -> Located:
         """Check gradients of any kind, and copy them to the gradient buffer."""
         arrays = self._grads.check(items, "gradients", skip_none=True)
-        if self._computed_from is not self._version:  # an array's own `__array__` may do anything
-            self._use_options()
+        self.use_options()  # an array's own `__array__` may do anything
         self._grads.store(arrays)
         if any(array is None for array in arrays):
             return Located(False, np.array([array is not None for array in arrays]))
@@ -329,18 +354,12 @@ class HostBackend:
 
     def rates(self) -> list[float] | None:
         """Return the learning rate of each group, or None where no rate is a function. Calls the functions."""
-        if self._computed_from is not self._version:
-            self._use_options()
-        return self._rates() if self._scheduled else None
+        self.use_options()
+        return self.all_rates() if self._scheduled else None
 
-    def _rates(self) -> list[float]:
+    def all_rates(self) -> list[float]:
+        """Return the learning rate of each group. Calls the functions."""
         return [resolve_lr(group, self.state.counts.steps) for group in self.state.param_groups]
-
-    def _rate_of(self, run: Run, rates: list[float] | None) -> float:
-        # A function may have put a number in its own place, and that is what `opt.lr` says from then on.
-        if rates and callable(run.group["lr"]):
-            return rates[run.group_number]
-        return resolve_lr(run.group, self.state.counts.steps)
 
     # Plans.
 
@@ -350,26 +369,25 @@ class HostBackend:
     ) -> tuple[list[Call], NDArray[np.float64] | None]:
         """Return the kernel calls of the next step, and the norms of gradients where clipping computed them."""
         version = self._version
-        if self._computed_from is not version:
-            self._use_options()
+        self.use_options()
         steady_calls, whole_step = self._steady_calls, self._whole_step
         if not located.in_place:
             for run in self._runs:
                 run.point_to_buffer()
         kernel_of = [self._kernel_of(run, kernel) for run in self._runs]
+        counts = self.state.counts
         scales = norms = None
         if self._clips:
             of_runs = [self._norms_of(run, name) for run, name in zip(self._runs, kernel_of, strict=True)]
-            parameters = len(self.state.counts.absent)
+            parameters = len(counts.absent)
             scales = clip_scales(self._runs, of_runs, self.state.global_clip_norm, located.present, parameters)
             norms = np.full(parameters, np.nan)
             for run, own in zip(self._runs, of_runs, strict=True):
                 if run.group["clip_value"] is None:  # otherwise inf does not show
                     norms[run.numbers] = own
-        calls, steady = make_plan(
-            self._runs, kernel_of, [self._rate_of(run, rates) for run in self._runs], located, scales,
-            self.state.counts, located.in_place and self._folder is None,  # a folder cuts calls of `UPDATES`
-        )  # fmt: skip
+        rate_of_run = [rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
+        from_items = located.in_place and self._folder is None  # a folder cuts calls of `UPDATES`
+        calls, steady = make_plan(self._runs, kernel_of, rate_of_run, located, scales, counts, from_items)
         if self._version is not version:  # a signal handler has set options meanwhile
             return self._make_calls(located, rates, kernel)
         if (located.in_place, kernel) not in self._compiled:
@@ -407,7 +425,7 @@ class HostBackend:
         if not len(wrong) or self.state.nonfinite == "skip":
             return len(wrong) > 0
         if self._ranks is not None:
-            raise self._ranks.nonfinite_error(wrong, self._grads)
+            raise self._ranks.nonfinite_error(wrong)
         leaves, values = self._grads.layout.leaves, items or self._grads.leaves
         raise NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
 
@@ -458,9 +476,11 @@ class HostBackend:
             self._folder.discard()
 
     def refuse_copy(self) -> None:
-        """Raise StorageError where the buffers are files: a copy in memory may be too large for it."""
+        """Raise where the buffers are files, for which a copy in memory may be too large, or shared with ranks."""
         if self._folder is not None:
             self._folder.refuse_copy()
+        if self._ranks is not None:
+            self._ranks.refuse_copy()
 
     def state_on_host(self) -> OptimizerState:
         """Return the data of the optimizer."""

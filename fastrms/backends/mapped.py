@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.base import Array
 from fastrms.backends import pages
+from fastrms.backends.base import Array
 from fastrms.backends.pages import Pages
 from fastrms.buffers import FlatBuffer
 from fastrms.errors import StorageError

@@ -8,14 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms.backends.base import Array, Call, Memory
 from fastrms._state import Counts
+from fastrms.backends.base import Array, Call, Memory
 from fastrms.buffers import FlatBuffer, Layout
+from fastrms.errors import StructureError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.norms import SpanNorms, combine, scale_to
-from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule
+from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule, resolve_lr
 
-__all__ = ["IN_BUFFER", "IN_PLACE", "Located", "Run", "clip_scales", "make_plan"]
+__all__ = [
+    "IN_BUFFER",
+    "IN_PLACE",
+    "Located",
+    "Run",
+    "clip_scales",
+    "make_plan",
+    "rate_of",
+    "refuse_replaced",
+    "split_runs",
+]
 
 
 class Located(NamedTuple):
@@ -32,6 +43,15 @@ class Located(NamedTuple):
 
     in_place: bool
     present: NDArray[np.bool_] | None
+
+
+def split_runs(layout: Layout, group_of: NDArray[np.intp]) -> list[tuple[int, NDArray[np.int64]]]:
+    """Return the group number and the leaves of each run: one for each group and dtype."""
+    segment_of = np.array([leaf.segment for leaf in layout.leaves])
+    # One group and dtype after the other, without a search for each: there may be thousands of groups.
+    order = np.lexsort((group_of, segment_of))
+    ends = np.flatnonzero(np.diff(segment_of[order]) | np.diff(group_of[order])) + 1
+    return [(int(group_of[numbers[0]]), numbers) for numbers in np.split(order, ends)]
 
 
 IN_BUFFER, IN_PLACE = Located(False, None), Located(True, None)
@@ -251,3 +271,33 @@ def clip_scales(
             norms[~present] = 0.0  # the buffer has a gradient of an earlier step in their place
         scales *= scale_to(global_clip_norm, np.array(combine(norms)))
     return scales
+
+
+def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps: int) -> float:
+    """Return the learning rate of a group, of `rates` where its rate was a function at the beginning of the step."""
+    # A function may have put a number in its own place, and that is what `opt.lr` says from then on.
+    return rates[number] if rates and callable(group["lr"]) else resolve_lr(group, steps)
+
+
+def refuse_replaced(params: FlatBuffer, grads: FlatBuffer, gradients_too: bool) -> None:
+    """Raise where something was put in the place of a view of the parameters, or of the gradients.
+
+    Parameters
+    ----------
+    params, grads : FlatBuffer
+    gradients_too : bool
+        Whether the step uses the gradient buffer.
+
+    Raises
+    ------
+    StructureError
+    """
+    try:
+        # Looks first whether items are the same objects, some nanoseconds each.
+        intact = params.watched == params.kept and (not gradients_too or grads.watched == grads.kept)
+        if params.ones is not None and intact:
+            intact = params.has_its_ones() and (not gradients_too or grads.has_its_ones())
+    except Exception:  # arrays that differ have no truth value, and other things may not be comparable
+        intact = False
+    if not intact and (problems := params.problems("params") + grads.problems("grads") * gradients_too):
+        raise StructureError(problems[0])

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._state import OptimizerState
 from fastrms.backends.base import Call
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.backends.pages import Pages
-from fastrms._state import OptimizerState
 from fastrms.buffers.flat import Layout
 from fastrms.checkpoints.formats import replaced
 from fastrms.checkpoints.metadata import (

@@ -1,8 +1,8 @@
 """Save and restore an optimizer: its parameters, state, options and counts as plain arrays, numbers and text.
 
-A state to load may come from elsewhere, or be damaged. So nothing in it is run (no pickle). Every count, shape and dtype
-is compared with the expected one before memory is taken for it, and each array has a checksum. The optimizer is changed
-only when all of it was read and found right. A new file is written beside the old one, which it replaces when it has
+A state to load may come from elsewhere, or be damaged. So nothing in it is run (no pickle). Every count, shape and
+dtype is compared with the expected one before memory is taken for it, and each array has a checksum. The optimizer is
+changed only when all of it was read and found right. A new file is written beside the old one, which it replaces when it has
 reached the disk: whenever a process ends, there is the old file or the new one.
 """
 
@@ -263,17 +263,17 @@ def _arranged(array: Array, moves: _Moves) -> Array:
 
 
 def _read_in_parts(target: Target, source: Source, name: str, segment: Array, moves: _Moves) -> None:
-    target = segment
+    destination = segment
 
     def slices() -> Iterator[slice]:
-        nonlocal target
+        nonlocal destination
         for there, here in moves:
             for part in target.parts(segment[here]):
-                target = segment[here][part]
+                destination = segment[here][part]
                 yield slice(there.start + part.start, there.start + part.stop)
 
     for _, numbers in source.parts(name, slices()):
-        target[...] = numbers
+        destination[...] = numbers
 
 
 class _Memory:

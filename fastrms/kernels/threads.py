@@ -115,7 +115,7 @@ def threads_work() -> bool:
 
 
 def call_after_fork(optimizer: Any) -> None:
-    """Let `optimizer._in_child_of_fork` be called in children of this process, for as long as it lives."""
+    """Let `optimizer.after_fork` be called in children of this process, for as long as it lives."""
     _after_fork.add(optimizer)
 
 
@@ -123,7 +123,7 @@ def _in_child() -> None:
     global _lost_threads, _region
     _region = threading.Lock()  # a thread that held it is not here
     _lost_threads = _layer() == "omp"  # None: this process can start its own
-    call_all([optimizer._in_child_of_fork for optimizer in _after_fork])
+    call_all([optimizer.after_fork for optimizer in _after_fork])
 
 
 if hasattr(os, "register_at_fork"):

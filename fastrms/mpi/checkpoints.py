@@ -155,7 +155,9 @@ class Unsharded:
         with ranks.leaving():
             _on_first(ranks, read)
             layout, grouped, cache_dtype = ranks.control.bcast(
-                None if whole is None else (whole.buffers["params"].layout, whole._grouped, whole.cache_dtype)
+                None
+                if whole is None
+                else (whole.buffers["params"].layout, whole.backend.state.grouped, whole.cache_dtype)
             )
         params = layout.structure(np.zeros(leaf.shape, layout.dtype_of(leaf)) for leaf in layout.leaves)
         options = {"kernel": kernel, "num_threads": num_threads, "cache_dtype": cache_dtype}
@@ -194,16 +196,15 @@ def _whole(opt: _Optimizer, on_all: bool = False) -> RMSProp | None:
 
 def _new_whole(opt: _Optimizer) -> RMSProp:
     options = {"global_clip_norm": opt.global_clip_norm, "nonfinite": opt.nonfinite, "cache_dtype": opt.cache_dtype}
-    if opt._grouped:
+    if opt.backend.state.grouped:
         whole = RMSProp([dict(group) for group in opt.param_groups], kernel="numpy", **options)
     else:
         own = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
         whole = RMSProp(opt.params, kernel="numpy", **own, **options)
     for name in _state_of(opt):
         if name not in whole.buffers:  # of an option that was on before
-            whole.buffers[name] = whole._new_state(name)
-    whole.steps, whole.skipped_steps = opt.steps, opt.skipped_steps
-    whole._skipped[...] = opt._skipped
+            whole.buffers[name] = whole.backend.new_buffer(name)
+    whole.backend.state.counts.take_over(opt.backend.state.counts)
     return whole
 
 
@@ -215,7 +216,7 @@ def _segments(opt: _Optimizer, whole: RMSProp | None) -> Iterator[tuple[Array, A
     """Each segment of the state: this rank's part, that of the whole (None where it is not), and where parts begin."""
     for name in _state_of(opt):
         for number, own in enumerate(opt.buffers[name].segments):
-            yield own, None if whole is None else whole.buffers[name].segments[number], opt._bounds[number]
+            yield own, None if whole is None else whole.buffers[name].segments[number], opt._shards.bounds[number]
 
 
 def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
@@ -225,7 +226,7 @@ def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in whole.param_groups]
         for group in groups:
             group["lr"] = None if callable(group["lr"]) else group["lr"]
-        numbers = (whole.steps, whole.skipped_steps, whole.global_clip_norm, whole.nonfinite, whole._skipped)
+        numbers = (whole.global_clip_norm, whole.nonfinite, whole.backend.state.counts)
         head = groups, numbers, _state_of(whole)
         for mine, theirs in zip(opt.buffers["params"].segments, whole.buffers["params"].segments, strict=True):
             mine[...] = theirs
@@ -233,12 +234,13 @@ def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
     opt._broadcast_params()
     for name in names:
         if name not in opt.buffers:
-            opt.buffers[name] = opt._new_state(name)
+            opt.buffers[name] = opt.backend.new_buffer(name)
     for own, all_, bounds in _segments(opt, whole):
         opt._ranks.scatter(all_, own, bounds)
-    opt.steps, opt.skipped_steps, opt._global_clip_norm, opt._nonfinite, skipped = numbers
-    opt._skipped[...] = skipped
+    state = opt.backend.state
+    state.global_clip_norm, state.nonfinite, counts = numbers
+    state.counts.take_over(counts)
     for number, (group, values) in enumerate(zip(opt.param_groups, groups, strict=True)):
         values["lr"] = group["lr"] if values["lr"] is None else values["lr"]
         group.take_over(ParamGroup(values, f"param_groups[{number}]", group.dtypes, opt.cache_dtype))
-    opt._connect()
+    opt.backend.options_changed()

@@ -2,36 +2,24 @@
 
 import hashlib
 import math
-import zlib
-from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from itertools import pairwise, starmap
-from operator import call
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fastrms.backends.plan import Run
-from fastrms.buffers.flat import FlatBuffer, Layout
-from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
+from fastrms._state import OptimizerState, Settings
+from fastrms.backends.host import check_host_kernel, new_sharded_backend
+from fastrms.errors import OptionError, StructureError
 from fastrms.kernels import threads
-from fastrms.kernels.norms import AddUp
-from fastrms.mpi.buckets import Handover
 from fastrms.mpi.checkpoints import Unsharded
-from fastrms.mpi.communicator import Bounds, Ranks, check_timeout, end_together, named
+from fastrms.mpi.communicator import Ranks, check_timeout, end_together, named
+from fastrms.mpi.shards import Shards
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, check_one_of
 
 __all__ = ["ShardedRMSProp"]
 
-Array = NDArray[Any]
-
 _REDUCTIONS = ("mean", "sum")
 _CHECKS = ("broadcast", "raise")
-_CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load")
 
 
 class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoint has no storage
@@ -129,15 +117,17 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 if error is None:
                     check_one_of("reduction", reduction, _REDUCTIONS)
                     check_one_of("check_params", check_params, _CHECKS)
-                    if options.get("storage") is not None:
-                        raise OptionError(
-                            "storage: expected None, as a ShardedRMSProp has its buffers in memory, got a path"
-                        )
-                    super().__init__(params, lr, decay_rate, epsilon, **options)
+                    for name in ("storage", "stream"):
+                        if options.pop(name, None) is not None:
+                            raise OptionError(
+                                f"{name}: expected None, as a ShardedRMSProp has its buffers in memory, got a "
+                                f"{'path' if name == 'storage' else 'stream'}"
+                            )
+                    self._make(params, options | {"lr": lr, "decay_rate": decay_rate, "epsilon": epsilon})
             except Exception as caught:
                 error = caught
-            leaves = () if error is not None else self._params.layout.leaves
-            facts = [(leaf.path, leaf.shape, str(self._params.layout.dtype_of(leaf))) for leaf in leaves]
+            leaves = () if error is not None else self._state.layout.leaves
+            facts = [(leaf.path, leaf.shape, str(self._state.layout.dtype_of(leaf))) for leaf in leaves]
             digest = hashlib.blake2b(repr((facts, check_params)).encode(), digest_size=8).hexdigest()
             digests = self._ranks.agree(error, digest)
             if others := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
@@ -146,13 +136,21 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                     f"than on rank 0 on {named(others)}"
                 ))  # fmt: skip
             # Functions are not called yet: steps compare what they return.
-            facts_of_step = self._facts("step", self._fixed_rates())
-            self._check_facts(facts_of_step)
+            facts_of_step = self._shards.facts("step", self._shards.fixed_rates())
+            self._shards.check_facts(facts_of_step)
             self._ranks.prepare_meet(2 + len(leaves) + 2 * len(facts_of_step))
             if check_params == "raise":
                 self._compare_params()
             else:
                 self._broadcast_params()
+
+    def _make(self, params: Any, options: dict[str, Any]) -> None:
+        settings = Settings.of(options)
+        settings.check()
+        check_host_kernel(settings.kernel)
+        state = OptimizerState(params, settings)
+        self._shards = Shards(self._ranks, state, self._reduction)
+        self._start(new_sharded_backend(state, self._shards))
 
     @property
     def rank(self) -> int:
@@ -181,166 +179,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     @property
     def shard(self) -> list[slice]:
         """Which elements of each segment of the flat buffers this rank updates and has the state of."""
-        return [slice(*bounds[self.rank : self.rank + 2].tolist()) for bounds in self._bounds]
-
-    @cached_property
-    def _bounds(self) -> list[Bounds]:
-        return [self._ranks.bounds(segment.size) for segment in self.buffers["params"].layout.segments]
-
-    @cached_property
-    def _own(self) -> Mapping[str, FlatBuffer]:
-        """The shard: its parameters, which lie where all do, the sum of their gradients, and the state."""
-        if self.size == 1:
-            return self.buffers
-        whole = self.buffers["params"]
-        segments = [segment[part] for segment, part in zip(whole.segments, self.shard, strict=True)]
-        params = _Part(whole, self._shard_layout(), segments)
-        return ChainMap({"params": params, "grads": params.like()}, self.buffers)
-
-    def _shard_layout(self) -> Layout:
-        """The layout of this rank's shard: the same leaves, of each of which it has some elements, or none."""
-        layout = self.buffers["params"].layout
-        pieces = []
-        for leaf in layout.leaves:
-            shard = self.shard[leaf.segment]
-            size = max(0, min(leaf.stop, shard.stop) - max(leaf.start, shard.start))
-            pieces.append(np.broadcast_to(np.zeros((), layout.dtype_of(leaf)), (size,)))
-        return Layout(layout.structure(pieces))
-
-    @cached_property
-    def _handover(self) -> Handover:
-        return Handover(self._ranks, self.buffers["grads"], self._own["grads"], self._bounds)
-
-    @cached_property
-    def _numbers(self) -> dict[Any, int]:
-        """The number of each leaf by its keys, from the outermost to its own; a single one stands for itself."""
-        layout = self.buffers["params"].layout
-        numbers: dict[Any, int] = {}
-
-        def walk(tree: Any, keys: tuple[Any, ...]) -> None:
-            if isinstance(tree, int):
-                numbers[keys] = tree
-                return
-            for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
-                walk(item, (*keys, key))
-
-        walk(layout.structure(range(len(layout.leaves))), ())
-        return numbers | {keys[0]: k for keys, k in numbers.items() if len(keys) == 1}
-
-    def _connect(self) -> None:
-        self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
-        self._leaves: dict[int, _Part] = {}
-        super()._connect()
-        self._in_memory = self.size == 1
-
-    def _add_state(self, options: Sequence[Mapping[str, Any]]) -> None:
-        self._refuse_options_in_an_exchange()
-        super()._add_state(options)
-
-    def _kernel_changed(self) -> None:
-        self._refuse_options_in_an_exchange()
-        super()._kernel_changed()
-
-    def _options_changed(self) -> None:
-        self._refuse_options_in_an_exchange()
-        super()._options_changed()
-        self._digest: int | None = None
-
-    # Whether a step is in progress for which the ranks compare, or have compared, their options.
-    _options_fixed = False
-
-    def _refuse_options_in_an_exchange(self) -> None:
-        if self._turn.locked() and self._options_fixed:
-            raise StepInProgressError(
-                "options: expected to be set between two steps, or by a function that the step calls on all ranks, got "
-                "a change in the midst of a step, after the ranks have compared their options, as a signal handler can "
-                "make it"
-            )
-
-    # Making sure that all ranks do the same.
-
-    def _facts(self, call: str, rates: list[float]) -> NDArray[np.float64]:
-        """Numbers that have to be the same on all ranks; the first says which call this is, the last are the rates."""
-        if self._digest is None:
-            groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.param_groups]
-            options = (groups, self._global_clip_norm, self._nonfinite, self._cache_dtype, self._reduction)
-            self._digest = zlib.crc32(repr(options).encode())
-        return np.array([_CALLS.index(call), self._digest, self.steps, *rates])
-
-    def _fixed_rates(self) -> list[float]:
-        return [0.0 if callable(group["lr"]) else group["lr"] for group in self.param_groups]
-
-    def _check_facts(self, facts: NDArray[np.float64]) -> None:
-        """Raise on all ranks where facts differ."""
-        told = self._ranks.control.allgather(facts)
-        if others := [rank for rank, theirs in enumerate(told) if not np.array_equal(theirs, told[0])]:
-            parts = {
-                "options" if facts[0] == 0 else "options or kinds of state": slice(1, 2),
-                "steps": slice(2, 3),
-                "lr": slice(3, None),
-            }
-            differ = [name for name, part in parts.items() if any(
-                not np.array_equal(told[rank][part], told[0][part]) for rank in others
-            )]  # fmt: skip
-            raise self._ranks.all_raise(OptionError(
-                f"{' and '.join(differ)}: expected the same on all ranks, got others than on rank 0 on "
-                f"{named(others)}; nothing was changed"
-            ))  # fmt: skip
-
-    def _meet(
-        self, call: str, facts: NDArray[np.float64], present: NDArray[np.bool_], error: Exception | None = None
-    ) -> tuple[bool, NDArray[np.bool_]]:
-        """Tell all ranks, in one message, what each has to know of the others before it goes on; or raise on all.
-
-        Returns whether any rank has begun to hand over gradients, and for which parameters any has a gradient.
-        """
-        # Facts are told with both signs: they are the same everywhere if the largest and the smallest are.
-        told, count = self._ranks.told, len(facts)
-        told[0], told[1] = error is not None, self._handover.begun
-        told[2 : -2 * count], told[-2 * count : -count], told[-count:] = present, facts, -facts
-        self._ranks.meet(call, self.steps)
-        failed, begun = told[:2]
-        largest, smallest = told[-2 * count : -count], -told[-count:]
-        if largest[0] != smallest[0]:
-            self._ranks.refuse_different(call)
-        if failed or (largest != smallest).any():
-            if begun:  # what one rank has begun, all have to
-                self._handover.finish()
-            self._ranks.agree(error)
-            self._check_facts(facts)
-            raise AssertionError("ranks found that they differ, and then that they do not")
-        return bool(begun), told[2 : -2 * count] > 0
-
-    @contextmanager
-    def _together(self, call: str) -> Iterator[bool]:
-        """What all ranks do together, in a call other than `step`."""
-        # Nobody may come in between, not even to read, as that is an exchange of its own.
-        with self._between_steps(call), self._ranks.leaving():
-            facts = self._facts(call, self._fixed_rates())
-            if call in ("discard", "load", "load_state_dict"):  # which may well be there to mend what differs
-                facts[1:] = 0
-            # Whoever had an option on has its state, which all send or receive.
-            facts[1] = zlib.crc32(repr((facts[1], sorted(self.buffers))).encode())
-            yield self._meet(call, facts, np.zeros(len(self._grads.leaves), bool))[0]
-
-    def _compare_params(self) -> None:
-        own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in self._params.leaves]
-        first = self._ranks.control.bcast(own)
-        different = [k for k, (a, b) in enumerate(zip(own, first, strict=True)) if a != b]
-        told = self._ranks.control.allgather(different[:1])
-        others = [rank for rank, numbers in enumerate(told) if numbers]
-        if others:
-            path = self._params.layout.leaves[told[others[0]][0]].path
-            raise self._ranks.all_raise(StructureError(
-                f"params{path}: expected the same values on all ranks, got others than on rank 0 on {named(others)}; "
-                'check_params="broadcast" starts all ranks from those of rank 0'
-            ))  # fmt: skip
-
-    def _broadcast_params(self) -> None:
-        for segment in self._params.segments:
-            self._ranks.broadcast(segment)
-
-    # Steps.
+        return self._shards.slices
 
     def step(self, gradients: Any = None) -> Any:
         """Take one step with the gradients of all ranks and return the updated parameters, the same views as before.
@@ -396,197 +235,36 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         DtypeError
             As from `step`.
         """
-        with self._between_steps("ready"):
-            try:
-                k = self._numbers[key]
-            except (KeyError, TypeError):
-                keys = [keys[0] if len(keys) == 1 else keys for keys in self._numbers if isinstance(keys, tuple)]
-                known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
-                raise StructureError(f"key: expected one of {known}, got {key!r}") from None
-            name = f"gradients{self._grads.layout.leaves[k].path}"
-            if self._handover.given[k]:
-                raise StructureError(f"{name}: expected once before each step, got it a second time")
-            part = self._leaf(k)
-            if grad is None:
-                part.flat = 0
-            else:
-                part.store(part.check([grad], name))
-            self._handover.give(k, grad is not None)
+        with self._turns.between_steps("ready"):
+            self._shards.hand_over(key, grad)
 
     def discard(self) -> None:
         """Forget the gradients that were handed over since the last step; all ranks do so at the same time."""
         with self._together("discard") as begun:
             if begun:
-                self._handover.finish()
+                self._shards.discard()
 
-    def _leaf(self, k: int) -> "_Part":
-        """The gradient of one parameter, as a buffer, which checks and stores as others do."""
-        if k not in self._leaves:
-            whole = self._grads
-            leaf = whole.layout.leaves[k]
-            segment = whole.segments[leaf.segment][leaf.start : leaf.stop]
-            self._leaves[k] = _Part(whole, Layout(whole.leaves[k]), [segment])
-        return self._leaves[k]
+    @contextmanager
+    def _together(self, call: str) -> Iterator[bool]:
+        with self._shards.together(self._backend, call) as begun:
+            yield begun
 
-    def _step(self, gradients: Any) -> Any:
-        if self.size == 1 and not self._handover.begun:
-            return super()._step(gradients)
-        self._options_fixed = False
-        rates, present, error = self._look_at(gradients)
-        try:  # not `leaving()`, which a step would notice
-            self._counts.writing = self._options_fixed = True
-            anywhere = self._exchange(rates, present, error)
-            kernel = self._kernel if self._tuner is None else self._tuner.kernel
-            calls = self._calls_for(rates, kernel, anywhere, None)
-            if calls is None:
-                self.skipped_steps += 1
-            else:
-                self._run(calls, None if anywhere is None else ~anywhere)
-        except BaseException as caught:
-            self._ranks.leave(caught)
-            raise
-        finally:
-            self._counts.writing = self._options_fixed = False
-        if self._tuner is not None:
-            self._tuner.step_done()
-        return self._params.views
+    def _compare_params(self) -> None:
+        own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in self.buffers["params"].leaves]
+        first = self._ranks.control.bcast(own)
+        different = [k for k, (a, b) in enumerate(zip(own, first, strict=True)) if a != b]
+        told = self._ranks.control.allgather(different[:1])
+        others = [rank for rank, numbers in enumerate(told) if numbers]
+        if others:
+            path = self.buffers["params"].layout.leaves[told[others[0]][0]].path
+            raise self._ranks.all_raise(StructureError(
+                f"params{path}: expected the same values on all ranks, got others than on rank 0 on {named(others)}; "
+                'check_params="broadcast" starts all ranks from those of rank 0'
+            ))  # fmt: skip
 
-    def _elsewhere(self, calls: list[Any]) -> Iterable[None]:
-        yield from starmap(call, calls)
-        for segment, bounds in zip(self._params.segments, self._bounds, strict=True):
-            self._ranks.all_gather(segment, bounds)
-            yield
-
-    def _look_at(self, gradients: Any) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
-        """Store this rank's gradients, unless something is wrong with them.
-
-        Returns the learning rates, for which parameters there are gradients, and what is wrong.
-        """
-        handover, grads = self._handover, self._grads
-        present = np.ones(len(grads.leaves), bool)
-        rates = [0.0] * len(self.param_groups)
-        from_buffer = gradients is None or gradients is grads.views
-        try:
-            # First what may call functions of the user's.
-            found = self._rates()
-            arrays = None
-            if handover.begun:
-                self._refuse_half(from_buffer)
-                present = np.array(handover.present)
-            elif not from_buffer:
-                arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
-                present = np.array([array is not None for array in arrays])
-            # From here on no other call may come in between, and no option may be set: ranks compare them.
-            self._counts.writing = self._options_fixed = True
-            if self._taken is not self._version:
-                self._take_options()
-            self._refuse_replaced(from_buffer)
-            # A function may have put a number in its own place.
-            rates = [each if callable(group["lr"]) else group["lr"]
-                     for group, each in zip(self.param_groups, found, strict=True)]  # fmt: skip
-            if arrays is not None:
-                grads.store(arrays)
-        except Exception as caught:
-            return rates, present, caught
-        return rates, present, None
-
-    def _exchange(
-        self, rates: list[float], present: NDArray[np.bool_], error: Exception | None
-    ) -> NDArray[np.bool_] | None:
-        """Add up the gradients of all ranks, or raise on all; return which parameters have one anywhere (None: all)."""
-        handover, grads = self._handover, self._grads
-        begun, anywhere = self._meet("step", self._facts("step", rates), present, error)
-        for k in np.flatnonzero(anywhere & ~present):
-            grads.leaves[k][...] = 0
-        if begun:
-            handover.finish()
-        for whole, own, bounds in zip(grads.segments, self._own["grads"].segments, self._bounds, strict=True):
-            if self.size > 1 and not begun:
-                self._ranks.reduce(whole, own, bounds)
-            if self._reduction == "mean" and self.size > 1:
-                with np.errstate(all="ignore"):
-                    own /= own.dtype.type(self.size)
-        return None if anywhere.all() else anywhere
-
-    def _refuse_half(self, from_buffer: bool) -> None:
-        """Raise where gradients were handed over, but not all of them, or others come with the step."""
-        leaves = self._grads.layout.leaves
-        if not from_buffer:
-            raise StructureError(
-                "gradients: expected step() without an argument after ready(), got one; what was handed over is "
-                "forgotten"
-            )
-        if missing := [leaves[k].path for k, given in enumerate(self._handover.given) if not given]:
-            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise StructureError(
-                f"gradients: expected all of them to be handed over to ready() ahead of step(), got none for "
-                f"{', '.join(missing[:10])}{more}; hand over None for a parameter without a gradient; what was handed "
-                "over is forgotten"
-            )
-
-    # What a step asks of all gradients together.
-
-    def _add_up_of(self, run: Run) -> AddUp | None:
-        if self.size == 1:
-            return None
-        counts, order = self._pieces_of(run)
-        first = sum(counts[: self.rank])
-        mine = order[first : first + counts[self.rank]]
-
-        def add_up(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-            told = np.empty(len(order))
-            self._ranks.control.Allgatherv(sums[mine], [told, counts])
-            # In the order of ranks, and one after another, so that all ranks have the same bits.
-            whole = np.zeros(len(sums))
-            np.add.at(whole, order, told)
-            return whole
-
-        return add_up
-
-    def _pieces_of(self, run: Run) -> tuple[list[int], NDArray[np.intp]]:
-        """How many parameters of the run each rank has a piece of, and which, counted in the run."""
-        if id(run) not in self._pieces:
-            leaves = [self._grads.layout.leaves[k] for k in run.numbers]
-            starts, stops = (np.array([getattr(leaf, end) for leaf in leaves]) for end in ("start", "stop"))
-            bounds = self._bounds[leaves[0].segment]
-            found = [
-                np.flatnonzero(np.minimum(stops, high) > np.maximum(starts, low)) for low, high in pairwise(bounds)
-            ]
-            self._pieces[id(run)] = [len(one) for one in found], np.concatenate(found)
-        return self._pieces[id(run)]
-
-    def _not_finite(self, kernel: str, in_place: bool, present: NDArray[np.bool_] | None) -> NDArray[np.intp]:
-        found = np.zeros(len(self._skipped), np.uint8)
-        found[super()._not_finite(kernel, in_place, present)] = 1
-        self._ranks.take_largest(found)
-        return np.flatnonzero(found)
-
-    def _error_about(self, wrong: NDArray[np.intp], found: tuple[Any, ...] | None) -> NonfiniteError:
-        own = self._own["grads"].leaves
-        counts = np.array([(np.isnan(own[k]).sum(), np.isinf(own[k]).sum()) for k in wrong], np.int64)
-        self._ranks.add_up(counts)
-        found_in = {}
-        for k, (nans, infs) in zip(wrong, counts, strict=True):
-            found_in[self._grads.layout.leaves[k].path] = int(nans), int(infs), self._grads.leaves[k].size
-        error = NonfiniteError.of_counts(found_in)
-        self._ranks.all_raise(error)
-        return error
-
-    def _refuse_copy(self) -> NoReturn:
-        raise TypeError(
-            "a ShardedRMSProp cannot be copied or pickled, as its other parts are in other processes: "
-            "use state_dict() or save()"
-        )
+    def _broadcast_params(self) -> None:
+        for segment in self.buffers["params"].segments:
+            self._ranks.broadcast(segment)
 
     def __repr__(self) -> str:
         return f"Sharded{super().__repr__()[:-1]}, rank={self.rank} of {self.size})"
-
-
-class _Part(FlatBuffer):
-    """A buffer whose segments lie in those of another one."""
-
-    def __init__(self, whole: FlatBuffer, layout: Layout, segments: Sequence[Array]) -> None:
-        self.layout, self.segments = layout, tuple(segments)
-        self._memory, self.block = whole._memory, whole.block
-        self.leaves = tuple(self._views_of(self.segments))
-        self.views = layout.structure(self.leaves)

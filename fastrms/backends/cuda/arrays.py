@@ -13,7 +13,8 @@ from fastrms.errors import OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
-    "Array", "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of", "to_host",
+    "Array", "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of",
+    "to_host",
 ]  # fmt: skip
 
 Array = NDArray[Any]
@@ -76,6 +77,7 @@ def let_wait(waiting: Any, handle: int, for_it: bool) -> None:
 
 
 def dense_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
+    """Return the strides of a dense array in C order, in bytes."""
     return tuple(dtype.itemsize * math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 

@@ -18,44 +18,55 @@ __all__ = ["NO_BOUND", "DeviceRun", "Tables"]
 NO_BOUND = math.inf
 
 
-class DeviceRun(Run):
-    """A `Run` with its tables on the device."""
+class DeviceRun:
+    """The parameters of one group and one dtype, neighbours on the device: one launch updates them.
+
+    Parameters
+    ----------
+    group_number : int
+    group : ParamGroup
+    layout : Layout
+    numbers : ndarray of int
+        The leaves of the layout that belong to the run.
+    """
 
     def __init__(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> None:
-        super().__init__(group_number, group, layout, numbers)
-        sizes = self._spans[:, 1] - self._spans[:, 0]
-        first_chunk = np.concatenate([[0], np.cumsum(-(-sizes // kernels.CHUNK))])
+        leaves = [layout.leaves[i] for i in numbers]
+        self.group_number, self.group, self.numbers = group_number, group, numbers
+        self.dtype = layout.dtype_of(leaves[0])
+        self._segment, self._part = leaves[0].segment, slice(leaves[0].start, leaves[-1].stop)
+        self.size = self._part.stop - self._part.start
+        bounds = np.array([(leaf.start, leaf.stop) for leaf in leaves], np.int64) - self._part.start
+        first_chunk = np.concatenate([[0], np.cumsum(-(-(bounds[:, 1] - bounds[:, 0]) // kernels.CHUNK))])
         self.chunks = int(first_chunk[-1])
         self.whole_chunks = -(-self.size // kernels.CHUNK)
         # Bounds and first chunks of each parameter, and of all as one span, whose gradient is in the buffer.
-        self.each = tuple(map(cuda.to_device, (np.ascontiguousarray(self._spans[:, :2]), first_chunk)))
+        self.each = tuple(map(cuda.to_device, (bounds, first_chunk)))
         whole = np.array([[0, self.size]]), np.array([0, self.whole_chunks]), np.array([kernels.IN_BUFFER])
         self.whole = tuple(map(cuda.to_device, whole))
         self.slots = slice(0, 0)  # its parameters among those of all runs, one run after the other
         self.tables: tuple[Any, ...] = ()  # its items of `sources`, `sums`, `norms`, `finite` and `factors`
         self.hyper: tuple[Any, ...] = ()
+        self.arrays: tuple[Any, ...] = ()
 
-    _arrays: Any
-
-    def prepare(self, buffers: Any) -> None:
-        """Take note of where the buffers lie and which state the options ask for."""
-        params = self.part_of(buffers["params"])
-        self._arrays = (
+    def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
+        """Keep the parts of the buffers that belong to the run, and those of the state that its options ask for."""
+        params = self._part_of(buffers["params"])
+        self.arrays = (
             params,
-            self.part_of(buffers["grads"]),
-            self.part_of(buffers["cache"]),
-            # Instead of what is not there anything will do.
-            self.part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else params,
-            self.part_of(buffers["grad_avg"]) if self.group["centered"] else params,
+            self._part_of(buffers["grads"]),
+            self._part_of(buffers["cache"]),
+            # A kernel that uses no such state needs some array in its place.
+            self._part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else params,
+            self._part_of(buffers["grad_avg"]) if self.group["centered"] else params,
         )
 
-    def part_of(self, buffer: FlatBuffer) -> Any:
-        """The elements of this run in `buffer`, 1-D."""
+    def _part_of(self, buffer: FlatBuffer) -> Any:
         segment = buffer.segments[self._segment]
-        return segment[self._start : self._stop] if self.size else segment
+        return segment[self._part] if self.size else segment
 
     def set_hyper(self, lr: float) -> None:
-        """Make the numbers that the kernel gets for the options."""
+        """Compute the numbers that the kernel gets for the options."""
         with np.errstate(all="ignore"):
             self.hyper = tuple(np.array(hyper_values(self.group, lr, self.dtype), self.dtype))
 
@@ -63,7 +74,7 @@ class DeviceRun(Run):
 class Tables:
     """What a step reads and writes on the device beside the buffers: one item for each parameter, run after run."""
 
-    def __init__(self, runs: list[DeviceRun], stream: Any) -> None:
+    def __init__(self, runs: Sequence[DeviceRun], stream: Any) -> None:
         self.order = np.concatenate([run.numbers for run in runs])
         count = 0
         for run in runs:
@@ -74,7 +85,7 @@ class Tables:
             cuda.to_device(np.zeros(size))
             for size in (count, count, max(1, *(run.chunks for run in runs)))
         )  # fmt: skip
-        self.finite, self.sat_out = (cuda.to_device(np.zeros(count, np.int64)) for _ in range(2))
+        self.finite, self.absent = (cuda.to_device(np.zeros(count, np.int64)) for _ in range(2))
         self.missed, self.go = (cuda.to_device(np.zeros(1, np.int64)) for _ in range(2))
         self.factors = cuda.to_device(np.zeros((count, 2)))
         self.limits, self.signs = (Staged(np.zeros(count), stream) for _ in range(2))
@@ -89,7 +100,7 @@ class Tables:
         self.corrections = np.ones((1, 1))
         self.corrections_there = cuda.to_device(self.corrections)
 
-    def set_options(self, runs: list[DeviceRun], stream: Any) -> None:
+    def set_options(self, runs: Sequence[DeviceRun], stream: Any) -> None:
         """Write what the options say of each parameter."""
         limits, signs, rows = np.zeros(len(self.order)), np.zeros(len(self.order)), np.full(len(self.order), -1)
         rates = sorted({run.group["decay_rate"] for run in runs if run.group["bias_correction"]})

@@ -1,0 +1,423 @@
+"""Take the steps of an optimizer on a GPU: launch kernels, and wait for none of them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from typing import Any
+
+import numpy as np
+
+from fastrms._state import STATE_OPTIONS, Counts, OptimizerState, Settings
+from fastrms.backends import host
+from fastrms.backends.cuda.arrays import Array, as_stream, copy_in, cuda, let_wait, shadows, to_host
+from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
+from fastrms.backends.cuda.gradients import Finder, Found
+from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
+from fastrms.backends.plan import rate_of, refuse_replaced, split_runs
+from fastrms.backends.turns import Turns
+from fastrms.buffers import FlatBuffer
+from fastrms.buffers.overlap import refuse_overlap
+from fastrms.errors import DeviceError, NonfiniteError, OptionError
+from fastrms.kernels import cuda as kernels
+from fastrms.kernels import threads
+from fastrms.options import needs_extended_rule, parameter_groups, resolve_lr
+
+__all__ = ["CudaBackend", "new_backend"]
+
+
+def new_backend(params: Any, settings: Settings, stream: Any) -> "CudaBackend":
+    """Return a backend with new buffers on the device.
+
+    Parameters
+    ----------
+    params : as for `fastrms.RMSProp`
+        On the host or on the device.
+    settings : Settings
+    stream : as for `fastrms.cuda.CudaRMSProp`
+    """
+    if settings.cache_dtype is not None:
+        raise OptionError(
+            f'cache_dtype: expected None with kernel="cuda", which keeps state in the dtype of the parameters, got '
+            f"{settings.cache_dtype!r}"
+        )
+    _require_gpu()
+    stream = as_stream(stream)
+    try:
+        on_host, places = to_host(params, stream), shadows(params)
+    except RecursionError:  # for which Layout has a better message
+        on_host = places = params
+    state = OptimizerState(on_host, settings)
+    if on_host is not places:
+        groups = parameter_groups(places)
+        refuse_overlap(state.layout, places if groups is None else [group["params"] for group in groups])
+    host.new_backend(state)
+    return CudaBackend(state, stream)
+
+
+def _require_gpu() -> None:
+    reason = kernels.missing()
+    if reason is not None:
+        raise DeviceError(f'kernel: expected a GPU for "cuda", got none: {reason}')
+
+
+class CudaBackend:
+    """The steps of an optimizer whose buffers are on a GPU.
+
+    The host knows the counts, except for the decisions of the device since it was asked last: whether it took a step,
+    with nonfinite="skip", and which parameters had no gradient in it.
+
+    Parameters
+    ----------
+    state : OptimizerState
+        With buffers in ordinary memory. They are moved to the device.
+    stream : as for `fastrms.cuda.CudaRMSProp`
+    """
+
+    thread_limit = None
+    in_parts = False
+
+    def __init__(self, state: OptimizerState, stream: Any) -> None:
+        _require_gpu()
+        self.state = state
+        self.turns = Turns(state.counts)
+        self._stream = as_stream(stream)
+        state.kernel = "cuda"
+        for name, buffer in state.buffers.items():
+            state.buffers[name] = DeviceBuffer.of(buffer, self._stream)
+        self._params, self._grads = self._on_device("params"), self._on_device("grads")
+        self._finder = Finder(self._grads)
+        self._pinned: list[tuple[Pinned, Any]] = []
+        self._runs = [
+            DeviceRun(k, state.param_groups[k], state.layout, numbers)
+            for k, numbers in split_runs(state.layout, state.group_of)
+        ]
+        self._tables: Tables | None = None
+        self._forked = False
+        self._counts_there = False  # whether the device counts steps, or the host
+        self._pending = 0  # steps of which the host does not know yet whether they were taken
+        self._absent_changed = False
+        self._used: list[tuple[bool, bool]] = []  # for each group whether it has a momentum buffer and a mean gradient
+        self._computed_from: object = None  # the version of the options from which everything else was computed
+        self.options_changed()
+        threads.call_after_fork(self)
+
+    def _on_device(self, name: str) -> DeviceBuffer:
+        buffer = self.state.buffers[name]
+        assert isinstance(buffer, DeviceBuffer)
+        return buffer
+
+    # Buffers and options.
+
+    @property
+    def stream(self) -> Any:
+        """The stream of all work, one of Numba's."""
+        return self._stream
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        new = as_stream(value)
+        with self.turns.lock:
+            event = cuda.event()
+            event.record(self._stream)
+            event.wait(new)
+            self._stream = new
+            for name in self.state.buffers:
+                self._on_device(name).use(new)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all work on the stream."""
+        self._stream.synchronize()
+
+    def new_buffer(self, name: str) -> FlatBuffer:
+        """Return a state buffer of zeros on the device."""
+        return self._params.like()
+
+    def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
+        """Make the state buffers that groups with these options need and that do not exist."""
+        options = list(options)
+        for name, option in STATE_OPTIONS.items():
+            if name not in self.state.buffers and any(values[option] for values in options):
+                self.state.buffers[name] = self.new_buffer(name)
+
+    def check_kernel(self, value: Any) -> str:
+        """Return "cuda" if `value` is a kernel to which an optimizer on a GPU can change: there is one only."""
+        if value not in ("cuda", "auto"):
+            raise OptionError(
+                f'kernel: expected "cuda", as all buffers are on the GPU, got {value!r}; make a new optimizer for the '
+                "host, RMSProp(params), and let it load_state_dict() of this one"
+            )
+        return "cuda"
+
+    def kernel_changed(self) -> None:
+        """Do nothing: there is one kernel, and no thread of the host takes part."""
+
+    def options_changed(self) -> None:
+        """Forget everything that was computed from options. The next step computes it again."""
+        self._version = object()
+
+    def _use_options(self) -> None:
+        version = self._version
+        groups = self.state.param_groups
+        self._scheduled = any(callable(group["lr"]) for group in groups)
+        used = [(group["momentum"] > 0, group["centered"]) for group in groups]
+        if used != self._used:
+            for run in self._runs:
+                run.use_buffers(self.state.buffers)
+            self._used = used
+        self._changed = True
+        self._written = np.array([self._on_device(name).span for name in self.state.buffers], np.int64)
+        self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
+
+    # Counts.
+
+    def settle(self) -> Counts:
+        """Return the counts, after asking the device about the last steps, which waits for it."""
+        counts, tables = self.state.counts, self._tables
+        if tables is not None and (self._pending or self._absent_changed):
+            with self.turns.lock:
+                if self._pending:
+                    missed = int(self._params.read(tables.missed)[0])
+                    counts.steps += self._pending - missed
+                    counts.skipped_steps += missed
+                    self._pending = 0
+                    kernels.launch(kernels.fill, 1, 1, self._stream, tables.missed, 0)
+                self._read_absent()
+        return counts
+
+    def _read_absent(self) -> None:
+        if self._absent_changed and self._tables is not None:
+            self.state.counts.absent[self._tables.order] = self._params.read(self._tables.absent)
+            self._absent_changed = False
+
+    def counts_changed(self) -> None:
+        """Use the counts that were written to `state`: the device gets them anew."""
+        self._counts_there = False
+        self.options_changed()
+
+    # Steps.
+
+    def step(self, gradients: Any) -> None:
+        """Take one step with gradients in the structure of the parameters, or None for the gradient buffer.
+
+        The caller holds the lock of `turns`.
+        """
+        if self._forked:
+            raise DeviceError(
+                "step: this process was forked from one that used the GPU, which CUDA does not allow; start processes "
+                'with the method "spawn", and load a checkpoint there'
+            )
+        # First everything that may call the user's functions, which may set options: rates, mappings, arrays.
+        rates = self._rates()
+        grads = self._grads
+        from_buffer = gradients is None or gradients is grads.views
+        items: tuple[Any, ...] = () if from_buffer else grads.layout.flatten(gradients, "gradients")
+        found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
+        if self._computed_from is not self._version:
+            self._use_options()
+        refuse_replaced(self._params, grads, from_buffer)
+        counts, tables = self.state.counts, self._prepare_tables()
+        if self._changed or rates:
+            for run in self._runs:
+                run.set_hyper(rate_of(run.group, run.group_number, rates, counts.steps))
+            self._changed = False
+        if self._corrects:
+            tables.correct_up_to(counts.steps + self._pending + 1, self._stream)
+
+        for handle in found.streams:
+            let_wait(self._stream, handle, True)
+        self._bring(found)
+        tables.sources.write(found.sources[tables.order], self._stream)
+        if self._clips or self.state.nonfinite != "propagate":
+            self._measure(tables)
+        if self.state.nonfinite == "raise":
+            self._raise_if_nonfinite(tables, found, items)
+        counts.writing = True  # until the step was counted
+        self._update(tables, found)
+        for handle in found.streams:  # whose memory may be written again, but not before it has been read
+            let_wait(self._stream, handle, False)
+
+        absent = found.sources == kernels.ABSENT
+        if self._counts_there:
+            self._absent_changed |= bool(absent.any())
+        elif absent.any():
+            counts.absent[absent] += 1
+        if self.state.nonfinite == "skip":
+            self._pending += 1
+        else:
+            counts.steps += 1
+        counts.writing = False
+
+    def _rates(self) -> list[float] | None:
+        """Return the learning rate of each group, or None where no rate is a function. Calls the functions."""
+        if self._computed_from is not self._version:
+            self._use_options()
+        if not self._scheduled:
+            return None
+        steps = self.settle().steps
+        return [resolve_lr(group, steps) for group in self.state.param_groups]
+
+    def _prepare_tables(self) -> Tables:
+        """Return the tables, after writing to them what options ask for."""
+        if self._tables is None:
+            self._tables = Tables(self._runs, self._stream)
+        tables = self._tables
+        if self._changed:
+            groups = self.state.param_groups
+            self._clips = self.state.global_clip_norm is not None or any(g["clip_norm"] is not None for g in groups)
+            self._corrects = any(group["bias_correction"] for group in groups)
+            if self.state.nonfinite != "skip":
+                self.settle()
+            counts = self._corrects or self.state.nonfinite == "skip"
+            if counts and not self._counts_there:
+                tables.absent.copy_to_device(self.state.counts.absent[tables.order], stream=self._stream)
+            elif self._counts_there and not counts:
+                self._read_absent()
+            self._counts_there = counts
+            tables.set_options(self._runs, self._stream)
+        return tables
+
+    def _bring(self, found: Found) -> None:
+        """Copy gradients that cannot be read where they lie to the gradient buffer."""
+        grads = self._grads
+        sources: list[tuple[Any, Any, Any]] = []
+        for k, interface, ours in found.others:
+            leaf = grads.layout.leaves[k]
+            if ours:  # perhaps where another one is about to be copied to
+                apart = cuda.device_array(leaf.stop - leaf.start, np.dtype(interface["typestr"]))
+                copy_in(apart, interface, self._stream)
+                sources.append((k, kernels.interface_of(apart), apart))
+            else:
+                sources.append((k, interface, None))
+        if found.arrays:
+            self._upload(found, grads)
+        for k, source, _ in sources:
+            copy_in(grads.part(k), source, self._stream)
+
+    def _upload(self, found: Found, grads: DeviceBuffer) -> None:
+        if len(self._pinned) < 2:  # one is filled while the other is on its way
+            self._pinned.append((Pinned(grads.layout), cuda.event()))
+        else:
+            self._pinned.reverse()
+            self._pinned[-1][1].synchronize()
+        pinned, event = self._pinned[-1]
+        pinned.store(found.arrays)
+        rest = [k for k, array in enumerate(found.arrays) if array is None]
+        if (found.sources[rest] == kernels.ABSENT).all():
+            if pinned.nbytes:
+                grads.block.copy_to_device(pinned.block, stream=self._stream)
+        else:
+            for k, (array, memory) in enumerate(zip(found.arrays, pinned.leaves, strict=True)):
+                if array is not None and memory.size:
+                    grads.part(k).copy_to_device(memory.reshape(-1), stream=self._stream)
+        event.record(self._stream)
+
+    def _measure(self, tables: Tables) -> None:
+        """Find out the norms of gradients, and whether they are finite, as far as the options ask."""
+        for run in self._runs:
+            bound = NO_BOUND if run.group["clip_value"] is None else run.group["clip_value"]
+            passes = []
+            if self._clips:
+                passes.append((kernels.EVERY, 1.0, bound))
+                if run.dtype == np.float64:
+                    passes.append((kernels.TOO_SMALL, kernels.PRESCALE, bound))
+                    passes.append((kernels.TOO_LARGE, 1 / kernels.PRESCALE, bound))
+            if self.state.nonfinite != "propagate":
+                # A norm that is finite tells it, if nothing was clipped; otherwise the values do.
+                told = self._clips and bound == NO_BOUND
+                passes.append((kernels.DOUBTFUL if told else kernels.EVERY, 0.0, NO_BOUND))
+            sources, sums, norms, finite, _ = run.tables
+            bounds, first_chunk = run.each
+            for which, prescale, limit in passes:
+                if run.chunks:
+                    kernels.launch(
+                        kernels.square_chunks, run.chunks, kernels.LANES, self._stream, run.arrays[1], bounds,
+                        first_chunk, sources, run.dtype.type(limit), prescale, which, sums, norms, tables.partials,
+                    )  # fmt: skip
+                kernels.launch(
+                    kernels.add_partials, len(run.numbers), kernels.THREADS, self._stream, first_chunk, sources, which,
+                    prescale, tables.partials, sums, norms, finite,
+                )  # fmt: skip
+
+    def _raise_if_nonfinite(self, tables: Tables, found: Found, items: tuple[Any, ...]) -> None:
+        grads = self._grads
+        wrong = sorted(tables.order[self._grads.read(tables.finite) == 0].tolist())
+        if wrong:
+            values = {}
+            for k in wrong:
+                in_buffer = found.sources[k] == kernels.IN_BUFFER
+                value = grads.read(grads.leaves[k]) if in_buffer else to_host(items[k], self._stream)
+                values[grads.layout.leaves[k].path] = value
+            raise NonfiniteError.of(values)
+
+    def _update(self, tables: Tables, found: Found) -> None:
+        factored, guarded = self._clips or self._corrects, self.state.nonfinite == "skip"
+        if factored or guarded:
+            limit = NO_BOUND if self.state.global_clip_norm is None else self.state.global_clip_norm
+            kernels.launch(
+                kernels.decide, 1, kernels.THREADS, self._stream, tables.sources.array, tables.norms, tables.finite,
+                guarded, tables.limits.array, limit, tables.signs.array, tables.rows.array, tables.corrections_there,
+                self.state.counts.steps + self._pending, tables.absent, tables.missed, tables.factors, tables.go,
+            )  # fmt: skip
+        for run in self._runs:
+            if not run.chunks:
+                continue
+            kernel = kernels.update_kernel(
+                run.dtype, run.group["momentum"] > 0, run.group["centered"],
+                factored or needs_extended_rule(run.group), factored, guarded,
+            )  # fmt: skip
+            if factored or found.sources[run.numbers].any():
+                blocks, spans = run.chunks, (*run.each, run.tables[0])
+            else:
+                blocks, spans = run.whole_chunks, run.whole
+            sign = run.dtype.type(-1 if run.group["maximize"] else 1)
+            kernels.launch(
+                kernel, blocks, kernels.THREADS, self._stream, *run.arrays, run.hyper, sign, run.dtype.type(1), *spans,
+                run.tables[-1], tables.go,
+            )  # fmt: skip
+
+    # Access to buffers.
+
+    def read(self, segment: Any) -> Array:
+        """Return a copy of a segment of a buffer on the host. Waits for the device."""
+        return self._params.read(segment)
+
+    def write(self, segment: Any, values: Array | float) -> None:
+        """Set the elements of a segment of a buffer."""
+        self._params.write(segment, values)
+
+    def parts(self, array: Array) -> Iterator[slice]:
+        """Iterate over one slice, of the whole array."""
+        yield slice(None)
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+    def discard(self) -> None:
+        """Do nothing: there are no files."""
+
+    def refuse_copy(self) -> None:
+        """Do nothing: the buffers can be copied."""
+
+    def state_on_host(self) -> OptimizerState:
+        """Return a copy of the data whose buffers are in ordinary memory."""
+        self.settle()
+        state = copy(self.state)
+        state.buffers = {name: self._on_device(name).to_host() for name in self.state.buffers}
+        return state
+
+    def after_fork(self) -> None:
+        """Refuse steps in a child process, which cannot use the GPU of its parent."""
+        self.turns.after_fork()
+        self._forked = True
+
+    def problems(self) -> list[str]:
+        """Describe replaced views, a line each."""
+        return [problem for name, buffer in self.state.buffers.items() for problem in buffer.problems(name)]
+
+    def explain(self) -> list[str]:
+        """Say which kernel updates which parameters, a line each."""
+        return [
+            f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays: cuda, as asked for"
+            for run in self._runs
+        ]

@@ -1,0 +1,380 @@
+"""The shards of an optimizer on the ranks of an MPI program, and the exchange of gradients in each step."""
+
+import zlib
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrms._state import OptimizerState
+from fastrms.backends.base import Array, Call, RunCalls
+from fastrms.backends.host import HostBackend
+from fastrms.backends.plan import Located, refuse_replaced
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
+from fastrms.kernels.norms import AddUp
+from fastrms.mpi.buckets import Handover
+from fastrms.mpi.communicator import Ranks, named
+
+__all__ = ["Shards"]
+
+_CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load")
+
+
+class Shards:
+    """The shards of an optimizer: each rank updates its own elements, and has their state.
+
+    A host backend has it as its ranks.
+
+    Parameters
+    ----------
+    communicator : Ranks
+    state : OptimizerState
+    reduction : {"mean", "sum"}
+
+    Attributes
+    ----------
+    bounds : list of ndarray of int64, shape (ranks + 1,)
+        For each segment of the buffers, where the shards begin, and the end of the last one.
+    slices : list of slice
+        For each segment, the elements of this rank.
+    """
+
+    def __init__(self, communicator: Ranks, state: OptimizerState, reduction: str) -> None:
+        self.communicator, self.reduction = communicator, reduction
+        self._state = state
+        self.bounds = [communicator.bounds(segment.size) for segment in state.layout.segments]
+        rank = communicator.rank
+        self.slices = [slice(*bounds[rank : rank + 2].tolist()) for bounds in self.bounds]
+        self._digest: int | None = None
+        # Whether a step is in progress for which the ranks compare, or have compared, their options.
+        self._options_fixed = False
+        self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
+        self._leaves: dict[int, _Part] = {}
+
+    # The ranks of a host backend.
+
+    def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
+        """Return the buffers of this rank's shard: its parameters, the sum of their gradients, and the state."""
+        self._whole, self._params = buffers["grads"], buffers["params"]
+        self._own: Mapping[str, FlatBuffer] = buffers
+        if self.communicator.size > 1:
+            segments = [segment[part] for segment, part in zip(self._params.segments, self.slices, strict=True)]
+            params = _Part(self._params, self._shard_layout(), segments)
+            self._own = ChainMap({"params": params, "grads": params.like()}, buffers)
+        self._buckets = Handover(self.communicator, self._whole, self._own["grads"], self.bounds)
+        return self._own
+
+    def _shard_layout(self) -> Layout:
+        """The layout of this rank's shard: the same leaves, of each of which it has some elements, or none."""
+        layout = self._state.layout
+        pieces = []
+        for leaf in layout.leaves:
+            shard = self.slices[leaf.segment]
+            size = max(0, min(leaf.stop, shard.stop) - max(leaf.start, shard.start))
+            pieces.append(np.broadcast_to(np.zeros((), layout.dtype_of(leaf)), (size,)))
+        return Layout(layout.structure(pieces))
+
+    def run_with(self, run: RunCalls) -> RunCalls:
+        """Return a function that runs kernel calls, and then sends the new parameters to all ranks."""
+        if self.communicator.size == 1:
+            return run
+
+        def run_and_gather(calls: Sequence[Call]) -> Iterator[None]:
+            yield from run(calls)
+            for segment, bounds in zip(self._params.segments, self.bounds, strict=True):
+                self.communicator.all_gather(segment, bounds)
+                yield
+
+        return run_and_gather
+
+    def add_up(self, numbers: NDArray[np.int64]) -> AddUp | None:
+        """Return a function that adds up sums of squares of these parameters over ranks, or None on one rank."""
+        if self.communicator.size == 1:
+            return None
+        counts, order = self._pieces_of(numbers)
+        first = sum(counts[: self.communicator.rank])
+        mine = order[first : first + counts[self.communicator.rank]]
+
+        def add_up(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+            told = np.empty(len(order))
+            self.communicator.control.Allgatherv(sums[mine], [told, counts])
+            # In the order of ranks, and one after another, so that all ranks have the same bits.
+            whole = np.zeros(len(sums))
+            np.add.at(whole, order, told)
+            return whole
+
+        return add_up
+
+    def _pieces_of(self, numbers: NDArray[np.int64]) -> tuple[list[int], NDArray[np.intp]]:
+        """Return how many of these parameters each rank has a piece of, and which, counted among them."""
+        key = int(numbers[0])
+        if key not in self._pieces:
+            leaves = [self._state.layout.leaves[k] for k in numbers]
+            starts, stops = (np.array([getattr(leaf, end) for leaf in leaves]) for end in ("start", "stop"))
+            bounds = self.bounds[leaves[0].segment]
+            found = [
+                np.flatnonzero(np.minimum(stops, high) > np.maximum(starts, low)) for low, high in pairwise(bounds)
+            ]
+            self._pieces[key] = [len(one) for one in found], np.concatenate(found)
+        return self._pieces[key]
+
+    def nonfinite_anywhere(self, nonfinite: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which parameters have a gradient that is not finite on any rank."""
+        found = nonfinite.astype(np.uint8)
+        self.communicator.take_largest(found)
+        return found > 0
+
+    def nonfinite_error(self, numbers: NDArray[np.intp]) -> NonfiniteError:
+        """Return the error about the gradients of these parameters, with counts of all ranks."""
+        own = self._own["grads"].leaves
+        counts = np.array([(np.isnan(own[k]).sum(), np.isinf(own[k]).sum()) for k in numbers], np.int64)
+        self.communicator.add_up(counts)
+        found_in = {}
+        for k, (nans, infs) in zip(numbers, counts, strict=True):
+            found_in[self._state.layout.leaves[k].path] = int(nans), int(infs), self._whole.leaves[k].size
+        error = NonfiniteError.of_counts(found_in)
+        self.communicator.all_raise(error)
+        return error
+
+    def options_change(self) -> None:
+        """Note that options are about to change, or raise where ranks have compared them already."""
+        self._digest = None
+        if self._options_fixed:
+            raise StepInProgressError(
+                "options: expected to be set between two steps, or by a function that the step calls on all ranks, got "
+                "a change in the midst of a step, after the ranks have compared their options, as a signal handler can "
+                "make it"
+            )
+
+    def refuse_copy(self) -> NoReturn:
+        """Raise TypeError: the other shards are in other processes."""
+        raise TypeError(
+            "a ShardedRMSProp cannot be copied or pickled, as its other parts are in other processes: "
+            "use state_dict() or save()"
+        )
+
+    # Comparing what has to be the same on all ranks.
+
+    def facts(self, call: str, rates: list[float]) -> NDArray[np.float64]:
+        """Numbers that have to be the same on all ranks; the first says which call this is, the last are the rates."""
+        if self._digest is None:
+            groups = [
+                {k: v for k, v in group.items() if k not in ("params", "lr")} for group in self._state.param_groups
+            ]
+            options = (
+                groups,
+                self._state.global_clip_norm,
+                self._state.nonfinite,
+                self._state.cache_dtype,
+                self.reduction,
+            )
+            self._digest = zlib.crc32(repr(options).encode())
+        return np.array([_CALLS.index(call), self._digest, self._state.counts.steps, *rates])
+
+    def fixed_rates(self) -> list[float]:
+        return [0.0 if callable(group["lr"]) else group["lr"] for group in self._state.param_groups]
+
+    def check_facts(self, facts: NDArray[np.float64]) -> None:
+        """Raise on all ranks where facts differ."""
+        told = self.communicator.control.allgather(facts)
+        if others := [rank for rank, theirs in enumerate(told) if not np.array_equal(theirs, told[0])]:
+            parts = {
+                "options" if facts[0] == 0 else "options or kinds of state": slice(1, 2),
+                "steps": slice(2, 3),
+                "lr": slice(3, None),
+            }
+            differ = [name for name, part in parts.items() if any(
+                not np.array_equal(told[rank][part], told[0][part]) for rank in others
+            )]  # fmt: skip
+            raise self.communicator.all_raise(OptionError(
+                f"{' and '.join(differ)}: expected the same on all ranks, got others than on rank 0 on "
+                f"{named(others)}; nothing was changed"
+            ))  # fmt: skip
+
+    def _meet(
+        self, call: str, facts: NDArray[np.float64], present: NDArray[np.bool_], error: Exception | None = None
+    ) -> tuple[bool, NDArray[np.bool_]]:
+        """Tell all ranks, in one message, what each has to know of the others before it goes on; or raise on all.
+
+        Returns whether any rank has begun to hand over gradients, and for which parameters any has a gradient.
+        """
+        # Facts are told with both signs: they are the same everywhere if the largest and the smallest are.
+        told, count = self.communicator.told, len(facts)
+        told[0], told[1] = error is not None, self._buckets.begun
+        told[2 : -2 * count], told[-2 * count : -count], told[-count:] = present, facts, -facts
+        self.communicator.meet(call, self._state.counts.steps)
+        failed, begun = told[:2]
+        largest, smallest = told[-2 * count : -count], -told[-count:]
+        if largest[0] != smallest[0]:
+            self.communicator.refuse_different(call)
+        if failed or (largest != smallest).any():
+            if begun:  # what one rank has begun, all have to
+                self._buckets.finish()
+            self.communicator.agree(error)
+            self.check_facts(facts)
+            raise AssertionError("ranks found that they differ, and then that they do not")
+        return bool(begun), told[2 : -2 * count] > 0
+
+    @contextmanager
+    def together(self, backend: HostBackend, call: str) -> Iterator[bool]:
+        """What all ranks do together, in a call other than `step`."""
+        # Nobody may come in between, not even to read, as that is an exchange of its own.
+        with backend.turns.between_steps(call), self.communicator.leaving():
+            facts = self.facts(call, self.fixed_rates())
+            if call in ("discard", "load", "load_state_dict"):  # which may well be there to mend what differs
+                facts[1:] = 0
+            # Whoever had an option on has its state, which all send or receive.
+            facts[1] = zlib.crc32(repr((facts[1], sorted(self._state.buffers))).encode())
+            yield self._meet(call, facts, np.zeros(len(self._whole.leaves), bool))[0]
+
+    # Gradients that are handed over one by one.
+
+    def hand_over(self, key: Any, grad: Any) -> None:
+        """Store one gradient, and begin the reductions that are complete with it (see `ShardedRMSProp.ready`)."""
+        try:
+            k = self._numbers[key]
+        except (KeyError, TypeError):
+            keys = [keys[0] if len(keys) == 1 else keys for keys in self._numbers if isinstance(keys, tuple)]
+            known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
+            raise StructureError(f"key: expected one of {known}, got {key!r}") from None
+        name = f"gradients{self._whole.layout.leaves[k].path}"
+        if self._buckets.given[k]:
+            raise StructureError(f"{name}: expected once before each step, got it a second time")
+        part = self._leaf(k)
+        if grad is None:
+            part.flat = 0
+        else:
+            part.store(part.check([grad], name))
+        self._buckets.give(k, grad is not None)
+
+    def discard(self) -> None:
+        """Forget the gradients that were handed over. All ranks do so at the same time."""
+        self._buckets.finish()
+
+    def _leaf(self, k: int) -> "_Part":
+        """The gradient of one parameter, as a buffer, which checks and stores as others do."""
+        if k not in self._leaves:
+            whole = self._whole
+            leaf = whole.layout.leaves[k]
+            segment = whole.segments[leaf.segment][leaf.start : leaf.stop]
+            self._leaves[k] = _Part(whole, Layout(whole.leaves[k]), [segment])
+        return self._leaves[k]
+
+    @cached_property
+    def _numbers(self) -> dict[Any, int]:
+        """The number of each leaf by its keys, from the outermost to its own; a single one stands for itself."""
+        layout = self._state.layout
+        numbers: dict[Any, int] = {}
+
+        def walk(tree: Any, keys: tuple[Any, ...]) -> None:
+            if isinstance(tree, int):
+                numbers[keys] = tree
+                return
+            for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+                walk(item, (*keys, key))
+
+        walk(layout.structure(range(len(layout.leaves))), ())
+        return numbers | {keys[0]: k for keys, k in numbers.items() if len(keys) == 1}
+
+    # Steps.
+
+    @property
+    def exchange(self) -> bool:
+        """Whether the next step exchanges gradients with other ranks, or uses gradients that were handed over."""
+        return self.communicator.size > 1 or self._buckets.begun
+
+    def step(self, backend: HostBackend, gradients: Any) -> None:
+        """Exchange gradients with the other ranks, and let `backend` take the step."""
+        self._options_fixed = False
+        rates, present, error = self._look_at(backend, gradients)
+        counts = self._state.counts
+        try:  # not `leaving()`, which a step would notice
+            counts.writing = self._options_fixed = True
+            backend.take(Located(False, self._exchange(rates, present, error)), rates, backend.large_kernel)
+        except BaseException as caught:
+            self.communicator.leave(caught)
+            raise
+        finally:
+            counts.writing = self._options_fixed = False
+
+    def _look_at(self, backend: HostBackend, gradients: Any) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
+        """Store this rank's gradients, unless something is wrong with them.
+
+        Returns the learning rates, for which parameters there are gradients, and what is wrong.
+        """
+        handover, grads = self._buckets, self._whole
+        present = np.ones(len(grads.leaves), bool)
+        rates = [0.0] * len(self._state.param_groups)
+        from_buffer = gradients is None or gradients is grads.views
+        try:
+            # First what may call functions of the user's.
+            found = backend.all_rates()
+            arrays = None
+            if handover.begun:
+                self._refuse_half(from_buffer)
+                present = np.array(handover.present)
+            elif not from_buffer:
+                arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
+                present = np.array([array is not None for array in arrays])
+            # From here on no other call may come in between, and no option may be set: ranks compare them.
+            self._state.counts.writing = self._options_fixed = True
+            backend.use_options()
+            refuse_replaced(self._params, grads, from_buffer)
+            # A function may have put a number in its own place.
+            rates = [each if callable(group["lr"]) else group["lr"]
+                     for group, each in zip(self._state.param_groups, found, strict=True)]  # fmt: skip
+            if arrays is not None:
+                grads.store(arrays)
+        except Exception as caught:
+            return rates, present, caught
+        return rates, present, None
+
+    def _exchange(
+        self, rates: list[float], present: NDArray[np.bool_], error: Exception | None
+    ) -> NDArray[np.bool_] | None:
+        """Add up the gradients of all ranks, or raise on all; return which parameters have one anywhere (None: all)."""
+        handover, grads = self._buckets, self._whole
+        begun, anywhere = self._meet("step", self.facts("step", rates), present, error)
+        for k in np.flatnonzero(anywhere & ~present):
+            grads.leaves[k][...] = 0
+        if begun:
+            handover.finish()
+        for whole, own, bounds in zip(grads.segments, self._own["grads"].segments, self.bounds, strict=True):
+            if self.communicator.size > 1 and not begun:
+                self.communicator.reduce(whole, own, bounds)
+            if self.reduction == "mean" and self.communicator.size > 1:
+                with np.errstate(all="ignore"):
+                    own /= own.dtype.type(self.communicator.size)
+        return None if anywhere.all() else anywhere
+
+    def _refuse_half(self, from_buffer: bool) -> None:
+        """Raise where gradients were handed over, but not all of them, or others come with the step."""
+        leaves = self._whole.layout.leaves
+        if not from_buffer:
+            raise StructureError(
+                "gradients: expected step() without an argument after ready(), got one; what was handed over is "
+                "forgotten"
+            )
+        if missing := [leaves[k].path for k, given in enumerate(self._buckets.given) if not given]:
+            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+            raise StructureError(
+                f"gradients: expected all of them to be handed over to ready() ahead of step(), got none for "
+                f"{', '.join(missing[:10])}{more}; hand over None for a parameter without a gradient; what was handed "
+                "over is forgotten"
+            )
+
+
+class _Part(FlatBuffer):
+    """A buffer whose segments lie in those of another one."""
+
+    def __init__(self, whole: FlatBuffer, layout: Layout, segments: Sequence[Array]) -> None:
+        self.layout, self.segments = layout, tuple(segments)
+        self._memory, self.block = whole._memory, whole.block
+        self.leaves = tuple(self._views_of(self.segments))
+        self.views = layout.structure(self.leaves)
