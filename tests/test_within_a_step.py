@@ -251,8 +251,8 @@ def at_every_line(make, act, handler, names):
         yield number, made
 
 
-STEPPING = {"_step", "_plan", "_calls_for", "_make_calls", "_take_options", "_run", "_find", "_refuse_replaced"}
-SETTING = {"_set_options", "take", "with_changes", "_add_state", "_options_changed", "update"}
+STEPPING = {"step", "take", "_make_calls", "make_plan", "use_options", "_locate", "_copy", "refuse_replaced"}
+SETTING = {"_set_options", "take", "with_changes", "add_state", "options_changed", "update"}
 
 
 @pytest.mark.skipif(not JIT, reason="where compiled code is the interpreter's, a step has lines between updates")
@@ -447,7 +447,8 @@ def test_a_handler_may_not_step_while_the_state_is_saved_or_loaded(rng, tmp_path
     opt, gradients = make(rng)
     opt.step(gradients)
     expected, seen = whole(opt), []
-    parts = type(opt)._in_parts
+    backend = type(opt.backend)
+    parts = backend.parts
 
     def asking(self, array):
         with pytest.raises(StepInProgressError, match=r"^step: .* in the midst of a step, save or load"):
@@ -455,11 +456,11 @@ def test_a_handler_may_not_step_while_the_state_is_saved_or_loaded(rng, tmp_path
         seen.append(array)
         return parts(self, array)
 
-    monkeypatch.setattr(type(opt), "_in_parts", asking)
+    monkeypatch.setattr(backend, "parts", asking)
     opt.save(tmp_path / "state.npz")
     state = opt.state_dict()
     assert len(seen) >= 2
-    write = type(opt)._write
+    write = backend.write
 
     def looking(self, segment, values):
         for call in (opt.step, opt.state_dict, lambda: opt.load_state_dict(state)):
@@ -468,7 +469,7 @@ def test_a_handler_may_not_step_while_the_state_is_saved_or_loaded(rng, tmp_path
         seen.append(segment)
         write(self, segment, values)
 
-    monkeypatch.setattr(type(opt), "_write", looking)
+    monkeypatch.setattr(backend, "write", looking)
     opt.load(tmp_path / "state.npz")
     opt.load_state_dict(state)
     monkeypatch.undo()
