@@ -83,6 +83,8 @@ class Settings:
             "global_clip_norm": None,
         }  # fmt: skip
         of_groups = {name: value for name, value in options.items() if name not in whole}
+        for name in of_groups.keys() - GROUP_DEFAULTS.keys():
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
         return cls(GROUP_DEFAULTS | of_groups, **{name: options.get(name, value) for name, value in whole.items()})
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 from helpers import JIT, assert_same_bits, wide
 
 from fastrms import RMSProp
+from fastrms.backends.plan import IN_PLACE, Located
 from fastrms.kernels import UPDATES, cpu, norms, pointers, threads
 
 pytestmark = pytest.mark.skipif(not JIT, reason="only compiled code can leave its arrays")
@@ -72,7 +73,7 @@ def arguments_of(opt, present=None, scales=None):
     opt.backend.use_options()
     (run,) = opt.backend._runs
     run.point_to_buffer()
-    return run.arguments(0.01, False, present, scales, None)
+    return run.arguments(0.01, Located(False, present), scales, None)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -107,7 +108,7 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
     other.step(gradients)
     opt.backend.use_options()
     (run,) = opt.backend._runs
-    plain = run.with_sources(run.arguments(0.01, True, None, None, None))
+    plain = run.with_sources(run.arguments(0.01, IN_PLACE, None, None))
     found = [guarded.copy(part) if isinstance(part, np.ndarray) else part for part in plain]
     if plain[10] is plain[2]:  # the spans of the update are those that are found
         found[10] = found[2]

@@ -87,13 +87,13 @@ def test_killed_in_a_step(part, path):
         TRAIN
         + f"""
     train(2); opt.flush(); train(2)
-    release, left = fastrms.backends.storage.Storage.release, [4 * {part} + 1]
+    release, left = fastrms.backends.pages.Pages.release, [4 * {part} + 1]
     def release_or_die(self, array):
-        left[0] -= bool(self.counts[0])  # where gradients are copied, that comes first
+        left[0] -= bool(opt.backend.storage.counts[0])  # where gradients are copied, that comes first
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         release(self, array)
-    fastrms.backends.storage.Storage.release = release_or_die
+    fastrms.backends.pages.Pages.release = release_or_die
     train(1)
     """
     )
@@ -135,12 +135,14 @@ def test_at_exit_all_are_closed_also_where_some_cannot_be(tmp_path):
         import numpy as np
         from fastrms import RMSProp
         opts = [RMSProp([np.ones(3)], storage=f"{sys.argv[1]}/{k}") for k in range(6)]
-        def fail(opt):
-            raise OSError(5, f"no disk for {opt.storage}")
+        def failing(opt):
+            def fail():
+                raise OSError(5, f"no disk for {opt.storage}")
+            return fail
         for opt in opts:
             opt.step([np.ones(3)])
         for opt in opts[::3]:
-            opt.backend.storage.flush = fail
+            opt.backend.storage.flush = failing(opt)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), tmp_path], capture_output=True, text=True, check=True
