@@ -181,12 +181,9 @@ def _descend(args: argparse.Namespace, landscape: Landscape) -> Descent:
 
 def _check_pairs(args: argparse.Namespace) -> None:
     """Raise CommandError where two numbers are no point or no limits."""
-    for name in ("start", "x", "y"):
+    for name, limits in (("start", ""), ("x", ", LOW below HIGH"), ("y", ", LOW below HIGH")):
         pair = getattr(args, name)
-        if pair is None:
-            continue
-        limits = "" if name == "start" else ", LOW below HIGH"
-        if not (all(map(math.isfinite, pair)) and (name == "start" or pair[0] < pair[1])):
+        if pair is not None and not (all(map(math.isfinite, pair)) and (not limits or pair[0] < pair[1])):
             raise CommandError(f"--{name}: expected two finite numbers{limits}, got {pair[0]:g} {pair[1]:g}")
 
 
