@@ -8,7 +8,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["main"]
 
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     """A parser that raises errors of output, where argparse ignores them."""
 
-    def _print_message(self, message: str, file: IO[str] | Any = None) -> None:
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
         if message and (file := file or sys.stderr) is not None:
             file.write(message)
 

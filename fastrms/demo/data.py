@@ -97,34 +97,28 @@ def split(x: Array, y: Labels, dtype: DTypeLike, seed: int, name: str) -> Datase
 def _read(stream: BinaryIO) -> dict[str, NDArray[Any]]:
     """Return the arrays X and y of an .npz file; raise OSError or DataError."""
     expected = "expected an .npz file with the arrays X and y, as numpy.savez writes it"
+    arrays: dict[str, NDArray[Any]] = {}
+    failure = f"{expected}; got something else or a damaged file"
     try:
         file = np.load(stream, allow_pickle=False)
-    except OSError:
-        raise
-    except Exception as error:
-        raise DataError(f"{expected}; got something else or a damaged file ({_one_line(error)})") from None
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise DataError(f"{expected}; got an .npy file with one array of shape {file.shape}")
-    arrays: dict[str, NDArray[Any]] = {}
-    with file:
-        for name in ("X", "y"):
-            if name not in file.files:
-                found = ", ".join(file.files) or "nothing"
-                raise DataError(f"{expected}; there is no {name} in it, only: {found}")
-            try:
-                arrays[name] = file[name]
-            except OSError:
-                raise
-            except Exception as error:  # NumPy and zipfile raise many kinds for a damaged or hostile file
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise DataError(f"{expected}; got an .npy file with one array of shape {file.shape}")
+        with file:
+            for name in ("X", "y"):
+                if name not in file.files:
+                    found = ", ".join(file.files) or "nothing"
+                    raise DataError(f"{expected}; there is no {name} in it, only: {found}")
                 kind = "an array of numbers or strings, without pickled objects"
-                raise DataError(f"{name}: expected {kind}; cannot be read ({_one_line(error)})") from None
-            if not isinstance(arrays[name], np.ndarray):  # bytes, for a member that is no .npy file
-                raise DataError(f"{expected}; {name} is no array")
+                failure = f"{name}: expected {kind}; cannot be read"
+                arrays[name] = file[name]
+                if not isinstance(arrays[name], np.ndarray):  # bytes, for a member that is no .npy file
+                    raise DataError(f"{expected}; {name} is no array")
+    except (OSError, DataError):
+        raise
+    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged or hostile file
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{failure} ({text})") from None
     return arrays
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_x(x: NDArray[Any]) -> Array:

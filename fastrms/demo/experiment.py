@@ -20,22 +20,12 @@ __all__ = ["Experiment", "network_name"]
 
 @dataclass(frozen=True)
 class Experiment:
-    """A network and its data; `prepare` makes it.
-
-    Attributes
-    ----------
-    dataset : fastrms.demo.data.Dataset
-    sizes : list of int
-        Inputs, width of each hidden layer, outputs.
-    batches : fastrms.demo.training.Batches
-    rng : numpy.random.Generator
-        Draws the parameters to start from.
-    """
+    """A network, its data and its batches; `prepare` makes it."""
 
     dataset: data.Dataset
-    sizes: list[int]
+    sizes: list[int]  # inputs, width of each hidden layer, outputs
     batches: Batches
-    rng: np.random.Generator
+    rng: np.random.Generator  # draws the parameters to start from
 
     @classmethod
     def prepare(

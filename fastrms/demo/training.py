@@ -19,24 +19,13 @@ Batch = tuple[Array, Labels]
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of each epoch: the rows of a training set in a new order.
+    """The batches of each epoch: the rows of a training set in a new order."""
 
-    Attributes
-    ----------
-    x : ndarray, shape (rows, features)
-    y : ndarray of int, shape (rows,)
-    size : int
-        Rows of a batch. The last batch of an epoch has the rest.
-    epochs : int
-    rng : numpy.random.Generator
-        Shuffles the rows for each epoch.
-    """
-
-    x: Array
-    y: Labels
-    size: int
+    x: Array  # (rows, features)
+    y: Labels  # (rows,)
+    size: int  # rows of a batch; the last one of an epoch has the rest
     epochs: int
-    rng: np.random.Generator
+    rng: np.random.Generator  # shuffles the rows
 
     @property
     def per_epoch(self) -> int:
@@ -149,23 +138,11 @@ def train_in_turns(
     on_step: Callable[[Training], None],
     agree: Callable[[bool], bool] = bool,
 ) -> tuple[Training, Training]:
-    """Train a pair epoch by epoch until a loss is not finite; the first of an epoch is the second of the next.
+    """Train a pair epoch by epoch, in turns, until a loss is not finite.
 
-    The turns spread other load of the machine over both. A first pair takes one step, which compiles, and is dropped.
-
-    Parameters
-    ----------
-    new_pair : callable
-        Returns the trainings, with new optimizers.
-    batches : Batches
-    on_step : callable
-        As for `train_both`.
-    agree : callable
-        Called after each epoch with whether this process found its losses finite; returns whether to continue.
-
-    Returns
-    -------
-    pair : (Training, Training)
+    The second training of an epoch is the first of the next, so that other load of the machine slows both. One pair
+    from `new_pair` takes a step, which compiles, and is dropped; the next pair is trained and returned. `agree` gets
+    whether the losses of an epoch are finite, and returns whether to continue: MPI ranks have to end together.
     """
     with np.errstate(all="ignore"):  # the losses are checked below
         for training in new_pair():
