@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import fastrms
-from fastrms.cli import common, demo, main
+from fastrms.cli import common, demo, main, progress
 
 TINY = ["--hidden", "4", "--epochs", "1", "--batch-size", "512"]
 # What tells rich to do other than what the output is.
@@ -106,7 +106,7 @@ def test_ctrl_c(monkeypatch, capsys, tmp_path):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train_both", interrupt)
+    monkeypatch.setattr(demo.training, "train_both", interrupt)
     assert main(["demo", *TINY, "--output", str(tmp_path)]) == 130
     assert error_of(capsys) == "fastrms demo: interrupted"
 
@@ -227,9 +227,9 @@ def test_a_narrow_terminal_loses_no_numbers(tmp_path):
 def test_no_progress_bar(monkeypatch, terminal, quiet):
     monkeypatch.setattr("rich.progress.Progress", None)
     monkeypatch.setenv("TERM", "xterm")
-    console = Console(force_terminal=terminal)
-    with demo._progress(console, quiet, 1, 1) as on_step:
-        on_step(None)
+    console = Console(force_terminal=terminal, quiet=quiet)
+    with progress.show_progress(console, 1) as on_progress:
+        on_progress(0.5, "half of it")
 
 
 def test_text_that_the_output_cannot_encode(monkeypatch, tmp_path):

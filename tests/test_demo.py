@@ -9,7 +9,8 @@ from helpers import bits
 from fastrms import RMSProp
 from fastrms.cli import demo, main
 from fastrms.demo import data, mlp
-from fastrms.demo.training import Training, first_difference, train_both
+from fastrms.demo.experiment import Experiment, network_name
+from fastrms.demo.training import Batches, Training, first_difference, train_both
 from fastrms.kernels.reference import ReferenceRMSProp
 
 DTYPES = ("float32", "float64")
@@ -121,9 +122,8 @@ def test_trainings_take_turns_on_the_same_batches(rng):
     before = [bits(param) for param in start]
     x, y = batch(rng, 10, sizes, "float32")
     order = []
-    pair = train_both(
-        start, x, y, epochs=3, batch_size=4, lr=0.1, kernel="serial", into_buffer=False, rng=rng, on_step=order.append
-    )
+    batches = Batches(x, y, 4, 3, rng)
+    pair = train_both(start, batches, lr=0.1, kernel="serial", into_buffer=False, on_step=order.append)
     reference, fast = pair
     assert isinstance(reference.optimizer, ReferenceRMSProp)
     assert isinstance(fast.optimizer, RMSProp)
@@ -144,9 +144,7 @@ def test_each_epoch_has_all_rows_in_a_new_order(rng):
     x, y = batch(rng, 12, sizes)
     start = mlp.init_params(sizes, "float64", rng)
     # Steps too small to change the parameters: what a loss is depends on the rows of its batch alone.
-    reference, _ = train_both(
-        start, x, y, epochs=4, batch_size=4, lr=1e-30, kernel="serial", into_buffer=False, rng=rng
-    )
+    reference, _ = train_both(start, Batches(x, y, 4, 4, rng), lr=1e-30, kernel="serial", into_buffer=False)
     epochs = np.reshape(reference.losses, (4, 3))
     np.testing.assert_allclose(epochs.mean(axis=1), mlp.evaluate(start, x, y)[0])
     assert len(np.unique(epochs.round(9))) == 12
@@ -191,7 +189,8 @@ def test_table_of_known_times(capsys, rng):
     params = mlp.init_params([2, 2], "float32", rng)
     reference = trained([1e-3, 2e-3, 30e-3], [0.5e-3, 0.6e-3, 0.7e-3], params)
     fast = trained([4e-3, 4e-3, 4e-3], [0.1e-3, 0.2e-3, 0.3e-3], params)
-    demo._print_results(demo.make_console(), dataset, {"reference": reference, "fast": fast})
+    experiment = Experiment(dataset, [2, 2], Batches(dataset.train_x, dataset.train_y, 4, 1, rng), rng)
+    demo._print_results(demo.make_console(), experiment, {"reference": reference, "fast": fast})
     rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert ["training step", "2.00 ms", "4.00 ms", "0.50x"] in rows  # medians; slower is said as it is
     assert ["of which optimizer", "600 us", "200 us", "3.00x"] in rows
@@ -208,4 +207,4 @@ def test_table_of_known_times(capsys, rng):
     ],
 )
 def test_network_in_words(sizes, expected):
-    assert demo._network(sizes) == expected
+    assert network_name(sizes) == expected

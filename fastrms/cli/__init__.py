@@ -1,4 +1,4 @@
-"""The program ``fastrms``: reads the command line and runs one of the subcommands."""
+"""The program ``fastrms``: read the command line, run a command, and turn errors into exit statuses."""
 
 import argparse
 import atexit
@@ -8,41 +8,46 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["main"]
 
-# 128 and the number of the signal, as shells report programs that a signal ended.
+# 128 plus the number of the signal, as shells report it.
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
 
-# What writing to standard output can end with; errors about files are told by whoever writes these.
+# Errors of writing to standard output. Errors of writing to files have a file name.
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``fastrms`` with the arguments `argv` (None: those of the process) and return the exit status.
+    """Run ``fastrms`` with the arguments `argv`, by default those of the process, and return the exit status.
 
     Returns
     -------
     status : int
-        0 for success, 1 where the command failed, 130 after Ctrl-C, 141 where nobody reads standard output any more
-        (``fastrms info | head -1``). Errors are one line on standard error, and none for 141.
+        0 for success, 1 for a failed command, 130 after Ctrl-C, 141 for standard output without a reader
+        (``fastrms info | head -1``). An error is one line on standard error; there is none for 141.
 
     Raises
     ------
     SystemExit
-        From argparse: status 2 for bad usage, 0 after ``--help`` and ``--version``.
+        From argparse: status 2 for wrong usage, 0 after ``--help`` and ``--version``.
     """
     words = ["fastrms"]
     if own_process := argv is None:
         _prepare_streams()
-        _quit_at_once(words)
+        # During imports, which can swallow exceptions, Ctrl-C ends the process at once.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda number, frame: _quit(words))
     try:
         try:
             return _run(argv, words)
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # an error of output that waits in the buffer shows here
+                sys.stdout.flush()  # raises the errors of buffered output here
     except KeyboardInterrupt as interrupt:
         if own_process:
             _quit(words, str(interrupt))
@@ -61,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None, words: list[str]) -> int:
-    """Do as `main`, apart from interrupts and errors of output; the subcommand's name is added to `words`."""
-    # Imported here because importing Numba takes most of a second, in which an interrupt has to be caught too.
+    """Run a command and return the exit status; append the command's name to `words`."""
+    # Importing Numba takes most of a second, and an interrupt has to be caught during that time too.
     from fastrms.cli.common import CommandError, load_numba, remember_start
     from fastrms.errors import FastrmsError
 
@@ -83,49 +88,58 @@ def _run(argv: Sequence[str] | None, words: list[str]) -> int:
     return status
 
 
+def _parser() -> argparse.ArgumentParser:
+    import fastrms
+    from fastrms.cli import bench, demo, info, path
+
+    # A fixed name, for `python -m fastrms`.
+    parser: argparse.ArgumentParser = _Parser(
+        prog="fastrms", description="RMSProp for people who train with plain NumPy."
+    )
+    parser.add_argument("--version", action="version", version=f"fastrms {fastrms.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (demo, bench, info, path):
+        command.add_command(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises errors of output, where argparse ignores them."""
+
+    def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
+        if message and (file := file or sys.stderr) is not None:
+            file.write(message)
+
+
 def _fail(words: Sequence[str], message: str) -> int:
     _complain(words, f"error: {message}")
     return 1
 
 
 def _complain(words: Sequence[str], text: str) -> None:
-    if sys.stderr is not None:  # with None, print() would take standard output
-        with suppress(OSError, RuntimeError):  # the latter where a handler interrupts other output
+    if sys.stderr is not None:  # or print() would take standard output
+        with suppress(OSError, RuntimeError):  # RuntimeError: a signal handler interrupts other output
             print(f"{' '.join(words)}: {text}", file=sys.stderr, flush=True)
-
-
-def _quit_at_once(words: Sequence[str]) -> None:
-    """End the process at Ctrl-C from here on, where nothing is begun yet but imports, which can swallow exceptions."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda number, frame: _quit(words))
 
 
 def _quit(words: Sequence[str], where: str = "") -> NoReturn:
     """End the process after Ctrl-C.
 
-    Not by `sys.exit`, which waits for a thread that compiles, and after which Python ends with the signal itself where
-    the exception passed code that was run from a string.
+    `sys.exit` would wait for a thread that compiles; and Python ends with the signal, not the status, where the
+    exception passed through code run from a string.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt this
     _complain(words, f"interrupted {where}".strip())
     atexit._run_exitfuncs()
     os._exit(_INTERRUPTED)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that does not hide errors of output."""
-
-    def _print_message(self, message: str, file: IO[str] | Any = None) -> None:
-        if message and (file := file or sys.stderr) is not None:
-            file.write(message)
-
-
 def _prepare_streams() -> None:
-    """Have a null device where a standard stream is closed, and escapes for what standard output cannot encode."""
+    """Open the null device for closed standard streams, and escape characters outside standard output's encoding."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # a file that is opened later would get this number, and with it what libraries write there
+        except OSError:  # a file opened later would get this number, and the output that libraries write to it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stderr is None:  # or argparse would print errors to standard output
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
@@ -135,25 +149,8 @@ def _prepare_streams() -> None:
 
 
 def _discard_output() -> None:
-    """Send what waits in the buffer of standard output to the null device, or Python would try again at exit."""
+    """Redirect standard output to the null device, because Python writes its buffer again at exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-
-
-def _parser() -> argparse.ArgumentParser:
-    import fastrms
-    from fastrms.cli import bench, demo, info, path
-
-    # A fixed name, so that `python -m fastrms` says the same.
-    parser: argparse.ArgumentParser = _Parser(
-        prog="fastrms", description="RMSProp for people who train with plain NumPy."
-    )
-    parser.add_argument("--version", action="version", version=f"fastrms {fastrms.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    demo.add_command(commands)
-    bench.add_command(commands)
-    info.add_command(commands)
-    path.add_command(commands)
-    return parser

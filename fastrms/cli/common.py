@@ -1,4 +1,4 @@
-"""What the subcommands share: their error, a check for optional packages, types of arguments, and output."""
+"""Tools that the commands share: requirements, output files, terminal output, and types of arguments."""
 
 import argparse
 import importlib
@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,37 +19,34 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "CommandError",
-    "find_object",
-    "from_start",
-    "is_plain",
-    "load_numba",
-    "make_console",
-    "make_folder",
-    "make_table",
-    "one_line",
-    "positive",
-    "print_table",
-    "remember_start",
-    "require",
-    "save_figure",
-    "say",
-    "start_threads",
-    "whole_number",
-]
+    "CommandError", "find_object", "from_start", "is_plain", "load_numba", "make_console", "make_folder", "make_table",
+    "one_line", "positive", "print_table", "remember_start", "require", "save_figure", "say", "start_threads",
+    "whole_number", "writing",
+]  # fmt: skip
 
-# Where the name to install is not the name to import.
+# Modules whose distribution has another name.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
+# More threads than any machine has. Numba reserves stack for each, and without a limit the process would end.
+MAX_THREADS = 4096
 
 
 class CommandError(Exception):
-    """A command cannot go on, for a reason that its message tells in one line."""
+    """A command fails; the message is one line and gives the reason."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error as one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Requirements.
 
 
 def require(extra: str, *modules: str) -> None:
-    """Import `modules`, which the optional dependencies `extra` bring, or raise CommandError.
+    """Import `modules`, which the optional dependencies `extra` install, or raise CommandError.
 
-    A missing package shows at once, ahead of seconds of importing the others.
+    Missing packages are found first, ahead of seconds of importing the others.
     """
     missing = [_DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -58,19 +56,15 @@ def require(extra: str, *modules: str) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
-        except Exception as error:  # such as matplotlib's about MPLBACKEND
+        except Exception as error:  # matplotlib's for a wrong MPLBACKEND, for instance
             backend = os.environ.get("MPLBACKEND")
             where = f" (MPLBACKEND={backend})" if name == "matplotlib" and backend else ""
             text = f"{_DISTRIBUTIONS.get(name, name)} cannot be imported{where}: {one_line(error)}"
             raise CommandError(text) from None
 
 
-# More threads than any machine has, and fewer than what ends the process: Numba takes stack for each.
-MAX_THREADS = 4096
-
-
 def load_numba() -> None:
-    """Import Numba, or raise CommandError where the environment has something for it that it cannot use."""
+    """Import Numba, or raise CommandError about an environment variable that Numba or fastrms cannot use."""
     features = os.environ.get("NUMBA_CPU_FEATURES", "")
     if wrong := [each for each in features.split(",") if each.strip() and each.strip()[0] not in "+-"]:
         # LLVM would end the process.
@@ -78,7 +72,7 @@ def load_numba() -> None:
     zero_copy = os.environ.get("FASTRMS_ZERO_COPY", "1")
     if zero_copy not in ("0", "1"):
         raise CommandError(f"FASTRMS_ZERO_COPY: expected 0 or 1, got {zero_copy!r}")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         try:
             import numba
@@ -86,7 +80,7 @@ def load_numba() -> None:
             settings = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_")]
             where = f" (environment: {', '.join(settings)})" if settings else ""
             raise CommandError(f"Numba cannot be imported: {one_line(error)}{where}") from None
-    for warning in said:
+    for warning in caught:
         text = str(warning.message)
         if text.startswith("Environment variable"):
             raise CommandError(text.splitlines()[0])
@@ -97,7 +91,7 @@ def load_numba() -> None:
 
 
 def start_threads() -> None:
-    """Start Numba's threads, or raise CommandError where the environment asks for a threading layer that is missing."""
+    """Start Numba's threads, or raise CommandError about a threading layer that is missing."""
     from fastrms.kernels import threads
 
     try:
@@ -107,15 +101,15 @@ def start_threads() -> None:
 
 
 def find_object(option: str, name: str) -> Any:
-    """What `name`, ``module:object``, given as `option`, stands for; a module may lie in the current folder."""
+    """Import the object `name`, ``module:object``, the value of `option`; the current folder is searched too."""
     module, colon, attribute = name.partition(":")
     if not (colon and module and attribute):
         raise CommandError(f"{option}: expected module:function, got {name!r}")
     folder = os.getcwd()
-    sys.path.insert(0, folder)  # an installed program does not look there by itself
+    sys.path.insert(0, folder)  # an installed program does not search there
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a module runs when it is imported
+    except Exception as error:  # of the module's own code, too
         why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         raise CommandError(f"{option}: {name}: the module cannot be imported: {why}") from None
     finally:
@@ -125,6 +119,8 @@ def find_object(option: str, name: str) -> Any:
     except AttributeError:
         raise CommandError(f"{option}: {name}: expected a function of that name in {module}, found none") from None
 
+
+# Output files.
 
 _start = Path()
 
@@ -139,81 +135,77 @@ def remember_start() -> None:
 
 
 def from_start(path: Path) -> Path:
-    """The path, seen from the folder that the program was started in: modules of the user's may have left it."""
+    """Return `path` relative to the folder in which the program started; the user's modules may change folders."""
     return _start / path
 
 
+@contextmanager
+def writing(path: Path, failure: str = "cannot be written") -> Iterator[Path]:
+    """Provide the path `from_start`, and turn an OSError into a CommandError about ``--output``."""
+    try:
+        yield from_start(path)
+    except OSError as error:
+        raise CommandError(f"--output: {path}: {failure}: {error.strerror or error}") from None
+
+
 def make_folder(folder: Path, *names: str) -> None:
-    """Make the folder that ``--output`` names, and check ahead of the work that files of these names can be written."""
-    try:
-        from_start(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--output: {folder}: expected a folder to write to: {error.strerror or error}") from None
-    try:
-        with tempfile.TemporaryFile(dir=from_start(folder)) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise CommandError(f"--output: {folder}: no file can be written there: {error.strerror or error}") from None
+    """Make the folder of ``--output``, and check before the work that files of these names can be written there."""
+    with writing(folder, "expected a folder to write to") as place:
+        place.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "no file can be written there") as place, tempfile.TemporaryFile(dir=place) as file:
+        file.write(b"x")
     for name in names:
-        path = folder / name
-        try:
-            if from_start(path).exists():
-                from_start(path).open("ab").close()
-        except OSError as error:
-            raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+        with writing(folder / name) as place:
+            if place.exists():
+                place.open("ab").close()
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a picture to a file in the folder that ``--output`` names."""
-    try:
-        figure.savefig(from_start(path))
-    except OSError as error:
-        raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+    """Write a figure to a file in the folder of ``--output``."""
+    with writing(path) as place:
+        figure.savefig(place)
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+# Terminal output.
 
 
-def make_console() -> "Console":
-    """A rich console for standard output that prints text as it is given."""
+def make_console(quiet: bool = False) -> "Console":
+    """Return a rich console for standard output that prints text verbatim, or nothing if `quiet`."""
     from rich.console import Console
 
     class PlainConsole(Console):
         def on_broken_pipe(self) -> None:
             raise
 
-    # Paths and numbers are no markup: "[0]" has to stay "[0]".
-    console = PlainConsole(markup=False, emoji=False, highlight=False)
+    # "[0]" in a path is no markup.
+    console = PlainConsole(markup=False, emoji=False, highlight=False, quiet=quiet)
     if not console.is_terminal:
-        # A file has no edge, and a table that is squeezed is no longer aligned.
+        # A file has no edge, and a squeezed table is not aligned.
         console.width = max(console.width, 120)
     return console
 
 
 def is_plain(console: "Console") -> bool:
-    """Whether output has to be plain ASCII: it goes to a file or pipe, or to a terminal that knows no Unicode."""
+    """Return whether output has to be plain ASCII: for a file, a pipe, or a terminal without Unicode."""
     return not console.is_terminal or not console.encoding.lower().startswith("utf")
 
 
 def make_table(console: "Console", *headers: str) -> "Table":
-    """An empty table: the first column flush left, the others, which hold numbers, flush right."""
+    """Return an empty table: the first column flush left, the others, with numbers, flush right."""
     from rich import box
     from rich.table import Table
 
     plain = is_plain(console)
     table = Table(box=None if plain else box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if plain else (0, 1), pad_edge=not plain)
-    for k, header in enumerate(headers):
-        # Labels are folded where a terminal is narrow, and numbers stay whole.
-        table.add_column(
-            header, justify="right" if k else "left", overflow="fold", no_wrap=k > 0, min_width=0 if k else 12
-        )
+    # A narrow terminal folds labels; numbers stay whole.
+    table.add_column(headers[0], overflow="fold", min_width=12)
+    for header in headers[1:]:
+        table.add_column(header, overflow="fold", justify="right", no_wrap=True, min_width=0)
     return table
 
 
 def print_table(console: "Console", table: "Table") -> None:
-    """Print a table whole. Where it is too wide for a terminal, labels are folded, and then lines are; numbers stay."""
+    """Print a table whole: on a narrow terminal first labels are folded, then lines, and numbers never."""
     from rich.measure import Measurement
 
     def width() -> int:
@@ -228,13 +220,16 @@ def print_table(console: "Console", table: "Table") -> None:
 
 
 def say(console: "Console", text: str = "", style: str | None = None) -> None:
-    """Print one line, however long; characters that the output cannot encode come as escapes."""
+    """Print one line, however long; characters outside the output's encoding become escapes."""
     safe = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(safe, style=style, soft_wrap=True)
 
 
+# Types of arguments.
+
+
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `low` to `high`, both included."""
+    """Return a parser for argparse of whole numbers from `low` to `high`, both included."""
     limits = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def parse(text: str) -> int:
@@ -250,7 +245,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """A type for argparse: a finite number above 0."""
+    """Parse a finite number above 0, for argparse."""
     try:
         value = float(text)
     except ValueError:

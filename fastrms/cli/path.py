@@ -1,10 +1,10 @@
-"""``fastrms path``: draw what RMSProp does on a function of two variables, beside other methods."""
+"""``fastrms path``: draw the path of RMSProp on a function of two variables, beside other methods."""
 
 import argparse
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ import numpy as np
 from fastrms.cli.common import (
     CommandError,
     find_object,
-    from_start,
     make_console,
     make_folder,
     make_table,
@@ -23,6 +22,7 @@ from fastrms.cli.common import (
     save_figure,
     say,
     whole_number,
+    writing,
 )
 from fastrms.cli.progress import show_progress
 from fastrms.errors import FastrmsError
@@ -38,14 +38,17 @@ __all__ = ["STEM", "add_command", "run"]
 STEM = "fastrms-path"
 FORMATS = ("png", "svg", "pdf")
 
-# Where arguments of `descend` come from.
+Value = bool | int | float | str | None
+Options = dict[str, Value]
+
+# The options that arguments of `descend` come from.
 _OPTIONS_OF = {
     **{name: f"--{name}" for name in ("function", "gradient", "start", "steps")},
     "region": "--x and --y",
     "settings and beside": "--with and --beside",
 }
 
-# In lines as they are printed: the examples below them are not to be joined.
+# The formatter keeps these lines as they are, because it would join those of the examples.
 _DESCRIPTION = """
 Draw what RMSProp does on a function of two variables: its path from above and on
 the surface, the function's value, and the rate of each step. By default with
@@ -72,33 +75,15 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     add = parser.add_argument
     names = ", ".join(LANDSCAPES)
-    add(
-        "--function",
-        default="ellipse",
-        metavar="NAME",
-        help=f"{names}; or your own, module:name, called as f(x, y) with two floats (default: %(default)s)",
-    )
-    add(
-        "--gradient",
-        metavar="module:name",
-        help="of your own function, called likewise, returns (df/dx, df/dy) (default: central differences)",
-    )
-    add(
-        "--with",
-        dest="settings",
-        action="append",
-        type=_options,
-        metavar="OPTIONS",
-        help="options of RMSProp, such as decay_rate=0.99,centered; repeat it for several paths side by side",
-    )
-    add(
-        "--beside",
-        nargs="*",
-        type=_method,
-        metavar="METHOD",
-        help=f"{', '.join(METHODS)}, each with options if you like, such as adagrad,lr=0.5 (default: all three; "
-        "none with --with)",
-    )
+    add("--function", default="ellipse", metavar="NAME", help=
+        f"{names}; or your own, module:name, called as f(x, y) with two floats (default: %(default)s)")  # fmt: skip
+    add("--gradient", metavar="module:name", help=
+        "of your own function, called likewise, returns (df/dx, df/dy) (default: central differences)")  # fmt: skip
+    add("--with", dest="settings", action="append", type=_options, metavar="OPTIONS", help=
+        "options of RMSProp, such as decay_rate=0.99,centered; repeat it for several paths side by side")  # fmt: skip
+    add("--beside", nargs="*", type=_method, metavar="METHOD", help=
+        f"{', '.join(METHODS)}, each with options if you like, such as adagrad,lr=0.5 (default: all three; "
+        "none with --with)")  # fmt: skip
     add("--lr", type=positive, help="learning rate of RMSProp where --with has none (default: one for the function)")
     add("--steps", type=whole_number(0), metavar="N", help="of each path (default: enough for the function)")
     for name, metavar, what in (
@@ -107,39 +92,21 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         ("--y", ("LOW", "HIGH"), "limits of y in the picture"),
     ):
         add(name, nargs=2, type=float, metavar=metavar, help=f"{what} (default: of the function)")
-    add(
-        "--panels",
-        nargs="+",
-        choices=PANELS,
-        default=PANELS,
-        metavar="PANEL",
-        help=f"what to draw: {', '.join(PANELS)} (default: all four)",
-    )
-    add(
-        "--format",
-        nargs="+",
-        choices=FORMATS,
-        default=["png"],
-        metavar="FORMAT",
-        help=f"of the picture: {', '.join(FORMATS)} (default: png)",
-    )
-    add(
-        "--animate", action="store_true", help=f"write {STEM}.gif too, in which the paths grow; takes about ten seconds"
-    )
-    add(
-        "--output",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help=f"folder for {STEM}.png, made if it is missing (default: this folder)",
-    )
+    add("--panels", nargs="+", choices=PANELS, default=PANELS, metavar="PANEL", help=
+        f"what to draw: {', '.join(PANELS)} (default: all four)")  # fmt: skip
+    add("--format", nargs="+", choices=FORMATS, default=["png"], metavar="FORMAT", help=
+        f"of the picture: {', '.join(FORMATS)} (default: png)")  # fmt: skip
+    add("--animate", action="store_true", help=
+        f"write {STEM}.gif too, in which the paths grow; takes about ten seconds")  # fmt: skip
+    add("--output", type=Path, default=Path(), metavar="DIR", help=
+        f"folder for {STEM}.png, made if it is missing (default: this folder)")  # fmt: skip
     add("--quiet", action="store_true", help="print nothing but errors; pictures are still made")
     parser.set_defaults(run=run)
 
 
-def _options(text: str) -> dict[str, Any]:
-    """A type for argparse: "decay_rate=0.99,centered" as options; a name alone is True."""
-    options: dict[str, Any] = {}
+def _options(text: str) -> Options:
+    """Parse options for argparse, such as "decay_rate=0.99,centered"; a name alone is True."""
+    options: Options = {}
     for part in filter(None, text.split(",")):
         name, equals, value = (each.strip() for each in part.partition("="))
         if not name or name in options or bool(equals) != bool(value):
@@ -150,20 +117,18 @@ def _options(text: str) -> dict[str, Any]:
     return options
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> Value:
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            pass
     return text
 
 
-def _method(text: str) -> tuple[str, dict[str, Any]]:
-    """A type for argparse: "adagrad,lr=0.5" as the name of a method and its options."""
+def _method(text: str) -> tuple[str, Options]:
+    """Parse a method and its options for argparse, such as "adagrad,lr=0.5"."""
     name, _, options = text.partition(",")
     if name not in METHODS:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(METHODS)}, got {name!r}")
@@ -171,68 +136,60 @@ def _method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out ``fastrms path`` and return 0.
+    """Run ``fastrms path`` and return 0.
 
     Raises
     ------
     CommandError
         A package, the function or the output folder cannot be used, or options do not go together.
     FastrmsError
-        As `fastrms.plots.trajectories.descend` raises it.
+        As from `fastrms.plots.trajectories.descend`.
     """
     require("plot", "matplotlib", "rich")
     _check_pairs(args)
     landscape = _landscape(args.function, args.gradient)
-    settings = args.settings
-    if args.lr is not None:
-        settings = [{"lr": args.lr, **options} for options in settings or [{}]]
-    region = (args.x or landscape.region[0], args.y or landscape.region[1]) if args.x or args.y else None
-    beside = args.beside
-    if beside is None:
-        beside = () if args.settings else tuple(METHODS)
-    kinds = [*dict.fromkeys(args.format), *(["gif"] if args.animate else [])]
-    make_folder(args.output, *(f"{STEM}.{kind}" for kind in kinds))
+    formats = list(dict.fromkeys(args.format))
+    make_folder(args.output, *(f"{STEM}.{kind}" for kind in [*formats, *(["gif"] if args.animate else [])]))
     with _naming_options(args):
-        descent = descend(landscape, settings, beside, start=args.start, steps=args.steps, region=region)
-        descent.grid  # noqa: B018 - which can have no value to draw
-    console = make_console()
-    console.quiet = args.quiet
+        descent = _descend(args, landscape)
+    console = make_console(args.quiet)
     _print_paths(console, descent)
     figure, _ = overview(descent, panels=args.panels)
-    for suffix in dict.fromkeys(args.format):
-        path = args.output / f"{STEM}.{suffix}"
+    for kind in formats:
+        path = args.output / f"{STEM}.{kind}"
         save_figure(figure, path)
         say(console, f"Picture: {path}")
     if args.animate:
         path = args.output / f"{STEM}.gif"
-        with show_progress(console, 1) as on_progress:
-            try:
-                animate(
-                    descent,
-                    from_start(path),
-                    panels=args.panels,
-                    on_picture=lambda k, total: on_progress(k / total, "animation"),
-                )
-            except OSError as error:
-                raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+        with show_progress(console, 1) as on_progress, writing(path) as place:
+            animate(descent, place, panels=args.panels, on_picture=lambda k, total: on_progress(k / total, "animation"))
         say(console, f"Animation: {path}")
     return 0
 
 
+def _descend(args: argparse.Namespace, landscape: Landscape) -> Descent:
+    settings, beside = args.settings, args.beside
+    if beside is None:
+        beside = () if settings else tuple(METHODS)
+    if args.lr is not None:
+        settings = [{"lr": args.lr, **options} for options in settings or [{}]]
+    region = (args.x or landscape.region[0], args.y or landscape.region[1]) if args.x or args.y else None
+    descent = descend(landscape, settings, beside, start=args.start, steps=args.steps, region=region)
+    descent.grid  # noqa: B018 - raises where the function has no value in the region
+    return descent
+
+
 def _check_pairs(args: argparse.Namespace) -> None:
-    """Refuse pairs of numbers that are no point or no limits."""
-    for name in ("start", "x", "y"):
+    """Raise CommandError where two numbers are no point or no limits."""
+    for name, limits in (("start", ""), ("x", ", LOW below HIGH"), ("y", ", LOW below HIGH")):
         pair = getattr(args, name)
-        if pair is None:
-            continue
-        limits = "" if name == "start" else ", LOW below HIGH"
-        if not (all(map(math.isfinite, pair)) and (name == "start" or pair[0] < pair[1])):
+        if pair is not None and not (all(map(math.isfinite, pair)) and (not limits or pair[0] < pair[1])):
             raise CommandError(f"--{name}: expected two finite numbers{limits}, got {pair[0]:g} {pair[1]:g}")
 
 
 @contextmanager
 def _naming_options(args: argparse.Namespace) -> Iterator[None]:
-    """Turn errors about arguments of `descend` into errors about the options that they come from."""
+    """Turn errors about arguments of `descend` into errors about options of the command."""
     try:
         yield
     except FastrmsError as error:
@@ -252,6 +209,7 @@ def _naming_options(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _landscape(name: str, gradient: str | None) -> Landscape:
+    """Return the landscape of ``--function`` and ``--gradient``."""
     if name in LANDSCAPES:
         if gradient is not None:
             raise CommandError(f"--gradient: {name} has one; it is for functions of your own")
@@ -268,7 +226,7 @@ def _landscape(name: str, gradient: str | None) -> Landscape:
 
 
 def _guarded(option: str, name: str, function: Any) -> Callable[[float, float], Any]:
-    """The function, whose errors are those of the command."""
+    """Return the user's function of `option`, with its errors as CommandError."""
     if not callable(function):
         raise CommandError(f"{option}: {name}: expected a function, got {type(function).__name__}")
 
@@ -285,21 +243,18 @@ def _guarded(option: str, name: str, function: Any) -> Callable[[float, float], 
 
 
 def _print_paths(console: "Console", descent: Descent) -> None:
-    landscape = descent.landscape
-    start = descent.traces[0].points[0]
+    landscape, first = descent.landscape, descent.traces[0]
     formula = f", f(x, y) = {landscape.formula}" if landscape.formula else ""
     say(console, f"Function: {landscape.name}{formula}")
-    say(console, f"Start: x = {start[0]:g}, y = {start[1]:g}, f = {descent.traces[0].values[0]:.4g}")
+    say(console, f"Start: x = {first.points[0][0]:g}, y = {first.points[0][1]:g}, f = {first.values[0]:.4g}")
     table = make_table(console, "", "steps", "x", "y", "f(x, y)", "from minimum", "first rate", "last rate")
     for trace in descent.traces:
         end = trace.points[-1]
-        distances = [float(np.hypot(*(end - minimum))) for minimum in landscape.minima]
+        distance = min((np.hypot(*(end - minimum)) for minimum in landscape.minima), default=None)
         rates = np.sqrt(trace.rates.prod(axis=1))
-        numbers = [*end, trace.values[-1], *([min(distances)] if distances else [None])]
-        numbers += [rates[0], rates[-1]] if len(rates) else [None, None]
-        cells = ["" if number is None else f"{number:.3g}" for number in numbers]
-        steps = f"{len(trace.rates):,}{'' if trace.lost_at is None else ', diverged'}"
-        table.add_row(trace.label, steps, *cells)
+        numbers = [*end, trace.values[-1], distance, *(rates[[0, -1]] if len(rates) else (None, None))]
+        steps = f"{len(rates):,}{'' if trace.lost_at is None else ', diverged'}"
+        table.add_row(trace.label, steps, *("" if number is None else f"{number:.3g}" for number in numbers))
     say(console)
     print_table(console, table)
     say(console)

@@ -1,4 +1,4 @@
-"""The progress bar of `fastrms bench`."""
+"""The progress bar of the commands."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,22 +10,28 @@ if TYPE_CHECKING:
 
 __all__ = ["CaseProgress", "show_progress"]
 
-# Seconds between two updates of the progress bar.
+# Seconds between two updates of the bar.
 REFRESH = 0.1
 
 
 class CaseProgress:
-    """Passes on how far the measurement of a case is, as its share of all cases; without a bar, to nowhere."""
+    """Progress through a number of cases of equal weight, such as the steps of a training.
+
+    Parameters
+    ----------
+    show : callable, optional
+        Called at most every `REFRESH` seconds with the number of cases done, fractions included, and a text.
+    """
 
     def __init__(self, show: Callable[[float, str], None] | None = None) -> None:
         self._show = show
         self._done = 0
         self._due = 0.0
 
-    def __call__(self, share: float, what: str) -> None:
-        """Show that `share` of the present case is done, from 0 to 1, and what is done now."""
+    def __call__(self, share: float, text: str) -> None:
+        """Show that `share` of the current case is done, from 0 to 1, with a text about the work in progress."""
         if self._show is not None and (now := perf_counter()) >= self._due:
-            self._show(self._done + share, what)
+            self._show(self._done + share, text)
             self._due = now + REFRESH
 
     def case_done(self) -> None:
@@ -35,15 +41,15 @@ class CaseProgress:
 
 @contextmanager
 def show_progress(console: "Console", total: int) -> Iterator[CaseProgress]:
-    """Show a progress bar on a terminal."""
-    if not console.is_interactive:
+    """Show a progress bar for `total` cases, if the console is a terminal and not quiet."""
+    if console.quiet or not console.is_interactive:
         yield CaseProgress()
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     text = TextColumn("{task.description}", markup=False)  # "[32]" is no markup
     columns = [BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeRemainingColumn(), text]
-    # Drawn between measurements, and not by a thread of its own, which would run in their time.
+    # Drawn between measurements: a thread of its own would run during them.
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
         task = progress.add_task("starting", total=total)
-        yield CaseProgress(lambda done, what: progress.update(task, completed=done, description=what, refresh=True))
+        yield CaseProgress(lambda done, text: progress.update(task, completed=done, description=text, refresh=True))

@@ -1,1 +1,1 @@
-"""Train a network with the reference and with fastrms, side by side: `fastrms demo`."""
+"""The demo: one network, trained with two optimizers on the same batches, and compared."""

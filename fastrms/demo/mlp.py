@@ -1,7 +1,6 @@
-"""A multi-layer perceptron in plain NumPy: ReLU layers, softmax and cross-entropy, gradients by back-propagation.
+"""A multi-layer perceptron in plain NumPy: ReLU layers, softmax, cross-entropy, gradients by back-propagation.
 
-Parameters are a list, ``[W1, b1, W2, b2, ...]``, with weights of shape (inputs, outputs). Nothing here knows of an
-optimizer: one takes the gradients and changes or replaces the parameters between two calls.
+Parameters are a list ``[W1, b1, W2, b2, ...]`` with weights of shape (inputs, outputs). The module knows no optimizer.
 """
 
 from collections.abc import Sequence
@@ -11,16 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["count_params", "evaluate", "init_params", "loss_and_gradients"]
+__all__ = ["Array", "Labels", "count_params", "evaluate", "init_params", "loss_and_gradients"]
 
-Array = NDArray[Any]
+Array = NDArray[np.floating[Any]]
+Labels = NDArray[np.intp]
 
-# Rows that `evaluate` looks at in one go, which bounds its memory.
+# Rows of one forward pass of `evaluate`; they bound its memory.
 EVALUATE_ROWS = 4096
 
 
 def init_params(sizes: Sequence[int], dtype: DTypeLike, rng: np.random.Generator) -> list[Array]:
-    """Draw the parameters of a network (He initialisation); biases start from 0.
+    """Draw weights by He initialisation, and set biases to 0.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def init_params(sizes: Sequence[int], dtype: DTypeLike, rng: np.random.Generator
     Returns
     -------
     params : list of ndarray
-        For each layer the weights, of shape (inputs, outputs), and the biases, of shape (outputs,).
+        For each layer the weights, shape (inputs, outputs), and the biases, shape (outputs,).
     """
     params: list[Array] = []
     for inputs, outputs in pairwise(sizes):
@@ -42,63 +42,63 @@ def init_params(sizes: Sequence[int], dtype: DTypeLike, rng: np.random.Generator
 
 
 def count_params(sizes: Sequence[int]) -> int:
-    """How many numbers the parameters of a network of `sizes` hold."""
+    """Return the number of weights and biases of a network of these `sizes`."""
     return sum((inputs + 1) * outputs for inputs, outputs in pairwise(sizes))
 
 
 def loss_and_gradients(
-    params: Sequence[Array], x: Array, y: NDArray[np.intp], out: Sequence[Array] | None = None
-) -> tuple[np.floating[Any], list[Array]]:
-    """The mean cross-entropy of a batch and its gradient for each parameter.
+    params: Sequence[Array], x: Array, y: Labels, out: Sequence[Array] | None = None
+) -> tuple[np.floating[Any], Sequence[Array]]:
+    """Return the mean cross-entropy of a batch and its gradient for each parameter.
 
     Parameters
     ----------
     params : sequence of ndarray
-        ``[W1, b1, W2, b2, ...]``, as from `init_params`; not changed.
+        ``[W1, b1, W2, b2, ...]``; not changed.
     x : ndarray, shape (rows, inputs), the dtype of the parameters
     y : ndarray of int, shape (rows,)
-        The right class of each row, counted from 0.
+        The class of each row, counted from 0.
     out : sequence of ndarray, optional
-        Arrays with the shapes and the dtype of the parameters, to which the gradients are written; the bits are those
-        of new arrays. Without it, new arrays.
+        Arrays for the gradients, with the shapes and the dtype of the parameters. By default new arrays; the bits are
+        the same.
 
     Returns
     -------
     loss : scalar of the dtype of the parameters
-    gradients : list of ndarray
-        The arrays of `out`, or new ones.
+    gradients : sequence of ndarray
+        `out`, or a list of new arrays.
     """
     outputs = _forward(params, x)
     losses, delta = _cross_entropy(outputs[-1], y)
-    # From here on `delta` is the gradient of the mean loss for what a layer puts out, ahead of its ReLU.
+    # From here on `delta` is the gradient of the mean loss with respect to a layer's output before its ReLU.
     delta[np.arange(len(y)), y] -= 1
     delta /= len(y)
 
-    gradients: list[Any] = [None] * len(params) if out is None else list(out)
+    gradients = [np.empty_like(param) for param in params] if out is None else out
     for k in reversed(range(0, len(params), 2)):
         inputs = outputs[k // 2]
-        gradients[k] = np.matmul(inputs.T, delta, out=gradients[k])
-        gradients[k + 1] = np.sum(delta, axis=0, out=gradients[k + 1])
+        np.matmul(inputs.T, delta, out=gradients[k])
+        np.sum(delta, axis=0, out=gradients[k + 1])
         if k > 0:
             delta = delta @ params[k].T
-            delta *= inputs > 0  # the slope of the ReLU that made these inputs
+            delta *= inputs > 0  # the derivative of the ReLU
     return losses.mean(), gradients
 
 
-def evaluate(params: Sequence[Array], x: Array, y: NDArray[np.intp]) -> tuple[float, float]:
-    """The mean cross-entropy over the rows of `x`, and the share of rows whose class `y` is found, from 0 to 1."""
-    loss, right = 0.0, 0
+def evaluate(params: Sequence[Array], x: Array, y: Labels) -> tuple[float, float]:
+    """Return the mean cross-entropy over the rows of `x`, and the accuracy, from 0 to 1."""
+    loss, correct = 0.0, 0
     for start in range(0, len(y), EVALUATE_ROWS):
-        part = slice(start, start + EVALUATE_ROWS)
-        scores = _forward(params, x[part])[-1]
-        right += int(np.count_nonzero(scores.argmax(axis=1) == y[part]))
-        losses, _ = _cross_entropy(scores, y[part])
+        rows = slice(start, start + EVALUATE_ROWS)
+        scores = _forward(params, x[rows])[-1]
+        correct += int(np.count_nonzero(scores.argmax(axis=1) == y[rows]))
+        losses, _ = _cross_entropy(scores, y[rows])
         loss += float(losses.sum(dtype=np.float64))
-    return loss / len(y), right / len(y)
+    return loss / len(y), correct / len(y)
 
 
 def _forward(params: Sequence[Array], x: Array) -> list[Array]:
-    """What each layer puts out: `x` itself, then each hidden layer after its ReLU, then the scores of the classes."""
+    """Return `x`, the output of each hidden layer after its ReLU, and the scores of the classes."""
     outputs = [x]
     for k in range(0, len(params), 2):
         z = outputs[-1] @ params[k]
@@ -109,9 +109,9 @@ def _forward(params: Sequence[Array], x: Array) -> list[Array]:
     return outputs
 
 
-def _cross_entropy(scores: Array, y: NDArray[np.intp]) -> tuple[Array, Array]:
-    """The cross-entropy of each row, shape (rows,), and the softmax of `scores`."""
-    # Softmax does not change when a row is shifted, and with 0 as the largest score exp cannot overflow.
+def _cross_entropy(scores: Array, y: Labels) -> tuple[Array, Array]:
+    """Return the cross-entropy of each row, shape (rows,), and the softmax of `scores`."""
+    # Softmax is invariant to a shift of a row; with 0 as the largest score, exp cannot overflow.
     shifted = scores - scores.max(axis=1, keepdims=True)
     exps = np.exp(shifted)
     sums = exps.sum(axis=1, keepdims=True)

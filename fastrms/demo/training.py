@@ -1,6 +1,6 @@
-"""The same training twice, with two optimizers in turn, and the time of each step."""
+"""A network's training with two optimizers in turn: losses, times, and a comparison of their bits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -8,29 +8,50 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.demo.mlp import loss_and_gradients
+from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
-__all__ = ["Training", "first_difference", "train_both"]
+__all__ = ["Batches", "Training", "compare", "first_difference", "train_both", "train_in_turns"]
 
-Array = NDArray[Any]
+Batch = tuple[Array, Labels]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of each epoch: the rows of a training set in a new order."""
+
+    x: Array  # (rows, features)
+    y: Labels  # (rows,)
+    size: int  # rows of a batch; the last one of an epoch has the rest
+    epochs: int
+    rng: np.random.Generator  # shuffles the rows
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of batches of an epoch."""
+        return -(-len(self.y) // self.size)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for _ in range(self.epochs):
+            order = self.rng.permutation(len(self.y))
+            x, y = self.x[order], self.y[order]
+            yield [(x[k : k + self.size], y[k : k + self.size]) for k in range(0, len(y), self.size)]
 
 
 @dataclass
 class Training:
-    """One training: its optimizer, and what was measured at each step.
+    """A training: its optimizer, and the loss and times of each step.
 
     Attributes
     ----------
     optimizer : ReferenceRMSProp or RMSProp
     out : sequence of ndarray or None
-        Where gradients are written, for an optimizer that then takes its step without arguments. None: each step
-        hands a new list of gradients to the optimizer.
+        The gradient buffer of an `RMSProp`, which then steps in place. None: each step gets new arrays.
     losses : list of scalar
-        The loss of each batch, ahead of its step.
+        The loss of each batch before its step.
     step_seconds, optimizer_seconds : list of float
-        Seconds of each step: of all of it, and of the optimizer alone.
+        Seconds of each step, and of the optimizer in it.
     """
 
     optimizer: ReferenceRMSProp | RMSProp
@@ -39,95 +60,133 @@ class Training:
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
 
-    def step(self, x: Array, y: NDArray[np.intp]) -> None:
+    def step(self, x: Array, y: Labels) -> None:
         """Train on one batch (`fastrms.demo.mlp.loss_and_gradients` has the shapes)."""
         optimizer = self.optimizer
         start = perf_counter()
         loss, gradients = loss_and_gradients(optimizer.params, x, y, self.out)
         computed = perf_counter()
-        # What lies in `out` is in the optimizer's own buffer already.
-        optimizer.step(gradients) if self.out is None else optimizer.step()  # type: ignore[call-arg]
-        end = perf_counter()
+        if self.out is not None and isinstance(optimizer, RMSProp):
+            optimizer.step()
+        else:
+            optimizer.step(gradients)
+        self.record_times(start, computed, perf_counter())
         self.losses.append(loss)
+
+    def record_times(self, start: float, computed: float, end: float) -> None:
+        """Record a step by the times of its start, of its gradients and of its end, in seconds."""
         self.step_seconds.append(end - start)
         self.optimizer_seconds.append(end - computed)
 
+    def epoch(self, batches: Sequence[Batch], on_step: Callable[["Training"], None]) -> None:
+        """Train on batches; call `on_step` with this training after each of them."""
+        for x, y in batches:
+            self.step(x, y)
+            on_step(self)
+
     @property
     def step_time(self) -> float:
-        """Median time of a whole step, in seconds."""
+        """The median time of a step, in seconds."""
         return float(np.median(self.step_seconds))
 
     @property
     def optimizer_time(self) -> float:
-        """Median time of the optimizer in a step, in seconds."""
+        """The median time of the optimizer in a step, in seconds."""
         return float(np.median(self.optimizer_seconds))
 
 
 def train_both(
     start: Sequence[Array],
-    x: Array,
-    y: NDArray[np.intp],
+    batches: Batches,
     *,
-    epochs: int,
-    batch_size: int,
     lr: float,
     kernel: str,
     into_buffer: bool,
-    rng: np.random.Generator,
     on_step: Callable[[Training], None] = lambda training: None,
 ) -> tuple[Training, Training]:
-    """Train from the same start, on the same batches, with the NumPy reference and with fastrms.
-
-    The two take turns epoch by epoch, and who goes first changes with each, so that whatever else the machine does
-    hits both alike. What has to be compiled is compiled ahead, by a step of optimizers that are thrown away.
+    """Train with the NumPy reference and with fastrms, from the same start on the same batches.
 
     Parameters
     ----------
     start : sequence of ndarray
-        Parameters to start from; not changed.
-    x, y : ndarray
-        Rows to train on, and their classes.
-    epochs, batch_size : int
-        The last batch of an epoch has what is left, fewer rows perhaps.
+        The parameters to start from; not changed.
+    batches : Batches
     lr : float
     kernel : str
         As for `fastrms.RMSProp`.
     into_buffer : bool
-        Write the gradients straight into the buffer of fastrms, instead of giving it a list of arrays.
-    rng : numpy.random.Generator
-        Shuffles the rows for each epoch.
+        Write the gradients into the gradient buffer of fastrms, in place of new arrays.
     on_step : callable
-        Called with the training after each of its steps, while no time is taken.
+        Called with a training after each of its steps; its time is not measured.
 
     Returns
     -------
     reference, fast : Training
-        Where a loss is not finite they end with that epoch, since what follows trains nothing.
+        They end with the first epoch that has a loss of inf or NaN.
     """
 
     def new_pair() -> tuple[Training, Training]:
         fast = RMSProp(list(start), lr=lr, kernel=kernel)
         return Training(ReferenceRMSProp(start, lr=lr)), Training(fast, fast.grads if into_buffer else None)
 
-    with np.errstate(all="ignore"):  # the caller looks at the losses
+    return train_in_turns(new_pair, batches, on_step)
+
+
+def train_in_turns(
+    new_pair: Callable[[], tuple[Training, Training]],
+    batches: Batches,
+    on_step: Callable[[Training], None],
+    agree: Callable[[bool], bool] = bool,
+) -> tuple[Training, Training]:
+    """Train a pair epoch by epoch, in turns, until a loss is not finite.
+
+    The second training of an epoch is the first of the next, so that other load of the machine slows both. One pair
+    from `new_pair` takes a step, which compiles, and is dropped; the next pair is trained and returned. `agree` gets
+    whether the losses of an epoch are finite, and returns whether to continue: MPI ranks have to end together.
+    """
+    with np.errstate(all="ignore"):  # the losses are checked below
         for training in new_pair():
-            training.step(x[:batch_size], y[:batch_size])
+            training.epoch([(batches.x[: batches.size], batches.y[: batches.size])], lambda training: None)
         pair = new_pair()
-        batches = -(-len(y) // batch_size)
-        for epoch in range(epochs):
-            order = rng.permutation(len(y))
-            shuffled_x, shuffled_y = x[order], y[order]
-            for training in pair if epoch % 2 == 0 else pair[::-1]:
-                for first in range(0, len(y), batch_size):
-                    training.step(shuffled_x[first : first + batch_size], shuffled_y[first : first + batch_size])
-                    on_step(training)
-            if not all(np.isfinite(training.losses[-batches:]).all() for training in pair):
+        for number, epoch in enumerate(batches):
+            for training in pair if number % 2 == 0 else pair[::-1]:
+                training.epoch(epoch, on_step)
+            if not agree(all(bool(np.isfinite(each.losses[-len(epoch) :]).all()) for each in pair)):
                 break
     return pair
 
 
-def first_difference(a: Array, b: Array) -> int | None:
-    """The first flat index at which two arrays of the same shape and dtype have different bits, or None.
+def compare(reference: Training, fast: Training) -> tuple[bool, str]:
+    """Return whether losses and parameters of two trainings have the same bits, and a text about the outcome.
+
+    Losses are compared up to the first that is not finite in both.
+    """
+    steps = len(reference.losses)
+    a, b = np.array(reference.losses), np.array(fast.losses)
+    finite = np.isfinite(a) & np.isfinite(b)
+    # No rule says which bits a NaN has.
+    numbers = steps if finite.all() else int(np.argmin(finite))
+    if (step := first_difference(a[:numbers], b[:numbers])) is not None:
+        gap = abs(float(a[step]) - float(b[step]))
+        return False, (
+            f"the losses differ first at step {step + 1} of {steps}, {a[step]} with the reference and {b[step]} "
+            f"with fastrms, by {gap:.3g}"
+        )
+    if numbers < steps and np.isfinite(a[numbers]) != np.isfinite(b[numbers]):
+        return False, f"the loss at step {numbers + 1} is {a[numbers]} with the reference and {b[numbers]} with fastrms"
+    if numbers == steps:
+        for k, (p, q) in enumerate(zip(reference.optimizer.params, fast.optimizer.params, strict=True)):
+            if (at := first_difference(p, q)) is not None:
+                gap = float(np.max(np.abs(p.astype(np.float64) - q)))
+                return False, (
+                    f"the losses of all {steps} steps are the same bits, but the final parameters differ, first in "
+                    f"{'b' if k % 2 else 'W'}{k // 2 + 1} (flat index {at}), there by at most {gap:.3g}"
+                )
+    return True, f"Losses of all {steps} steps: the same bits; final parameters too."
+
+
+def first_difference(a: NDArray[Any], b: NDArray[Any]) -> int | None:
+    """Return the first flat index at which two arrays of the same shape and dtype differ in bits, or None.
 
     Unlike ``==``, tells 0.0 from -0.0 and finds NaN equal to the same NaN.
     """
