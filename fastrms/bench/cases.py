@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "BATCH_SIZE", "DTYPES", "LR", "MANY_ARRAYS", "NETWORKS", "QUICK_NETWORKS", "QUICK_SIZES", "SIZES", "Case",
-    "Network", "make_arrays",
+    "BATCH_SIZE", "DECAY_RATE", "DTYPES", "EPSILON", "LR", "MANY_ARRAYS", "NETWORKS", "QUICK_NETWORKS", "QUICK_SIZES",
+    "SIZES", "Array", "Case", "Network", "make_arrays",
 ]  # fmt: skip
 
 Array = NDArray[np.floating[Any]]

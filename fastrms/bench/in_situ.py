@@ -1,9 +1,8 @@
-"""The timing of whole training steps, as ``fastrms bench --in-situ`` and ``fastrms info`` measure them.
+"""The timing of whole training steps, for ``fastrms bench --in-situ`` and ``fastrms info``.
 
 A kernel's time alone says little about training. Matrix products run on all cores between two steps of the optimizer.
 Their threads still spin when the optimizer begins, and its threads still spin when the next product begins. So whole
-steps are timed. Trainings take turns of some steps, of which the first are dropped: they show leftovers of the training
-before.
+steps are timed. Trainings take turns. The first steps of a turn are dropped, since the training before affects them.
 """
 
 from collections.abc import Sequence

@@ -18,12 +18,12 @@ __all__ = ["Entry", "Progress", "StepRow", "measure", "percent_of_roofline", "qu
 
 T = TypeVar("T")
 
-# Called with the share of a case that is done, from 0 to 1, and a description of the work under way.
+# A function that shows the share of a case that is done, from 0 to 1, and the work in progress.
 Progress = Callable[[float, str], None]
 
 # Rounds in which every implementation gets one turn.
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-# A turn lasts this share of --min-time, or one step if that is longer.
+# The share of --min-time that a turn lasts; at least one step.
 TURN_SHARE = 0.05
 # Seconds between two turns: threads of OpenMP and OpenBLAS spin for some time after their work is done.
 PAUSE = 0.02
@@ -142,8 +142,8 @@ def take_turns(
     """Yield the names in rounds, each with the share of all turns that is done, from 0 to 1.
 
     Each name is first as often as last, so that drift of the machine affects all alike. A name that the caller removes
-    from `names` gets no more turns. After `min_time` seconds for each name no round begins, but there are `least`
-    rounds, and at most `most`.
+    from `names` gets no more turns. No round begins after `min_time` seconds for each name, except for the first
+    `least` rounds; there are at most `most`.
     """
     start = time.perf_counter()
     budget = min_time * len(names)
@@ -164,10 +164,10 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def percent_of_roofline(seconds: float, threads: int, rooflines: Mapping[int, float]) -> float:
-    """Return how near a time comes to the roofline: 100 is as fast as the machine moves the bytes.
+    """Return a speed in percent of the roofline: at 100 a step is as fast as the machine moves its bytes.
 
-    `rooflines` has seconds by number of threads. Small arrays are faster on one thread, and an implementation may use
-    fewer threads than `threads`: the fastest roofline of as many threads or fewer counts. Without one, return NaN.
+    `rooflines` has seconds by number of threads. An implementation may use fewer threads than `threads`, and small
+    arrays are faster on one. So the fastest roofline of at most `threads` threads counts. Without one, return NaN.
     """
     return 100 * min((bound for number, bound in rooflines.items() if number <= threads), default=math.nan) / seconds
 

@@ -1,4 +1,4 @@
-"""The arrays of a case that all implementations share, and the check that all compute the same numbers.
+"""The arrays of a case, which all implementations share, and the check that all compute the same numbers.
 
 Every implementation gets the same parameters and gradients, and the options of the reference's rule (epsilon outside
 the root, no momentum).
@@ -18,7 +18,7 @@ from fastrms.kernels import threads
 from fastrms.kernels.reference import ReferenceRMSProp, from_bfloat16
 from fastrms.optimizer import RMSProp
 
-__all__ = ["Problem", "Runner", "check", "to_float"]
+__all__ = ["Problem", "Runner", "State", "check", "to_float"]
 
 State = tuple[Sequence[Array], Sequence[Array]]
 
@@ -38,7 +38,6 @@ class Problem:
         self.params, self.grads = make_arrays(case)
         self.scalar = np.dtype(case.dtype).type
         self._optimizer: RMSProp | None = None
-        self._expected: State | None = None
 
     def optimizer(self) -> RMSProp:
         """Return the shared optimizer, reset to its start, with the gradients in its gradient buffer."""
@@ -65,25 +64,18 @@ class Problem:
         return [param.copy() for param in self.params], [np.zeros_like(param) for param in self.params]
 
     def expected(self, cache_dtype: str | None = None) -> State:
-        """Return parameters and cache after `CHECKED_STEPS` steps of the oracle.
+        """Return parameters and cache after `CHECKED_STEPS` steps of the reference class.
 
-        The oracle is the reference class, or with 16-bit state the NumPy kernel.
+        With 16-bit state the NumPy kernel takes its place.
         """
-        if cache_dtype is not None:
+        oracle: ReferenceRMSProp | RMSProp
+        if cache_dtype is None:
+            oracle = ReferenceRMSProp(self.params, LR, DECAY_RATE, EPSILON)
+        else:
             oracle = self.new_optimizer("numpy", cache_dtype)
-            for _ in range(CHECKED_STEPS):
-                oracle.step(self.grads)
-            return oracle.params, to_float(oracle.cache)
-        if self._expected is None:
-            reference = ReferenceRMSProp(self.params, LR, DECAY_RATE, EPSILON)
-            for _ in range(CHECKED_STEPS):
-                reference.step(self.grads)
-            self._expected = reference.params, reference.cache
-        return self._expected
-
-    def forget_expected(self) -> None:
-        """Free the memory of the expected arrays."""
-        self._expected = None
+        for _ in range(CHECKED_STEPS):
+            oracle.step(self.grads)
+        return oracle.params, to_float(oracle.cache)
 
 
 @dataclass(frozen=True)

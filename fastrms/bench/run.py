@@ -22,16 +22,11 @@ R = TypeVar("R", bound=Mapping[str, object])
 
 @dataclass(frozen=True)
 class Output(Generic[R]):
-    """The functions that show a benchmark under way.
+    """The functions that show the progress and the results of a benchmark."""
 
-    `on_progress` gets the number of cases that are done, fractions included, and the work in progress. `on_rows` gets
-    the title and the rows of a table, which may be incomplete after an interruption. `on_left_out` gets the label of an
-    implementation and the reason.
-    """
-
-    on_progress: Progress
-    on_rows: Callable[[str, Sequence[R]], None]
-    on_left_out: Callable[[str, str], None]
+    on_progress: Progress  # with the number of cases done, fractions included
+    on_rows: Callable[[str, Sequence[R]], None]  # with the title and the rows of a case, incomplete if interrupted
+    on_left_out: Callable[[str, str], None]  # with the label of an implementation, and the reason
 
 
 @dataclass
@@ -48,7 +43,7 @@ class Results(Generic[R]):
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": machine.describe(),
-            # Of the last minute, this program's own work included: work of other programs makes threads wait.
+            # Over the last minute, this program included. Other programs on its cores make threads wait.
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "settings": dict(settings),
             "left_out": self.left_out,
@@ -58,7 +53,7 @@ class Results(Generic[R]):
 
     @contextmanager
     def case(self, title: str, output: Output[R]) -> Iterator[Progress]:
-        """Count a case; show the rows that the block appends, also where it is interrupted."""
+        """Show the rows that the block appends, even if it is interrupted, and count the case if it is complete."""
         first = len(self.rows)
         try:
             yield lambda share, what: output.on_progress(self.done + share, what)

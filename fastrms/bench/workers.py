@@ -27,11 +27,10 @@ from fastrms.bench.problem import Problem, Runner, check
 
 __all__ = ["SETTLE_FROM", "LocalWorker", "RemoteWorker", "Worker", "first_line", "settle"]
 
-# "auto" tries kernels from this many elements on, for the first time after 2 s of training, for 0.2 s or some tens of
-# steps.
+# "auto" tries kernels from this many elements on, after 2 s of training, for 0.2 s or some tens of steps.
 SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS = 65_536, 2.4, 64
 
-# Seconds that an implementation runs in each turn before it is timed.
+# Seconds of warm-up in each turn.
 WARM_SECONDS = 0.02
 
 
@@ -64,9 +63,9 @@ class LocalWorker:
         self._implementations = IMPLEMENTATIONS | ROOFLINES | dict(more or {})
         self._problem: Problem | None = None
         self._runners: dict[str, Runner] = {}
-        # glibc returns the memory of a large array to the system until a larger one has been freed. Until then a new
-        # array costs page faults, and the reference class is three times slower at 1e5. A program that trains has freed
-        # larger arrays. The size from which this never ends is 32 MiB.
+        # glibc returns the memory of a large array to the system until a still larger one has been freed. Until then
+        # each new array costs page faults, and the reference class is three times slower at 1e5. A program that trains
+        # has freed larger arrays. The effect of freeing ends at 32 MiB.
         large = np.empty(31 << 20, np.uint8)
         del large
 
@@ -102,10 +101,8 @@ class LocalWorker:
         return self._runners[name]
 
     def time(self, name: str, calls: int) -> float:
-        """Do as `Worker.time`, after steps that are not timed."""
+        """Do as `Worker.time`, after warm-up steps."""
         runner = self._runners[name]
-        if self._problem is not None:
-            self._problem.forget_expected()
         runner.prepare()
         step = runner.step
         # The first steps find the processor's cache full of other arrays, and threads asleep. Two threads that wake on
