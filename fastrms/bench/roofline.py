@@ -19,6 +19,8 @@ from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size, prefetch
 
 __all__ = ["FETCHES", "make_runner", "touch_parallel", "touch_serial"]
 
+Scalar = np.floating[Any]
+
 # Ways to fetch memory, as (cache lines in a strip, cache lines ahead): left to the processor, or prefetched ahead of
 # each strip as in the kernels. The fastest one depends on size and threads, by up to 10 %.
 FETCHES = ((0, 0), (STRIP_LINES, LINES_AHEAD), (4, 32))
@@ -27,7 +29,7 @@ FETCH_TRIALS = 9
 
 
 @inner
-def _touch(params: Array, grads: Array, cache: Array, half: Any) -> None:
+def _touch(params: Array, grads: Array, cache: Array, half: Scalar) -> None:
     # Averages neither grow nor become subnormal, however often the loop runs.
     for i in range(params.size):
         c = half * (cache[i] + grads[i])
@@ -36,7 +38,9 @@ def _touch(params: Array, grads: Array, cache: Array, half: Any) -> None:
 
 
 @inner
-def _touch_in_strips(params: Array, grads: Array, cache: Array, half: Any, strip_lines: int, lines_ahead: int) -> None:
+def _touch_in_strips(
+    params: Array, grads: Array, cache: Array, half: Scalar, strip_lines: int, lines_ahead: int
+) -> None:
     line = 64 // params.itemsize
     strip = strip_lines * line if strip_lines else max(1, params.size)
     ahead = lines_ahead * line
@@ -51,13 +55,13 @@ def _touch_in_strips(params: Array, grads: Array, cache: Array, half: Any, strip
 
 
 @jit()
-def touch_serial(params: Array, grads: Array, cache: Array, half: Any, strip_lines: int, lines_ahead: int) -> None:
-    """Read all three arrays and write parameters and cache, once, on one thread; the last two are of `FETCHES`."""
+def touch_serial(params: Array, grads: Array, cache: Array, half: Scalar, strip_lines: int, lines_ahead: int) -> None:
+    """Read the three arrays and write parameters and cache, once, on one thread, fetched in one of the `FETCHES`."""
     _touch_in_strips(params, grads, cache, half, strip_lines, lines_ahead)
 
 
 @jit(parallel=True)
-def touch_parallel(params: Array, grads: Array, cache: Array, half: Any, strip_lines: int, lines_ahead: int) -> None:
+def touch_parallel(params: Array, grads: Array, cache: Array, half: Scalar, strip_lines: int, lines_ahead: int) -> None:
     """Do the same on all threads of Numba."""
     size = block_size(params.size)
     for block in numba.prange((params.size + size - 1) // size):

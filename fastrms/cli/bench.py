@@ -229,7 +229,8 @@ def _choose(args: argparse.Namespace) -> tuple[dict[str, Implementation], dict[s
 
 def _step_table(console: "Console", title: str, rows: Sequence[StepRow]) -> "Table":
     plain = is_plain(console)
-    table = make_table(console, title, "time", "middle half", "Gparam/s", "GB/s", "% of limit", "threads", "checked")
+    headers = ["time", "middle half", "Gparam/s", "GB/s", "% of limit", "threads", "checked"]
+    table = make_table(console, title, *headers)
     for row in rows:
         percent = row["percent_of_limit"]
         table.add_row(
