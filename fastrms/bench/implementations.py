@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -146,18 +147,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "numpy-in-place": Implementation("NumPy in place", _numpy_in_place),
     "reference": Implementation("reference class", _reference),
     "numexpr": _peer("numexpr", peers.numexpr, "numexpr", "numexpr"),
-    "torch": _peer("torch.optim", peers.torch_loop, "torch", "torch"),
-    "torch-foreach": _peer("torch.optim, foreach", peers.torch_foreach, "torch", "torch"),
+    "torch": _peer("torch.optim", partial(peers.torch, foreach=False), "torch", "torch"),
+    "torch-foreach": _peer("torch.optim, foreach", partial(peers.torch, foreach=True), "torch", "torch"),
     "torch-compile": _peer("torch.compile of the step", peers.torch_compiled, "torch.compile", "torch", in_quick=False),
     "optax": _peer("optax, jit, donated", peers.optax, "jax", "jax", "optax"),
 }
 
 # Timed like an implementation; nothing is compared.
 ROOFLINES: dict[str, Implementation] = {
-    "roofline, 1 thread": Implementation(
-        "limit of this machine", lambda problem: roofline.make_runner(problem, parallel=False)
-    ),
+    "roofline, 1 thread": Implementation("limit of this machine", partial(roofline.make_runner, parallel=False)),
     "roofline, all threads": Implementation(
-        "limit of this machine", lambda problem: roofline.make_runner(problem, parallel=True), many_threads=True
+        "limit of this machine", partial(roofline.make_runner, parallel=True), many_threads=True
     ),
 }

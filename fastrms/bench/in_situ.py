@@ -96,19 +96,9 @@ def measure_training(
 ) -> None:
     """Train a network with all kernels in turn, and append their rows to `rows`, also after an interruption.
 
-    Parameters
-    ----------
-    network : Network
-    kernels : sequence of str
-        Kernels of fastrms. Each trains with its gradients as lists, and in its gradient buffer.
-    threads : int or None
-        Threads of the parallel kernel. Matrix products use those of NumPy's BLAS.
-    min_time : float
-        Seconds for each training.
-    on_progress : callable
-        Called before each check and each turn.
-    rows : list of TrainingRow
-        The row of the reference class is the first.
+    Each kernel of fastrms trains with its gradients as lists, and in its gradient buffer. `threads` limits the parallel
+    kernel; matrix products use the threads of NumPy's BLAS. `min_time` is in seconds, for each training. The row of the
+    reference class is the first.
 
     Raises
     ------

@@ -79,18 +79,9 @@ def measure(
 ) -> None:
     """Check and time implementations on one case, and append their rows to `rows`, also after an interruption.
 
-    Parameters
-    ----------
-    case : Case
-    entries, rooflines : mapping of str to Entry
-        By the name that their worker knows. The rows of rooflines are the first.
-    min_time : float
-        Seconds for each implementation.
-    on_progress : callable
-        Called before each check and each turn.
-    on_skip : callable
-        Called with the name of an implementation that is left out, the case, and the reason.
-    rows : list of StepRow
+    `entries` and `rooflines` have the name that their worker knows; the rows of rooflines are the first. `min_time` is
+    in seconds, for each implementation. `on_skip` is called with the name of an implementation that is left out, the
+    case, and the reason.
 
     Raises
     ------

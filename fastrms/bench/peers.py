@@ -14,7 +14,7 @@ import numpy as np
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR
 from fastrms.bench.problem import Problem, Runner, State
 
-__all__ = ["limit_processors", "numexpr", "optax", "torch_compiled", "torch_foreach", "torch_loop"]
+__all__ = ["limit_processors", "numexpr", "optax", "torch", "torch_compiled"]
 
 
 def limit_processors(threads: int) -> None:
@@ -28,12 +28,12 @@ def limit_processors(threads: int) -> None:
 
 
 def _torch(problem: Problem, foreach: bool) -> tuple[Any, Callable[[], State]]:
-    torch = importlib.import_module("torch")
-    torch.set_num_threads(problem.threads)
-    params = [torch.nn.Parameter(torch.from_numpy(param.copy())) for param in problem.params]
+    library = importlib.import_module("torch")
+    library.set_num_threads(problem.threads)
+    params = [library.nn.Parameter(library.from_numpy(param.copy())) for param in problem.params]
     for param, grad in zip(params, problem.grads, strict=True):
-        param.grad = torch.from_numpy(grad)
-    optimizer = torch.optim.RMSprop(params, lr=LR, alpha=DECAY_RATE, eps=EPSILON, foreach=foreach)
+        param.grad = library.from_numpy(grad)
+    optimizer = library.optim.RMSprop(params, lr=LR, alpha=DECAY_RATE, eps=EPSILON, foreach=foreach)
 
     def state() -> State:
         values = [param.detach().numpy() for param in params]
@@ -42,29 +42,23 @@ def _torch(problem: Problem, foreach: bool) -> tuple[Any, Callable[[], State]]:
     return optimizer, state
 
 
-def torch_loop(problem: Problem) -> Runner:
-    """Run torch.optim.RMSprop, array after array."""
-    optimizer, state = _torch(problem, False)
-    return Runner(optimizer.step, state)
-
-
-def torch_foreach(problem: Problem) -> Runner:
-    """Run torch.optim.RMSprop, operation after operation over all arrays."""
-    optimizer, state = _torch(problem, True)
+def torch(problem: Problem, foreach: bool) -> Runner:
+    """Run torch.optim.RMSprop: with `foreach` operation after operation over all arrays, else array after array."""
+    optimizer, state = _torch(problem, foreach)
     return Runner(optimizer.step, state)
 
 
 def torch_compiled(problem: Problem) -> Runner:
     """Run torch.optim.RMSprop with its whole step compiled, which needs a C++ compiler."""
-    torch = importlib.import_module("torch")
+    library = importlib.import_module("torch")
     optimizer, state = _torch(problem, True)
     # Shapes and dtypes of an earlier case would count as recompilations, and after some of them torch gives up.
-    torch.compiler.reset()
+    library.compiler.reset()
 
     def uncompiled() -> None:
         optimizer.step()
 
-    return Runner(torch.compile(uncompiled), state)
+    return Runner(library.compile(uncompiled), state)
 
 
 def optax(problem: Problem) -> Runner:

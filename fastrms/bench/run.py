@@ -69,20 +69,9 @@ def run_steps(
 ) -> Results[StepRow]:  # fmt: skip
     """Time steps of all implementations beside the roofline; Ctrl-C ends the run and keeps its rows.
 
-    Parameters
-    ----------
-    cases : sequence of Case
-    implementations : mapping of str to Implementation
-        By name, the user's own among them.
-    threads : int
-        Threads of implementations that may use many.
-    min_time : float
-        Seconds for each implementation on each case.
-    timeout : float
-        Seconds for one answer of a worker process.
-    with_device : bool
-        Whether to time the GPU too; its rows are the last.
-    output : Output
+    `implementations` are by name, the user's own among them; `threads` limits those that may use many. `min_time` is in
+    seconds, for each implementation on each case, `timeout` for one answer of a worker process. With `with_device` the
+    GPU is timed too, and its rows are the last.
 
     Raises
     ------

@@ -48,15 +48,7 @@ class Worker(Protocol):
 
 
 class LocalWorker:
-    """The `Worker` of this process.
-
-    Parameters
-    ----------
-    threads : int
-        Threads of an implementation that may use many.
-    more : mapping of str to Implementation
-        Implementations besides `IMPLEMENTATIONS`, by name.
-    """
+    """The `Worker` of this process; it knows `more` implementations besides `IMPLEMENTATIONS`, by name."""
 
     def __init__(self, threads: int, more: Mapping[str, Implementation] | None = None) -> None:
         self._threads = threads
@@ -144,16 +136,9 @@ def first_line(error: BaseException) -> str:
 
 
 class RemoteWorker:
-    """A `LocalWorker` in a process of its own, with the same methods, each of which may raise `PeerError`.
+    """A `LocalWorker` in a process of its own, for the library `name`; its methods may raise `PeerError`.
 
-    Parameters
-    ----------
-    name : str
-        The library, for messages.
-    threads : int
-        As for `LocalWorker`.
-    timeout : float
-        Seconds after which a request has failed and the process is ended.
+    After `timeout` seconds without an answer a request has failed, and the process is ended.
     """
 
     def __init__(self, name: str, threads: int, timeout: float) -> None:
