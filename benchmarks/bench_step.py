@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from fastrms import RMSProp
-from fastrms.bench.implementations import CONTENDERS
-from fastrms.bench.workers import Session
+from fastrms.bench.implementations import IMPLEMENTATIONS
+from fastrms.bench.workers import LocalWorker
 from fastrms.plots import format_seconds
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,15 +24,15 @@ from cases import CASES
 
 sys.path.pop(0)
 
-WAYS = [name for name, contender in CONTENDERS.items() if contender.process == "here"]
+WAYS = [name for name, each in IMPLEMENTATIONS.items() if each.process == "here"]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
 def test_step(benchmark, name, way):
-    session = Session(numba.config.NUMBA_NUM_THREADS)
-    session.open(way, CASES[name])  # checks the bits
-    runner = session.runner(way)
+    worker = LocalWorker(numba.config.NUMBA_NUM_THREADS)
+    worker.open(way, CASES[name])  # checks the bits
+    runner = worker.runner(way)
     runner.prepare()
     benchmark.group = f"a step over {name}"
     benchmark(runner.step)
@@ -40,13 +40,13 @@ def test_step(benchmark, name, way):
 
 def test_step_over_1e5_is_three_times_faster_than_the_reference_class(capsys):
     (case,) = [case for case in CASES.values() if (case.arrays, case.params) == (1, 100_000)]
-    session = Session(numba.config.NUMBA_NUM_THREADS)
+    worker = LocalWorker(numba.config.NUMBA_NUM_THREADS)
     times = {way: [] for way in WAYS}
     for way in WAYS:
-        session.open(way, case)
+        worker.open(way, case)
     for _ in range(100):
         for way, taken in times.items():
-            taken.append(session.time(way, 3))
+            taken.append(worker.time(way, 3))
     medians = {way: statistics.median(taken) for way, taken in times.items()}
     base = medians["reference"]
     with capsys.disabled():
@@ -54,7 +54,7 @@ def test_step_over_1e5_is_three_times_faster_than_the_reference_class(capsys):
         for way, median in medians.items():
             quarter, _, three_quarters = (format_seconds(t, plain=True) for t in statistics.quantiles(times[way], n=4))
             spread = f"(middle half {quarter} to {three_quarters})"
-            label, time = CONTENDERS[way].label, format_seconds(median, plain=True)
+            label, time = IMPLEMENTATIONS[way].label, format_seconds(median, plain=True)
             print(f"{label:24} {time:>8}  {spread:36} {base / median:5.2f}x")
     # A ratio within one run, and no time. "auto" may have settled on parallel just before another program took a core.
     assert base / min(medians["auto"], medians["serial"]) >= 3

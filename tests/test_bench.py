@@ -17,11 +17,13 @@ import pytest
 from helpers import JIT
 
 from fastrms.bench import cases, implementations, in_situ, measure, problem, roofline, workers
+from fastrms.bench.errors import BenchmarkError, PeerError
 from fastrms.cli import main
 from fastrms.plots import plot_throughput
 
 pytestmark = pytest.mark.skipif(not JIT, reason="times of interpreted kernels say nothing")
 
+SERIAL, PARALLEL = implementations.ROOFLINES
 FEW = ["--kernels", "serial", "numpy-in-place", "reference", "--dtypes", "float32", "--min-time", "0.001"]
 
 GOOD = """
@@ -47,7 +49,6 @@ def _short(monkeypatch):
     monkeypatch.setattr(measure, "PAUSE", 0)
     monkeypatch.setattr(workers, "SETTLE_SECONDS", 0.01)
     monkeypatch.setattr(workers, "WARM_SECONDS", 0)
-    monkeypatch.setattr(in_situ, "SETTLE_SECONDS", 0.01)
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -116,23 +117,20 @@ def test_sixteen_bit_state_is_for_float32_and_moves_fewer_bytes(tmp_path, capsys
     assert "parallel-bfloat16: expected float32 among --dtypes, got float64" in capsys.readouterr().err
 
 
-def test_sixteen_bit_state_is_compared_with_its_own_oracle(monkeypatch):
-    from fastrms.bench.problem import Problem, check
-    from fastrms.cli.common import CommandError
-
-    problem = Problem(cases.Case(1, (1000,), "float32"), 1)
-    ours = implementations.CONTENDERS["parallel-bfloat16"]
-    assert check(ours.make(problem), problem, True, "bfloat16") == "same bits"
-    with pytest.raises(CommandError, match="expected the bits"):
-        check(ours.make(problem), problem, True)
-    runner = ours.make(problem)
+def test_sixteen_bit_state_is_compared_with_its_own_oracle():
+    given = problem.Problem(cases.Case(1, (1000,), "float32"), 1)
+    ours = implementations.IMPLEMENTATIONS["parallel-bfloat16"]
+    assert problem.check(ours.make(given), given, True, "bfloat16") == "same bits"
+    with pytest.raises(BenchmarkError, match="expected the bits"):
+        problem.check(ours.make(given), given, True)
+    runner = ours.make(given)
     runner.step()  # one too many
-    with pytest.raises(CommandError, match="expected the bits"):
-        check(runner, problem, True, "bfloat16")
+    with pytest.raises(BenchmarkError, match="expected the bits"):
+        problem.check(runner, given, True, "bfloat16")
 
 
 class Scripted:
-    """In place of a session: each way takes the seconds that are written here."""
+    """In place of a worker: each implementation takes the seconds that are written here."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -149,21 +147,20 @@ class Scripted:
 
 
 def test_percent_of_limit_from_given_times():
-    where = Scripted({workers.LIMIT_SERIAL: 0.04, workers.LIMIT_PARALLEL: 0.02, "serial": 0.05, "parallel": 0.025})
-    limits = {
-        workers.LIMIT_SERIAL: measure.Entry("limit", 1, where),
-        workers.LIMIT_PARALLEL: measure.Entry("limit", 2, where),
-    }
-    entries = {"serial": measure.Entry("serial", 1, where), "parallel": measure.Entry("parallel", 2, where)}
+    worker = Scripted({SERIAL: 0.04, PARALLEL: 0.02, "serial": 0.05, "parallel": 0.025})
+    rooflines = {SERIAL: measure.Entry("limit", 1, worker), PARALLEL: measure.Entry("limit", 2, worker)}
+    entries = {"serial": measure.Entry("serial", 1, worker), "parallel": measure.Entry("parallel", 2, worker)}
     rows = []
-    measure.measure(cases.Case(1, (10**7,), "float64"), entries, limits, 1e-9, rows=rows)
-    assert where.closed
-    assert [round(row.percent_of_limit, 6) for row in rows] == [100, 100, 80, 80]
-    assert rows[2].gparam_per_s == pytest.approx(0.2)
-    assert rows[2].gbyte_per_s == pytest.approx(8)  # 40 bytes a parameter
+    measure.measure(cases.Case(1, (10**7,), "float64"), entries, rooflines, 1e-9, rows=rows)
+    assert worker.closed
+    assert [round(row["percent_of_limit"], 6) for row in rows] == [100, 100, 80, 80]
+    assert [row["kernel"] for row in rows] == ["limit", "limit", "serial", "parallel"]
+    assert rows[2]["gparam_per_s"] == pytest.approx(0.2)
+    assert rows[2]["gbyte_per_s"] == pytest.approx(8)  # 40 bytes a parameter
     # Threads are no help to small arrays, and whoever may use them may also leave it.
-    assert roofline.percent_of_limit(2.0, 2, {1: 1.0, 2: 1.5}) == 50
-    assert roofline.percent_of_limit(2.0, 1, {1: 1.0, 2: 0.5}) == 50
+    assert measure.percent_of_roofline(2.0, 2, {1: 1.0, 2: 1.5}) == 50
+    assert measure.percent_of_roofline(2.0, 1, {1: 1.0, 2: 0.5}) == 50
+    assert math.isnan(measure.percent_of_roofline(2.0, 1, {2: 0.5}))
 
 
 @pytest.mark.parametrize("fetch", roofline.FETCHES)
@@ -218,7 +215,7 @@ def test_a_kernel_that_is_refused(module, capsys, name, message):
 
 @pytest.mark.parametrize("stop", ["in the second case", "in the third round"])
 def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys, stop):
-    time_step, rounds = workers.Session.time, 0
+    time_step, rounds = workers.LocalWorker.time, 0
 
     def interrupt(self, name, calls):
         nonlocal rounds
@@ -229,7 +226,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys, stop):
                 raise KeyboardInterrupt
         return time_step(self, name, calls)
 
-    monkeypatch.setattr(workers.Session, "time", interrupt)
+    monkeypatch.setattr(workers.LocalWorker, "time", interrupt)
     assert main(["bench", "--sizes", "1000", "2000", *FEW, "--output", str(tmp_path)]) == 130
     out, err = capsys.readouterr()
     assert "one array of 1,000" in out
@@ -275,16 +272,16 @@ def test_in_situ_finds_a_way_that_trains_otherwise(tmp_path, monkeypatch, capsys
 def test_settling_leaves_training_where_it_was(rng):
     rows = []
     # From 65,536 parameters on "auto" is given time to choose.
-    in_situ.measure_training("n", (300, 220, 3), "float32", ["auto"], None, 1e-9, rows=rows)
-    assert [row.kernel for row in rows] == ["reference", "auto", "auto"]
-    way = in_situ._Way(
+    in_situ.measure_training(cases.Network("n", (300, 220, 3), "float32"), ["auto"], None, 1e-9, rows=rows)
+    assert [row["kernel"] for row in rows] == ["reference", "auto", "auto"]
+    trainer = in_situ._Trainer(
         in_situ.Training(in_situ.RMSProp([np.ones((4, 3)), np.zeros(3)])), (np.ones((64, 4)), np.zeros(64, np.intp))
     )
-    way.steps(3)
-    before = way.training.optimizer.params[0].copy()
-    way.settle()
-    assert len(way.training.losses) > 3
-    np.testing.assert_array_equal(way.training.optimizer.params[0], before)
+    trainer.steps(3)
+    before = trainer.training.optimizer.params[0].copy()
+    trainer.settle()
+    assert len(trainer.training.losses) > 3
+    np.testing.assert_array_equal(trainer.training.optimizer.params[0], before)
 
 
 @pytest.mark.parametrize(
@@ -332,34 +329,27 @@ def test_output_that_is_no_folder(tmp_path, capsys):
     assert "expected a folder to write to" in capsys.readouterr().err
 
 
-def test_names_of_the_option_are_those_of_the_table():
-    from fastrms.cli import bench
-
-    assert tuple(implementations.CONTENDERS) == bench.KERNELS
-    assert in_situ.KERNELS == bench.IN_SITU_KERNELS
-
-
 @pytest.mark.parametrize("names", [["numexpr"], pytest.param(["torch", "torch-foreach"], marks=pytest.mark.torch)])
 def test_peers_in_their_own_process(names):
-    remote = workers.Remote(names[0], 1, 60)
+    remote = workers.RemoteWorker(names[0], 1, 60)
     try:
         for dtype in cases.DTYPES:
             for name in names:
                 assert re.fullmatch(r"same bits|\d\.\d eps", remote.open(name, cases.Case(3, (5, 4), dtype)))
                 assert remote.time(name, 2) > 0
         remote.close()
-        with pytest.raises(workers.CommandError, match="the module cannot be imported"):
-            remote.open("no_such_module_here:f", cases.Case(1, (5,), "float32"))
+        with pytest.raises(PeerError, match="no such implementation"):
+            remote.open("no such implementation", cases.Case(1, (5,), "float32"))
     finally:
         remote.end()
-    with pytest.raises(workers.CommandError, match="has ended"):
+    with pytest.raises(PeerError, match="has ended"):
         remote.time(names[0], 1)
 
 
 def test_a_peer_that_fails_is_left_out():
     class Failing(Scripted):
         def open(self, name, case):
-            raise measure.CommandError("no compiler")
+            raise PeerError("no compiler")
 
     class Dying(Scripted):
         turns = 0
@@ -367,11 +357,11 @@ def test_a_peer_that_fails_is_left_out():
         def time(self, name, calls):
             self.turns += 1
             if self.turns > 4:
-                raise measure.CommandError("has ended")
+                raise PeerError("has ended")
             return 1.0
 
-    here = Scripted({workers.LIMIT_SERIAL: 0.5, "serial": 1.0})
-    limits = {workers.LIMIT_SERIAL: measure.Entry("limit", 1, here)}
+    here = Scripted({SERIAL: 0.5, "serial": 1.0})
+    rooflines = {SERIAL: measure.Entry("limit", 1, here)}
     entries = {
         "serial": measure.Entry("serial", 1, here),
         "torch": measure.Entry("torch", 1, Failing({})),
@@ -379,11 +369,11 @@ def test_a_peer_that_fails_is_left_out():
     }
     skipped, rows = {}, []
     case = cases.Case(1, (8,), "float32")
-    measure.measure(case, entries, limits, 1e-9, rows=rows, on_skip=skipped.__setitem__)
+    measure.measure(case, entries, rooflines, 1e-9, rows=rows, on_skip=lambda *given: skipped.update({given[0]: given}))
     assert skipped.keys() == {"torch", "optax"}
-    assert "no compiler" in skipped["torch"]
-    assert [row.kernel for row in rows] == ["limit", "serial", "optax"]
-    assert rows[1].rounds >= measure.MIN_ROUNDS > rows[2].rounds
+    assert skipped["torch"] == ("torch", case, "no compiler")
+    assert [row["kernel"] for row in rows] == ["limit", "serial", "optax"]
+    assert rows[1]["rounds"] >= measure.MIN_ROUNDS > rows[2]["rounds"]
 
 
 def test_check_tells_bits_from_errors():
@@ -394,13 +384,13 @@ def test_check_tells_bits_from_errors():
     assert problem.check(runner, given, exact=True) == "same bits"
     params[1][7] = np.nextafter(params[1][7], np.float32(np.inf))
     assert re.fullmatch(r"[01]\.\d eps", problem.check(runner, given, exact=False))
-    with pytest.raises(problem.CommandError, match="expected the bits of the reference"):
+    with pytest.raises(BenchmarkError, match="expected the bits of the reference"):
         problem.check(runner, given, exact=True)
     params[1][7] = np.nan
-    with pytest.raises(problem.CommandError, match="error of inf"):
+    with pytest.raises(BenchmarkError, match="error of inf"):
         problem.check(runner, given, exact=False)
     params[1] = params[1][:3]
-    with pytest.raises(problem.CommandError, match=r"expected float32 of shape \(50,\)"):
+    with pytest.raises(BenchmarkError, match=r"expected float32 of shape \(50,\)"):
         problem.check(runner, given, exact=False)
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import JIT
 
 import fastrms
-from fastrms.bench import machine
+from fastrms.bench import in_situ, machine
 from fastrms.cli import info, main
 
 pytestmark = pytest.mark.skipif(not JIT, reason="there is nothing to say about kernels that are not compiled")
@@ -21,7 +21,7 @@ SHORT = ["info", "--seconds", "0.01"]
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setattr(info, "TRIED_STEPS", 2)
+    monkeypatch.setattr(in_situ, "TRIED_STEPS", 2)
 
 
 def lines_of(capsys, *more):

@@ -1,1 +1,1 @@
-"""Measure the throughput of kernels, and of whole training steps: `fastrms bench`."""
+"""The throughput benchmark: one optimizer step beside the roofline, and whole training steps (`fastrms bench`)."""

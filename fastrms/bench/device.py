@@ -1,25 +1,24 @@
-"""The GPU, if there is one: what it is, and a step on it beside its own copy."""
+"""The GPU in `fastrms bench` and `fastrms info`: its facts, and the time of a step beside a device copy."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
-from fastrms.bench.measure import Row
-from fastrms.bench.roofline import rates
-from fastrms.cli.common import CommandError
+from fastrms.bench.errors import BenchmarkError
+from fastrms.bench.measure import Entry, StepRow, measure
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
 __all__ = ["can_measure", "facts", "measure_device", "why_not"]
 
-ROUNDS, MAX_ROUNDS = 5, 200
+COPY, STEP = "device copy", "cuda"
 
 
 def why_not() -> str | None:
-    """Why no GPU can be used, or None."""
+    """Return the reason why no GPU can be used, or None."""
     try:
         from fastrms import cuda
     except ImportError as error:
@@ -28,7 +27,7 @@ def why_not() -> str | None:
 
 
 def can_measure() -> bool:
-    """Whether there is a GPU to measure, not a simulated one."""
+    """Return whether there is a GPU that is not simulated."""
     if why_not():
         return False
     from fastrms.kernels.cuda import SIMULATED
@@ -37,7 +36,7 @@ def can_measure() -> bool:
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """What there is to say about the GPU: name and value; one line if there is none."""
+    """Yield names and values of the GPU's properties, or one line if there is no GPU."""
     if reason := why_not():
         yield "GPU", f"none: {reason}"
         return
@@ -60,16 +59,38 @@ def facts() -> Iterator[tuple[str, str]]:
     for what, ask in versions.items():
         try:
             yield what, ".".join(map(str, ask()))
-        except Exception as error:  # a part of CUDA that kernels do not need
+        except Exception as error:  # of a part of CUDA that kernels do not need
             yield what, f"unknown ({type(error).__name__})"
 
 
-def measure_device(case: Case, min_time: float, rows: list[Row]) -> None:
-    """Time a copy on the device of as many bytes as a step moves, and the step, in turns; append both to `rows`.
+class _DeviceWorker:
+    """A `fastrms.bench.workers.Worker` for steps on a stream, which are checked already."""
+
+    def __init__(self, steps: Mapping[str, Callable[[], object]], stream: Any) -> None:
+        self._steps, self._stream = steps, stream
+
+    def open(self, name: str, case: Case) -> str:
+        return "" if name == COPY else "equal"
+
+    def time(self, name: str, calls: int) -> float:
+        step = self._steps[name]
+        self._stream.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        self._stream.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    def close(self) -> None:
+        pass
+
+
+def measure_device(case: Case, min_time: float, rows: list[StepRow]) -> None:
+    """Time a device copy of as many bytes as a step moves, and the step, in turns; append both rows to `rows`.
 
     Raises
     ------
-    CommandError
+    BenchmarkError
         The step has other bits than the reference.
     """
     from fastrms.kernels.cuda import cuda
@@ -83,56 +104,12 @@ def measure_device(case: Case, min_time: float, rows: list[Row]) -> None:
         optimizer.step(there)
     if any(ours.copy_to_host().tobytes() != theirs.tobytes()
            for ours, theirs in zip(optimizer.params, reference.params, strict=True)):  # fmt: skip
-        raise CommandError("cuda: expected the bits of the reference after two steps, got others")
+        raise BenchmarkError("cuda: expected the bits of the reference after two steps, got others")
 
     # A copy reads and writes each byte.
     source, target = (cuda.device_array(case.traffic // 2, np.uint8) for _ in range(2))
     stream = optimizer.stream
-    ways: dict[str, Any] = {
-        "device copy": lambda: target.copy_to_device(source, stream=stream),
-        "cuda": lambda: optimizer.step(there),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    counts = {name: max(1, round(0.05 * min_time / _seconds(way, 3, stream))) for name, way in ways.items()}
-    begin = time.perf_counter()
-    while len(times["cuda"]) < ROUNDS or (
-        time.perf_counter() - begin < 2 * min_time and len(times["cuda"]) < MAX_ROUNDS
-    ):
-        for name, way in ways.items():
-            times[name].append(_seconds(way, counts[name], stream))
-    limit = float(np.median(times["device copy"]))
-    for name, taken in times.items():
-        seconds = float(np.median(taken))
-        gparam, gbyte = rates(case.params, case.traffic, seconds)
-        is_limit = name == "device copy"
-        quarter, three_quarters = np.quantile(taken, [0.25, 0.75]).tolist()
-        rows.append(
-            Row(
-                kernel=name,
-                label="limit of the GPU (a copy)" if is_limit else "fastrms cuda",
-                dtype=case.dtype,
-                arrays=case.arrays,
-                shape="x".join(map(str, case.shape)),
-                params=case.params,
-                threads=0,
-                seconds=seconds,
-                quarter=quarter,
-                three_quarters=three_quarters,
-                rounds=len(taken),
-                steps_in_a_turn=counts[name],
-                gparam_per_s=gparam,
-                gbyte_per_s=gbyte,
-                percent_of_limit=100 * limit / seconds,
-                check="" if is_limit else "equal",
-            )
-        )
-
-
-def _seconds(way: Any, count: int, stream: Any) -> float:
-    """Of one call of `way`: what passes from the first of `count` until the device is done."""
-    stream.synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        way()
-    stream.synchronize()
-    return (time.perf_counter() - start) / count
+    steps = {COPY: lambda: target.copy_to_device(source, stream=stream), STEP: lambda: optimizer.step(there)}
+    worker = _DeviceWorker(steps, stream)
+    roofline, step = Entry("limit of the GPU (a copy)", 0, worker), Entry("fastrms cuda", 0, worker)
+    measure(case, {STEP: step}, {COPY: roofline}, min_time, rows=rows)

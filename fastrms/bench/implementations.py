@@ -1,50 +1,51 @@
-"""The ways to take a step that `fastrms bench` compares; what needs another library is in `peers`."""
+"""The implementations of a step that `fastrms bench` compares; `peers` has those of other libraries."""
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from fastrms.bench.cases import DECAY_RATE, EPSILON, LR
-from fastrms.bench.problem import Problem, Runner, numbers
-from fastrms.cli.common import CommandError, find_object
+from fastrms.bench import peers, roofline
+from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array
+from fastrms.bench.problem import Problem, Runner, to_float
 from fastrms.kernels.reference import ReferenceRMSProp
 
-__all__ = ["CONTENDERS", "Contender", "load_kernel", "missing"]
+__all__ = ["IMPLEMENTATIONS", "ROOFLINES", "Implementation", "of_function"]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to take a step: what it is called, where it runs, on how many threads, and how it is made.
-
-    `process` is "here", or the name of a process of its own, in which `modules` are imported. `exact` asks for the
-    reference's bits; `in_quick` and `for_one` say whether it is measured unasked with ``--quick`` and on one array.
-    `cache_dtype` is that of `fastrms.RMSProp`: state in 16 bits, for float32 only, compared with the same in NumPy.
-    """
+class Implementation:
+    """An implementation of a step: its label, a function that makes its runner, and its conditions."""
 
     label: str
     make: Callable[[Problem], Runner]
     many_threads: bool = False
-    process: str = "here"
-    modules: tuple[str, ...] = ()
-    exact: bool = True
-    in_quick: bool = True
-    for_one: bool = True
-    cache_dtype: str | None = None
+    process: str = "here"  # or the name of a worker process
+    modules: tuple[str, ...] = ()  # that have to be installed
+    exact: bool = True  # the bits have to be the reference's
+    in_quick: bool = True  # timed by default with --quick
+    for_one: bool = True  # timed by default on one array
+    cache_dtype: str | None = None  # of the optimizer: 16-bit state, compared with the NumPy kernel's
 
     def takes(self, dtype: str) -> bool:
-        """Whether this way can be run on parameters of this dtype."""
+        """Return whether parameters can have this dtype."""
         return self.cache_dtype is None or dtype == "float32"
 
+    @property
+    def moves(self) -> float:
+        """Return the share of `Case.traffic` that it moves: 16-bit state is 2 bytes less to read and write, of 20."""
+        return 1.0 if self.cache_dtype is None else 0.8
 
-def missing(contender: Contender) -> list[str]:
-    """The modules that this way needs and that are not installed."""
-    return [name for name in contender.modules if importlib.util.find_spec(name) is None]
+    def missing(self) -> list[str]:
+        """Return the names of its packages that are not installed."""
+        return [name for name in self.modules if importlib.util.find_spec(name) is None]
 
 
-def _ours(kernel: str) -> Callable[[Problem], Runner]:
+def _shared(kernel: str) -> Callable[[Problem], Runner]:
+    """Run a kernel of fastrms on the problem's shared optimizer."""
+
     def make(problem: Problem) -> Runner:
         optimizer = problem.optimizer()
 
@@ -57,13 +58,13 @@ def _ours(kernel: str) -> Callable[[Problem], Runner]:
 
 
 def _own(kernel: str, cache_dtype: str | None = None) -> Callable[[Problem], Runner]:
-    """An optimizer of its own: "auto" keeps what it found out, and other state takes other memory."""
+    """Run a kernel on an optimizer of its own: "auto" keeps its choice, and bfloat16 state has other memory."""
 
     def make(problem: Problem) -> Runner:
         optimizer = problem.new_optimizer(kernel, cache_dtype)
         for own, grad in zip(optimizer.grads, problem.grads, strict=True):
             own[...] = grad
-        return Runner(optimizer.step, lambda: (optimizer.params, numbers(optimizer.cache)))
+        return Runner(optimizer.step, lambda: (optimizer.params, to_float(optimizer.cache)))
 
     return make
 
@@ -78,7 +79,7 @@ def _reference(problem: Problem) -> Runner:
     return Runner(lambda: reference.step(grads), lambda: (reference.params, reference.cache))
 
 
-# Elements that the NumPy loop works on at a time, so that what is computed in between stays in the processor's cache.
+# Elements of a part in the NumPy loop, so that intermediate results stay in the processor's cache.
 _PART = 16_384
 
 
@@ -109,11 +110,8 @@ def _numpy_in_place(problem: Problem) -> Runner:
     return Runner(step, lambda: (params, cache))
 
 
-def load_kernel(name: str) -> Contender:
-    """A way that calls the user's own function, once for each array, as ``f(params, grads, cache, lr, d, eps)``."""
-    update = find_object("--kernel", name)
-    if not callable(update):
-        raise CommandError(f"--kernel: {name}: expected a function, got {type(update).__name__}")
+def of_function(label: str, update: Callable[[Array, Array, Array, float, float, float], object]) -> Implementation:
+    """Return an implementation that calls ``update(params, grads, cache, lr, decay_rate, epsilon)`` for each array."""
 
     def make(problem: Problem) -> Runner:
         params, cache = problem.copies()
@@ -125,55 +123,40 @@ def load_kernel(name: str) -> Contender:
 
         return Runner(step, lambda: (params, cache))
 
-    return Contender(name, make, many_threads=True, exact=False)
+    return Implementation(label, make, many_threads=True, exact=False)
 
 
-def _peer(function: str) -> Callable[[Problem], Runner]:
-    def make(problem: Problem) -> Runner:
-        # Imported with the first of them, in the process that runs them.
-        peers = importlib.import_module("fastrms.bench.peers")
-        runner: Runner = getattr(peers, function)(problem)
-        return runner
-
-    return make
+def _peer(
+    label: str, make: Callable[[Problem], Runner], process: str, *modules: str, in_quick: bool = True
+) -> Implementation:
+    return Implementation(
+        label, make, many_threads=True, process=process, modules=modules, exact=False, in_quick=in_quick
+    )
 
 
 # By the name that --kernels takes, in the order of the table.
-CONTENDERS: dict[str, Contender] = {
-    "auto": Contender("fastrms auto", _own("auto"), many_threads=True),
-    "auto-list": Contender("fastrms auto, step(list)", _auto_list, many_threads=True, for_one=False),
-    "serial": Contender("fastrms serial", _ours("serial")),
-    "parallel": Contender("fastrms parallel", _ours("parallel"), many_threads=True),
-    "parallel-bfloat16": Contender(
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "auto": Implementation("fastrms auto", _own("auto"), many_threads=True),
+    "auto-list": Implementation("fastrms auto, step(list)", _auto_list, many_threads=True, for_one=False),
+    "serial": Implementation("fastrms serial", _shared("serial")),
+    "parallel": Implementation("fastrms parallel", _shared("parallel"), many_threads=True),
+    "parallel-bfloat16": Implementation(
         "fastrms parallel, bfloat16", _own("parallel", "bfloat16"), many_threads=True, cache_dtype="bfloat16"
     ),
-    "numpy": Contender("fastrms numpy", _ours("numpy")),
-    "numpy-in-place": Contender("NumPy in place", _numpy_in_place),
-    "reference": Contender("reference class", _reference),
-    "numexpr": Contender(
-        "numexpr", _peer("numexpr"), many_threads=True, process="numexpr", modules=("numexpr",), exact=False
-    ),
-    "torch": Contender(
-        "torch.optim", _peer("torch_loop"), many_threads=True, process="torch", modules=("torch",), exact=False
-    ),
-    "torch-foreach": Contender(
-        "torch.optim, foreach",
-        _peer("torch_foreach"),
-        many_threads=True,
-        process="torch",
-        modules=("torch",),
-        exact=False,
-    ),
-    "torch-compile": Contender(
-        "torch.compile of the step",
-        _peer("torch_compiled"),
-        many_threads=True,
-        process="torch.compile",
-        modules=("torch",),
-        exact=False,
-        in_quick=False,
-    ),
-    "optax": Contender(
-        "optax, jit, donated", _peer("optax"), many_threads=True, process="jax", modules=("jax", "optax"), exact=False
+    "numpy": Implementation("fastrms numpy", _shared("numpy")),
+    "numpy-in-place": Implementation("NumPy in place", _numpy_in_place),
+    "reference": Implementation("reference class", _reference),
+    "numexpr": _peer("numexpr", peers.numexpr, "numexpr", "numexpr"),
+    "torch": _peer("torch.optim", partial(peers.torch, foreach=False), "torch", "torch"),
+    "torch-foreach": _peer("torch.optim, foreach", partial(peers.torch, foreach=True), "torch", "torch"),
+    "torch-compile": _peer("torch.compile of the step", peers.torch_compiled, "torch.compile", "torch", in_quick=False),
+    "optax": _peer("optax, jit, donated", peers.optax, "jax", "jax", "optax"),
+}
+
+# Timed like an implementation; nothing is compared.
+ROOFLINES: dict[str, Implementation] = {
+    "roofline, 1 thread": Implementation("limit of this machine", partial(roofline.make_runner, parallel=False)),
+    "roofline, all threads": Implementation(
+        "limit of this machine", partial(roofline.make_runner, parallel=True), many_threads=True
     ),
 }

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with: processor, threads, versions, and settings in the environment."""
+"""The machine and software of a measurement: processor, threads, versions, and settings in the environment."""
 
 import importlib.metadata
 import importlib.util
@@ -12,18 +12,19 @@ import numba
 import numpy as np
 
 import fastrms
+from fastrms.kernels.threads import max_threads
 from fastrms.optimizer import RMSProp
 
 __all__ = ["blas", "describe", "environment", "processor", "processors", "threading_layer", "versions"]
 
-# What steers threads and caches of the libraries involved.
+# Prefixes of variables that control threads and caches of the libraries involved.
 _PREFIXES = ("OMP_", "GOMP_", "KMP_", "OPENBLAS_", "GOTO_", "MKL_", "BLIS_", "VECLIB_", "NUMBA_", "FASTRMS_")
 
 _PEERS = ("torch", "jax", "optax", "numexpr")
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -33,12 +34,12 @@ def processor() -> str:
 
 
 def processors() -> int:
-    """How many processors this process may run on."""
+    """Return the number of processors on which this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threading_layer() -> str:
-    """What Numba runs parallel kernels with; known only once one has run, so one does."""
+    """Return Numba's threading layer, which is known after a parallel kernel has run."""
     RMSProp([np.zeros(1)], kernel="parallel").step()
     try:
         return str(numba.threading_layer())  # type: ignore[attr-defined]
@@ -47,10 +48,10 @@ def threading_layer() -> str:
 
 
 def blas() -> list[str]:
-    """The libraries that compute NumPy's matrix products, with their threads where that can be found out."""
+    """Return the libraries of NumPy's matrix products, with their threads if threadpoolctl is installed."""
     if importlib.util.find_spec("threadpoolctl"):
         pools = importlib.import_module("threadpoolctl").threadpool_info()
-        # Numba loads SciPy where it is installed, which may bring a BLAS of its own.
+        # Numba imports SciPy if it is installed, which may have a BLAS of its own.
         pools = [pool for pool in pools if "numpy" in pool.get("filepath", "")] or pools
         lines = [
             f"{pool['internal_api']} {pool.get('version') or ''}, {pool['num_threads']} threads"
@@ -66,7 +67,7 @@ def blas() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of fastrms, Python, NumPy and Numba, and of the other libraries that are installed."""
+    """Return versions of fastrms, Python, NumPy and Numba, and of the other libraries that are installed."""
     found = {
         "fastrms": fastrms.__version__,
         "Python": platform.python_version(),
@@ -83,19 +84,19 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """The variables that are set and that steer threads and caches."""
+    """Return the variables that are set and that control threads and caches."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIXES)}
 
 
-def describe() -> dict[str, Any]:
-    """All of this, as it goes into a file of results."""
-    # Ahead of all that imports: libraries set variables of their own. A path says nothing to others.
+def describe() -> dict[str, object]:
+    """Return all of this for a file of results."""
+    # Read first, because libraries set variables when they are imported. A path says nothing to others.
     variables = {name: value for name, value in environment().items() if name != "NUMBA_CACHE_DIR"}
     return {
         "processor": processor(),
         "processors": processors(),
         "system": f"{platform.system()} {platform.machine()}",
-        "numba_threads": int(numba.config.NUMBA_NUM_THREADS),  # type: ignore[attr-defined]
+        "numba_threads": max_threads(),
         "threading_layer": threading_layer(),
         "blas": blas(),
         "versions": versions(),

@@ -1,58 +1,46 @@
-"""Timing several ways on one case: they take turns, and medians with their spread are kept."""
+"""The timing of several implementations on one case: they take turns, and give medians with their spread."""
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
 from fastrms.bench.cases import Case
-from fastrms.bench.roofline import percent_of_limit, rates
-from fastrms.bench.workers import LIMIT_PARALLEL, LIMIT_SERIAL
-from fastrms.cli.common import CommandError
+from fastrms.bench.errors import BenchmarkError, PeerError
+from fastrms.bench.implementations import ROOFLINES
+from fastrms.bench.workers import Worker
 
-__all__ = ["Entry", "Row", "Where", "measure"]
+__all__ = ["Entry", "Progress", "StepRow", "measure", "percent_of_roofline", "quartiles", "take_turns"]
 
-# Rounds in which every way gets one turn.
+T = TypeVar("T")
+
+# A function that shows the share of a case that is done, from 0 to 1, and the work in progress.
+Progress = Callable[[float, str], None]
+
+# Rounds in which every implementation gets one turn.
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
-# Share of --min-time that one turn lasts, at least if a step is not longer.
+# The share of --min-time that a turn lasts; at least one step.
 TURN_SHARE = 0.05
-# Pause between two processes: threads of OpenMP and OpenBLAS go on spinning for some time after their work is done.
+# Seconds between two turns: threads of OpenMP and OpenBLAS spin for some time after their work is done.
 PAUSE = 0.02
-
-
-class Where(Protocol):
-    """What ways run in: `fastrms.bench.workers.Session` or `Remote`."""
-
-    def open(self, name: str, case: Case) -> str:
-        """Make a way ready and compare its result with the reference's."""
-
-    def time(self, name: str, calls: int) -> float:
-        """Seconds a step."""
-
-    def close(self) -> None:
-        """Give back memory."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One way as the user sees it: its label, the threads it may use, where it runs, and on what.
-
-    `takes` says whether it can be run on a dtype, and `moves` which share of the usual bytes it moves.
-    """
+    """An implementation in a measurement; `moves` is its share of `Case.traffic`."""
 
     label: str
     threads: int
-    where: Where
-    takes: Callable[[str], bool] = lambda dtype: True
+    worker: Worker
     moves: float = 1.0
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one way on one case; `seconds` is the median of a step."""
+class StepRow(TypedDict):
+    """The result of one implementation on one case; `seconds` is the median of a step, between its quartiles."""
 
     kernel: str
     label: str
@@ -72,122 +60,126 @@ class Row:
     check: str
 
 
+@dataclass
+class _Timing:
+    check: str
+    calls: int
+    seconds: list[float] = field(default_factory=list)
+
+
 def measure(
     case: Case,
     entries: Mapping[str, Entry],
-    limits: Mapping[str, Entry],
+    rooflines: Mapping[str, Entry],
     min_time: float,
     *,
-    on_progress: Callable[[float, str], None] = lambda share, what: None,
-    on_skip: Callable[[str, str], None] = lambda name, why: None,
-    rows: list[Row],
+    on_progress: Progress = lambda share, what: None,
+    on_skip: Callable[[str, Case, str], None] = lambda name, case, why: None,
+    rows: list[StepRow],
 ) -> None:
-    """Check and time all ways on one case, and append a `Row` for each to `rows`, also after an interruption.
+    """Check and time implementations on one case, and append their rows to `rows`, also after an interruption.
 
-    Parameters
-    ----------
-    case : Case
-    entries : mapping of str to Entry
-        The ways, by the name that `Where` knows.
-    limits : mapping of str to Entry
-        The machine's limit, likewise, with one thread and perhaps with more.
-    min_time : float
-        Seconds to spend on each way.
-    on_progress : callable
-        Called with the share of this case that is done, from 0 to 1, and what is done now.
-    on_skip : callable
-        Called with the name of a way that is left out, and why: its library failed, or computes something else.
-    rows : list of Row
-        Where results go.
+    `entries` and `rooflines` have the name that their worker knows; the rows of rooflines are the first. `min_time` is
+    in seconds, for each implementation. `on_skip` is called with the name of an implementation that is left out, the
+    case, and the reason.
 
     Raises
     ------
-    CommandError
-        A way that runs in this process computes something else: ours, or the user's own kernel.
+    BenchmarkError
+        An implementation of this process computes something else: one of fastrms, or the user's own kernel.
     """
-    entries = {name: entry for name, entry in entries.items() if entry.takes(case.dtype)}
-    everything = dict(limits) | entries
-    checks: dict[str, str] = {}
-    calls: dict[str, int] = {}
+    everything = {**rooflines, **entries}
+    timings: dict[str, _Timing] = {}
     for k, (name, entry) in enumerate(everything.items()):
         on_progress(0.5 * k / len(everything), f"{case.name}: checking {entry.label}")
         try:
-            checks[name] = entry.where.open(name, case)
-            once = entry.where.time(name, 1)
-            # Again, over a few: one call alone is mostly the clock and the way to it.
-            once = entry.where.time(name, max(1, min(10, int(min_time * TURN_SHARE / once)))) if once < 0.01 else once
-            calls[name] = max(1, round(min_time * TURN_SHARE / once))
-        except CommandError as error:
-            if _is_local(entry, everything):
-                raise CommandError(f"{entry.label}: {case.name}: {error}") from None
-            on_skip(name, f"{case.name}: {error}")
-    names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
+            check = entry.worker.open(name, case)
+            timings[name] = _Timing(check, _calls_in_a_turn(entry.worker, name, min_time * TURN_SHARE))
+        except PeerError as error:
+            on_skip(name, case, str(error))
+        except BenchmarkError as error:
+            raise BenchmarkError(f"{entry.label}: {case.name}: {error}") from None
+    names = list(timings)
     try:
-        start = time.perf_counter()
-        budget = min_time * len(names)
-        for k in range(MAX_ROUNDS):
-            spent = time.perf_counter() - start
-            if k >= MIN_ROUNDS and spent >= budget:
-                break
-            # Everyone is first as often as last, so that drift of the machine hits all alike.
-            turn = names[k % len(names) :] + names[: k % len(names)]
-            for i, name in enumerate(turn if k % 2 == 0 else turn[::-1]):
-                share = max(spent / budget, (k + i / len(names)) / MAX_ROUNDS)
-                on_progress(0.5 + 0.5 * min(1.0, share), f"{case.name}: {everything[name].label}")
-                time.sleep(PAUSE)
-                try:
-                    times[name].append(everything[name].where.time(name, calls[name]))
-                except CommandError as error:  # its process is gone
-                    on_skip(name, f"{case.name}: {error}")
-                    names.remove(name)
+        for name, share in take_turns(names, min_time):
+            entry, timing = everything[name], timings[name]
+            on_progress(0.5 + 0.5 * share, f"{case.name}: {entry.label}")
+            time.sleep(PAUSE)
+            try:
+                timing.seconds.append(entry.worker.time(name, timing.calls))
+            except PeerError as error:  # its process has ended
+                on_skip(name, case, str(error))
+                names.remove(name)
     finally:
-        rows += _rows(case, entries, limits, times, checks, calls)
-    for where in {id(entry.where): entry.where for entry in everything.values()}.values():
-        with contextlib.suppress(CommandError):  # that one is gone was said when it was
-            where.close()
+        measured = {name: timing for name, timing in timings.items() if timing.seconds}
+        bounds = {entry.threads: quartiles(measured[name].seconds)[1]
+                  for name, entry in rooflines.items() if name in measured}  # fmt: skip
+        rows += [_row(case, name, everything[name], timing, bounds) for name, timing in measured.items()]
+    for worker in {id(entry.worker): entry.worker for entry in everything.values()}.values():
+        with contextlib.suppress(PeerError):  # of a process that has ended, which was reported then
+            worker.close()
 
 
-def _is_local(entry: Entry, everything: Mapping[str, Entry]) -> bool:
-    limit = everything.get(LIMIT_SERIAL)
-    return limit is None or entry.where is limit.where
+def _calls_in_a_turn(worker: Worker, name: str, turn: float) -> int:
+    once = worker.time(name, 1)
+    if once < 0.01:  # a single short call is mostly overhead of the clock
+        once = worker.time(name, max(1, min(10, int(turn / once))))
+    return max(1, round(turn / once))
 
 
-def _rows(
-    case: Case,
-    entries: Mapping[str, Entry],
-    limits: Mapping[str, Entry],
-    times: Mapping[str, Sequence[float]],
-    checks: Mapping[str, str],
-    calls: Mapping[str, int],
-) -> list[Row]:
-    """A row for every way that was timed once at least."""
-    bounds = {entry.threads: float(np.median(times[name])) for name, entry in limits.items() if times.get(name)}
-    rows = []
-    for name, entry in {**limits, **entries}.items():
-        if not times.get(name):
-            continue
-        quarter, median, three_quarters = np.quantile(times[name], [0.25, 0.5, 0.75]).tolist()
-        gparam, gbyte = rates(case.params, entry.moves * case.traffic, median)
-        enough = min(bounds, default=np.inf) <= entry.threads
-        rows.append(
-            Row(
-                kernel="limit" if name in (LIMIT_SERIAL, LIMIT_PARALLEL) else name,
-                label=entry.label,
-                dtype=case.dtype,
-                arrays=case.arrays,
-                shape="x".join(map(str, case.shape)),
-                params=case.params,
-                threads=entry.threads,
-                seconds=median,
-                quarter=quarter,
-                three_quarters=three_quarters,
-                rounds=len(times[name]),
-                steps_in_a_turn=calls[name],
-                gparam_per_s=gparam,
-                gbyte_per_s=gbyte,
-                percent_of_limit=percent_of_limit(median, entry.threads, bounds) if enough else float("nan"),
-                check=checks[name],
-            )
-        )
-    return rows
+def take_turns(
+    names: list[T], min_time: float, least: int = MIN_ROUNDS, most: int = MAX_ROUNDS
+) -> Iterator[tuple[T, float]]:
+    """Yield the names in rounds, each with the share of all turns that is done, from 0 to 1.
+
+    Each name is first as often as last, so that drift of the machine affects all alike. A name that the caller removes
+    from `names` gets no more turns. No round begins after `min_time` seconds for each name, except for the first
+    `least` rounds; there are at most `most`.
+    """
+    start = time.perf_counter()
+    budget = min_time * len(names)
+    for k in range(most):
+        spent = time.perf_counter() - start
+        number = len(names)
+        if not number or (k >= least and spent >= budget):
+            return
+        order = names[k % number :] + names[: k % number]
+        for i, name in enumerate(order if k % 2 == 0 else order[::-1]):
+            yield name, min(1.0, max(spent / budget, (k + i / number) / most))
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
+    return low, median, high
+
+
+def percent_of_roofline(seconds: float, threads: int, rooflines: Mapping[int, float]) -> float:
+    """Return a speed in percent of the roofline: at 100 a step is as fast as the machine moves its bytes.
+
+    `rooflines` has seconds by number of threads. An implementation may use fewer threads than `threads`, and small
+    arrays are faster on one. So the fastest roofline of at most `threads` threads counts. Without one, return NaN.
+    """
+    return 100 * min((bound for number, bound in rooflines.items() if number <= threads), default=math.nan) / seconds
+
+
+def _row(case: Case, name: str, entry: Entry, timing: _Timing, bounds: Mapping[int, float]) -> StepRow:
+    quarter, median, three_quarters = quartiles(timing.seconds)
+    return {
+        "kernel": "limit" if name in ROOFLINES else name,
+        "label": entry.label,
+        "dtype": case.dtype,
+        "arrays": case.arrays,
+        "shape": "x".join(map(str, case.shape)),
+        "params": case.params,
+        "threads": entry.threads,
+        "seconds": median,
+        "quarter": quarter,
+        "three_quarters": three_quarters,
+        "rounds": len(timing.seconds),
+        "steps_in_a_turn": timing.calls,
+        "gparam_per_s": case.params / median / 1e9,
+        "gbyte_per_s": entry.moves * case.traffic / median / 1e9,
+        "percent_of_limit": percent_of_roofline(median, entry.threads, bounds),
+        "check": timing.check,
+    }

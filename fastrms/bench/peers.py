@@ -1,22 +1,24 @@
-"""Other libraries' RMSProp as ways of `fastrms bench`, each at its best; imported in a process of its own.
+"""The RMSProp of other libraries, each at its best, as implementations of `fastrms bench`.
 
-Libraries are imported by name at run time: none is needed to install fastrms or to check its types.
+A library is imported when its runner is made, which is in its worker process. None is needed to install fastrms or to
+check its types.
 """
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR
-from fastrms.bench.problem import Problem, Runner
+from fastrms.bench.problem import Problem, Runner, State
 
-__all__ = ["limit_processors", "numexpr", "optax", "torch_compiled", "torch_foreach", "torch_loop"]
+__all__ = ["limit_processors", "numexpr", "optax", "torch", "torch_compiled"]
 
 
 def limit_processors(threads: int) -> None:
-    """Let libraries that are loaded from here on use `threads` threads: XLA takes as many as it may run on cores."""
+    """Limit libraries that are imported later to `threads` threads; XLA starts one for each allowed processor."""
     for name in ("OMP_NUM_THREADS", "NUMEXPR_NUM_THREADS", "NUMEXPR_MAX_THREADS"):
         os.environ[name] = str(threads)
     if hasattr(os, "sched_setaffinity"):
@@ -25,50 +27,42 @@ def limit_processors(threads: int) -> None:
             os.sched_setaffinity(0, allowed[:threads])
 
 
-def _torch(problem: Problem, foreach: bool) -> tuple[Any, list[Any], Any]:
-    torch = importlib.import_module("torch")
-    torch.set_num_threads(problem.threads)
-    params = [torch.nn.Parameter(torch.from_numpy(param.copy())) for param in problem.params]
+def _torch(problem: Problem, foreach: bool) -> tuple[Any, Callable[[], State]]:
+    library = importlib.import_module("torch")
+    library.set_num_threads(problem.threads)
+    params = [library.nn.Parameter(library.from_numpy(param.copy())) for param in problem.params]
     for param, grad in zip(params, problem.grads, strict=True):
-        param.grad = torch.from_numpy(grad)
-    optimizer = torch.optim.RMSprop(params, lr=LR, alpha=DECAY_RATE, eps=EPSILON, foreach=foreach)
-    return torch, params, optimizer
+        param.grad = library.from_numpy(grad)
+    optimizer = library.optim.RMSprop(params, lr=LR, alpha=DECAY_RATE, eps=EPSILON, foreach=foreach)
 
-
-def _torch_runner(step: Any, params: list[Any], optimizer: Any) -> Runner:
-    def state() -> tuple[list[Any], list[Any]]:
+    def state() -> State:
         values = [param.detach().numpy() for param in params]
         return values, [optimizer.state[param]["square_avg"].numpy() for param in params]
 
-    return Runner(step, state)
+    return optimizer, state
 
 
-def torch_loop(problem: Problem) -> Runner:
-    """torch.optim.RMSprop, array after array."""
-    _, params, optimizer = _torch(problem, False)
-    return _torch_runner(optimizer.step, params, optimizer)
-
-
-def torch_foreach(problem: Problem) -> Runner:
-    """torch.optim.RMSprop, operation after operation over all arrays."""
-    _, params, optimizer = _torch(problem, True)
-    return _torch_runner(optimizer.step, params, optimizer)
+def torch(problem: Problem, foreach: bool) -> Runner:
+    """Run torch.optim.RMSprop: with `foreach` operation after operation over all arrays, else array after array."""
+    optimizer, state = _torch(problem, foreach)
+    return Runner(optimizer.step, state)
 
 
 def torch_compiled(problem: Problem) -> Runner:
-    """torch.optim.RMSprop whose whole step is compiled; needs a C++ compiler."""
-    torch, params, optimizer = _torch(problem, True)
-    # Shapes and dtypes of an earlier case would count as a change, after some of which nothing is compiled any more.
-    torch.compiler.reset()
+    """Run torch.optim.RMSprop with its whole step compiled, which needs a C++ compiler."""
+    library = importlib.import_module("torch")
+    optimizer, state = _torch(problem, True)
+    # Shapes and dtypes of an earlier case would count as recompilations, and after some of them torch gives up.
+    library.compiler.reset()
 
     def uncompiled() -> None:
         optimizer.step()
 
-    return _torch_runner(torch.compile(uncompiled), params, optimizer)
+    return Runner(library.compile(uncompiled), state)
 
 
 def optax(problem: Problem) -> Runner:
-    """optax.rmsprop under jit, with parameters and state donated, so that they are updated in place."""
+    """Run optax.rmsprop under jit, with parameters and state donated, so that the update is in place."""
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", problem.case.dtype == "float64")
     library = importlib.import_module("optax")
@@ -79,7 +73,7 @@ def optax(problem: Problem) -> Runner:
         return library.apply_updates(params, changes), state
 
     compiled = jax.jit(update, donate_argnums=(0, 1))
-    # Copied: what is donated must not be NumPy's memory.
+    # Copies, because NumPy's memory must not be donated.
     params = [jax.numpy.array(param, copy=True) for param in problem.params]
     grads = [jax.numpy.array(grad, copy=True) for grad in problem.grads]
     now = [params, transform.init(params)]
@@ -88,7 +82,7 @@ def optax(problem: Problem) -> Runner:
         now[:] = compiled(*now, grads)
         jax.block_until_ready(now)
 
-    def state() -> tuple[list[Any], list[Any]]:
+    def state() -> State:
         # The only arrays in optax's state are the mean squares, in the order of the parameters.
         squares = [leaf for leaf in jax.tree_util.tree_leaves(now[1]) if np.ndim(leaf) or np.shape(params[0]) == ()]
         return [np.asarray(param) for param in now[0]], [np.asarray(square) for square in squares]
@@ -97,12 +91,12 @@ def optax(problem: Problem) -> Runner:
 
 
 def numexpr(problem: Problem) -> Runner:
-    """Two expressions for numexpr, in place."""
+    """Run two expressions of numexpr, in place."""
     library = importlib.import_module("numexpr")
     library.set_num_threads(problem.threads)
     params, cache = problem.copies()
     numbers = {"d": DECAY_RATE, "r": 1 - DECAY_RATE, "lr": LR, "eps": EPSILON}
-    # Of the arrays' dtype: with a float64 number all of it would be computed in float64.
+    # Scalars of the arrays' dtype: one float64 number would make numexpr compute everything in float64.
     scalars = {name: problem.scalar(value) for name, value in numbers.items()}
     operands = [
         ({"p": p, "g": g, "c": c} | scalars, p, c) for p, g, c in zip(params, problem.grads, cache, strict=True)

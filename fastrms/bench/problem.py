@@ -1,7 +1,7 @@
-"""The arrays that `fastrms bench` gives to every way to take a step, and the check that all compute the same.
+"""The arrays of a case, which all implementations share, and the check that all compute the same numbers.
 
-Every way gets the same parameters and gradients, and options with which it computes the reference's rule (epsilon
-outside the root, no momentum).
+Every implementation gets the same parameters and gradients, and the options of the reference's rule (epsilon outside
+the root, no momentum).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,26 +12,25 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
-from fastrms.cli.common import CommandError
+from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array, Case, make_arrays
+from fastrms.bench.errors import BenchmarkError
 from fastrms.kernels import threads
 from fastrms.kernels.reference import ReferenceRMSProp, from_bfloat16
 from fastrms.optimizer import RMSProp
 
-__all__ = ["TOLERANCE", "Problem", "Runner", "check", "numbers"]
+__all__ = ["Problem", "Runner", "State", "check", "to_float"]
 
-Array = NDArray[Any]
-State = tuple[Sequence[Any], Sequence[Any]]
+State = tuple[Sequence[Array], Sequence[Array]]
 
-# Steps that are compared with the reference ahead of timing.
+# Steps that are compared with the reference before timing.
 CHECKED_STEPS = 3
-# Rounding errors (units of the dtype's eps) by which another library may differ after those steps: each step rounds a
-# handful of times, and a library is free to order, fuse and approximate.
+# The largest error of another library after those steps, in units of the dtype's eps. A step rounds a handful of times,
+# and a library may reorder, fuse and approximate.
 TOLERANCE = 16.0
 
 
 class Problem:
-    """The arrays of a case, and what several ways share so that a large case fits into memory."""
+    """The arrays of a case, shared by implementations so that a large case fits into memory."""
 
     def __init__(self, case: Case, threads: int) -> None:
         self.case = case
@@ -39,10 +38,9 @@ class Problem:
         self.params, self.grads = make_arrays(case)
         self.scalar = np.dtype(case.dtype).type
         self._optimizer: RMSProp | None = None
-        self._expected: State | None = None
 
     def optimizer(self) -> RMSProp:
-        """One optimizer with the gradients in its buffer, back at the start."""
+        """Return the shared optimizer, reset to its start, with the gradients in its gradient buffer."""
         if self._optimizer is None:
             self._optimizer = self.new_optimizer("serial")
             for own, grad in zip(self._optimizer.grads, self.grads, strict=True):
@@ -53,8 +51,8 @@ class Problem:
         return self._optimizer
 
     def new_optimizer(self, kernel: str, cache_dtype: str | None = None) -> RMSProp:
-        """An optimizer of this case's arrays."""
-        # Setting the number for each step takes time, which no one pays who wants all threads.
+        """Return a new optimizer of the case's parameters."""
+        # A limit on threads costs time in each step; without one, all threads run.
         threads.start_threads()
         num_threads = None if self.threads == numba.get_num_threads() else self.threads
         return RMSProp(
@@ -62,73 +60,72 @@ class Problem:
         )
 
     def copies(self) -> tuple[list[Array], list[Array]]:
-        """Parameters to be changed in place, and a cache of zeros."""
+        """Return copies of the parameters to update in place, and a cache of zeros."""
         return [param.copy() for param in self.params], [np.zeros_like(param) for param in self.params]
 
     def expected(self, cache_dtype: str | None = None) -> State:
-        """Parameters and cache after the steps that are checked, of the reference or of NumPy with 16-bit state."""
-        if cache_dtype is not None:
-            oracle = self.new_optimizer("numpy", cache_dtype)
-            for _ in range(CHECKED_STEPS):
-                oracle.step(self.grads)
-            return oracle.params, numbers(oracle.cache)
-        if self._expected is None:
-            reference = ReferenceRMSProp(self.params, LR, DECAY_RATE, EPSILON)
-            for _ in range(CHECKED_STEPS):
-                reference.step(self.grads)
-            self._expected = reference.params, reference.cache
-        return self._expected
+        """Return parameters and cache after `CHECKED_STEPS` steps of the reference class.
 
-    def forget_expected(self) -> None:
-        """Give back the memory of what is only needed for checks."""
-        self._expected = None
+        With 16-bit state the NumPy kernel takes its place.
+        """
+        oracle: ReferenceRMSProp | RMSProp
+        if cache_dtype is None:
+            oracle = ReferenceRMSProp(self.params, LR, DECAY_RATE, EPSILON)
+        else:
+            oracle = self.new_optimizer("numpy", cache_dtype)
+        for _ in range(CHECKED_STEPS):
+            oracle.step(self.grads)
+        return oracle.params, to_float(oracle.cache)
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A way that is ready to run: `step` takes a step, `state` gives parameters and cache as arrays.
-
-    `prepare` is called ahead of each series of steps, where several ways share one optimizer.
-    """
+    """An implementation that is ready to run on a problem; `state` returns parameters and cache."""
 
     step: Callable[[], object]
     state: Callable[[], State]
+    # Called before each series of steps, since several implementations share one optimizer.
     prepare: Callable[[], object] = lambda: None
 
 
-def numbers(cache: Sequence[Array]) -> list[Array]:
-    """The numbers in a cache, also where it has 16 bits."""
+def to_float(cache: Sequence[NDArray[Any]]) -> list[Array]:
+    """Return the arrays of a cache, widened to float32 where they are bfloat16."""
     return [from_bfloat16(array) if array.dtype == np.uint16 else array for array in cache]
 
 
 def check(runner: Runner, problem: Problem, exact: bool, cache_dtype: str | None = None) -> str:
-    """Take some steps and compare with `Problem.expected`: "same bits", or the largest error where that is allowed.
+    """Take `CHECKED_STEPS` steps and compare the arrays with `Problem.expected`.
+
+    Returns
+    -------
+    verdict : str
+        "same bits", or the largest error, such as "1.5 eps".
 
     Raises
     ------
-    CommandError
-        Other bits where they have to be the same (`exact`), or an error beyond `TOLERANCE` rounding errors.
+    BenchmarkError
+        The bits differ although they have to be equal (`exact`), or the error is above `TOLERANCE`.
     """
     runner.prepare()
     for _ in range(CHECKED_STEPS):
         runner.step()
     same, worst = True, 0.0
     eps = float(np.finfo(problem.case.dtype).eps)
-    starts = problem.params, [np.zeros(())] * len(problem.params)
+    starts: State = problem.params, [np.zeros(())] * len(problem.params)
     state = zip(("parameters", "cache"), runner.state(), problem.expected(cache_dtype), starts, strict=True)
     for name, ours, theirs, before in state:
         if len(ours) != len(theirs):
-            raise CommandError(f"expected {len(theirs)} arrays of {name}, got {len(ours)}")
+            raise BenchmarkError(f"expected {len(theirs)} arrays of {name}, got {len(ours)}")
         for own, oracle, start in zip(ours, theirs, before, strict=True):
             array = np.asarray(own)
             if array.shape != oracle.shape or array.dtype != oracle.dtype:
-                raise CommandError(
+                raise BenchmarkError(
                     f"{name}: expected {oracle.dtype} of shape {oracle.shape}, got {array.dtype} of {array.shape}"
                 )
             if array.tobytes() == oracle.tobytes():
                 continue
             same = False
-            # Errors of a parameter near 0 are those of the steps that brought it there.
+            # The error of a parameter near 0 is relative to the steps that brought it there.
             size = np.maximum(np.abs(oracle), np.abs(oracle - start))
             with np.errstate(all="ignore"):
                 error = np.max(np.abs(array.astype(np.float64) - oracle) / size) / eps
@@ -136,9 +133,9 @@ def check(runner: Runner, problem: Problem, exact: bool, cache_dtype: str | None
     if same:
         return "same bits"
     if exact:
-        raise CommandError(f"expected the bits of the reference, got an error of {worst:.3g} eps")
+        raise BenchmarkError(f"expected the bits of the reference, got an error of {worst:.3g} eps")
     if worst > TOLERANCE:
-        raise CommandError(
+        raise BenchmarkError(
             f"expected the reference's numbers within {TOLERANCE:g} eps after {CHECKED_STEPS} steps, got an error of "
             f"{worst:.3g} eps"
         )

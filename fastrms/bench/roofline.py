@@ -1,32 +1,36 @@
-"""The machine's own limit: a loop with the memory traffic of a step and next to no arithmetic.
+"""The roofline of this machine: a loop with the memory traffic of a step and almost no arithmetic.
 
 A step reads parameters, cache and gradients, and writes parameters and cache: five numbers a parameter, 20 bytes in
-float32. No implementation that keeps all three in that dtype can move fewer. How fast this machine moves them is
-measured here and not looked up, in the same run, at the same size and with the same number of threads.
-Memory can be fetched in several ways (`FETCHES`): the limit is the time of the fastest.
+float32. An implementation with all three in that dtype cannot move fewer. The roofline is measured in the same run, at
+the same size and with the same number of threads. It is the time of the fastest way to fetch memory (`FETCHES`).
 """
 
+import time
 from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms.bench.cases import Array
+from fastrms.bench.problem import Problem, Runner
+from fastrms.kernels import threads
 from fastrms.kernels.compiled import inner, jit
 from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size, prefetch
 
-__all__ = ["FETCHES", "percent_of_limit", "rates", "touch_parallel", "touch_serial"]
+__all__ = ["FETCHES", "make_runner", "touch_parallel", "touch_serial"]
 
-Array = NDArray[Any]
+Scalar = np.floating[Any]
 
-# Ways to fetch memory, as (lines in a strip, lines ahead): left to the processor, or asked for ahead of each strip as
-# the kernels do. Which is fastest differs with size and threads by 10 %, and the limit is the fastest.
+# Ways to fetch memory, as (cache lines in a strip, cache lines ahead): left to the processor, or prefetched ahead of
+# each strip as in the kernels. The fastest one depends on size and threads, by up to 10 %.
 FETCHES = ((0, 0), (STRIP_LINES, LINES_AHEAD), (4, 32))
+# Timings of each of them.
+FETCH_TRIALS = 9
 
 
 @inner
-def _touch(params: Array, grads: Array, cache: Array, half: Any) -> None:
-    # Averages: whatever the values are, they neither grow nor become subnormal, however often this runs.
+def _touch(params: Array, grads: Array, cache: Array, half: Scalar) -> None:
+    # Averages neither grow nor become subnormal, however often the loop runs.
     for i in range(params.size):
         c = half * (cache[i] + grads[i])
         cache[i] = c
@@ -34,7 +38,9 @@ def _touch(params: Array, grads: Array, cache: Array, half: Any) -> None:
 
 
 @inner
-def _touch_in_strips(params: Array, grads: Array, cache: Array, half: Any, strip_lines: int, lines_ahead: int) -> None:
+def _touch_in_strips(
+    params: Array, grads: Array, cache: Array, half: Scalar, strip_lines: int, lines_ahead: int
+) -> None:
     line = 64 // params.itemsize
     strip = strip_lines * line if strip_lines else max(1, params.size)
     ahead = lines_ahead * line
@@ -49,14 +55,14 @@ def _touch_in_strips(params: Array, grads: Array, cache: Array, half: Any, strip
 
 
 @jit()
-def touch_serial(params: Array, grads: Array, cache: Array, half: Any, strip_lines: int, lines_ahead: int) -> None:
-    """Read the three arrays and write the first and the last, once, on one thread, fetched as one of `FETCHES`."""
+def touch_serial(params: Array, grads: Array, cache: Array, half: Scalar, strip_lines: int, lines_ahead: int) -> None:
+    """Read the three arrays and write parameters and cache, once, on one thread, fetched in one of the `FETCHES`."""
     _touch_in_strips(params, grads, cache, half, strip_lines, lines_ahead)
 
 
 @jit(parallel=True)
-def touch_parallel(params: Array, grads: Array, cache: Array, half: Any, strip_lines: int, lines_ahead: int) -> None:
-    """The same on all threads of Numba."""
+def touch_parallel(params: Array, grads: Array, cache: Array, half: Scalar, strip_lines: int, lines_ahead: int) -> None:
+    """Do the same on all threads of Numba."""
     size = block_size(params.size)
     for block in numba.prange((params.size + size - 1) // size):
         low = block * size
@@ -64,21 +70,30 @@ def touch_parallel(params: Array, grads: Array, cache: Array, half: Any, strip_l
         _touch_in_strips(params[low:high], grads[low:high], cache[low:high], half, strip_lines, lines_ahead)
 
 
-def rates(params: int, traffic: float, seconds: float) -> tuple[float, float]:
-    """Billions of parameters and of bytes a second, for a step of `params` parameters that moves `traffic` bytes."""
-    return params / seconds / 1e9, traffic / seconds / 1e9
+def make_runner(problem: Problem, parallel: bool) -> Runner:
+    """Return a runner of the roofline on the memory of the problem's shared optimizer, fetched in the fastest way."""
+    optimizer = problem.optimizer()
+    p, g, c = (optimizer.buffers[name].segments[0] for name in ("params", "grads", "cache"))
+    touch = touch_parallel if parallel else touch_serial
+    half = problem.scalar(0.5)
 
+    def seconds(fetch: tuple[int, int]) -> float:
+        start = time.perf_counter()
+        touch(p, g, c, half, *fetch)
+        return time.perf_counter() - start
 
-def percent_of_limit(seconds: float, threads: int, limits: dict[int, float]) -> float:
-    """How near a time comes to the limit: 100 is as fast as the machine moves the bytes.
+    with threads.limit_threads(problem.threads):
+        trials = [[seconds(fetch) for fetch in FETCHES] for _ in range(FETCH_TRIALS)]
+    fetch = FETCHES[int(np.argmin(np.median(trials, axis=0)))]
 
-    Parameters
-    ----------
-    seconds : float
-    threads : int
-        How many the measured way may use.
-    limits : dict of int to float
-        Seconds of the limit by number of threads. A way with many threads may use just one of them too, and small
-        arrays are faster so: its limit is the best of those with as many threads or fewer.
-    """
-    return 100 * float(np.min([limit for number, limit in limits.items() if number <= threads])) / seconds
+    def step() -> None:
+        touch(p, g, c, half, *fetch)
+
+    def limited_step() -> None:
+        before = numba.get_num_threads()
+        numba.set_num_threads(problem.threads)
+        step()
+        numba.set_num_threads(before)
+
+    all_threads = not parallel or problem.threads == numba.get_num_threads()
+    return Runner(step if all_threads else limited_step, lambda: ((), ()))

@@ -1,44 +1,49 @@
-"""``fastrms bench``: time kernels and other libraries, each beside the limit of the machine."""
+"""``fastrms bench``: options, tables and files of the benchmark in `fastrms.bench`."""
 
 import argparse
-import datetime
+import csv
+import json
 import math
-import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from fastrms.bench import cases
+from fastrms.bench import cases, device
+from fastrms.bench.implementations import IMPLEMENTATIONS, Implementation, of_function
+from fastrms.bench.in_situ import KERNELS as IN_SITU_KERNELS
+from fastrms.bench.in_situ import TrainingRow
+from fastrms.bench.measure import StepRow
+from fastrms.bench.run import Output, Results, run_steps, run_training
 from fastrms.cli.common import (
     CommandError,
+    find_object,
+    from_start,
+    is_plain,
     make_console,
     make_folder,
+    make_table,
     positive,
+    print_table,
     require,
     save_figure,
     say,
     start_threads,
     whole_number,
-)
+)  # fmt: skip
 from fastrms.cli.progress import show_progress
+from fastrms.kernels.threads import max_threads
+from fastrms.plots import format_seconds, plot_throughput
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from fastrms.bench.implementations import Contender
-    from fastrms.bench.in_situ import InSituRow
-    from fastrms.bench.measure import Entry, Row, Where
-    from fastrms.bench.workers import Remote
+    from rich.table import Table
 
 __all__ = ["STEM", "STEM_IN_SITU", "add_command", "run"]
 
-STEM, STEM_IN_SITU = "fastrms-bench", "fastrms-bench-in-situ"
+R = TypeVar("R", bound=Mapping[str, object])
 
-# Names that --kernels takes; here as well as in `contenders`, whose import takes time that --help need not.
-KERNELS = (
-    "auto", "auto-list", "serial", "parallel", "parallel-bfloat16", "numpy", "numpy-in-place", "reference", "numexpr",
-    "torch", "torch-foreach", "torch-compile", "optax",
-)  # fmt: skip
-IN_SITU_KERNELS = ("auto", "serial", "parallel")
+STEM, STEM_IN_SITU = "fastrms-bench", "fastrms-bench-in-situ"
 
 _DESCRIPTION = """
 Time one RMSProp step: kernels of fastrms, NumPy, and other libraries where they are installed, over sizes and dtypes.
@@ -59,14 +64,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--arrays", type=_count, metavar="N", help="many arrays in place of one: how many")
     add("--shape", nargs="+", type=whole_number(1), metavar="N", help="with --arrays: shape of each (default: 10 10)")
     add("--in-situ", action="store_true", help="whole training steps of networks, against the reference class")
-    add(
-        "--networks",
-        nargs="+",
-        metavar="A-B-C",
-        help=f"with --in-situ: widths, joined by '-' (default: {' '.join(cases.NETWORKS)})",
-    )
+    add("--networks", nargs="+", metavar="A-B-C",
+        help=f"with --in-situ: widths, joined by '-' (default: {' '.join(cases.NETWORKS)})")  # fmt: skip
     add("--dtypes", nargs="+", choices=cases.DTYPES, help="of all arrays (default: both, with --quick float32)")
-    add("--kernels", nargs="+", choices=KERNELS, help="what to time (default: all that is installed)")
+    add("--kernels", nargs="+", choices=tuple(IMPLEMENTATIONS), help="what to time (default: all that is installed)")
     add("--kernel", action="append", default=[], metavar="MODULE:FUNCTION", help=
         "time your own kernel too, called as f(params, grads, cache, lr, decay_rate, epsilon) with 1 array each and "
         "Python floats; it updates params and cache in place")  # fmt: skip
@@ -79,7 +80,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _count(text: str) -> int:
-    """A type for argparse: a whole number of at least 1, also as 1e6."""
+    """Return the whole number of at least 1 that `text` gives, as 1000000 or 1e6; a type for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -97,26 +98,63 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     KeyboardInterrupt
-        Ctrl-C; says in which case, and whether results are kept.
-    CommandError
+        Ctrl-C; the message says in which case, and whether results are kept.
+    CommandError, BenchmarkError
         Options do not go together; a package, kernel or folder cannot be used; or a kernel computes something else.
     """
     _check(args)
     require("bench", "rich", *([] if args.in_situ else ["matplotlib"]))
-    stem = STEM_IN_SITU if args.in_situ else STEM
-    make_folder(args.output, *(f"{stem}.{kind}" for kind in ("json", "csv", "png")[: 2 if args.in_situ else 3]))
+    stem, kinds = (STEM_IN_SITU, ["json", "csv"]) if args.in_situ else (STEM, ["json", "csv", "png"])
+    make_folder(args.output, *(f"{stem}.{kind}" for kind in kinds))
     start_threads()
-    import numba
-
-    limit = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    limit = max_threads()
     if args.threads is not None and args.threads > limit:
         raise CommandError(
             f"--threads: expected at most {limit}, which Numba starts with here (NUMBA_NUM_THREADS), got {args.threads}"
         )
     args.min_time = args.min_time or (0.1 if args.quick else 1.0)
     args.dtypes = args.dtypes or (["float32"] if args.quick else list(cases.DTYPES))
-    console = make_console()
-    return (_run_in_situ if args.in_situ else _run_flat)(args, console, args.threads or limit)
+    return (_run_training if args.in_situ else _run_steps)(args, make_console(), args.threads or limit)
+
+
+def _run_steps(args: argparse.Namespace, console: "Console", threads: int) -> int:
+    implementations, skipped = _choose(args)
+    todo = _cases(args)
+    for name, why in skipped.items():
+        say(console, f"left out: {IMPLEMENTATIONS[name].label}: {why}")
+    with _output(console, len(todo), _step_table) as output:
+        results = run_steps(
+            todo, implementations, threads, min_time=args.min_time, timeout=args.timeout,
+            with_device=args.kernels is None and device.can_measure(), output=output,
+        )  # fmt: skip
+    results.left_out = skipped | results.left_out
+    paths = _write(args, STEM, results, threads)
+    if host_rows := [row for row in results.rows if row["threads"]]:
+        paths.append(args.output / f"{STEM}.png")
+        save_figure(plot_throughput(host_rows)[0], paths[-1])
+    return _finish(console, paths, results, len(todo))
+
+
+def _run_training(args: argparse.Namespace, console: "Console", threads: int) -> int:
+    names = args.networks or (cases.QUICK_NETWORKS if args.quick else list(cases.NETWORKS))
+    todo = [cases.Network(name, _widths(name), dtype) for dtype in args.dtypes for name in names]
+    with _output(console, len(todo), _training_table) as output:
+        results = run_training(todo, args.kernels or IN_SITU_KERNELS, args.threads, args.min_time, output)
+    return _finish(console, _write(args, STEM_IN_SITU, results, threads), results, len(todo))
+
+
+@contextmanager
+def _output(
+    console: "Console", total: int, make: "Callable[[Console, str, Sequence[R]], Table]"
+) -> Iterator[Output[R]]:
+    """Show a progress bar inside the block, and provide the output of a benchmark."""
+
+    def on_rows(title: str, rows: Sequence[R]) -> None:
+        say(console)
+        print_table(console, make(console, title, rows))
+
+    with show_progress(console, total) as on_progress:
+        yield Output(on_progress, on_rows, lambda what, why: say(console, f"left out: {what}: {why}"))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -140,97 +178,12 @@ def _check(args: argparse.Namespace) -> None:
         refuse("--shape", "only with --arrays, which says how many")
 
 
-def _run_flat(args: argparse.Namespace, console: "Console", threads: int) -> int:
-    from fastrms.bench import device, measure, report
-    from fastrms.bench.implementations import CONTENDERS, load_kernel
-
-    own = {name: load_kernel(name) for name in args.kernel}
-    chosen, skipped = _choose(args)
-    chosen |= own
-    shape = tuple(args.shape or cases.MANY_ARRAYS[1])
+def _cases(args: argparse.Namespace) -> list[cases.Case]:
+    if args.arrays:
+        shape = tuple(args.shape or cases.MANY_ARRAYS[1])
+        return [cases.Case(args.arrays, shape, dtype) for dtype in args.dtypes]
     sizes = args.sizes or (cases.QUICK_SIZES if args.quick else cases.SIZES)
-    todo = [
-        cases.Case(args.arrays, shape, dtype) if args.arrays else cases.Case(1, (size,), dtype)
-        for dtype in args.dtypes
-        for size in ([0] if args.arrays else sizes)
-    ]
-    rows: list[Row] = []
-
-    def on_skip(name: str, why: str) -> None:
-        skipped[f"{name} ({todo[done].name})"] = why
-        say(console, f"left out: {CONTENDERS[name].label}: {why}")
-
-    for name, why in skipped.items():
-        say(console, f"left out: {CONTENDERS[name].label}: {why}")
-    done, interrupted = 0, False
-    remotes: dict[str, Remote] = {}
-    on_device: list[Row] = []
-    has_device = args.kernels is None and device.can_measure()
-    try:
-        with show_progress(console, len(todo)) as on_progress:
-            on_progress(0, "starting")
-            entries, limits = _entries(chosen, threads, args.timeout, remotes)
-            for case in todo:
-                first = len(rows)
-                try:
-                    measure.measure(
-                        case, entries, limits, args.min_time, rows=rows, on_skip=on_skip,
-                        on_progress=on_progress,
-                    )  # fmt: skip
-                finally:
-                    if len(rows) > first:
-                        report.print_rows(console, case.name, rows[first:])
-                if has_device:
-                    try:
-                        device.measure_device(case, args.min_time, on_device)
-                        report.print_rows(console, f"{case.name}, on the GPU", on_device[-2:])
-                    except CommandError:
-                        raise
-                    except Exception as error:  # of CUDA: too little memory, for instance
-                        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-                        say(console, f"left out: {case.name} on the GPU: {text}")
-                done += 1
-                on_progress.case_done()
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        for remote in remotes.values():
-            remote.end(0 if interrupted else 2)
-    if interrupted and not rows:
-        return _finish(console, [], interrupted, done, len(todo))
-    paths = report.write_results(args.output, STEM, _about(args, threads, skipped, not interrupted), rows + on_device)
-    if rows:
-        paths.append(_save_plot(args.output / f"{STEM}.png", rows))
-    return _finish(console, paths, interrupted, done, len(todo))
-
-
-def _run_in_situ(args: argparse.Namespace, console: "Console", threads: int) -> int:
-    from fastrms.bench import in_situ, report
-
-    names = args.networks or (cases.QUICK_NETWORKS if args.quick else list(cases.NETWORKS))
-    todo = [(name, _widths(name), dtype) for dtype in args.dtypes for name in names]
-    rows: list[InSituRow] = []
-    done, interrupted = 0, False
-    try:
-        with show_progress(console, len(todo)) as on_progress:
-            for name, widths, dtype in todo:
-                first = len(rows)
-                try:
-                    in_situ.measure_training(
-                        name, widths, dtype, args.kernels or in_situ.KERNELS, args.threads, args.min_time, rows=rows,
-                        on_progress=on_progress,
-                    )  # fmt: skip
-                finally:
-                    if len(rows) > first:
-                        report.print_training_rows(console, f"{name}, {dtype}", rows[first:])
-                done += 1
-                on_progress.case_done()
-    except KeyboardInterrupt:
-        interrupted = True
-    if interrupted and not rows:
-        return _finish(console, [], interrupted, done, len(todo))
-    paths = report.write_results(args.output, STEM_IN_SITU, _about(args, threads, {}, not interrupted), rows)
-    return _finish(console, paths, interrupted, done, len(todo))
+    return [cases.Case(1, (size,), dtype) for dtype in args.dtypes for size in sizes]
 
 
 def _widths(name: str) -> tuple[int, ...]:
@@ -245,79 +198,97 @@ def _widths(name: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _choose(args: argparse.Namespace) -> "tuple[dict[str, Contender], dict[str, str]]":
-    """The ways to time, and why others are left out."""
-    from fastrms.bench.implementations import CONTENDERS, missing
-
+def _choose(args: argparse.Namespace) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Return the implementations to time, and the reasons to leave out others."""
+    own = {}
+    for name in args.kernel:
+        function = find_object("--kernel", name)
+        if not callable(function):
+            raise CommandError(f"--kernel: {name}: expected a function, got {type(function).__name__}")
+        own[name] = of_function(name, function)
     chosen, skipped = {}, {}
-    for name, contender in CONTENDERS.items():
-        if args.kernels is not None and name not in args.kernels:
+    asked = args.kernels is not None
+    for name, implementation in IMPLEMENTATIONS.items():
+        if asked and name not in args.kernels:
             continue
-        if absent := missing(contender):
-            if args.kernels is not None:
-                raise CommandError(f"--kernels: {name}: {' and '.join(absent)} not installed")
-            skipped[name] = f"{' and '.join(absent)} not installed"
-        elif not any(contender.takes(dtype) for dtype in args.dtypes):
-            if args.kernels is not None:
-                raise CommandError(f"--kernels: {name}: expected float32 among --dtypes, got {' '.join(args.dtypes)}")
-            skipped[name] = "for float32 only"
-        elif args.kernels is None and args.quick and not contender.in_quick:
-            skipped[name] = f"takes long to compile; with --quick ask for it: --kernels {name}"
-        elif args.kernels is not None or args.arrays or contender.for_one:
-            chosen[name] = contender
-    return chosen, skipped
+        if missing := implementation.missing():
+            why = f"{' and '.join(missing)} not installed"
+        elif not any(implementation.takes(dtype) for dtype in args.dtypes):
+            why = f"expected float32 among --dtypes, got {' '.join(args.dtypes)}" if asked else "for float32 only"
+        elif not asked and args.quick and not implementation.in_quick:
+            why = f"takes long to compile; with --quick ask for it: --kernels {name}"
+        else:
+            if asked or args.arrays or implementation.for_one:
+                chosen[name] = implementation
+            continue
+        if asked:
+            raise CommandError(f"--kernels: {name}: {why}")
+        skipped[name] = why
+    return chosen | own, skipped
 
 
-def _entries(
-    chosen: "dict[str, Contender]", threads: int, timeout: float, remotes: "dict[str, Remote]"
-) -> "tuple[dict[str, Entry], dict[str, Entry]]":
-    """The ways and the machine's limit, each with where it runs; processes are started and added to `remotes`."""
-    from fastrms.bench.measure import Entry
-    from fastrms.bench.workers import LIMIT_PARALLEL, LIMIT_SERIAL, Remote, Session
-
-    here = Session(threads)
-    entries: dict[str, Entry] = {}
-    for name, contender in chosen.items():
-        where: Where = here
-        if contender.process != "here":
-            if contender.process not in remotes:
-                remotes[contender.process] = Remote(contender.process, threads, timeout)
-            where = remotes[contender.process]
-        # 16-bit state takes 2 bytes less to read and to write, of 20.
-        moves = 1.0 if contender.cache_dtype is None else 0.8
-        entries[name] = Entry(contender.label, threads if contender.many_threads else 1, where, contender.takes, moves)
-    limits = {LIMIT_SERIAL: Entry("limit of this machine", 1, here)}
-    if threads > 1:
-        limits[LIMIT_PARALLEL] = Entry("limit of this machine", threads, here)
-    return entries, limits
+def _step_table(console: "Console", title: str, rows: Sequence[StepRow]) -> "Table":
+    plain = is_plain(console)
+    headers = ["time", "middle half", "Gparam/s", "GB/s", "% of limit", "threads", "checked"]
+    table = make_table(console, title, *headers)
+    for row in rows:
+        percent = row["percent_of_limit"]
+        table.add_row(
+            row["label"], format_seconds(row["seconds"], plain=plain), _middle_half(row, plain),
+            _digits(row["gparam_per_s"]), _digits(row["gbyte_per_s"]),
+            "-" if math.isnan(percent) else f"{percent:.0f}", str(row["threads"]), row["check"],
+        )  # fmt: skip
+    return table
 
 
-def _about(args: argparse.Namespace, threads: int, skipped: dict[str, str], complete: bool) -> dict[str, Any]:
-    from fastrms.bench import machine
-
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine.describe(),
-        # Of the last minute, this program's own work included: other programs' work makes threads wait for one another.
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "settings": {"threads": threads, "min_time": args.min_time, "quick": args.quick, "in_situ": args.in_situ},
-        "left_out": skipped,
-        "complete": complete,
-    }
+def _training_table(console: "Console", title: str, rows: Sequence[TrainingRow]) -> "Table":
+    plain = is_plain(console)
+    table = make_table(console, title, "gradients", "training step", "middle half", "of which optimizer", "faster")
+    for row in rows:
+        label = "reference class" if row["kernel"] == "reference" else f"fastrms {row['kernel']}"
+        step, optimizer = (format_seconds(row[key], plain=plain) for key in ("step_seconds", "optimizer_seconds"))
+        table.add_row(label, row["gradients"], step, _middle_half(row, plain), optimizer, f"{row['times_faster']:.2f}x")
+    return table
 
 
-def _save_plot(path: Path, rows: "list[Row]") -> Path:
-    from fastrms.plots import plot_throughput
-
-    figure, _ = plot_throughput([dict(vars(row)) for row in rows])
-    save_figure(figure, path)
-    return path
+def _middle_half(row: StepRow | TrainingRow, plain: bool) -> str:
+    return " to ".join(format_seconds(seconds, plain=plain) for seconds in (row["quarter"], row["three_quarters"]))
 
 
-def _finish(console: "Console", paths: list[Path], interrupted: bool, done: int, cases_: int) -> int:
+def _digits(value: float) -> str:
+    """Return a number with about three digits."""
+    return f"{value:.3f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def _write(args: argparse.Namespace, stem: str, results: Results[R], threads: int) -> list[Path]:
+    """Write the JSON and the CSV file and return their paths; after an interruption without rows, write nothing."""
+    if results.interrupted and not results.rows:
+        return []
+    settings = {"threads": threads, "min_time": args.min_time, "quick": args.quick, "in_situ": args.in_situ}
+    paths = [args.output / f"{stem}.json", args.output / f"{stem}.csv"]
+    with _opened(paths[0]) as stream:
+        stream.write(json.dumps(results.document(settings), indent=1) + "\n")
+    with _opened(paths[1]) as stream:
+        if results.rows:
+            writer = csv.DictWriter(stream, list(results.rows[0]))
+            writer.writeheader()
+            writer.writerows(results.rows)
+    return paths
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    try:
+        with from_start(path).open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+    except OSError as error:
+        raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+
+
+def _finish(console: "Console", paths: Sequence[Path], results: Results[R], total: int) -> int:
     if paths:
         say(console, f"\nResults: {', '.join(map(str, paths))}")
-    if interrupted:
+    if results.interrupted:
         kept = "what was measured is kept" if paths else "nothing was measured yet"
-        raise KeyboardInterrupt(f"in case {done + 1} of {cases_}; {kept}")
+        raise KeyboardInterrupt(f"in case {results.done + 1} of {total}; {kept}")
     return 0

@@ -1,4 +1,4 @@
-"""``fastrms info``: what is installed, what fastrms found on this machine, which kernel it chooses and why."""
+"""``fastrms info``: the facts about this machine, the choice of "auto" and its reason, and settings to consider."""
 
 import argparse
 import importlib.util
@@ -9,25 +9,26 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
-from fastrms.bench.cases import BATCH_SIZE, NETWORKS
+from fastrms.bench import device, in_situ, machine
+from fastrms.bench.cases import NETWORKS, Network
 from fastrms.cli.common import CommandError, positive, start_threads
+from fastrms.kernels import cpu, pointers
+from fastrms.kernels.threads import max_threads
 
 __all__ = ["add_command", "run"]
 
 NETWORK = "784-512-512-10"
 
-# After 2 s of training "auto" begins to try kernels, and needs some tens of steps.
-TRAIN_SECONDS, TRIED_STEPS = 2.5, 50
+# "auto" begins to try kernels after 2 s of training.
+TRAIN_SECONDS = 2.5
 
 _DESCRIPTION = """
 Print versions, processor, threads, the folder of compiled kernels, settings in the environment, and which kernel
 "auto" chooses in a short training, and why.
 """
 
-# What can be set to gain more: variable, value, why.
+# A setting that can make training faster: variable, value.
 _TIMEOUT = ("OPENBLAS_THREAD_TIMEOUT", "20")
 
 
@@ -36,15 +37,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "info", help="what is installed, what auto chooses and why, and what you could set", description=_DESCRIPTION
     )
-    add = parser.add_argument
-    add(
-        "--seconds",
-        type=positive,
-        default=TRAIN_SECONDS,
-        metavar="S",
-        help="of training, from which the choice of auto is seen (default: %(default)s)",
-    )
-    add("--measure", action="store_true", help="measure here what a setting would bring; takes half a minute")
+    seconds = "of training, from which the choice of auto is seen (default: %(default)s)"
+    parser.add_argument("--seconds", type=positive, default=TRAIN_SECONDS, metavar="S", help=seconds)
+    measure = "measure here what a setting would bring; takes half a minute"
+    parser.add_argument("--measure", action="store_true", help=measure)
     parser.set_defaults(run=run)
 
 
@@ -53,8 +49,10 @@ def run(args: argparse.Namespace) -> int:
     if args.measure and importlib.util.find_spec("rich") is None:
         raise CommandError('--measure: rich is not installed; install with: python -m pip install "fastrms[bench]"')
     start_threads()
-    for line in _facts():
-        print(line, flush=True)
+    label = ""
+    for name, text in _facts():
+        print(f"{name if name != label else '':18}{text}", flush=True)
+        label = name
     print(f'\nkernel="auto" after {args.seconds:g} s of training a network of {NETWORK}, float32:')
     for line in _explain(args.seconds):
         print(f"  {line}")
@@ -71,68 +69,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _facts() -> Iterator[str]:
-    import numba
-
-    from fastrms.bench import device, machine
-    from fastrms.kernels import cpu, pointers
-
-    variables = machine.environment()  # ahead of libraries that set some for themselves
+def _facts() -> Iterator[tuple[str, str]]:
+    """Yield labels and texts; lines of one label follow each other."""
+    variables = machine.environment()  # read first, because libraries set variables when they are imported
     layer = machine.threading_layer()
-    for name, version in machine.versions().items():
-        yield f"{name:18}{version}"
-    for k, library in enumerate(machine.blas()):
-        yield f"{'' if k else 'BLAS':18}{library}"
-    yield f"{'processor':18}{machine.processor()}, {machine.processors()} to run on"
-    yield f"{'Numba threads':18}{numba.config.NUMBA_NUM_THREADS}"  # type: ignore[attr-defined]
-    yield f"{'threading layer':18}{layer}"
-    yield f"{'kernels cached in':18}{_cache_folder(cpu.serial)}"
-    reads = "yes" if pointers.available() else "no"
-    why = " (FASTRMS_ZERO_COPY=0)" if os.environ.get("FASTRMS_ZERO_COPY") == "0" else ""
-    for name, text in device.facts():
-        yield f"{name:18}{text}"
-    yield f"{'step(list) copies':18}{'nothing, as a rule' if reads == 'yes' else 'every gradient'}{why}"
-    for k, (name, value) in enumerate(variables.items()):
-        yield f"{'' if k else 'environment':18}{name}={value}"
+    yield from machine.versions().items()
+    for library in machine.blas():
+        yield "BLAS", library
+    yield "processor", f"{machine.processor()}, {machine.processors()} to run on"
+    yield "Numba threads", str(max_threads())
+    yield "threading layer", layer
+    # Only a compiled kernel has statistics.
+    path = getattr(getattr(cpu.serial, "stats", None), "cache_path", None)
+    yield "kernels cached in", str(path or "nothing is cached: no folder is writable, or the JIT is off")
+    yield from device.facts()
+    off = " (FASTRMS_ZERO_COPY=0)" if os.environ.get("FASTRMS_ZERO_COPY") == "0" else ""
+    yield "step(list) copies", f"{'nothing, as a rule' if pointers.available() else 'every gradient'}{off}"
+    for name, value in variables.items():
+        yield "environment", f"{name}={value}"
     if not variables:
-        yield f"{'environment':18}nothing set that steers threads or caches"
-
-
-def _cache_folder(kernel: Any) -> str:
-    """Where Numba keeps compiled code of this function."""
-    stats = getattr(kernel, "stats", None)
-    path = getattr(stats, "cache_path", None)
-    return str(path) if path else "nothing is cached: no folder is writable, or the JIT is off"
+        yield "environment", "nothing set that steers threads or caches"
 
 
 def _explain(seconds: float) -> list[str]:
-    """Train for some seconds, and let the optimizer say what it chose."""
-    import numpy as np
-
-    from fastrms.demo.mlp import init_params
-    from fastrms.demo.training import Training
-    from fastrms.optimizer import RMSProp
-
-    rng = np.random.default_rng(0)
-    sizes = NETWORKS[NETWORK]
-    x = rng.standard_normal((BATCH_SIZE, sizes[0])).astype(np.float32)
-    y = rng.integers(0, sizes[-1], BATCH_SIZE).astype(np.intp)
-    optimizer = RMSProp(init_params(sizes, np.float32, rng))
-    training = Training(optimizer)
-    end = perf_counter() + seconds
-    late = 0
-    # On a busy machine few steps fit into that time, and "auto" counts steps once it has begun to try.
-    while (now := perf_counter()) < end or (late < TRIED_STEPS and now < end + 3 * seconds):
-        training.step(x, y)
-        late += now > end
-    lines = optimizer.explain()
+    """Train for some seconds, and return the optimizer's explanation and the times."""
+    training, optimizer = in_situ.train_with_auto(Network(NETWORK, NETWORKS[NETWORK], "float32"), seconds)
     time = f"{1e3 * training.step_time:.3g} ms a step, of which optimizer {1e3 * training.optimizer_time:.3g} ms"
-    return [*lines, f"{len(training.losses):,} steps, {time}"]
+    return [*optimizer.explain(), f"{len(training.losses):,} steps, {time}"]
 
 
 def _advice() -> Iterator[str]:
-    from fastrms.bench import machine
-
     name, value = _TIMEOUT
     if not any("openblas" in line.lower() for line in machine.blas()):
         yield "Nothing that is known to help: NumPy's matrix products are not computed by OpenBLAS here."
@@ -152,7 +118,7 @@ def _advice() -> Iterator[str]:
 
 
 def _measured() -> Iterator[str]:
-    """Train in processes with and without the setting, in turn."""
+    """Train in processes with and without the setting, in turn, and yield the times of each kernel."""
     name, value = _TIMEOUT
     times: dict[str, list[dict[str, float]]] = {"unset": [], f"={value}": []}
     for _ in range(2):
@@ -161,14 +127,14 @@ def _measured() -> Iterator[str]:
             if setting != "unset":
                 environment[name] = value
             found.append(_train_in_process(environment))
-    for kernel in ("reference", "auto", "serial", "parallel"):
-        medians = [min(each[kernel] for each in found) for found in times.values()]
-        texts = [f"{setting}: {1e3 * time:.3g} ms" for setting, time in zip(times, medians, strict=True)]
-        yield f"{kernel:10}{', '.join(texts)}, {medians[0] / medians[1]:.2f}x"
+    for kernel in ("reference", *in_situ.KERNELS):
+        best = [min(each[kernel] for each in found) for found in times.values()]
+        texts = [f"{setting}: {1e3 * time:.3g} ms" for setting, time in zip(times, best, strict=True)]
+        yield f"{kernel:10}{', '.join(texts)}, {best[0] / best[1]:.2f}x"
 
 
 def _train_in_process(environment: dict[str, str]) -> dict[str, float]:
-    """Seconds of a training step by kernel, gradients as lists, in a process with this environment."""
+    """Return the seconds of a training step by kernel, gradients as lists, in a process with this environment."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fastrms", "bench", "--in-situ", "--networks", NETWORK, "--quick"]
         done = subprocess.run(

@@ -23,7 +23,7 @@ from fastrms import (
 from fastrms import cuda as ours
 from fastrms.bench import device
 from fastrms.bench.cases import Case
-from fastrms.cli.common import CommandError
+from fastrms.bench.errors import BenchmarkError
 from fastrms.kernels.reference import ReferenceRMSProp
 
 # Waiting for the device.
@@ -311,10 +311,11 @@ def test_a_child_of_fork_is_told():
 def test_a_step_is_measured_beside_a_copy():
     rows = []
     device.measure_device(Case(2, (3, 2), "float32"), 0.01, rows)
-    assert [row.kernel for row in rows] == ["device copy", "cuda"]
-    assert rows[0].percent_of_limit == 100
-    assert rows[1].percent_of_limit == 100 * rows[0].seconds / rows[1].seconds
-    assert [row.check for row in rows] == ["", "equal"]
+    assert [row["kernel"] for row in rows] == ["device copy", "cuda"]
+    assert rows[0]["percent_of_limit"] == 100
+    assert rows[1]["percent_of_limit"] == 100 * rows[0]["seconds"] / rows[1]["seconds"]
+    assert [row["check"] for row in rows] == ["", "equal"]
+    assert [row["threads"] for row in rows] == [0, 0]
     assert not device.can_measure()
     assert dict(device.facts()) == {"GPU": "Numba's simulator (NUMBA_ENABLE_CUDASIM=1)"}
 
@@ -322,7 +323,7 @@ def test_a_step_is_measured_beside_a_copy():
 def test_other_bits_than_the_references_are_noticed(monkeypatch):
     rows = []
     monkeypatch.setattr(device, "ReferenceRMSProp", lambda params, *options: ReferenceRMSProp(params, 0.5))
-    with pytest.raises(CommandError, match="expected the bits of the reference"):
+    with pytest.raises(BenchmarkError, match="expected the bits of the reference"):
         device.measure_device(Case(1, (3,), "float64"), 0.01, rows)
     assert rows == []
 
