@@ -22,7 +22,6 @@ State = dict[str, Any]  # of `RMSProp.state_dict`
 # Their names of our buffers, and the options that make a buffer necessary.
 _TORCH, _KERAS = DIALECTS["torch"].state, DIALECTS["keras"].state
 _OPTION_OF = {"momentum_buffer": "momentum", "grad_avg": "centered"}
-
 # Options that need no counterpart: the state has them, or they matter to subnormal numbers only.
 _OURS_ALONE = ("initial_scale", "flush_subnormals", "lr_in_momentum")
 # Arguments of Keras' optimizer that add state or change gradients.
@@ -127,8 +126,9 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
         for i, array in enumerate(_read(ours, name, rates, "torch")):
             if array is not None:
                 state[i][theirs] = torch.as_tensor(array)
-    for i, parameter in enumerate(ours["parameters"]):
-        groups[parameter["group"]].setdefault("params", []).append(i)
+    group_of = np.array([parameter["group"] for parameter in ours["parameters"]])
+    for k, group in enumerate(groups):
+        group["params"] = np.flatnonzero(group_of == k).tolist()
     return {"state": state, "param_groups": groups}
 
 
