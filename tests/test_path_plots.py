@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastrms import OptionError, OptionTypeError, plots
-from fastrms.plots.functions import LANDSCAPES, Landscape
+from fastrms.plots.functions import TEST_FUNCTIONS, Landscape
 from fastrms.plots.trajectories import descend
 
 EIGHT = {
@@ -47,7 +47,7 @@ def legend_texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("name", LANDSCAPES)
+@pytest.mark.parametrize("name", TEST_FUNCTIONS)
 def test_path_draws_the_points(name):
     descent = descend(name)
     ax = flat_axes()
@@ -93,7 +93,7 @@ def test_levels_of_contours_suit_the_function(name, levels):
 
 
 def test_the_highest_and_lowest_value_are_among_the_levels():
-    for name in LANDSCAPES:
+    for name in TEST_FUNCTIONS:
         _, _, values = descend(name, steps=0).grid
         levels = plots.path(name, ax=flat_axes(), steps=0).collections[0].levels
         # Above the last there is less than a tenth of the height; more would be a hole in the picture.
@@ -224,7 +224,7 @@ def test_height_is_above_the_minimum():
     np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), descent.traces[0].values - 100)
 
 
-@pytest.mark.parametrize("name", [*LANDSCAPES, "eight", "wide", "one step", "two panels"])
+@pytest.mark.parametrize("name", [*TEST_FUNCTIONS, "eight", "wide", "one step", "two panels"])
 def test_nothing_is_cut_off_and_the_legend_covers_nothing(name):
     options = {
         "eight": ("rosenbrock", EIGHT | {"steps": 50}),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.errors import OptionError, OptionTypeError
-from fastrms.plots.trajectories import Descent, Trace, descend
+from fastrms.plots.trajectories import Descent, Trajectory, descend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -491,7 +491,7 @@ def _draw_curves(ax: "Axes", descent: Descent, data: list[Array]) -> list[_Line]
     return lines
 
 
-def _draw_lines(ax: "Axes", traces: Sequence[Trace], data: list[Array]) -> list[_Line]:
+def _draw_lines(ax: "Axes", traces: Sequence[Trajectory], data: list[Array]) -> list[_Line]:
     """Draw a line for each trace, and a larger marker at its end."""
     from matplotlib.patheffects import Normal, Stroke
 
