@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -402,6 +403,18 @@ def test_without_matplotlib(monkeypatch, function):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'install with: python -m pip install "fastrms\[plot\]"'):
         function("bowl")
+
+
+def test_trajectories_can_be_computed_without_matplotlib():
+    program = """if True:
+        import sys
+        sys.modules["matplotlib"] = None
+        from fastrms import plots
+        from fastrms.plots import figures, functions, measurements, methods, trajectories
+        print(plots.descend("bowl", steps=3).traces[0].points.shape, plots.format_seconds(1.0))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "(4, 2) 1.00 s\n"
 
 
 def test_a_dollar_sign_in_a_name_begins_no_formula():
