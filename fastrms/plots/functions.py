@@ -11,18 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastrms.errors import OptionError, OptionTypeError
 
-__all__ = [
-    "LARGEST",
-    "TEST_FUNCTIONS",
-    "Array",
-    "Landscape",
-    "Point",
-    "Region",
-    "check_point",
-    "check_region",
-    "check_steps",
-    "find_function",
-]
+__all__ = ["LARGEST", "TEST_FUNCTIONS", "Landscape", "Point", "Region", "find_function"]
 
 Array = NDArray[np.float64]
 Point = tuple[float, float]
@@ -102,10 +91,10 @@ class Landscape:
             raise OptionTypeError(f"azimuth: expected a number of degrees, got {self.azimuth!r}")
         clean = {
             "name": self.name or getattr(self.function, "__name__", type(self.function).__name__),
-            "start": check_point("start", self.start),
-            "region": check_region(self.region),
-            "minima": tuple(check_point("minima", minimum) for minimum in self.minima),
-            "steps": check_steps(self.steps),
+            "start": _check_point("start", self.start),
+            "region": _check_region(self.region),
+            "minima": tuple(_check_point("minima", minimum) for minimum in self.minima),
+            "steps": _check_steps(self.steps),
             "rates": {**_RATES, **self.rates},
         }
         for attribute, checked in clean.items():
@@ -181,7 +170,7 @@ def _numbers(value: object, shape: tuple[int, ...]) -> Array | None:
     return array.astype(np.float64) if array.shape == shape and array.dtype.kind in "iuf" else None
 
 
-def check_point(name: str, value: object) -> Point:
+def _check_point(name: str, value: object) -> Point:
     """Return `value` as two finite floats, or raise OptionError."""
     numbers = _numbers(value, (2,))
     if numbers is None or not np.isfinite(numbers).all():
@@ -189,7 +178,7 @@ def check_point(name: str, value: object) -> Point:
     return float(numbers[0]), float(numbers[1])
 
 
-def check_region(value: object) -> Region:
+def _check_region(value: object) -> Region:
     """Return `value` as limits of x and of y, or raise OptionError unless they are finite and ascending."""
     numbers = _numbers(value, (2, 2))
     if numbers is None or not np.isfinite(numbers).all() or not (numbers[:, 0] < numbers[:, 1]).all():
@@ -198,89 +187,61 @@ def check_region(value: object) -> Region:
     return (x_low, x_high), (y_low, y_high)
 
 
-def check_steps(value: object) -> int:
+def _check_steps(value: object) -> int:
     """Return `value` as a number of steps, or raise OptionError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise OptionError(f"steps: expected a whole number of at least 0, got {value!r}")
     return int(value)
 
 
-TEST_FUNCTIONS: Mapping[str, Landscape] = MappingProxyType(
-    {
-        "bowl": Landscape(
-            lambda x, y: 5 * x**2 + 7 * y**2,
-            lambda x, y: (10 * x, 14 * y),
-            name="bowl",
-            formula="5 x^2 + 7 y^2",
-            start=(-1.6, 1.3),
-            minima=[(0, 0)],
-            steps=40,
-            rates={"rmsprop": 0.1, "gradient-descent": 0.03, "momentum": 0.01, "adagrad": 0.1},
-            azimuth=-30,
+# fmt: off
+TEST_FUNCTIONS: Mapping[str, Landscape] = MappingProxyType({
+    "bowl": Landscape(
+        lambda x, y: 5 * x**2 + 7 * y**2,
+        lambda x, y: (10 * x, 14 * y),
+        name="bowl", formula="5 x^2 + 7 y^2", start=(-1.6, 1.3), minima=[(0, 0)], steps=40, azimuth=-30,
+        rates={"rmsprop": 0.1, "gradient-descent": 0.03, "momentum": 0.01, "adagrad": 0.1},
+    ),
+    "ellipse": Landscape(
+        lambda x, y: x**2 + 10 * y**2,
+        lambda x, y: (2 * x, 20 * y),
+        name="ellipse", formula="x^2 + 10 y^2", start=(-1.7, 1.2), minima=[(0, 0)], steps=40, azimuth=-30,
+        rates={"rmsprop": 0.1, "gradient-descent": 0.09, "momentum": 0.01, "adagrad": 0.1},
+    ),
+    "rosenbrock": Landscape(
+        lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2,
+        lambda x, y: (-2 * (1 - x) - 400 * x * (y - x**2), 200 * (y - x**2)),
+        name="Rosenbrock", formula="(1 - x)^2 + 100 (y - x^2)^2", start=(-1.2, 1.0), region=((-2, 2), (-1, 3)),
+        minima=[(1, 1)], steps=400, azimuth=-120,
+        rates={"rmsprop": 0.02, "gradient-descent": 0.001, "momentum": 0.0005, "adagrad": 0.02},
+    ),
+    "beale": Landscape(
+        lambda x, y: (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2,
+        lambda x, y: (
+            2 * (1.5 - x + x * y) * (y - 1)
+            + 2 * (2.25 - x + x * y**2) * (y**2 - 1)
+            + 2 * (2.625 - x + x * y**3) * (y**3 - 1),
+            2 * x * (1.5 - x + x * y) + 4 * x * y * (2.25 - x + x * y**2) + 6 * x * y**2 * (2.625 - x + x * y**3),
         ),
-        "ellipse": Landscape(
-            lambda x, y: x**2 + 10 * y**2,
-            lambda x, y: (2 * x, 20 * y),
-            name="ellipse",
-            formula="x^2 + 10 y^2",
-            start=(-1.7, 1.2),
-            minima=[(0, 0)],
-            steps=40,
-            rates={"rmsprop": 0.1, "gradient-descent": 0.09, "momentum": 0.01, "adagrad": 0.1},
-            azimuth=-30,
-        ),
-        "rosenbrock": Landscape(
-            lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2,
-            lambda x, y: (-2 * (1 - x) - 400 * x * (y - x**2), 200 * (y - x**2)),
-            name="Rosenbrock",
-            formula="(1 - x)^2 + 100 (y - x^2)^2",
-            start=(-1.2, 1.0),
-            region=((-2, 2), (-1, 3)),
-            minima=[(1, 1)],
-            steps=400,
-            rates={"rmsprop": 0.02, "gradient-descent": 0.001, "momentum": 0.0005, "adagrad": 0.02},
-            azimuth=-120,
-        ),
-        "beale": Landscape(
-            lambda x, y: (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2,
-            lambda x, y: (
-                2 * (1.5 - x + x * y) * (y - 1)
-                + 2 * (2.25 - x + x * y**2) * (y**2 - 1)
-                + 2 * (2.625 - x + x * y**3) * (y**3 - 1),
-                2 * x * (1.5 - x + x * y) + 4 * x * y * (2.25 - x + x * y**2) + 6 * x * y**2 * (2.625 - x + x * y**3),
-            ),
-            name="Beale",
-            formula="(1.5 - x + xy)^2 + (2.25 - x + xy^2)^2 + (2.625 - x + xy^3)^2",
-            start=(1.0, 1.5),
-            region=((-0.5, 4), (-2, 2)),
-            minima=[(3, 0.5)],
-            steps=200,
-            rates={"rmsprop": 0.05, "gradient-descent": 0.01, "momentum": 0.004, "adagrad": 0.05},
-            azimuth=-120,
-        ),
-        "saddle": Landscape(
-            lambda x, y: x**2 - y**2,
-            lambda x, y: (2 * x, -2 * y),
-            name="saddle",
-            formula="x^2 - y^2",
-            start=(-1.5, 0.01),
-            steps=60,
-            rates={"rmsprop": 0.05, "gradient-descent": 0.05, "momentum": 0.01, "adagrad": 0.05},
-        ),
-        # The valley runs along the diagonal, where a rate for each variable gains nothing.
-        "ravine": Landscape(
-            lambda x, y: (x + y) ** 2 / 20 + 5 * (x - y) ** 2,
-            lambda x, y: ((x + y) / 10 + 10 * (x - y), (x + y) / 10 - 10 * (x - y)),
-            name="ravine",
-            formula="(x + y)^2 / 20 + 5 (x - y)^2",
-            start=(-1.7, -1.0),
-            minima=[(0, 0)],
-            steps=100,
-            rates={"rmsprop": 0.05, "gradient-descent": 0.04, "momentum": 0.01, "adagrad": 0.05},
-            azimuth=-120,
-        ),
-    }
-)
+        name="Beale", formula="(1.5 - x + xy)^2 + (2.25 - x + xy^2)^2 + (2.625 - x + xy^3)^2", start=(1.0, 1.5),
+        region=((-0.5, 4), (-2, 2)), minima=[(3, 0.5)], steps=200, azimuth=-120,
+        rates={"rmsprop": 0.05, "gradient-descent": 0.01, "momentum": 0.004, "adagrad": 0.05},
+    ),
+    "saddle": Landscape(
+        lambda x, y: x**2 - y**2,
+        lambda x, y: (2 * x, -2 * y),
+        name="saddle", formula="x^2 - y^2", start=(-1.5, 0.01), steps=60,
+        rates={"rmsprop": 0.05, "gradient-descent": 0.05, "momentum": 0.01, "adagrad": 0.05},
+    ),
+    # The valley runs along the diagonal, where a rate for each variable gains nothing.
+    "ravine": Landscape(
+        lambda x, y: (x + y) ** 2 / 20 + 5 * (x - y) ** 2,
+        lambda x, y: ((x + y) / 10 + 10 * (x - y), (x + y) / 10 - 10 * (x - y)),
+        name="ravine", formula="(x + y)^2 / 20 + 5 (x - y)^2", start=(-1.7, -1.0), minima=[(0, 0)], azimuth=-120,
+        rates={"rmsprop": 0.05, "gradient-descent": 0.04, "momentum": 0.01, "adagrad": 0.05},
+    ),
+})
+# fmt: on
 
 
 def find_function(function: str | Callable[[float, float], SupportsFloat] | Landscape) -> Landscape:

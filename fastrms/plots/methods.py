@@ -14,16 +14,9 @@ __all__ = ["METHODS", "AdaGrad", "GradientDescent", "Momentum", "rmsprop_rate"]
 
 
 class GradientDescent:
-    """Plain gradient descent: ``p = p - lr * g``.
+    """Plain gradient descent from a copy of `params`: ``p = p - lr * g``.
 
     (A. Cauchy, Méthode générale pour la résolution des systèmes d'équations simultanées, 1847.)
-
-    Parameters
-    ----------
-    params : ndarray
-        The start; copied.
-    lr : float
-        Learning rate, >= 0.
     """
 
     def __init__(self, params: Array, lr: SupportsFloat) -> None:
@@ -48,15 +41,6 @@ class Momentum(GradientDescent):
 
     (B. Polyak, Some methods of speeding up the convergence of iteration methods, 1964, in PyTorch's form.) The rate is
     the factor of a gradient in its own step.
-
-    Parameters
-    ----------
-    params : ndarray
-        The start; copied.
-    lr : float
-        Learning rate, >= 0.
-    momentum : float, default 0.9
-        In [0, 1).
     """
 
     def __init__(self, params: Array, lr: SupportsFloat, momentum: float = 0.9) -> None:
@@ -75,15 +59,6 @@ class AdaGrad(GradientDescent):
 
     (J. Duchi, E. Hazan and Y. Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization,
     2011.) The sum s never forgets, so that the rate only falls; RMSProp has a running mean in its place.
-
-    Parameters
-    ----------
-    params : ndarray
-        The start; copied.
-    lr : float
-        Learning rate, >= 0: the length of the first step in each variable.
-    epsilon : float, default 1e-8
-        > 0.
     """
 
     def __init__(self, params: Array, lr: SupportsFloat, epsilon: float = 1e-8) -> None:
@@ -117,21 +92,9 @@ METHODS = MappingProxyType(
 def rmsprop_rate(optimizer: RMSProp) -> Array:
     """Return the factor of each element of the last gradient, from the state and options of an optimizer.
 
-    The factor is lr/D in the equations of ``docs/options.md``, ahead of a momentum buffer, of the gradient after
-    clipping and weight decay.
+    The optimizer has one array of float64 and has taken a step. The factor is lr/D in the equations of
+    ``docs/options.md``, ahead of a momentum buffer, of the gradient after clipping and weight decay.
 
-    Parameters
-    ----------
-    optimizer : RMSProp
-        Over one array of float64, after a step.
-
-    Returns
-    -------
-    rate : ndarray
-        In the shape of the array.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from fastrms import RMSProp
     >>> from fastrms.plots.methods import rmsprop_rate

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any, SupportsFloat
@@ -12,17 +12,7 @@ import numpy as np
 
 from fastrms.errors import DeviceError, OptionError, OptionTypeError
 from fastrms.optimizer import RMSProp
-from fastrms.plots.functions import (
-    LARGEST,
-    Array,
-    Landscape,
-    Point,
-    Region,
-    check_point,
-    check_region,
-    check_steps,
-    find_function,
-)
+from fastrms.plots.functions import LARGEST, Array, Landscape, Point, Region, find_function
 from fastrms.plots.methods import METHODS, GradientDescent, rmsprop_rate
 
 __all__ = ["Descent", "Trajectory", "descend"]
@@ -76,7 +66,7 @@ class Descent:
     Attributes
     ----------
     landscape : Landscape
-        The test function.
+        The test function, with the start and the number of steps of the trajectories.
     region : ((float, float), (float, float))
         The limits of x and of y in figures.
     traces : tuple of Trajectory
@@ -151,20 +141,18 @@ def descend(
     >>> descent.traces[0].points.shape
     (51, 2)
     """
-    landscape = find_function(function)
-    first = landscape.start if start is None else check_point("start", start)
+    given: dict[str, Any] = {"start": start, "steps": steps, "region": region}
+    landscape = replace(find_function(function), **{k: value for k, value in given.items() if value is not None})
+    first, limits = landscape.start, landscape.region
     if math.isnan(landscape.value_at(*first)):
         raise OptionError(f"start: expected a point where {landscape.name} has a value, up to {LARGEST:g}, got {first}")
     if region is None:
-        region = _extended(landscape.region, first)
-    else:
-        region = check_region(region)
-        if not all(low <= at <= high for at, (low, high) in zip(first, region, strict=True)):
-            raise OptionError(f"start: expected a point in the region {region}, got {first}")
-    count = landscape.steps if steps is None else check_steps(steps)
+        limits = _extended(limits, first)
+    elif not all(low <= at <= high for at, (low, high) in zip(first, limits, strict=True)):
+        raise OptionError(f"start: expected a point in the region {limits}, got {first}")
     methods = _list_methods(settings, beside)
-    optimizers = [_make_optimizer(landscape, first, *each) for each in methods]  # all of them, before one runs
-    return Descent(landscape, region, tuple(_follow(landscape, *each, first, count) for each in optimizers))
+    optimizers = [_make_optimizer(landscape, *each) for each in methods]  # all of them, before one runs
+    return Descent(landscape, limits, tuple(_follow(landscape, *each) for each in optimizers))
 
 
 def _extended(region: Region, point: Point) -> Region:
@@ -201,7 +189,7 @@ def _list_methods(settings: Any, beside: Any) -> list[tuple[str, str | None, str
 
 
 def _make_optimizer(
-    landscape: Landscape, start: Point, place: str, label: str | None, method: str, options: Any
+    landscape: Landscape, place: str, label: str | None, method: str, options: Any
 ) -> tuple[str, RMSProp | GradientDescent]:
     """Return a label and an optimizer; errors about options begin with their place."""
     if not isinstance(options, Mapping):
@@ -210,11 +198,11 @@ def _make_optimizer(
     known = [name for name in inspect.signature(make).parameters if name not in _NO_OPTIONS]
     for name in options:
         if name not in known:
-            options_are = f"the options are {', '.join(known)}"
-            raise OptionError(f"{place}: {name!r} is no option of {method} on a path; {options_are}")
+            hint = f"the options are {', '.join(known)}"
+            raise OptionError(f"{place}: {name!r} is no option of {method} on a path; {hint}")
     options = {"lr": landscape.rates[method.lower()], **options}
     try:
-        optimizer = make(np.array(start), **(({"kernel": "numpy"} if make is RMSProp else {}) | options))
+        optimizer = make(np.array(landscape.start), **(({"kernel": "numpy"} if make is RMSProp else {}) | options))
     except (OptionError, OptionTypeError, DeviceError) as error:
         raise type(error)(f"{place}: {error}") from None
     return _label(title, options) if label is None else label, optimizer
@@ -233,15 +221,13 @@ def _label(title: str, options: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _follow(
-    landscape: Landscape, label: str, optimizer: RMSProp | GradientDescent, start: Point, steps: int
-) -> Trajectory:
+def _follow(landscape: Landscape, label: str, optimizer: RMSProp | GradientDescent) -> Trajectory:
     """Return the trajectory of an optimizer, which ends before a step that diverges."""
-    point = np.array(start)
-    points, values, rates = [point], [landscape.value_at(*start)], []
+    point = np.array(landscape.start)
+    points, values, rates = [point], [landscape.value_at(*landscape.start)], []
     lost_at = None
     with np.errstate(all="ignore"):  # divergence is looked for below
-        for number in range(1, steps + 1):
+        for number in range(1, landscape.steps + 1):
             gradient = landscape.gradient_at(*point)
             value = math.nan
             if np.isfinite(gradient).all():
