@@ -1,9 +1,8 @@
-"""The RMSProp of other projects in terms of this one's options: their argument names, defaults and conventions."""
+"""The RMSProps of other projects in terms of our options: argument names, defaults and conventions."""
 
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from fastrms.errors import OptionError
@@ -12,111 +11,99 @@ __all__ = ["DIALECTS", "dialect", "meant"]
 
 
 @dataclass(frozen=True)
-class _Dialect:
-    """One peer.
+class Dialect:
+    """The RMSProp of one project.
 
-    `names` maps its arguments to options, `defaults` are its defaults (where it has none here, ours is the same),
-    `fixed` is what its update rule implies, `required` arguments have no default there, None turns those of
-    `none_is_off` off, and `ignored` ones change nothing in the numbers. `state` maps our buffers to what it calls them.
+    Attributes
+    ----------
+    names : mapping of str to str
+        Our option for each argument of the project.
+    defaults : mapping of str to value
+        By argument. Where an argument is missing here, our default is the same.
+    fixed : mapping of str to value
+        Our options that the project's update rule implies.
+    required : tuple of str
+        Arguments without a default.
+    none_is_off : tuple of str
+        Arguments that None turns off.
+    ignored : tuple of str
+        Arguments that change no number.
+    state : mapping of str to str
+        The project's name for each of our buffers.
     """
 
     names: Mapping[str, str]
     defaults: Mapping[str, Any]
-    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     none_is_off: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    state: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    state: Mapping[str, str] = field(default_factory=dict)
 
 
-# eps under the root, and the learning rate inside the momentum buffer: TensorFlow's form, which many follow.
+def _same(*names: str) -> dict[str, str]:
+    """Return a mapping of each name to itself."""
+    return {name: name for name in names}
+
+
+# Epsilon under the root, and the learning rate inside the momentum buffer: the form of TensorFlow and its followers.
 _INSIDE = {"eps_in_sqrt": True, "lr_in_momentum": True}
 
 # docs/options.md names the source of each.
-DIALECTS: Mapping[str, _Dialect] = {
-    "reference": _Dialect(
-        {"lr": "lr", "decay_rate": "decay_rate", "epsilon": "epsilon"},
+DIALECTS: Mapping[str, Dialect] = {
+    "reference": Dialect(
+        _same("lr", "decay_rate", "epsilon"),
         {"lr": 1e-3, "decay_rate": 0.9, "epsilon": 1e-8},
     ),
-    "sorix": _Dialect(
-        # `decay` is the older name of `alpha`, and goes ahead of it.
+    "sorix": Dialect(
+        # `decay`, the older name of `alpha`, takes precedence.
         {"lr": "lr", "alpha": "decay_rate", "decay": "decay_rate", "eps": "epsilon", "weight_decay": "weight_decay"},
         {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8},
         none_is_off=("decay",),
     ),
-    "torch": _Dialect(
-        {
-            "lr": "lr",
-            "alpha": "decay_rate",
-            "eps": "epsilon",
-            "weight_decay": "weight_decay",
-            "momentum": "momentum",
-            "centered": "centered",
-            "maximize": "maximize",
-        },
+    "torch": Dialect(
+        {"lr": "lr", "alpha": "decay_rate", "eps": "epsilon"}
+        | _same("weight_decay", "momentum", "centered", "maximize"),
         {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8},
         ignored=("foreach", "capturable", "differentiable"),
         state={"cache": "square_avg", "momentum_buffer": "momentum_buffer", "grad_avg": "grad_avg"},
     ),
-    "keras": _Dialect(
-        {
-            "learning_rate": "lr",
-            "rho": "decay_rate",
-            "momentum": "momentum",
-            "epsilon": "epsilon",
-            "centered": "centered",
-            "weight_decay": "weight_decay",
-            "clipnorm": "clip_norm",
-            "clipvalue": "clip_value",
-            "global_clipnorm": "global_clip_norm",
-        },
+    "keras": Dialect(
+        {"learning_rate": "lr", "rho": "decay_rate"}
+        | _same("momentum", "epsilon", "centered", "weight_decay")
+        | {"clipnorm": "clip_norm", "clipvalue": "clip_value", "global_clipnorm": "global_clip_norm"},
         {"learning_rate": 1e-3, "rho": 0.9, "epsilon": 1e-7},
         fixed=_INSIDE | {"decoupled_weight_decay": True},
         none_is_off=("weight_decay", "clipnorm", "clipvalue", "global_clipnorm"),
         ignored=("name",),
         state={"cache": "velocity", "momentum_buffer": "momentum", "grad_avg": "average_gradient"},
     ),
-    "tensorflow": _Dialect(
-        {
-            "learning_rate": "lr",
-            "decay": "decay_rate",
-            "momentum": "momentum",
-            "epsilon": "epsilon",
-            "centered": "centered",
-        },
+    "tensorflow": Dialect(
+        {"learning_rate": "lr", "decay": "decay_rate"} | _same("momentum", "epsilon", "centered"),
         {"decay": 0.9, "epsilon": 1e-10},
         fixed=_INSIDE | {"initial_scale": 1.0},
         required=("learning_rate",),
         ignored=("use_locking", "name"),
     ),
-    "optax": _Dialect(
-        {
-            "learning_rate": "lr",
-            "decay": "decay_rate",
-            "eps": "epsilon",
-            "initial_scale": "initial_scale",
-            "eps_in_sqrt": "eps_in_sqrt",
-            "centered": "centered",
-            "momentum": "momentum",
-            "nesterov": "nesterov",
-            "bias_correction": "bias_correction",
-        },
+    "optax": Dialect(
+        {"learning_rate": "lr", "decay": "decay_rate", "eps": "epsilon"}
+        | _same("initial_scale", "eps_in_sqrt", "centered", "momentum", "nesterov", "bias_correction"),
         {"decay": 0.9, "eps": 1e-8, "eps_in_sqrt": True},
         fixed={"lr_in_momentum": True},
         required=("learning_rate",),
         none_is_off=("momentum",),
     ),
-    "mlx": _Dialect(
+    "mlx": Dialect(
         {"learning_rate": "lr", "alpha": "decay_rate", "eps": "epsilon"},
         {"alpha": 0.99, "eps": 1e-8},
         required=("learning_rate",),
     ),
-    "lasagne": _Dialect(
+    "lasagne": Dialect(
         {"learning_rate": "lr", "rho": "decay_rate", "epsilon": "epsilon"},
         {"learning_rate": 1.0, "rho": 0.9, "epsilon": 1e-6},
         fixed={"eps_in_sqrt": True},
     ),
-    "graves": _Dialect(
+    "graves": Dialect(
         {"lr": "lr", "alpha": "decay_rate", "momentum": "momentum", "eps": "epsilon"},
         {"lr": 1e-4, "alpha": 0.95, "momentum": 0.9, "eps": 1e-4},
         fixed=_INSIDE | {"centered": True},
@@ -125,32 +112,32 @@ DIALECTS: Mapping[str, _Dialect] = {
 
 
 def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
-    """Keyword arguments with which `RMSProp` behaves as another project's optimizer does.
+    """Return the keyword arguments with which `RMSProp` behaves as another project's optimizer does.
 
     Parameters
     ----------
     name : {"reference", "sorix", "torch", "keras", "tensorflow", "optax", "mlx", "lasagne", "graves"}
-        The project, or for "graves" the variant of A. Graves (2013) as Chainer has it. "tensorflow" is the optimizer
-        of TensorFlow 1, "keras" that of Keras 3.
+        The project, or with "graves" the variant of A. Graves (2013) in the form of Chainer. "tensorflow" is the
+        optimizer of TensorFlow 1, "keras" that of Keras 3.
     **arguments
-        That project's own arguments under its own names. What is not given has that project's default. None where
-        that project takes None for "off" (optax's momentum, Keras' weight_decay and clipping).
+        The project's own arguments; missing ones have the project's defaults. None means "off" where the project says
+        so (optax's momentum, Keras' weight_decay and clipping).
 
     Returns
     -------
     options : dict
-        For ``RMSProp(params, **options)``, or for one parameter group (Keras' ``global_clipnorm`` excepted).
+        For ``RMSProp(params, **options)``, or for one parameter group (except Keras' ``global_clipnorm``).
 
     Raises
     ------
     OptionError
-        Unknown project or argument, or one missing that has no default there.
+        The project or an argument is unknown, or an argument without a default is missing.
 
     Notes
     -----
-    PyTorch's ``foreach``, ``capturable`` and ``differentiable`` and others that do not change the numbers are
-    accepted and dropped. A learning rate may be a function of the step, as optax has it; those of Keras and TensorFlow
-    1 take no argument and need a wrapper. What `RMSProp` refuses stays refused, such as PyTorch's ``eps=0``.
+    Arguments that change no number, such as PyTorch's ``foreach``, are accepted and dropped. A learning rate may be a
+    function of the step, as in optax; schedules of Keras and TensorFlow 1 take no argument and need a wrapper. Values
+    that `RMSProp` refuses, such as PyTorch's ``eps=0``, are returned, and refused there.
 
     Examples
     --------
@@ -176,13 +163,13 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
             options[option] = peer.defaults[argument]
     options |= peer.fixed
     if not options.get("momentum"):
-        # Ignored there without momentum; here it is an error, which someone bringing their settings has no use for.
+        # Other projects ignore nesterov without momentum; `RMSProp` would refuse their settings.
         options.pop("nesterov", None)
     return options
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Say which option somebody may have meant who wrote an unknown name.
+    """Return a hint about the option that an unknown name may stand for.
 
     Parameters
     ----------
@@ -194,7 +181,7 @@ def meant(name: str, known: Iterable[str]) -> str:
     Returns
     -------
     text : str
-        The option of that meaning, with the projects that call it `name`; or the nearest name; or all names.
+        The option that other projects call `name`, and these projects; or the most similar name; or all names.
     """
     projects = [project for project, peer in DIALECTS.items() if name in peer.names]
     projects.sort(key=("torch", "keras", "optax", *DIALECTS).index)  # the best known first

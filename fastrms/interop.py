@@ -1,11 +1,8 @@
-"""Training that began with the RMSprop of PyTorch or Keras goes on here, and the other way round.
-
-Only plain dicts and arrays are read, or what has the methods of tensors: neither torch nor keras is imported, except by
-`to_torch`, which makes tensors.
-"""
+"""Conversion of optimizer state from and to the RMSprop of PyTorch and Keras; only `to_torch` imports either."""
 
 import importlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,50 +18,43 @@ from fastrms.options import GROUP_DEFAULTS, parameter_groups, resolve_lr
 __all__ = ["from_keras", "from_torch", "to_keras", "to_torch"]
 
 Array = NDArray[Any]
-
-# What our state is called there, and the option that asks for it.
+State = dict[str, Any]  # of `RMSProp.state_dict`
+# Their names of our buffers, and the options that make a buffer necessary.
 _TORCH, _KERAS = DIALECTS["torch"].state, DIALECTS["keras"].state
 _OPTION_OF = {"momentum_buffer": "momentum", "grad_avg": "centered"}
-
-# Options that no other project needs to know: where state started from, and subnormal numbers.
-_OURS_ALONE = ("initial_scale", "flush_subnormals")
-# Arguments of Keras' optimizer that keep state of their own, or change what a gradient is.
+# Options that need no counterpart: the state has them, or they matter to subnormal numbers only.
+_OURS_ALONE = ("initial_scale", "flush_subnormals", "lr_in_momentum")
+# Arguments of Keras' optimizer that add state or change gradients.
 _KERAS_ONLY = ("use_ema", "gradient_accumulation_steps", "loss_scale_factor")
 
 
 def from_torch(state_dict: Mapping[str, Any], params: Any, **options: Any) -> RMSProp:
-    """Make the optimizer that goes on where a ``torch.optim.RMSprop`` stands.
+    """Make an optimizer that continues from the state of a ``torch.optim.RMSprop``.
 
     Parameters
     ----------
     state_dict : dict
-        Of ``torch.optim.RMSprop.state_dict()``, with tensors on any device, or arrays.
+        ``torch.optim.RMSprop.state_dict()``, with tensors on any device, or arrays.
     params : list, tuple, dict, array or tensor, or any nesting of these
-        The parameters as they are now, in the order in which that optimizer has them; copied. With several parameter
-        groups a list of dicts with each group's under ``"params"``; their other entries are not looked at, so that
-        ``optimizer.param_groups`` can be given.
+        The present parameters in the order of the torch optimizer; copied. With several groups a list of dicts that
+        have parameters under ``"params"``, such as ``optimizer.param_groups``; other entries are ignored.
     **options
-        Of `RMSProp`, instead of what the state has: a schedule as ``lr``, clipping, the kernel.
+        Options of `RMSProp` that replace those of the state: a schedule as ``lr``, clipping, the kernel.
 
     Returns
     -------
     optimizer : RMSProp
-        With the options of ``dialect("torch")`` and the parameters in the structure of `params`. With
-        ``lr_in_momentum=True`` the momentum buffer is multiplied by lr.
+        With the options of ``dialect("torch")`` and the structure of `params`. State of a parameter that has not had a
+        gradient starts from 0, as in torch. With ``lr_in_momentum=True`` the momentum buffer is multiplied by lr.
 
     Raises
     ------
     CheckpointError
-        No state of torch's RMSprop, or another number of parameters or groups than `params` has.
+        `state_dict` is not from torch's RMSprop, or has another number of parameters or groups than `params`.
     StructureError, DtypeError
-        An array of another shape than its parameter, or of another kind than numbers.
+        An array has another shape than its parameter, or does not hold numbers.
     OptionError, OptionTypeError
-        An option that `RMSProp` refuses, such as ``eps=0``.
-
-    Notes
-    -----
-    A parameter without state, which has not had a gradient yet, starts from 0, as it does there. Where torch's centered
-    form takes the root of a number that rounding made negative, which gives NaN, ours takes that of 0.
+        `RMSProp` refuses an option, such as ``eps=0``.
 
     Examples
     --------
@@ -76,58 +66,48 @@ def from_torch(state_dict: Mapping[str, Any], params: Any, **options: Any) -> RM
     >>> optimizer.steps, optimizer.decay_rate, optimizer.cache
     (1, 0.99, [array([0.04])])
     """
-    groups, numbers, entries, steps = _read_torch(state_dict)
-    own = [dialect("torch", **group) for group in groups]
-    grouped = parameter_groups(params)
-    if len(groups) != (1 if grouped is None else len(grouped)):
-        got = "no groups" if grouped is None else f"{len(grouped)} groups"
-        raise CheckpointError(f"params: expected {len(groups)} groups with 'params', as in state_dict; got {got}")
-    if grouped is None:
+    arguments, sizes, entries, counts = _read_torch(state_dict)
+    own = [dialect("torch", **group) for group in arguments]
+    groups = parameter_groups(params)
+    if len(own) != (1 if groups is None else len(groups)):
+        got = "no groups" if groups is None else f"{len(groups)} groups"
+        raise CheckpointError(f"params: expected {len(own)} groups with 'params', as in state_dict; got {got}")
+    if groups is None:
         opt = RMSProp(_arrays(params), **(own[0] | options))
     else:
-        for_groups = {name: value for name, value in options.items() if name in GROUP_DEFAULTS}
-        given = [
-            {"params": _arrays(group["params"])} | values | for_groups
-            for group, values in zip(grouped, own, strict=True)
-        ]
+        of_groups = {name: value for name, value in options.items() if name in GROUP_DEFAULTS}
+        given = [{"params": _arrays(g["params"])} | o | of_groups for g, o in zip(groups, own, strict=True)]
         opt = RMSProp(given, **options)
-    sizes = np.bincount(opt.backend.state.group_of, minlength=len(groups)).tolist()
-    if sizes != numbers:
-        raise CheckpointError(f"params: expected {numbers} parameters in the groups, as in state_dict; got {sizes}")
-
-    opt.steps = max(steps)
-    opt.backend.state.counts.absent[...] = opt.steps - np.array(steps)
-    for name, theirs in _TORCH.items():
-        _put(opt, name, theirs, [entry.get(theirs) for entry in entries], lr_in_momentum=False)
+    state = opt.state_dict()
+    found = np.bincount([p["group"] for p in state["parameters"]], minlength=len(sizes)).tolist()
+    if found != sizes:
+        raise CheckpointError(f"params: expected {sizes} parameters in the groups, as in state_dict; got {found}")
+    items = {name: [entry.get(theirs) for entry in entries] for name, theirs in _TORCH.items()}
+    _load(opt, state, counts, items, "torch")
     return opt
 
 
 def to_torch(optimizer: RMSProp) -> dict[str, Any]:
-    """The state with which a ``torch.optim.RMSprop`` goes on where `optimizer` stands. Needs torch.
+    """Return the state with which a ``torch.optim.RMSprop`` continues from `optimizer`. Needs torch.
 
     Parameters
     ----------
     optimizer : RMSProp
-        Is not changed.
+        Not changed.
 
     Returns
     -------
     state_dict : dict
-        For ``torch.optim.RMSprop.load_state_dict``, which takes over the options too; tensors on the CPU, copied. The
-        optimizer there has to have as many parameters in the same order and groups. Their values are not in it: copy
-        ``optimizer.params``.
+        For ``torch.optim.RMSprop.load_state_dict`` of an optimizer with as many parameters in the same order and
+        groups. It has the options (for a function as lr the rate of the next step), and the buffers as tensors on the
+        CPU, copied. It does not have the values of the parameters: copy ``optimizer.params``.
 
     Raises
     ------
     OptionError
-        An option that torch's RMSprop does not have. Where it is the momentum buffer that includes lr, the buffer is
-        divided by lr, which must not be 0.
+        torch's RMSprop has no counterpart of an option; or a momentum buffer has to be divided by a rate of 0.
     ImportError
         torch is not installed.
-
-    Notes
-    -----
-    A function as lr is there the rate of the next step.
 
     Examples
     --------
@@ -137,137 +117,103 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
         torch = importlib.import_module("torch")
     except ImportError:
         raise ImportError("torch is not installed; install with: python -m pip install torch") from None
-    with optimizer.backend.turns.between_steps("to_torch", changes=False):
-        groups = [_arguments(optimizer, k, "torch") for k in range(len(optimizer.param_groups))]
-        steps = optimizer.steps - optimizer.backend.state.counts.absent
-        # As torch counts. In float16, which may be its default, counting would stop at 2,048.
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        state: dict[int, dict[str, Any]] = {
-            i: {"step": torch.tensor(float(n), dtype=dtype)} for i, n in enumerate(steps)
-        }
-        for name, theirs in _TORCH.items():
-            for i, array in enumerate(_take(optimizer, name, lr_in_momentum=False)):
-                if array is not None:
-                    state[i][theirs] = torch.as_tensor(array)
-        for k, group in enumerate(groups):
-            group["params"] = np.flatnonzero(optimizer.backend.state.group_of == k).tolist()
+    ours, rates, groups = _export(optimizer, "torch")
+    # torch counts in its default dtype. In float16 the count would stop at 2,048.
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    counts = ours["steps"] - ours["arrays"]["skipped"]
+    state: dict[int, dict[str, Any]] = {i: {"step": torch.tensor(float(n), dtype=dtype)} for i, n in enumerate(counts)}
+    for name, theirs in _TORCH.items():
+        for i, array in enumerate(_read(ours, name, rates, "torch")):
+            if array is not None:
+                state[i][theirs] = torch.as_tensor(array)
+    group_of = np.array([parameter["group"] for parameter in ours["parameters"]])
+    for k, group in enumerate(groups):
+        group["params"] = np.flatnonzero(group_of == k).tolist()
     return {"state": state, "param_groups": groups}
 
 
 def from_keras(config: Mapping[str, Any], variables: Any, params: Any, **options: Any) -> RMSProp:
-    """Make the optimizer that goes on where a ``keras.optimizers.RMSprop`` of Keras 3 stands.
+    """Make an optimizer that continues from the state of a ``keras.optimizers.RMSprop`` of Keras 3.
 
     Parameters
     ----------
     config : dict
-        Of ``optimizer.get_config()``.
+        ``optimizer.get_config()``.
     variables : list or dict
         ``optimizer.variables``, or the dict that ``optimizer.save_own_variables`` filled.
     params : list, tuple, dict, array or Keras variable, or any nesting of these
-        The parameters as they are now, in the order in which that optimizer was built with them, which is that of
-        ``model.trainable_variables``; copied. Or parameter groups with options of their own: Keras does not say in
-        `config` what ``exclude_from_weight_decay`` excluded, and groups with ``"weight_decay": 0.0`` do.
+        The present parameters in the order of ``optimizer.build``, usually ``model.trainable_variables``; copied. Or
+        parameter groups: those without weight decay, which `config` does not tell, with ``"weight_decay": 0.0``.
     **options
-        Of `RMSProp`, instead of what `config` has. ``lr`` is needed where the learning rate is a schedule: a function
-        of the step, such as ``lambda k: float(schedule(k))``.
+        Options of `RMSProp` that replace those of `config`. Give a learning rate schedule as ``lr``, a function of the
+        step, such as ``lambda k: float(schedule(k))``.
 
     Returns
     -------
     optimizer : RMSProp
-        With the options of ``dialect("keras")`` and the parameters in the structure of `params`. With
-        ``lr_in_momentum=False`` the momentum buffer is divided by lr.
+        With the options of ``dialect("keras")`` and the structure of `params`. With ``lr_in_momentum=False`` the
+        momentum buffer is divided by lr. Constraints of variables are not applied: do that after each step.
 
     Raises
     ------
     CheckpointError
-        No config of Keras' RMSprop, or another number of variables than `params` needs.
+        `config` is not from Keras' RMSprop, or `variables` and `params` do not go together.
     OptionError, OptionTypeError
-        A moving average of the weights, accumulated gradients or a loss scale, which there is no counterpart of here;
-        a schedule without ``lr``; an option that `RMSProp` refuses.
+        `config` has a moving average of the weights, accumulated gradients, a loss scale or, without ``lr``, a
+        schedule; or `RMSProp` refuses an option.
     StructureError, DtypeError
-        An array of another shape than its parameter, or of another kind than numbers.
-
-    Notes
-    -----
-    Keras keeps its learning rate as a float32, and that is taken over. Constraints of variables are not part of the
-    optimizer; apply them after each step.
+        An array has another shape than its parameter, or does not hold numbers.
 
     Examples
     --------
     ``docs/interop.md`` has one, which runs a model of Keras.
     """
-    if not isinstance(config, Mapping) or not {"rho", "epsilon", "learning_rate"} <= config.keys():
-        raise CheckpointError(
-            f"config: expected what get_config() of keras.optimizers.RMSprop returns, got {_named(config)}"
-        )
-    for name in _KERAS_ONLY:
-        if config.get(name):
-            raise OptionError(
-                f"{name}: expected an optimizer without, got {config[name]!r}; there is no such thing here"
-            )
-    if isinstance(variables, Mapping):
-        if variables.keys() != (names := {str(number) for number in range(len(variables))}):
-            raise CheckpointError(f"variables: expected the names '0' to '{len(names) - 1}', got {_named(variables)}")
-        variables = [variables[str(number)] for number in range(len(variables))]
-    elif not isinstance(variables, list | tuple):
-        raise CheckpointError(f"variables: expected optimizer.variables, or a dict of them, got {_named(variables)}")
-
-    arguments = {name: value for name, value in config.items() if name in DIALECTS["keras"].names}
-    for name in ("clipnorm", "clipvalue", "global_clipnorm"):
-        if not (arguments.get(name) or 0) > 0:  # off there, too
-            arguments[name] = None
+    variables = _check_keras(config, variables)
     scheduled = isinstance(config["learning_rate"], Mapping) or callable(config["learning_rate"])
     if scheduled and "lr" not in options:
         raise OptionError("lr: the learning rate is a schedule; give it as a function of the step: lr=...")
+    arguments = {name: value for name, value in config.items() if name in DIALECTS["keras"].names}
+    # Keras ignores bounds of 0 and less.
+    arguments |= {n: None for n in ("clipnorm", "clipvalue", "global_clipnorm") if not (config.get(n) or 0) > 0}
     if scheduled:
         del arguments["learning_rate"]
     elif len(variables) > 1:
-        arguments["learning_rate"] = _number("learning_rate", variables[1])  # the config may be older
+        arguments["learning_rate"] = _number("learning_rate", variables[1])  # newer than that of the config
     groups = parameter_groups(params)
     given = _arrays(params) if groups is None else [{**group, "params": _arrays(group["params"])} for group in groups]
     opt = RMSProp(given, **(dialect("keras", **arguments) | options))
-
-    leaves = opt.buffers["params"].layout.leaves
-    parts = ["cache"] + [name for name, option in _OPTION_OF.items() if config.get(option)]
+    state = opt.state_dict()
+    count = len(state["parameters"])
+    names = ["cache"] + [name for name, option in _OPTION_OF.items() if config.get(option)]
     first = 1 if scheduled else 2
-    if len(variables) != first + len(parts) * len(leaves):
-        kinds = ", ".join(["iteration"] + ["learning_rate"] * (not scheduled) + [_KERAS[name] for name in parts])
-        raise CheckpointError(
-            f"variables: expected {first + len(parts) * len(leaves)} for {len(leaves)} parameters ({kinds}), "
-            f"got {len(variables)}"
-        )
-    opt.steps = _count("iteration", variables[0])
-    for k, name in enumerate(parts):
-        items = variables[first + k * len(leaves) : first + (k + 1) * len(leaves)]
-        _put(opt, name, _KERAS[name], items, lr_in_momentum=True)
+    if len(variables) != (expected := first + len(names) * count):
+        kinds = ", ".join(["iteration"] + ["learning_rate"] * (not scheduled) + [_KERAS[name] for name in names])
+        raise CheckpointError(f"variables: expected {expected} for {count} parameters ({kinds}), got {len(variables)}")
+    items = {name: variables[first + k * count : first + (k + 1) * count] for k, name in enumerate(names)}
+    _load(opt, state, [_count("iteration", variables[0])] * count, items, "keras")
     return opt
 
 
 def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Config and variables with which a ``keras.optimizers.RMSprop`` of Keras 3 goes on where `optimizer` stands.
+    """Return config and variables with which a ``keras.optimizers.RMSprop`` of Keras 3 continues from `optimizer`.
 
     Parameters
     ----------
     optimizer : RMSProp
-        Is not changed.
+        Not changed.
 
     Returns
     -------
     config : dict
-        For ``keras.optimizers.RMSprop.from_config``.
+        For ``keras.optimizers.RMSprop.from_config``; for a function as lr it has the rate of the next step.
     variables : dict of str to ndarray
-        For the ``load_own_variables`` of that optimizer, after its ``build(model.trainable_variables)``. The values of
-        parameters are not in it: assign ``optimizer.params``.
+        For ``load_own_variables`` of that optimizer, after ``build(model.trainable_variables)``. They do not include
+        the parameters: assign ``optimizer.params``.
 
     Raises
     ------
     OptionError
-        An option that Keras' RMSprop does not have (it needs ``eps_in_sqrt``), or that differs between groups. Where it
-        is the momentum buffer that does not include lr, the buffer is multiplied by lr.
-
-    Notes
-    -----
-    A function as lr is there the rate of the next step. Keras rounds the rate to float32, unless its floatx is float64.
+        Keras' RMSprop has no counterpart of an option (it needs ``eps_in_sqrt``), or groups differ in an option.
 
     Examples
     --------
@@ -277,49 +223,29 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     >>> config["learning_rate"], sorted(variables)
     (0.5, ['0', '1', '2'])
     """
-    with optimizer.backend.turns.between_steps("to_keras", changes=False):
-        configs = [_arguments(optimizer, k, "keras") for k in range(len(optimizer.param_groups))]
-        config = configs[0]
-        for argument, value in config.items():
-            if any(other[argument] != value for other in configs):
-                values = [other[argument] for other in configs]
-                raise OptionError(f"{argument}: expected the same in all groups, as keras has no groups; got {values}")
-        config["weight_decay"] = config["weight_decay"] or None
-        names = ["cache"] + [name for name, option in _OPTION_OF.items() if optimizer.param_groups[0][option]]
-        arrays: list[Any] = [np.array(optimizer.steps, np.int32), np.array(config["learning_rate"])]
-        for name in names:
-            arrays += _take(optimizer, name, lr_in_momentum=True)
+    state, rates, configs = _export(optimizer, "keras")
+    config = configs[0]
+    for argument in config:
+        values = [each[argument] for each in configs]
+        if any(value != values[0] for value in values):
+            raise OptionError(f"{argument}: expected the same in all groups, as keras has no groups; got {values}")
+    config["weight_decay"] = config["weight_decay"] or None
+    arrays: list[Any] = [np.array(state["steps"], np.int32), np.array(config["learning_rate"])]
+    for name, option in {"cache": None, **_OPTION_OF}.items():
+        if option is None or state["param_groups"][0][option]:
+            arrays += _read(state, name, rates, "keras")
     return config, {str(number): array for number, array in enumerate(arrays)}
 
 
-def _arguments(opt: RMSProp, k: int, project: str) -> dict[str, Any]:
-    """The options of group `k` as arguments of `project`, or OptionError where it has nothing like one of them."""
-    group, peer = opt.param_groups[k], DIALECTS[project]
-    values = {**group, "lr": resolve_lr(group, opt.steps), "global_clip_norm": opt.global_clip_norm}
-    for option, default in (GROUP_DEFAULTS | {"global_clip_norm": None}).items():
-        expected = peer.fixed.get(option, default)
-        converted = option in peer.names.values() or option in _OURS_ALONE or option == "lr_in_momentum"
-        unused = option == "decoupled_weight_decay" and not values["weight_decay"]
-        if values[option] != expected and not converted and not unused:
-            raise OptionError(
-                f"{option}: expected {expected!r}, as {project} has nothing else, got {values[option]!r}; set it to "
-                "that first, if the training may change"
-            )
-    return {argument: values[option] for argument, option in peer.names.items()}
-
-
 def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[Mapping[str, Any]], list[int]]:
-    """Of each group torch's arguments and its number of parameters; of each parameter its state, and its steps."""
+    """Return torch's arguments and number of parameters for each group, and state and steps for each parameter."""
     try:
         packed, state = state_dict["param_groups"], state_dict["state"]
-        groups = [
-            {name: _number(name, group[name]) for name in DIALECTS["torch"].names if name in group} for group in packed
-        ]
+        groups = [{name: _number(name, g[name]) for name in DIALECTS["torch"].names if name in g} for g in packed]
         for group in groups:
-            group["lr"], group["alpha"], group["eps"]  # these together only its RMSprop has
+            group["lr"], group["alpha"], group["eps"]  # no other optimizer of torch has all three
         entries: list[Mapping[str, Any]] = [state.get(number, {}) for group in packed for number in group["params"]]
-        # No state: no gradient yet.
-        steps = [_count("step", entry["step"]) if entry else 0 for entry in entries]
+        steps = [_count("step", entry["step"]) if entry else 0 for entry in entries]  # no state before a gradient
         for entry in entries:
             if entry:
                 entry["square_avg"]
@@ -331,59 +257,110 @@ def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[
         ) from None
 
 
-def _put(opt: RMSProp, name: str, theirs: str, items: Iterable[Any], lr_in_momentum: bool) -> None:
-    """Copy their state into buffer `name`, where there is one; an item that is None leaves its place as it is."""
-    if name not in opt.buffers:
-        return
-    # The parameters' own buffer knows shapes and dtypes, also where state has 16 bits.
-    arrays = opt.buffers["params"].check([_array(item) for item in items], theirs, skip_none=True)
-    if name == "momentum_buffer":
-        arrays = _rescaled(opt, arrays, lr_in_momentum, outward=False)
-    if opt.cache_dtype is not None:
-        arrays = [None if array is None else to_bfloat16(array) for array in arrays]
-    opt.buffers[name].store(arrays)
+def _check_keras(config: Any, variables: Any) -> Sequence[Any]:
+    """Return `variables` as a sequence, or raise where Keras' RMSprop has no such config or variables."""
+    if not isinstance(config, Mapping) or not {"rho", "epsilon", "learning_rate"} <= config.keys():
+        raise CheckpointError(
+            f"config: expected what get_config() of keras.optimizers.RMSprop returns, got {_named(config)}"
+        )
+    for name in _KERAS_ONLY:
+        if config.get(name):
+            raise OptionError(
+                f"{name}: expected an optimizer without, got {config[name]!r}; there is no such thing here"
+            )
+    if isinstance(variables, Mapping):
+        names = [str(number) for number in range(len(variables))]
+        if variables.keys() != set(names):
+            raise CheckpointError(f"variables: expected the names '0' to '{len(names) - 1}', got {_named(variables)}")
+        return [variables[name] for name in names]
+    if not isinstance(variables, list | tuple):
+        raise CheckpointError(f"variables: expected optimizer.variables, or a dict of them, got {_named(variables)}")
+    return variables
 
 
-def _take(opt: RMSProp, name: str, lr_in_momentum: bool) -> list[Array | None]:
-    """Copies of the state in buffer `name`, one for each parameter, or None where its group does not use it."""
-    option = _OPTION_OF.get(name)
-    if option is not None and name not in opt.buffers:
-        return [None] * len(opt.backend.state.group_of)
-    read = np.copy if opt.cache_dtype is None else from_bfloat16
-    arrays: list[Array | None] = [
-        read(leaf) if option is None or opt.param_groups[k][option] else None
-        for k, leaf in zip(opt.backend.state.group_of, opt.buffers[name].leaves, strict=True)
-    ]
-    return _rescaled(opt, arrays, lr_in_momentum, outward=True) if name == "momentum_buffer" else arrays
+def _export(optimizer: RMSProp, project: str) -> tuple[State, list[float], list[dict[str, Any]]]:
+    """Return the state, and for each group the rate of the next step and the options as arguments of `project`."""
+    state, peer = optimizer.state_dict(), DIALECTS[project]
+    rates = [resolve_lr(group, state["steps"]) for group in optimizer.param_groups]
+    arguments = []
+    for group, lr in zip(state["param_groups"], rates, strict=True):
+        values = {**group, "lr": lr, "global_clip_norm": state["global_clip_norm"]}
+        for option, default in (GROUP_DEFAULTS | {"global_clip_norm": None}).items():
+            expected = peer.fixed.get(option, default)
+            converted = option in peer.names.values() or option in _OURS_ALONE
+            unused = option == "decoupled_weight_decay" and not values["weight_decay"]
+            if values[option] != expected and not converted and not unused:
+                raise OptionError(
+                    f"{option}: expected {expected!r}, as {project} has nothing else, got {values[option]!r}; set it "
+                    "to that first, if the training may change"
+                )
+        arguments.append({argument: values[option] for argument, option in peer.names.items()})
+    return state, rates, arguments
 
 
-def _rescaled(opt: RMSProp, arrays: Iterable[Any], theirs: bool, outward: bool) -> list[Any]:
-    """Momentum buffers with lr in them, or without, as the other side has it: `theirs` says whether they have it there.
+def _load(opt: RMSProp, state: State, counts: Sequence[int], items: Mapping[str, Sequence[Any]], project: str) -> None:
+    """Load step counts and buffers of `project` into `opt` by way of its `state`; an item of None changes nothing."""
+    peer = DIALECTS[project]
+    state["steps"] = max(counts)
+    state["arrays"]["skipped"][...] = max(counts) - np.array(counts)
+    for name, of_buffer in items.items():
+        if not (views := _views(state, name)):
+            continue
+        # The buffer of the parameters has the shapes and dtypes to compare with, also where state has 16 bits.
+        given = [_array(item) for item in of_buffer]
+        checked = opt.buffers["params"].check(given, peer.state[name], skip_none=True)
+        for view, array, parameter in zip(views, checked, state["parameters"], strict=True):
+            if array is None:
+                continue
+            group = opt.param_groups[parameter["group"]]
+            include = group["lr_in_momentum"]
+            if name == "momentum_buffer" and group["momentum"] and include != ("lr_in_momentum" in peer.fixed):
+                array = _convert_momentum(array, resolve_lr(group, state["steps"]), include)
+            with np.errstate(all="ignore"):  # a number too large for the dtype becomes inf
+                view[...] = array if state["cache_dtype"] is None else to_bfloat16(array)
+    opt.load_state_dict(state)
 
-    A buffer b without lr moves a parameter by lr b, one with lr by b: at the lr of the next step, both by the same.
-    """
-    rescaled = []
-    for k, array in zip(opt.backend.state.group_of, arrays, strict=True):
-        group = opt.param_groups[k]
-        ours = group["lr_in_momentum"]
-        if array is not None and ours != theirs and group["momentum"]:
-            lr = resolve_lr(group, opt.steps)
-            if theirs if outward else ours:
-                array = array * lr
-            elif lr > 0:
-                array = array / lr
-            else:
-                raise OptionError("lr: expected more than 0, by which the momentum buffer is divided; got 0")
-        rescaled.append(array)
-    return rescaled
+
+def _read(state: State, name: str, rates: Sequence[float], project: str) -> list[Array | None]:
+    """Return a copy of buffer `name` for each parameter, or None for a parameter whose group does not use it."""
+    include = "lr_in_momentum" in DIALECTS[project].fixed
+    arrays: list[Array | None] = [None] * len(state["parameters"])
+    for i, view in enumerate(_views(state, name)):
+        k = state["parameters"][i]["group"]
+        group = state["param_groups"][k]
+        if name not in _OPTION_OF or group[_OPTION_OF[name]]:
+            array = view.copy() if state["cache_dtype"] is None else from_bfloat16(view)
+            convert = name == "momentum_buffer" and include != group["lr_in_momentum"]
+            arrays[i] = _convert_momentum(array, rates[k], include) if convert else array
+    return arrays
+
+
+def _views(state: State, name: str) -> list[Array]:
+    """Return a view of buffer `name` in `state` for each parameter, or an empty list without such a buffer."""
+    views, starts = [], dict.fromkeys(("float32", "float64", "uint16"), 0)
+    for parameter in state["parameters"]:
+        dtype = parameter["dtype"] if state["cache_dtype"] is None else "uint16"
+        if (dense := state["arrays"].get(f"{name}/{dtype}")) is None:
+            return []
+        start = starts[dtype]
+        starts[dtype] += math.prod(parameter["shape"])
+        views.append(dense[start : starts[dtype]].reshape(parameter["shape"]))
+    return views
+
+
+def _convert_momentum(array: Array, lr: float, include: bool) -> Array:
+    """Return a momentum buffer with lr multiplied in if `include`, or else divided out."""
+    if not include and lr <= 0:
+        raise OptionError("lr: expected more than 0, by which the momentum buffer is divided; got 0")
+    return array * lr if include else array / lr
 
 
 def _arrays(tree: Any) -> Any:
-    """The same nesting with arrays for tensors and variables."""
+    """Return the same nesting with arrays in the place of tensors and variables."""
     try:
         return _map(tree)
-    except RecursionError:
-        return tree  # RMSProp says what is wrong with it
+    except RecursionError:  # RMSProp says what is wrong
+        return tree
 
 
 def _map(tree: Any) -> Any:
@@ -396,12 +373,12 @@ def _map(tree: Any) -> Any:
 
 
 def _array(item: Any) -> Any:
-    """What NumPy can read of a tensor, also of one that requires a gradient or is on a GPU."""
+    """Return an object that NumPy can read, also of a tensor that requires a gradient or is on a GPU."""
     return item.detach().cpu() if hasattr(item, "detach") else item
 
 
 def _number(name: str, value: Any) -> Any:
-    """A plain number where it is in an array, a tensor or a variable."""
+    """Return the number in an array, a tensor or a variable as a plain one."""
     array = np.asarray(_array(value))
     if array.size != 1:
         raise CheckpointError(f"{name}: expected one number, got shape {array.shape}")

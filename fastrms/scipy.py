@@ -1,8 +1,8 @@
-"""RMSProp as a method of `scipy.optimize.minimize`. Needs scipy."""
+"""RMSProp as a method of `scipy.optimize.minimize`; needs scipy."""
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -17,20 +17,22 @@ try:
     from scipy.optimize import Bounds, OptimizeResult, OptimizeWarning
 except ImportError:
     raise ImportError('scipy is not installed; install with: python -m pip install "fastrms[scipy]"') from None
-# What all of SciPy's own methods use. The public `approx_fprime` has forward differences only, and knows no bounds.
+# The public `approx_fprime` has forward differences only, and no bounds.
 from scipy.optimize._numdiff import approx_derivative
 
-# What `minimize` makes of a function that returns value and gradient.
+# The wrapper of `minimize` for a function that returns value and gradient.
 from scipy.optimize._optimize import MemoizeJac
 
 __all__ = ["rmsprop"]
 
-Array = NDArray[Any]
+Array = NDArray[np.float64]
+Box = tuple[Array, Array]  # lower and upper bounds
+Jac = Callable[..., ArrayLike] | bool | str | None
 
 _OPTIONS = set(inspect.signature(RMSProp).parameters) - {"params"}
 _SCHEMES = ("2-point", "3-point", "cs")
 
-# SciPy's own numbers, and where it has one for all methods, its message.
+# SciPy's numbers and messages of the same outcomes.
 _CONVERGED, _MAXITER, _NOT_FINITE, _STOPPED = 0, 1, 3, 99
 _MESSAGES = {
     _CONVERGED: "Optimization terminated successfully.",
@@ -46,12 +48,12 @@ def rmsprop(
     x0: ArrayLike,
     args: tuple[Any, ...] = (),
     *,
-    jac: Any = None,
-    hess: Any = None,
-    hessp: Any = None,
-    bounds: Any = None,
-    constraints: Any = (),
-    callback: Callable[..., Any] | None = None,
+    jac: Jac = None,
+    hess: object = None,
+    hessp: object = None,
+    bounds: Bounds | Sequence[tuple[float | None, float | None]] | None = None,
+    constraints: object = (),
+    callback: Callable[..., object] | None = None,
     tol: float | None = None,
     gtol: float | None = None,
     maxiter: float | None = None,
@@ -60,71 +62,70 @@ def rmsprop(
     finite_diff: str = "2-point",
     finite_diff_rel_step: ArrayLike | None = None,
     **options: Any,
-) -> Any:
+) -> OptimizeResult:
     """Minimize a function with RMSProp: ``scipy.optimize.minimize(fun, x0, method=fastrms.scipy.rmsprop)``.
 
-    Each iteration is one step of `fastrms.RMSProp`, without a line search: what `fun` returns is reported, and decides
-    nothing. At a constant rate RMSProp does not settle in a minimum, but moves around it by about `lr`; to end with
-    success, let `lr` be a function that decreases.
+    Each iteration is one step of `fastrms.RMSProp`, without a line search: values of `fun` do not influence the steps.
+    At a constant rate RMSProp moves around a minimum by about `lr`; to end with success, let `lr` be a decreasing
+    function of the step.
 
     Parameters
     ----------
     fun : callable
         ``fun(x, *args)`` returns a number.
     x0 : array_like, shape (n,)
-        Where to start; becomes float64.
+        The start; converted to float64.
     args : tuple, default ()
         Further arguments of `fun` and `jac`.
     jac : callable, True or None
-        As `minimize` has it. A callable returns n numbers, of shape (n,), (1, n) or (n, 1). With True, `fun` returns
-        value and gradient, and is called once in each iteration, also where x has not changed. Without one, gradients
-        are finite differences. For methods that are not its own, `minimize` makes None of "2-point", "3-point" and
-        "cs": use the option `finite_diff`.
+        As for `minimize`. A callable returns n numbers, of shape (n,), (1, n) or (n, 1). With True, `fun` returns value
+        and gradient, and is called once in each iteration, even if x has not changed. With None, gradients are finite
+        differences; `minimize` turns "2-point", "3-point" and "cs" into None, so that they go to `finite_diff`.
     hess, hessp : callable, optional
-        Not used, and warned about.
+        Ignored with a warning.
     bounds : scipy.optimize.Bounds or sequence of (low, high), optional
-        `x0` and the result of each step are clipped to them, so that `fun` is never asked outside, not even for finite
-        differences. Momentum is not changed by that.
+        `x0` and the result of each step are clipped to the bounds, so that `fun` is never called outside of them, not
+        even for finite differences. Momentum is not changed by clipping.
     constraints : tuple or list, default ()
-        Refused, if there are any.
+        Must be empty.
     callback : callable, optional
-        One whose only parameter is called ``intermediate_result`` gets an OptimizeResult with x and fun, any other one
-        gets x; StopIteration ends the run.
+        Called after each iteration with x, or with an OptimizeResult of x and fun if its only parameter is called
+        ``intermediate_result``. StopIteration ends the run.
     tol : float, optional
-        Stands for `gtol` where that is not given.
+        The value of `gtol` where `gtol` is None.
     gtol : float, default 1e-5
-        Success where no component of the gradient is larger; with bounds, of the projected gradient. >= 0.
+        Success where no component of the gradient, or with bounds of the projected gradient, is larger. >= 0.
     maxiter : float, default 15000
-        As L-BFGS-B has it: steps are small and many. >= 0, and as with SciPy's methods not necessarily whole.
+        The number of iterations, >= 0, not necessarily whole. The default is that of L-BFGS-B.
     disp : bool, default False
-        Print the outcome; where it is no success, warn of it, as SciPy does.
+        Print the outcome, and warn where it is no success.
     return_all : bool, default False
-        Have `x0` and x after each iteration in the result, as ``allvecs``.
+        Add ``allvecs`` to the result: `x0` and x after each iteration.
     finite_diff : {"2-point", "3-point", "cs"}, default "2-point"
-        How gradients are approximated where `jac` is None: forward or central differences, or a complex step. They
-        take n, 2 n and n evaluations of `fun` for n variables.
+        Forward differences, central differences or a complex step where `jac` is None: n, 2 n or n evaluations of `fun`
+        for n variables.
     finite_diff_rel_step : float or array of n, optional
-        Step relative to ``max(1, abs(x))``; by default SciPy chooses it.
+        The step of the differences relative to ``max(1, abs(x))``; by default SciPy chooses it.
     **options
-        All of `fastrms.RMSProp`, except ``maximize``. SciPy's ``eps``, a step of finite differences, is no option
-        here, and not RMSProp's ``epsilon``. Others are warned about and not used.
+        Options of `fastrms.RMSProp`, except ``maximize``. Others are ignored with a warning, also SciPy's ``eps``, a
+        step of finite differences.
 
     Returns
     -------
     result : scipy.optimize.OptimizeResult
         x, fun, jac, nit, nfev, njev, success, message, and status: 0 for success, 1 after `maxiter` iterations, 3 where
-        `fun` or the gradient became inf or NaN (x is where), 99 after StopIteration. x is where the run ended, which
-        need not be where `fun` was smallest. With finite differences jac is NaN where bounds fix a variable.
+        `fun` or the gradient at x is inf or NaN, 99 after StopIteration. x is the end of the run, which need not be the
+        lowest point. With finite differences jac is NaN for variables that bounds fix.
 
     Raises
     ------
     OptionError, OptionTypeError
-        Constraints; an option out of range or of the wrong kind.
+        There are constraints, or an option is out of range or of the wrong kind.
     StructureError, DtypeError
-        `x0`, `bounds`, or what `fun` or `jac` returned, has another shape or kind.
+        `x0`, `bounds`, or a result of `fun` or `jac` has another shape or kind.
     NonfiniteError
-        With the option ``nonfinite="raise"``, instead of status 3. With "skip" such iterations change nothing, which
-        makes sense for a function that draws its data anew each time.
+        With the option ``nonfinite="raise"``, instead of status 3. With "skip" such iterations change nothing, which is
+        useful for a function that draws new data at each call.
 
     Examples
     --------
@@ -134,8 +135,8 @@ def rmsprop(
     >>> result.success, result.x.round(3)
     (True, array([1., 1.]))
     """
+    # Three levels up is the caller of `minimize`.
     if unknown := [name for name in options if name not in _OPTIONS]:
-        # Three levels up: `minimize` is one, and it was called by the user.
         warnings.warn(f"Unknown solver options: {', '.join(unknown)}", OptimizeWarning, stacklevel=3)
     for name, given in (("hess", hess), ("hessp", hessp)):
         if given is not None:
@@ -150,89 +151,97 @@ def rmsprop(
     start = np.atleast_1d(_real("x0", x0))
     if start.ndim != 1:
         raise StructureError(f"x0: expected one dimension, got shape {start.shape}")
-    lower, upper = _box(bounds, len(start))
-    objective = _Objective(fun, jac, args, lower, upper, finite_diff, finite_diff_rel_step)
-    opt = RMSProp(np.clip(start, lower, upper), **{name: options[name] for name in options if name in _OPTIONS})
+    box = _box(bounds, len(start))
+    objective = _Objective(fun, jac, args, box, finite_diff, finite_diff_rel_step)
+    opt = RMSProp(np.clip(start, *box), **{name: options[name] for name in options if name in _OPTIONS})
     report = None if callback is None else _with_result_or_x(callback)
+    result = _iterate(opt, objective, box, gtol, maxiter, report, return_all)
+    if disp:
+        if result.success:
+            print(result.message)
+        else:
+            warnings.warn(result.message, OptimizeWarning, stacklevel=3)
+        print(f"fun {result.fun:g}, nit {result.nit}, nfev {result.nfev}, njev {result.njev}")
+    return result
 
-    x = opt.params
+
+def _iterate(
+    opt: RMSProp, objective: "_Objective", box: Box, gtol: float, maxiter: float,
+    report: Callable[[OptimizeResult], object] | None, return_all: bool,
+) -> OptimizeResult:  # fmt: skip
+    """Take steps until the gradient is small enough or the run has to end, and return the result."""
+    lower, upper = box
+    x: Array = opt.params
     value, gradient = objective(x)
     visited = [x.copy()]
-    nit = 0
-    while True:
+    nit, status = 0, None
+    while status is None:
         if opt.nonfinite == "propagate" and not (np.isfinite(value) and np.isfinite(gradient).all()):
             status = _NOT_FINITE
-            break
-        # The projected gradient: a component counts for no more than what is left to a bound in its way.
-        if np.max(np.abs(np.clip(gradient, x - upper, x - lower)), initial=0.0) <= gtol:
+        # The projected gradient: a component is at most the distance to the bound in its way.
+        elif np.max(np.abs(np.clip(gradient, x - upper, x - lower)), initial=0.0) <= gtol:
             status = _CONVERGED
-            break
-        if nit >= maxiter:
+        elif nit >= maxiter:
             status = _MAXITER
-            break
-        opt.step(gradient)
-        np.clip(x, lower, upper, out=x)
-        value, gradient = objective(x)
-        nit += 1
-        if return_all:
-            visited.append(x.copy())
-        if report is not None:
-            try:
-                report(OptimizeResult(x=x.copy(), fun=value))
-            except StopIteration:
-                status = _STOPPED
-                break
+        else:
+            opt.step(gradient)
+            np.clip(x, lower, upper, out=x)
+            value, gradient = objective(x)
+            nit += 1
+            if return_all:
+                visited.append(x.copy())
+            if report is not None:
+                try:
+                    report(OptimizeResult(x=x.copy(), fun=value))
+                except StopIteration:
+                    status = _STOPPED
 
-    if not callable(jac):
+    if objective.differences:
         gradient[lower == upper] = np.nan
     all_fixed = status == _CONVERGED and len(x) > 0 and (lower == upper).all()
+    message = _FIXED if all_fixed else _MESSAGES[status]
     result = OptimizeResult(
         x=x.copy(), fun=value, jac=gradient, nit=nit, nfev=objective.nfev, njev=objective.njev, status=status,
-        success=status == _CONVERGED, message=_FIXED if all_fixed else _MESSAGES[status],
+        success=status == _CONVERGED, message=message,
     )  # fmt: skip
     if return_all:
         result["allvecs"] = visited
-    if disp:
-        _show(result)
     return result
 
 
 class _Objective:
-    """The function and its gradient, called as SciPy does: counted, and with a copy of x, which is the user's."""
+    """The function and its gradient. Calls are counted, and get a copy of x that the user may change."""
 
-    def __init__(
-        self, fun: Any, jac: Any, args: Any, lower: Array, upper: Array, finite_diff: str, rel_step: Any
-    ) -> None:
+    def __init__(self, fun: Any, jac: Jac, args: Any, box: Box, finite_diff: str, rel_step: ArrayLike | None) -> None:
         self.nfev = self.njev = 0
-        # Not through SciPy's memo, which does not call the function again for the same x. After a skipped step x is the
-        # same, but a function that draws new data in each call has another value there.
+        # SciPy's memo would not call a function that draws new data again for the same x, as after a skipped step.
         memoized = isinstance(fun, MemoizeJac) and getattr(jac, "__self__", None) is fun
-        self._both = fun.fun if memoized else fun if jac is True else None
+        self._both: Callable[..., Any] | None = fun.fun if memoized else fun if jac is True else None
         self._fun = fun
         self._jac = jac if callable(jac) else None
         self._args = args if isinstance(args, tuple) else (args,)
+        self.differences = self._jac is None
         if self._jac is None and self._both is None:
-            # `minimize` does not let the names of finite differences through; a call without it, or a later one, may.
+            # `minimize` passes no names of schemes; a call without it, or a later SciPy, may.
             name, scheme = ("finite_diff", finite_diff) if jac is None or jac is False else ("jac", jac)
             self._scheme = check_one_of(name, scheme, _SCHEMES)
-            self._free = lower < upper  # for the others there is no room for differences
+            lower, upper = box
+            self._free = lower < upper  # other variables have no room for differences
             self._bounds = lower[self._free], upper[self._free]
             self._rel_step = None if rel_step is None else _of_length("finite_diff_rel_step", rel_step, self._free)
 
     def __call__(self, x: Array) -> tuple[float, Array]:
         if self._both is not None:
-            return self._value_and_gradient(x)
+            return self._value_and_gradient(self._both, x)
         value = float(self._value(x))
         self.njev += 1
         if self._jac is None:
             return value, self._differences(x, value)
         return value, _gradient(self._jac(np.copy(x), *self._args), x)
 
-    def _value_and_gradient(self, x: Array) -> tuple[float, Array]:
-        assert self._both is not None
-        self.nfev += 1
-        self.njev += 1
-        found = self._both(np.copy(x), *self._args)
+    def _value_and_gradient(self, both: Callable[..., Any], x: Array) -> tuple[float, Array]:
+        self.nfev, self.njev = self.nfev + 1, self.njev + 1
+        found = both(np.copy(x), *self._args)
         try:
             value, gradient = found[0], found[1]
         except (IndexError, KeyError, TypeError):
@@ -241,13 +250,13 @@ class _Objective:
             ) from None
         return float(_number(value, x)), _gradient(gradient, x)
 
-    def _value(self, x: Array) -> Any:
+    def _value(self, x: NDArray[Any]) -> Any:
         self.nfev += 1
         return _number(self._fun(np.copy(x), *self._args), x)
 
     def _differences(self, x: Array, value: float) -> Array:
-        def of_free(part: Array) -> Any:
-            point = x.astype(part.dtype)
+        def of_free(part: NDArray[Any]) -> Any:
+            point = x.astype(part.dtype)  # complex in a complex step
             point[self._free] = part
             return self._value(point)
 
@@ -259,45 +268,45 @@ class _Objective:
         return gradient
 
 
-def _number(value: Any, x: Array) -> Any:
-    """What `fun` returned for x, as a number."""
+def _number(value: Any, x: NDArray[Any]) -> Any:
+    """Return the value of `fun` at x as a number."""
     value = np.asarray(value)
     if value.size != 1:
         raise StructureError(f"fun: expected to return one number, got shape {value.shape}")
     return (value if np.iscomplexobj(x) else _real("fun", value)).item()
 
 
-def _gradient(value: Any, x: Array) -> Array:
-    """What `jac` returned for x, in a copy, because some functions always return the same array."""
+def _gradient(value: ArrayLike, x: Array) -> Array:
+    """Return the value of `jac` at x, copied: the user's function may reuse its array."""
     gradient = _real("jac", value)
-    if gradient.size != x.size or max(gradient.shape, default=1) != x.size:  # such as (1, n), of a Jacobian
+    if gradient.size != x.size or max(gradient.shape, default=1) != x.size:  # (1, n) of a Jacobian is fine
         raise StructureError(f"jac: expected to return shape {x.shape}, got {gradient.shape}")
     return gradient.reshape(x.shape)
 
 
 def _real(name: str, value: Any) -> Array:
-    """A new float64 array of what is real numbers."""
+    """Return real numbers as a new array of float64."""
     try:
         array = np.asarray(value)
-        # Those of ml_dtypes are not of these kinds.
+        # Floats of ml_dtypes have none of these kinds.
         if array.dtype.kind not in "biuf" and not np.can_cast(array.dtype, np.float64):
             raise TypeError(f"dtype {array.dtype}")
         with np.errstate(all="ignore"):  # a longdouble that is too large becomes inf
             return np.array(array, np.float64)
-    except Exception as error:  # whatever a method of `value` raises
+    except Exception as error:  # methods of `value` may raise anything
         raise DtypeError(f"{name}: expected real numbers, got {type(value).__name__}: {error}") from None
 
 
-def _of_length(name: str, value: Any, where: Array) -> Array:
-    """The values of one number for each variable, or one for all, of those variables."""
+def _of_length(name: str, value: ArrayLike, where: NDArray[np.bool_]) -> Array:
+    """Return a number for each variable where `where` is True, from one for all or one for each."""
     try:
         return np.broadcast_to(_real(name, value), where.shape)[where]
     except ValueError:
         raise StructureError(f"{name}: expected a number or {len(where)}, got shape {np.shape(value)}") from None
 
 
-def _box(bounds: Any, size: int) -> tuple[Array, Array]:
-    """Lower and upper bounds of each variable, infinite where there is none."""
+def _box(bounds: Any, size: int) -> Box:
+    """Return the lower and the upper bound of each variable, infinite where a variable has none."""
     if bounds is None:
         bounds = Bounds()
     try:
@@ -316,25 +325,17 @@ def _box(bounds: Any, size: int) -> tuple[Array, Array]:
     return lower, upper
 
 
-def _with_result_or_x(callback: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Call `callback` with what it takes, by SciPy's rule: the name of its only parameter says."""
+def _with_result_or_x(callback: Callable[..., object]) -> Callable[[OptimizeResult], object]:
+    """Return a function that calls `callback` with a result or with x: as in SciPy, its parameter's name decides."""
     if set(inspect.signature(callback).parameters) == {"intermediate_result"}:
         return lambda result: callback(intermediate_result=result)
     return lambda result: callback(result.x)
 
 
 def _at_least_0(name: str, value: Any) -> Any:
-    number = value[()] if isinstance(value, np.ndarray) else value  # one of 0 dimensions becomes a scalar
+    number = value[()] if isinstance(value, np.ndarray) else value  # an array of 0 dimensions becomes a scalar
     if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
         raise OptionTypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
     if not number >= 0:  # type: ignore[operator]
         raise OptionError(f"{name}: expected a number >= 0, got {value!r}")
     return number
-
-
-def _show(result: Any) -> None:
-    if result.success:
-        print(result.message)
-    else:
-        warnings.warn(result.message, OptimizeWarning, stacklevel=4)
-    print(f"fun {result.fun:g}, nit {result.nit}, nfev {result.nfev}, njev {result.njev}")

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastrms import OptionError, OptionTypeError, plots
-from fastrms.plots.functions import LANDSCAPES, Landscape
+from fastrms.plots.functions import TEST_FUNCTIONS, Landscape
 from fastrms.plots.trajectories import descend
 
 EIGHT = {
@@ -47,7 +48,7 @@ def legend_texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("name", LANDSCAPES)
+@pytest.mark.parametrize("name", TEST_FUNCTIONS)
 def test_path_draws_the_points(name):
     descent = descend(name)
     ax = flat_axes()
@@ -93,7 +94,7 @@ def test_levels_of_contours_suit_the_function(name, levels):
 
 
 def test_the_highest_and_lowest_value_are_among_the_levels():
-    for name in LANDSCAPES:
+    for name in TEST_FUNCTIONS:
         _, _, values = descend(name, steps=0).grid
         levels = plots.path(name, ax=flat_axes(), steps=0).collections[0].levels
         # Above the last there is less than a tenth of the height; more would be a hole in the picture.
@@ -224,7 +225,7 @@ def test_height_is_above_the_minimum():
     np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), descent.traces[0].values - 100)
 
 
-@pytest.mark.parametrize("name", [*LANDSCAPES, "eight", "wide", "one step", "two panels"])
+@pytest.mark.parametrize("name", [*TEST_FUNCTIONS, "eight", "wide", "one step", "two panels"])
 def test_nothing_is_cut_off_and_the_legend_covers_nothing(name):
     options = {
         "eight": ("rosenbrock", EIGHT | {"steps": 50}),
@@ -402,6 +403,18 @@ def test_without_matplotlib(monkeypatch, function):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'install with: python -m pip install "fastrms\[plot\]"'):
         function("bowl")
+
+
+def test_trajectories_can_be_computed_without_matplotlib():
+    program = """if True:
+        import sys
+        sys.modules["matplotlib"] = None
+        from fastrms import plots
+        from fastrms.plots import figures, functions, measurements, methods, trajectories
+        print(plots.descend("bowl", steps=3).traces[0].points.shape, plots.format_seconds(1.0))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "(4, 2) 1.00 s\n"
 
 
 def test_a_dollar_sign_in_a_name_begins_no_formula():

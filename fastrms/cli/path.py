@@ -27,8 +27,9 @@ from fastrms.cli.common import (
 from fastrms.cli.progress import show_progress
 from fastrms.errors import FastrmsError
 from fastrms.plots import PANELS, animate, overview
-from fastrms.plots.functions import LANDSCAPES, Landscape
-from fastrms.plots.trajectories import METHODS, Descent, descend
+from fastrms.plots.functions import TEST_FUNCTIONS, Landscape
+from fastrms.plots.methods import METHODS
+from fastrms.plots.trajectories import Descent, descend
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +75,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    names = ", ".join(LANDSCAPES)
+    names = ", ".join(TEST_FUNCTIONS)
     add("--function", default="ellipse", metavar="NAME", help=
         f"{names}; or your own, module:name, called as f(x, y) with two floats (default: %(default)s)")  # fmt: skip
     add("--gradient", metavar="module:name", help=
@@ -210,12 +211,12 @@ def _naming_options(args: argparse.Namespace) -> Iterator[None]:
 
 def _landscape(name: str, gradient: str | None) -> Landscape:
     """Return the landscape of ``--function`` and ``--gradient``."""
-    if name in LANDSCAPES:
+    if name in TEST_FUNCTIONS:
         if gradient is not None:
             raise CommandError(f"--gradient: {name} has one; it is for functions of your own")
-        return LANDSCAPES[name]
+        return TEST_FUNCTIONS[name]
     if ":" not in name:
-        raise CommandError(f"--function: expected one of {', '.join(LANDSCAPES)}, or module:name, got {name!r}")
+        raise CommandError(f"--function: expected one of {', '.join(TEST_FUNCTIONS)}, or module:name, got {name!r}")
     found = find_object("--function", name)
     if isinstance(found, Landscape):
         if gradient is not None:

@@ -1,4 +1,4 @@
-"""Plots of what fastrms measures."""
+"""Figures of measured losses, times and throughput."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,42 +6,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastrms.plots import style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 __all__ = ["format_seconds", "plot_throughput", "plot_training"]
 
-# Of the Okabe-Ito palette, which colour-blind people can tell apart; light against dark, so that grey print works too.
-_WIDE, _THIN = "#E69F00", "#000000"
-_REST, _OPTIMIZER = "#BBBBBB", "#0072B2"
-_BAND = "#DDDDDD"
-
-# By what `fastrms bench` calls a way: colour, marker, dashes. The same palette; where two are near in grey, markers and
-# dashes tell them apart. Ways of one family share a colour.
-_SOLID, _DASHED, _DOTTED = "solid", (0, (4, 2)), (0, (1, 1.5))
-_LINES: dict[str, tuple[str, str, Any]] = {
-    "auto": ("#000000", "o", _SOLID),
-    "auto-list": ("#000000", "D", _DASHED),
-    "serial": ("#0072B2", "v", _SOLID),
-    "parallel": ("#0072B2", "^", _DASHED),
-    "parallel-bfloat16": ("#0072B2", "H", _DOTTED),
-    "numpy": ("#56B4E9", "s", _SOLID),
-    "numpy-in-place": ("#56B4E9", "P", _DASHED),
-    "reference": ("#E69F00", "X", _SOLID),
-    "torch": ("#D55E00", "<", _SOLID),
-    "torch-foreach": ("#D55E00", ">", _DASHED),
-    "torch-compile": ("#D55E00", "d", _DOTTED),
-    "optax": ("#009E73", "h", _SOLID),
-    "numexpr": ("#CC79A7", "*", _SOLID),
+# Colour, marker and dashes by the name of an implementation in `fastrms bench`. Those of one family share a colour.
+_LINES: dict[str, tuple[str, str, style.Dashes]] = {
+    "auto": (style.BLACK, "o", style.SOLID),
+    "auto-list": (style.BLACK, "D", style.DASHED),
+    "serial": (style.BLUE, "v", style.SOLID),
+    "parallel": (style.BLUE, "^", style.DASHED),
+    "parallel-bfloat16": (style.BLUE, "H", style.DOTTED),
+    "numpy": (style.SKY_BLUE, "s", style.SOLID),
+    "numpy-in-place": (style.SKY_BLUE, "P", style.DASHED),
+    "reference": (style.ORANGE, "X", style.SOLID),
+    "torch": (style.VERMILION, "<", style.SOLID),
+    "torch-foreach": (style.VERMILION, ">", style.DASHED),
+    "torch-compile": (style.VERMILION, "d", style.DOTTED),
+    "optax": (style.GREEN, "h", style.SOLID),
+    "numexpr": (style.PURPLE, "*", style.SOLID),
 }
-_OTHER_LINE = ("#F0E442", "p", _SOLID)
+_OTHER_LINE = (style.YELLOW, "p", style.SOLID)
 
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
 
 def format_seconds(seconds: float, *, plain: bool = False) -> str:
-    """A time with its unit and three digits, such as "1.28 ms".
+    """Return a time with its unit and three digits, such as "1.28 ms".
 
     Parameters
     ----------
@@ -53,7 +49,7 @@ def format_seconds(seconds: float, *, plain: bool = False) -> str:
     Returns
     -------
     text : str
-        In seconds, milliseconds or microseconds, whichever has one to three digits ahead of the point.
+        In the largest of seconds, milliseconds and microseconds that gives at least 1, or in microseconds.
 
     Examples
     --------
@@ -63,11 +59,15 @@ def format_seconds(seconds: float, *, plain: bool = False) -> str:
     >>> format_seconds(0.00099996, plain=True)
     '1.00 ms'
     """
-    # A value that would round to 1000 goes to the larger unit.
-    unit, scale = next((item for item in _UNITS if seconds >= 0.9995 * item[1]), _UNITS[-1])
+    unit, scale = _unit_of(seconds)
     value = seconds / scale
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {unit if plain else unit.replace('u', chr(0xB5))}"
+
+
+def _unit_of(seconds: float) -> tuple[str, float]:
+    """Return the name and the seconds of the unit for a time; 0.9995 ms would be rounded to 1000 us."""
+    return next((item for item in _UNITS if seconds >= 0.9995 * item[1]), _UNITS[-1])
 
 
 def plot_training(
@@ -78,11 +78,11 @@ def plot_training(
     Parameters
     ----------
     losses : mapping of str to array-like, shape (steps,)
-        The loss of each step, by the name of the training. Of two, the first is a wide line under the second.
+        The loss of each step, by the name of the training. The first of two is a wide line under the second.
     times : mapping of str to (float, float)
-        By the same names: seconds of a whole step, and of the optimizer in it.
+        Seconds of a whole step, and of the optimizer in it, by the same names.
     title : str
-        Above both.
+        Above both panels.
 
     Returns
     -------
@@ -98,11 +98,7 @@ def plot_training(
     >>> times = {"NumPy": (0.004, 0.002), "fastrms": (0.0025, 0.0005)}
     >>> figure, axes = plot_training(losses, times)
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -114,24 +110,24 @@ def plot_training(
     return figure, (left, right)
 
 
-def _draw_losses(axes: "Axes", losses: Mapping[str, NDArray[Any]]) -> None:
-    styles: list[dict[str, Any]] = [
-        {"color": _WIDE, "linewidth": 5, "solid_capstyle": "round"},
-        {"color": _THIN, "linewidth": 1.2, "linestyle": (0, (4, 3))},
+def _draw_losses(axes: "Axes", losses: Mapping[str, NDArray[np.float64]]) -> None:
+    looks: list[dict[str, Any]] = [
+        {"color": style.ORANGE, "linewidth": 5, "solid_capstyle": "round"},
+        {"color": style.BLACK, "linewidth": 1.2, "linestyle": (0, (4, 3))},
     ]
-    for k, ((name, values), style) in enumerate(zip(losses.items(), styles, strict=False)):
+    for k, ((name, values), look) in enumerate(zip(losses.items(), looks, strict=False)):
         # About a hundred points: more would hide the dashes, and a long training has millions.
         block = -(-len(values) // 100)
         blocks = values[: len(values) // block * block].reshape(-1, block)
         steps = np.arange(len(blocks)) * block + (block + 1) / 2
         if block > 1 and k == 0:
             label = f"lowest to highest of {block} steps (lines: median)"
-            axes.fill_between(steps, blocks.min(axis=1), blocks.max(axis=1), color=_BAND, linewidth=0, label=label)
+            axes.fill_between(steps, blocks.min(axis=1), blocks.max(axis=1), color="#DDDDDD", linewidth=0, label=label)
         # A few points make no curve, and a single one no line.
         marker: dict[str, Any] = {"marker": "o", "markersize": 10 - 6 * k} if len(blocks) <= 10 else {}
-        axes.plot(steps, np.median(blocks, axis=1), label=name, **style, **marker)
+        axes.plot(steps, np.median(blocks, axis=1), label=name, **look, **marker)
     positive = np.concatenate([values[values > 0] for values in losses.values()])
-    # Over less than a power of ten, a logarithmic axis has no round numbers to show.
+    # Within a power of ten, a logarithmic axis has no round numbers to show.
     if len(positive) and positive.max() > 10 * positive.min():
         axes.set_yscale("log")
     axes.set_title("Training loss")
@@ -141,16 +137,13 @@ def _draw_losses(axes: "Axes", losses: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _draw_times(axes: "Axes", times: Mapping[str, tuple[float, float]]) -> None:
-    longest = max(step for step, _ in times.values())
-    unit, scale = next((item for item in _UNITS if longest >= item[1]), _UNITS[-1])
+    unit, scale = _unit_of(max(step for step, _ in times.values()))
     for row, (name, (step, optimizer)) in enumerate(times.items()):
         rest = step - optimizer
-        first = row == 0
-        axes.barh(row, rest / scale, 0.42, color=_REST, label="forward and backward" if first else None)
-        axes.barh(
-            row, optimizer / scale, 0.42, left=rest / scale, color=_OPTIMIZER, label="optimizer" if first else None
-        )
-        # Above the bar and not in it, where the part of a fast optimizer has no room.
+        labels = ("forward and backward", "optimizer") if row == 0 else (None, None)
+        axes.barh(row, rest / scale, 0.42, color=style.GREY, label=labels[0])
+        axes.barh(row, optimizer / scale, 0.42, left=rest / scale, color=style.BLUE, label=labels[1])
+        # Above the bar: inside, the part of a fast optimizer has no room.
         text = f"{name}: {format_seconds(rest)} + {format_seconds(optimizer)} optimizer = {format_seconds(step)}"
         axes.text(0, row - 0.26, text, fontsize=9, verticalalignment="bottom")
     axes.set_yticks([])
@@ -162,14 +155,14 @@ def _draw_times(axes: "Axes", times: Mapping[str, tuple[float, float]]) -> None:
 
 
 def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") -> "tuple[Figure, list[Axes]]":
-    """Draw parameters a second over size, both logarithmic, one panel a dtype, under the limit of the machine.
+    """Draw parameters per second over size, both logarithmic, in one panel per dtype, under the machine's roofline.
 
     Parameters
     ----------
     records : sequence of mapping
-        As ``results`` in the JSON file of ``fastrms bench``; those with the kernel "limit" are the roofline.
+        ``results`` in the JSON file of ``fastrms bench``; records with the kernel "limit" are the roofline.
     title : str
-        Above all.
+        Above all panels.
 
     Returns
     -------
@@ -185,31 +178,29 @@ def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
     >>> small |= {"params": 1000, "gparam_per_s": 0.5}
     >>> figure, panels = plot_throughput([small, small | {"params": 9000, "gparam_per_s": 1}])
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     dtypes = list(dict.fromkeys(record["dtype"] for record in records))
-    figure = Figure(figsize=(3.4 + 4.4 * len(dtypes), 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(3.4 + 4.4 * len(dtypes), 5)
     panels: list[Axes] = list(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0])
-    lines: dict[str, tuple[float, Any]] = {}
+    lines: dict[str, tuple[float, Line2D]] = {}
     for axes, dtype in zip(panels, dtypes, strict=True):
-        _draw_throughput(axes, [record for record in records if record["dtype"] == dtype], lines)
+        for label, line in _draw_throughput(axes, [r for r in records if r["dtype"] == dtype]).items():
+            lines.setdefault(label, line)
         axes.set_title(f"One RMSProp step, {dtype}", fontsize=11)
         axes.set_xlabel("parameters")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("billion parameters a second")
     if title:
         figure.suptitle(title, fontsize=11)
-    # In the order of the lines at their right end, so that the eye finds one from the other.
+    # In the order of the lines at their right ends, so that the eye finds one from the other.
     ordered = sorted(lines.items(), key=lambda item: -item[1][0])
     labels = [label for label, _ in ordered]
     figure.legend([line for _, (_, line) in ordered], labels, loc="outside right upper", frameon=False, fontsize=9)
     return figure, panels
 
 
-def _draw_throughput(axes: "Axes", records: Sequence[Mapping[str, Any]], lines: dict[str, tuple[float, Any]]) -> None:
-    """Draw one panel; add to `lines` each label with its last value and its line."""
+def _draw_throughput(axes: "Axes", records: Sequence[Mapping[str, Any]]) -> "dict[str, tuple[float, Line2D]]":
+    """Draw one panel; return for each label the last value and the line."""
+    lines: dict[str, tuple[float, Line2D]] = {}
     axes.set_xscale("log")
     axes.set_yscale("log")
     best: dict[int, float] = {}
@@ -217,33 +208,22 @@ def _draw_throughput(axes: "Axes", records: Sequence[Mapping[str, Any]], lines: 
         if record["kernel"] == "limit":
             best[record["params"]] = max(best.get(record["params"], 0.0), record["gparam_per_s"])
     if best:
-        x = np.array(sorted(best))
-        y = np.array([best[size] for size in x])
-        # A single size would be a line of no length.
-        marker = "_" if len(x) == 1 else None
-        (line,) = axes.plot(
-            x, y, color=_REST, linewidth=7, solid_capstyle="butt", marker=marker, markersize=24, zorder=1
-        )
-        lines.setdefault("limit of this machine", (np.inf, line))
+        x, y = np.array(sorted(best.items())).T
+        # At a single size the line has no length.
+        marker: dict[str, Any] = {"marker": "_", "markersize": 24} if len(x) == 1 else {}
+        (line,) = axes.plot(x, y, color=style.GREY, linewidth=7, solid_capstyle="butt", zorder=1, **marker)
+        lines["limit of this machine"] = np.inf, line
     names = dict.fromkeys((record["kernel"], record["label"]) for record in records if record["kernel"] != "limit")
     for kernel, label in names:
-        own = sorted((record["params"], record["gparam_per_s"]) for record in records if record["kernel"] == kernel)
-        x, y = np.array(own).T
-        colour, marker, dashes = _LINES.get(kernel, _OTHER_LINE)
+        x, y = np.array(sorted((r["params"], r["gparam_per_s"]) for r in records if r["kernel"] == kernel)).T
+        colour, marker_of, dashes = _LINES.get(kernel, _OTHER_LINE)
         wide = kernel == "auto"
         (line,) = axes.plot(
-            x,
-            y,
-            color=colour,
-            marker=marker,
-            linestyle=dashes,
-            linewidth=2.2 if wide else 1.3,
-            markersize=7 if wide else 6,
-            markeredgecolor="#000000" if colour == _OTHER_LINE[0] else "#FFFFFF",
-            markeredgewidth=0.5,
-            zorder=3 if wide else 2,
-            label=label,
-        )
+            x, y, color=colour, marker=marker_of, linestyle=dashes, linewidth=2.2 if wide else 1.3,
+            markersize=7 if wide else 6, markeredgecolor=style.BLACK if colour == _OTHER_LINE[0] else style.WHITE,
+            markeredgewidth=0.5, zorder=3 if wide else 2, label=label,
+        )  # fmt: skip
         lines.setdefault(label, (float(y[-1]), line))
     axes.grid(which="major", color="#EEEEEE", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
+    return lines

@@ -1,196 +1,35 @@
-"""The paths that RMSProp, gradient descent, momentum and AdaGrad take down a function of two variables."""
+"""Trajectories: the points through which RMSProp and other methods go on a test function of two variables."""
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
-from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
 from fastrms.errors import DeviceError, OptionError, OptionTypeError
 from fastrms.optimizer import RMSProp
-from fastrms.options import check_option, resolve_lr
-from fastrms.plots.functions import (
-    LARGEST,
-    Array,
-    Landscape,
-    Point,
-    Region,
-    check_point,
-    check_region,
-    check_steps,
-    find,
-)
+from fastrms.plots.functions import LARGEST, Array, Landscape, Point, Region, find_function
+from fastrms.plots.methods import METHODS, GradientDescent, rmsprop_rate
 
-__all__ = ["METHODS", "AdaGrad", "Descent", "GradientDescent", "Momentum", "Trace", "descend", "rmsprop_rate"]
+__all__ = ["Descent", "Trajectory", "descend"]
 
-# More lines than these cannot be told apart in one picture.
-MAX_TRACES = 8
+# More lines cannot be told apart in one figure.
+MAX_TRAJECTORIES = 8
 
-# Arguments of an optimizer that change no path: what is updated, and with which memory and threads.
+# Arguments of an optimizer that influence no trajectory: the parameters, and memory and threads.
 _NO_OPTIONS = ("params", "cache_dtype", "num_threads", "storage")
 
-# Points in x and in y at which a function is drawn.
+# Points in x and in y at which figures evaluate a function.
 _GRID = 101
 
 
-class GradientDescent:
-    """Plain gradient descent: ``p = p - lr * g``.
-
-    (A. Cauchy, Méthode générale pour la résolution des systèmes d'équations simultanées, 1847.)
-
-    Parameters
-    ----------
-    params : ndarray
-        Copied.
-    lr : float
-        Learning rate, >= 0.
-    """
-
-    def __init__(self, params: Array, lr: float) -> None:
-        self.params = np.array(params, np.float64)
-        self.lr = _rate(lr)
-
-    def step(self, gradient: Array) -> Array:
-        """Take one step and return the new parameters, a new array."""
-        self.params = self.params - self.lr * gradient
-        return self.params
-
-    @property
-    def rate(self) -> Array:
-        """What each element of the last gradient was multiplied by."""
-        return np.full_like(self.params, self.lr)
-
-
-class Momentum:
-    """Gradient descent with momentum: ``b = momentum * b + g``, then ``p = p - lr * b``; b starts from 0.
-
-    (B. Polyak, Some methods of speeding up the convergence of iteration methods, 1964, in PyTorch's form.)
-
-    Parameters
-    ----------
-    params : ndarray
-        Copied.
-    lr : float
-        Learning rate, >= 0.
-    momentum : float, default 0.9
-        In [0, 1).
-    """
-
-    def __init__(self, params: Array, lr: float, momentum: float = 0.9) -> None:
-        self.params = np.array(params, np.float64)
-        self.lr = _rate(lr)
-        self.momentum = check_option("momentum", momentum)
-        self.buffer = np.zeros_like(self.params)
-
-    def step(self, gradient: Array) -> Array:
-        """Take one step and return the new parameters, a new array."""
-        self.buffer = self.momentum * self.buffer + gradient
-        self.params = self.params - self.lr * self.buffer
-        return self.params
-
-    @property
-    def rate(self) -> Array:
-        """What each element of the last gradient was multiplied by; the buffer then repeats it, momentum times."""
-        return np.full_like(self.params, self.lr)
-
-
-class AdaGrad:
-    """AdaGrad: ``s = s + g**2``, then ``p = p - lr * g / (sqrt(s) + epsilon)``; s starts from 0.
-
-    (J. Duchi, E. Hazan and Y. Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization,
-    2011.) The sum s never forgets, so that the rate only falls; RMSProp has a running mean in its place.
-
-    Parameters
-    ----------
-    params : ndarray
-        Copied.
-    lr : float
-        Learning rate, >= 0: the length of the first step in each variable.
-    epsilon : float, default 1e-8
-        > 0.
-    """
-
-    def __init__(self, params: Array, lr: float, epsilon: float = 1e-8) -> None:
-        self.params = np.array(params, np.float64)
-        self.lr = _rate(lr)
-        self.epsilon = check_option("epsilon", epsilon)
-        self.sum = np.zeros_like(self.params)
-
-    def step(self, gradient: Array) -> Array:
-        """Take one step and return the new parameters, a new array."""
-        self.sum = self.sum + gradient**2
-        self.params = self.params - self.lr * gradient / (np.sqrt(self.sum) + self.epsilon)
-        return self.params
-
-    @property
-    def rate(self) -> Array:
-        """What each element of the last gradient was multiplied by: it can only fall."""
-        rate: Array = self.lr / (np.sqrt(self.sum) + self.epsilon)
-        return rate
-
-
-def rmsprop_rate(optimizer: RMSProp) -> Array:
-    """What each element of the last gradient was multiplied by, from the optimizer's state and options.
-
-    That is lr/D in the equations of ``docs/options.md``, ahead of the momentum buffer where there is one. A gradient
-    that is clipped, or has weight decay added, counts as it was then.
-
-    Parameters
-    ----------
-    optimizer : RMSProp
-        Over one array of float64, after a step.
-
-    Returns
-    -------
-    rate : ndarray
-        In the shape of the array.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fastrms import RMSProp
-    >>> from fastrms.plots.trajectories import rmsprop_rate
-    >>> opt = RMSProp(np.zeros(2), lr=0.1)
-    >>> opt.step(np.array([1.0, 2.0]))
-    array([-0.31622776, -0.31622776])
-    >>> rmsprop_rate(opt)
-    array([0.31622776, 0.15811388])
-    """
-    group = optimizer.param_groups[0]
-    decay, epsilon = group["decay_rate"], group["epsilon"]
-    correction = 1 / (1 - decay**optimizer.steps) if group["bias_correction"] else 1.0
-    square = optimizer.cache * correction
-    if group["centered"]:
-        square = np.maximum(square - (optimizer.grad_avg * correction) ** 2, 0)
-    root = np.sqrt(square + epsilon) if group["eps_in_sqrt"] else np.sqrt(square) + epsilon
-    rate: Array = resolve_lr(group, optimizer.steps - 1) / root
-    return rate
-
-
-def _rate(lr: float) -> Any:
-    if callable(lr):
-        raise OptionTypeError(f"lr: expected a number, got {lr!r}; a function of the step is for RMSProp only")
-    return check_option("lr", lr)
-
-
-# By the name that `descend` takes: the name in a picture, and the class.
-METHODS: Mapping[str, tuple[str, Any]] = MappingProxyType(
-    {
-        "gradient-descent": ("gradient descent", GradientDescent),
-        "momentum": ("momentum", Momentum),
-        "adagrad": ("AdaGrad", AdaGrad),
-    }
-)
-
-
 @dataclass(frozen=True)
-class Trace:
-    """The path of one method, as far as it did not diverge.
+class Trajectory:
+    """The points of one method, up to the step at which it diverged, if any.
 
     Attributes
     ----------
@@ -199,13 +38,13 @@ class Trace:
     points : ndarray of float64, shape (steps + 1, 2)
         x and y, from the start.
     values : ndarray of float64, shape (steps + 1,)
-        Of the function there.
+        The function at the points.
     rates : ndarray of float64, shape (steps, 2)
-        What each step multiplied the derivatives in x and y by: lr for gradient descent and momentum, lr over the root
-        of the sum of squares for AdaGrad, and over that of their running mean for RMSProp.
+        The factors of the derivatives in x and y at each step: lr for gradient descent and momentum, lr over the root
+        of the sum of squares for AdaGrad, and lr over the root of their running mean for RMSProp.
     lost_at : int or None
-        The number of the step that led beyond 1e150 or where the function has no value, or had no gradient to go by:
-        there the path ends. None if none did.
+        The number of the step that led beyond 1e150 or to a point without a value, or that had no gradient. The
+        trajectory ends before it. None without such a step.
     """
 
     label: str
@@ -216,33 +55,31 @@ class Trace:
 
     @property
     def caption(self) -> str:
-        """The label, and where the path diverged if it did."""
+        """The label, with the step at which the trajectory diverged."""
         return self.label if self.lost_at is None else f"{self.label} (diverged at step {self.lost_at})"
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Paths of several methods on one landscape, from one start; `descend` makes it.
+    """Trajectories of several methods on one test function from one start, as `descend` returns them.
 
     Attributes
     ----------
     landscape : Landscape
+        The test function, with the start and the number of steps of the trajectories.
     region : ((float, float), (float, float))
-        What is drawn: the limits of x and those of y.
-    traces : tuple of Trace
-        RMSProp's first, then the others'.
+        The limits of x and of y in figures.
+    traces : tuple of Trajectory
+        First those of RMSProp, then those of the other methods.
     """
 
     landscape: Landscape
     region: Region
-    traces: tuple[Trace, ...]
+    traces: tuple[Trajectory, ...]
 
     @cached_property
     def grid(self) -> tuple[Array, Array, Array]:
-        """The function over the region: x and y, shape (101,) each, and values[row of y, column of x].
-
-        NaN where there is no value.
-        """
+        """The function over the region: x and y, shape (101,) each, and values[row of y, column of x], NaN for none."""
         x, y = (np.linspace(low, high, _GRID) for low, high in self.region)
         values = np.array([[self.landscape.value_at(at, row) for at in x] for row in y])
         if np.isnan(values).all():
@@ -251,7 +88,7 @@ class Descent:
 
 
 def descend(
-    function: Any = "ellipse",
+    function: str | Callable[[float, float], SupportsFloat] | Landscape = "ellipse",
     settings: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None,
     beside: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
     *,
@@ -259,41 +96,41 @@ def descend(
     steps: int | None = None,
     region: Region | None = None,
 ) -> Descent:
-    """Let RMSProp and other methods go down a function of two variables.
+    """Compute trajectories of RMSProp and other methods on a function of two variables.
 
     Parameters
     ----------
     function : str, callable or Landscape, default "ellipse"
-        The name of one in `LANDSCAPES`, a function that is called with two floats and returns a number, or a
-        `Landscape`, which can also have a gradient, a start and more.
+        The name of a test function: ``"bowl"``, ``"ellipse"``, ``"rosenbrock"``, ``"beale"``, ``"saddle"`` or
+        ``"ravine"``; a function that is called with two floats and returns a number; or a `Landscape`, which can have a
+        gradient, a start and more.
     settings : sequence of mappings, or mapping of str to mapping, optional
-        Options of `fastrms.RMSProp` for one path each: ``[{"decay_rate": 0.99}, {"momentum": 0.9}]``. With a mapping,
-        its keys are the labels of the paths. By default one path with default options. Where lr is not among them, it
-        is the landscape's.
+        Options of `fastrms.RMSProp` for one trajectory each: ``[{"decay_rate": 0.99}, {"momentum": 0.9}]``. The keys of
+        a mapping are labels. By default one trajectory with default options. The default of lr is the test function's.
     beside : sequence of str or (str, mapping), optional
-        Other methods, of `METHODS`, each with options if the landscape's lr is not to be taken:
-        ``["momentum", ("adagrad", {"lr": 0.5})]``. By default all three, or none where there are settings.
+        Other methods: ``"gradient-descent"``, ``"momentum"`` or ``"adagrad"``, alone or with options, such as
+        ``("adagrad", {"lr": 0.5})``. By default all three, or none where there are settings.
     start : (float, float), optional
-        By default the landscape's.
+        By default the test function's.
     steps : int, optional
-        Of each path, >= 0; by default the landscape's.
+        The number of steps of each trajectory, >= 0; by default the test function's.
     region : ((float, float), (float, float)), optional
-        Limits of x and of y to draw. By default the landscape's, extended to where `start` is.
+        The limits of x and of y in figures; by default the test function's, extended to include `start`.
 
     Returns
     -------
     descent : Descent
-        The landscape, and a `Trace` for each path: its points, values and rates.
+        The test function, and a `Trajectory` for each method: its points, values and rates.
 
     Raises
     ------
     OptionError, OptionTypeError
-        One of these is out of range, unknown or of the wrong kind, or the function has no value at the start.
+        An argument is out of range, unknown or of the wrong kind, or the function has no value at the start.
 
     Notes
     -----
-    RMSProp runs as ``fastrms.RMSProp(np.array(start), kernel="numpy", ...)``, one parameter of two float64 elements:
-    that kernel has the bits of all others and nothing to compile.
+    RMSProp runs as ``fastrms.RMSProp(np.array(start), kernel="numpy", ...)``, with one parameter of two float64
+    elements. This kernel has the bits of all others and nothing to compile.
 
     Examples
     --------
@@ -304,25 +141,22 @@ def descend(
     >>> descent.traces[0].points.shape
     (51, 2)
     """
-    landscape = find(function)
-    runs = _plan(landscape, settings, beside)
-    first = landscape.start if start is None else check_point("start", start)
+    given: dict[str, Any] = {"start": start, "steps": steps, "region": region}
+    landscape = replace(find_function(function), **{k: value for k, value in given.items() if value is not None})
+    first, limits = landscape.start, landscape.region
     if math.isnan(landscape.value_at(*first)):
         raise OptionError(f"start: expected a point where {landscape.name} has a value, up to {LARGEST:g}, got {first}")
     if region is None:
-        region = _including(landscape.region, first)
-    else:
-        region = check_region(region)
-        if not all(low <= at <= high for at, (low, high) in zip(first, region, strict=True)):
-            raise OptionError(f"start: expected a point in the region {region}, got {first}")
-    count = landscape.steps if steps is None else check_steps(steps)
-    optimizers = [(label, _made(where, make, np.array(first), options)) for where, label, make, options in runs]
-    traces = [_follow(landscape, label, optimizer, first, count) for label, optimizer in optimizers]
-    return Descent(landscape, region, tuple(traces))
+        limits = _extended(limits, first)
+    elif not all(low <= at <= high for at, (low, high) in zip(first, limits, strict=True)):
+        raise OptionError(f"start: expected a point in the region {limits}, got {first}")
+    methods = _list_methods(settings, beside)
+    optimizers = [_make_optimizer(landscape, *each) for each in methods]  # all of them, before one runs
+    return Descent(landscape, limits, tuple(_follow(landscape, *each) for each in optimizers))
 
 
-def _including(region: Region, point: Point) -> Region:
-    """The region, made larger where the point is outside of it or on its edge, by some more than it takes."""
+def _extended(region: Region, point: Point) -> Region:
+    """Return the region with a margin around a point that is outside of it or on its edge."""
     limits = []
     for at, (low, high) in zip(point, region, strict=True):
         margin = 0.1 * (max(high, at) - min(low, at))
@@ -330,8 +164,8 @@ def _including(region: Region, point: Point) -> Region:
     return limits[0], limits[1]
 
 
-def _plan(landscape: Landscape, settings: Any, beside: Any) -> list[tuple[str, str, Any, dict[str, Any]]]:
-    """What to run: where it was given, label, class and options of each path."""
+def _list_methods(settings: Any, beside: Any) -> list[tuple[str, str | None, str, Any]]:
+    """Return for each trajectory the place of its options for errors, its label if given, its method and options."""
     if beside is None:
         beside = tuple(METHODS) if settings is None else ()
     settings = [{}] if settings is None else settings
@@ -339,48 +173,43 @@ def _plan(landscape: Landscape, settings: Any, beside: Any) -> list[tuple[str, s
         raise OptionTypeError(f"settings: expected a list of dicts of options, got {settings!r}")
     if not isinstance(beside, Sequence) or isinstance(beside, str):
         raise OptionTypeError(f"beside: expected a list of names such as ['adagrad'], got {beside!r}")
-
-    runs: list[tuple[str, str, Any, dict[str, Any]]] = []
-    named = settings.items() if isinstance(settings, Mapping) else ((None, own) for own in settings)
-    for k, (name, own) in enumerate(named):
-        where = f"settings[{k if name is None else repr(name)}]"
-        options = {"lr": landscape.rates["rmsprop"], **_checked(where, "RMSProp", RMSProp, own)}
-        label = _label("RMSProp", options) if name is None else str(name)
-        runs.append((where, label, RMSProp, {"kernel": "numpy", **options}))
+    if not 1 <= (count := len(settings) + len(beside)) <= MAX_TRAJECTORIES:
+        raise OptionError(f"settings and beside: expected 1 to {MAX_TRAJECTORIES} paths in one picture, got {count}")
+    methods: list[tuple[str, str | None, str, Any]] = []
+    if isinstance(settings, Mapping):
+        methods += [(f"settings[{name!r}]", str(name), "RMSProp", options) for name, options in settings.items()]
+    else:
+        methods += [(f"settings[{k}]", None, "RMSProp", options) for k, options in enumerate(settings)]
     for k, item in enumerate(beside):
-        method, own = item if isinstance(item, tuple) and len(item) == 2 else (item, {})
+        method, options = item if isinstance(item, tuple) and len(item) == 2 else (item, {})
         if not isinstance(method, str) or method not in METHODS:
             raise OptionError(f"beside[{k}]: expected one of {tuple(METHODS)}, or (name, options), got {item!r}")
-        title, make = METHODS[method]
-        options = {"lr": landscape.rates[method], **_checked(f"beside[{k}]", method, make, own)}
-        runs.append((f"beside[{k}]", _label(title, options), make, options))
-    if not 1 <= len(runs) <= MAX_TRACES:
-        raise OptionError(f"settings and beside: expected 1 to {MAX_TRACES} paths in one picture, got {len(runs)}")
-    return runs
+        methods.append((f"beside[{k}]", None, method, options))
+    return methods
 
 
-def _checked(where: str, method: str, make: Any, options: Any) -> Mapping[str, Any]:
-    """The options, if `make` has options of these names; it checks their values itself."""
+def _make_optimizer(
+    landscape: Landscape, place: str, label: str | None, method: str, options: Any
+) -> tuple[str, RMSProp | GradientDescent]:
+    """Return a label and an optimizer; errors about options begin with their place."""
     if not isinstance(options, Mapping):
-        raise OptionTypeError(f"{where}: expected a dict of options of {method}, got {options!r}")
+        raise OptionTypeError(f"{place}: expected a dict of options of {method}, got {options!r}")
+    title, make = METHODS.get(method, (method, RMSProp))
     known = [name for name in inspect.signature(make).parameters if name not in _NO_OPTIONS]
     for name in options:
         if name not in known:
-            options_are = f"the options are {', '.join(known)}"
-            raise OptionError(f"{where}: {name!r} is no option of {method} on a path; {options_are}")
-    return options
-
-
-def _made(where: str, make: Any, start: Array, options: Mapping[str, Any]) -> Any:
-    """The optimizer, whose errors say where its options were given."""
+            hint = f"the options are {', '.join(known)}"
+            raise OptionError(f"{place}: {name!r} is no option of {method} on a path; {hint}")
+    options = {"lr": landscape.rates[method.lower()], **options}
     try:
-        return make(start, **options)
+        optimizer = make(np.array(landscape.start), **(({"kernel": "numpy"} if make is RMSProp else {}) | options))
     except (OptionError, OptionTypeError, DeviceError) as error:
-        raise type(error)(f"{where}: {error}") from None
+        raise type(error)(f"{place}: {error}") from None
+    return _label(title, options) if label is None else label, optimizer
 
 
 def _label(title: str, options: Mapping[str, Any]) -> str:
-    """The method and its options: "RMSProp, lr 0.1, centered"."""
+    """Return a label of a method and its options: "RMSProp, lr 0.1, centered"."""
     parts = [title]
     for name, value in options.items():
         if isinstance(value, bool):
@@ -392,23 +221,24 @@ def _label(title: str, options: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _follow(landscape: Landscape, label: str, optimizer: Any, start: Point, steps: int) -> Trace:
-    point = np.array(start)
-    points, values, rates = [point], [landscape.value_at(*start)], []
+def _follow(landscape: Landscape, label: str, optimizer: RMSProp | GradientDescent) -> Trajectory:
+    """Return the trajectory of an optimizer, which ends before a step that diverges."""
+    point = np.array(landscape.start)
+    points, values, rates = [point], [landscape.value_at(*landscape.start)], []
     lost_at = None
-    with np.errstate(all="ignore"):  # what diverges is found below
-        for number in range(1, steps + 1):
+    with np.errstate(all="ignore"):  # divergence is looked for below
+        for number in range(1, landscape.steps + 1):
             gradient = landscape.gradient_at(*point)
+            value = math.nan
             if np.isfinite(gradient).all():
                 point = np.array(optimizer.step(gradient))
-                value = landscape.value_at(*point) if (np.abs(point) <= LARGEST).all() else math.nan
-            else:
-                value = math.nan
+                if (np.abs(point) <= LARGEST).all():
+                    value = landscape.value_at(*point)
             if math.isnan(value):
                 lost_at = number
                 break
             points.append(point)
             values.append(value)
             rates.append(rmsprop_rate(optimizer) if isinstance(optimizer, RMSProp) else optimizer.rate)
-    # reshape: of no steps there are no rates, in two columns.
-    return Trace(label, np.array(points), np.array(values), np.reshape(rates, (-1, 2)), lost_at)
+    # reshape: without steps, an empty list has no two columns.
+    return Trajectory(label, np.array(points), np.array(values), np.reshape(rates, (-1, 2)), lost_at)

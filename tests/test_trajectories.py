@@ -1,4 +1,4 @@
-"""Functions of two variables, and the paths of RMSProp and other methods on them."""
+"""Test functions of two variables, and trajectories of RMSProp and other methods on them."""
 
 import math
 
@@ -9,8 +9,9 @@ from helpers import assert_same_bits, bits
 import fastrms
 from fastrms import OptionError, OptionTypeError
 from fastrms.kernels.reference import ReferenceRMSProp
-from fastrms.plots.functions import LANDSCAPES, Landscape
-from fastrms.plots.trajectories import METHODS, AdaGrad, GradientDescent, Momentum, descend
+from fastrms.plots.functions import TEST_FUNCTIONS, Landscape
+from fastrms.plots.methods import METHODS, AdaGrad, GradientDescent, Momentum
+from fastrms.plots.trajectories import descend
 
 TORCH = {
     "gradient-descent": ("SGD", {}),
@@ -33,12 +34,12 @@ TORCH = {
     ],
 )
 def test_built_in_values(name, x, y, value):
-    assert LANDSCAPES[name].value_at(x, y) == pytest.approx(value, rel=1e-14)
+    assert TEST_FUNCTIONS[name].value_at(x, y) == pytest.approx(value, rel=1e-14)
 
 
-@pytest.mark.parametrize("name", LANDSCAPES)
+@pytest.mark.parametrize("name", TEST_FUNCTIONS)
 def test_gradients_are_those_of_the_functions(name, rng):
-    given = LANDSCAPES[name]
+    given = TEST_FUNCTIONS[name]
     numerical = Landscape(given.function)
     for x, y in rng.uniform(-3, 3, (200, 2)):
         # Central differences lose about as many digits as the value has before the point.
@@ -46,9 +47,9 @@ def test_gradients_are_those_of_the_functions(name, rng):
         assert numerical.gradient_at(x, y) == close
 
 
-@pytest.mark.parametrize("name", [name for name in LANDSCAPES if name != "saddle"])
+@pytest.mark.parametrize("name", [name for name in TEST_FUNCTIONS if name != "saddle"])
 def test_minima_are_the_lowest_points(name):
-    landscape = LANDSCAPES[name]
+    landscape = TEST_FUNCTIONS[name]
     for x, y in landscape.minima:
         assert landscape.value_at(x, y) == 0
         assert bits(abs(landscape.gradient_at(x, y))) == bits(np.zeros(2))
@@ -73,11 +74,11 @@ def test_other_methods_are_those_of_torch(method):
 
     name, options = TORCH[method]
     (trace,) = descend("beale", [], [(method, {"lr": 0.005})], steps=100).traces
-    param = torch.tensor(LANDSCAPES["beale"].start, dtype=torch.float64, requires_grad=True)
+    param = torch.tensor(TEST_FUNCTIONS["beale"].start, dtype=torch.float64, requires_grad=True)
     optimizer = getattr(torch.optim, name)([param], lr=0.005, **options)
     points = [param.detach().numpy().copy()]
     for _ in range(100):
-        param.grad = torch.tensor(LANDSCAPES["beale"].gradient_at(*points[-1]))
+        param.grad = torch.tensor(TEST_FUNCTIONS["beale"].gradient_at(*points[-1]))
         optimizer.step()
         points.append(param.detach().numpy().copy())
     np.testing.assert_allclose(trace.points, points, rtol=1e-9)
@@ -121,7 +122,7 @@ def test_two_steps_by_hand(make, points, rates):
 )
 def test_rates_are_what_the_gradient_was_multiplied_by(options):
     (trace,) = descend("bowl", [options], steps=30).traces
-    gradients = np.array([LANDSCAPES["bowl"].gradient_at(*point) for point in trace.points[:-1]])
+    gradients = np.array([TEST_FUNCTIONS["bowl"].gradient_at(*point) for point in trace.points[:-1]])
     # Both sides are differences of rounded numbers.
     np.testing.assert_allclose(np.diff(trace.points, axis=0), -trace.rates * gradients, rtol=1e-6, atol=1e-14)
 

@@ -1,0 +1,115 @@
+"""Gradient descent, momentum and AdaGrad, which trajectories compare with RMSProp, and the rate of each method."""
+
+from types import MappingProxyType
+from typing import SupportsFloat
+
+import numpy as np
+
+from fastrms.errors import OptionTypeError
+from fastrms.optimizer import RMSProp
+from fastrms.options import check_option, resolve_lr
+from fastrms.plots.functions import Array
+
+__all__ = ["METHODS", "AdaGrad", "GradientDescent", "Momentum", "rmsprop_rate"]
+
+
+class GradientDescent:
+    """Plain gradient descent from a copy of `params`: ``p = p - lr * g``.
+
+    (A. Cauchy, Méthode générale pour la résolution des systèmes d'équations simultanées, 1847.)
+    """
+
+    def __init__(self, params: Array, lr: SupportsFloat) -> None:
+        if callable(lr):
+            raise OptionTypeError(f"lr: expected a number, got {lr!r}; a function of the step is for RMSProp only")
+        self.params = np.array(params, np.float64)
+        self.lr: float = check_option("lr", lr)
+
+    def step(self, gradient: Array) -> Array:
+        """Take one step and return the new parameters, a new array."""
+        self.params = self.params - self.lr * gradient
+        return self.params
+
+    @property
+    def rate(self) -> Array:
+        """The factor of each element of the last gradient."""
+        return np.full_like(self.params, self.lr)
+
+
+class Momentum(GradientDescent):
+    """Gradient descent with momentum: ``b = momentum * b + g``, then ``p = p - lr * b``; b starts from 0.
+
+    (B. Polyak, Some methods of speeding up the convergence of iteration methods, 1964, in PyTorch's form.) The rate is
+    the factor of a gradient in its own step.
+    """
+
+    def __init__(self, params: Array, lr: SupportsFloat, momentum: float = 0.9) -> None:
+        super().__init__(params, lr)
+        self.momentum: float = check_option("momentum", momentum)
+        self.buffer = np.zeros_like(self.params)
+
+    def step(self, gradient: Array) -> Array:
+        """Take one step and return the new parameters, a new array."""
+        self.buffer = self.momentum * self.buffer + gradient
+        return super().step(self.buffer)
+
+
+class AdaGrad(GradientDescent):
+    """AdaGrad: ``s = s + g**2``, then ``p = p - lr * g / (sqrt(s) + epsilon)``; s starts from 0.
+
+    (J. Duchi, E. Hazan and Y. Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization,
+    2011.) The sum s never forgets, so that the rate only falls; RMSProp has a running mean in its place.
+    """
+
+    def __init__(self, params: Array, lr: SupportsFloat, epsilon: float = 1e-8) -> None:
+        super().__init__(params, lr)
+        self.epsilon: float = check_option("epsilon", epsilon)
+        self.sum = np.zeros_like(self.params)
+
+    def step(self, gradient: Array) -> Array:
+        """Take one step and return the new parameters, a new array."""
+        self.sum = self.sum + gradient**2
+        self.params = self.params - self.lr * gradient / (np.sqrt(self.sum) + self.epsilon)
+        return self.params
+
+    @property
+    def rate(self) -> Array:
+        """The factor of each element of the last gradient."""
+        rate: Array = self.lr / (np.sqrt(self.sum) + self.epsilon)
+        return rate
+
+
+# By the names that `descend` takes: the names in figures, and the classes.
+METHODS = MappingProxyType(
+    {
+        "gradient-descent": ("gradient descent", GradientDescent),
+        "momentum": ("momentum", Momentum),
+        "adagrad": ("AdaGrad", AdaGrad),
+    }
+)
+
+
+def rmsprop_rate(optimizer: RMSProp) -> Array:
+    """Return the factor of each element of the last gradient, from the state and options of an optimizer.
+
+    The optimizer has one array of float64 and has taken a step. The factor is lr/D in the equations of
+    ``docs/options.md``, ahead of a momentum buffer, of the gradient after clipping and weight decay.
+
+    >>> import numpy as np
+    >>> from fastrms import RMSProp
+    >>> from fastrms.plots.methods import rmsprop_rate
+    >>> opt = RMSProp(np.zeros(2), lr=0.1)
+    >>> opt.step(np.array([1.0, 2.0]))
+    array([-0.31622776, -0.31622776])
+    >>> rmsprop_rate(opt)
+    array([0.31622776, 0.15811388])
+    """
+    group = optimizer.param_groups[0]
+    decay, epsilon = group["decay_rate"], group["epsilon"]
+    correction = 1 / (1 - decay**optimizer.steps) if group["bias_correction"] else 1.0
+    square = optimizer.cache * correction
+    if group["centered"]:
+        square = np.maximum(square - (optimizer.grad_avg * correction) ** 2, 0)
+    root = np.sqrt(square + epsilon) if group["eps_in_sqrt"] else np.sqrt(square) + epsilon
+    rate: Array = resolve_lr(group, optimizer.steps - 1) / root
+    return rate
