@@ -43,39 +43,22 @@ _gradient_of = operator.attrgetter("grad")
 
 
 class Gradients(NamedTuple):
-    """The gradients of one compiled pass.
-
-    Attributes
-    ----------
-    tensors : tuple
-        For each parameter its gradient, or None.
-    addresses : ndarray of int64
-        Where they lie; 0 for parameters that are not in the pass.
-    present : ndarray of bool, or None
-        Which parameters are in the pass; None for all.
-    """
+    """The gradients of one compiled pass: one item for each parameter."""
 
     tensors: tuple[torch.Tensor | None, ...]
-    addresses: NDArray[np.int64]
-    present: NDArray[np.bool_] | None
+    addresses: NDArray[np.int64]  # 0 for a parameter that is not in the pass
+    present: NDArray[np.bool_] | None  # the parameters in the pass; None for all
 
 
 class Pack:
-    """The parameters of one group, divided by the step that they take.
-
-    Parameters
-    ----------
-    group : dict
-        A group of `optimizer.param_groups`.
-    kernel : str
-        As for `RMSProp`.
+    """The parameters of one group of `optimizer.param_groups`, divided by the step that they take.
 
     Attributes
     ----------
     group : dict
         The group.
     fallback : list of torch.Tensor
-        The parameters that were not moved to a buffer, and take PyTorch's step.
+        The parameters that cannot be moved to a buffer, and always take PyTorch's step.
     moved : MovedParameters or None
         The others, if there are any.
     """
@@ -110,19 +93,9 @@ class Pack:
         return [obstacle or (ASKED_FOR if asked else next(moved)) for obstacle in self._obstacles]
 
     def plan(self, state: State) -> tuple[list[torch.Tensor], Gradients | None]:
-        """Divide the parameters by the step that they take this time.
+        """Return the parameters that take PyTorch's step this time, and the gradients of the compiled pass if any.
 
-        Parameters
-        ----------
-        state : dict
-            `optimizer.state`, to which the state of parameters with a first gradient is added.
-
-        Returns
-        -------
-        fallback : list of torch.Tensor
-            The parameters that take PyTorch's step.
-        gradients : Gradients or None
-            The gradients of the compiled pass, for `MovedParameters.step`, if there are any.
+        Add the state of parameters with a first gradient to `state`, which is `optimizer.state`.
         """
         if self.moved is None:
             return self.fallback, None
@@ -143,16 +116,7 @@ class Pack:
 
 
 class MovedParameters:
-    """Parameters that are views of the buffers of an `RMSProp`.
-
-    Parameters
-    ----------
-    params : tuple of torch.Tensor
-        Parameters that can be moved; their ``.data`` become views.
-    group : dict
-        The group that has their options.
-    kernel : str
-        As for `RMSProp`.
+    """Parameters that are moved to the buffers of an `RMSProp`: their ``.data`` are views.
 
     Attributes
     ----------
@@ -178,13 +142,13 @@ class MovedParameters:
         self.locator = Locator(views, self.reads_tensors)
         self.state = BoundState(params, self.locator)
         self._addresses = np.array([view.ctypes.data if view.size else 0 for view in views])
-        self._displaced = np.zeros(len(params), bool)  # the parameters that lie elsewhere and cannot be moved back
+        self._displaced: set[int] = set()  # the numbers of parameters that lie elsewhere and cannot be moved back
         self._gradient_kinds = np.zeros(len(params), np.int64)  # of the last step
-        # A negative view, whose memory has the numbers with the other sign, is strided and so not ordinary, unless it
-        # has one element.
+        # The memory of a negative view has the numbers with the other sign. Such a view is strided, thus not ordinary,
+        # unless it has one element.
         self._scalars = [k for k, p in enumerate(params) if p.numel() == 1]
-        # Where `zero_gradients` moves gradients. It is not the gradient buffer of `optimizer`, which a step may write:
-        # whoever keeps a gradient after autograd has replaced it would see it change.
+        # Where `zero_gradients` moves gradients. The gradient buffer of `optimizer` would not do, as a step may write
+        # there: a gradient that somebody keeps after autograd has replaced it must not change.
         self._gradient_buffer: FlatBuffer | None = None
         self._gradient_addresses = [-1] * len(params)
         self._options: tuple[float, ...] = ()
@@ -213,8 +177,8 @@ class MovedParameters:
         needed = {"cache": True, "momentum_buffer": options["momentum"] > 0, "grad_avg": options["centered"]}
         parts = {theirs: buffers[ours].leaves for ours, theirs in DIALECTS["torch"].state.items() if needed[ours]}
         # A gradient that aliases these may not be read by the compiled pass, which writes there.
-        starts = [(buffer.block.ctypes.data, buffer.nbytes) for buffer in buffers.values()]
-        self._ranges = np.array([(start, start + nbytes) for start, nbytes in starts], np.int64)
+        ranges = [(start := buffer.block.ctypes.data, start + buffer.nbytes) for buffer in buffers.values()]
+        self._ranges = np.array(ranges, np.int64)
         self.state.use(parts, self._ranges)
         self.refusal, self._options = refusal, now
 
@@ -225,9 +189,9 @@ class MovedParameters:
     def _reason(self, k: int) -> str | None:
         if self.refusal:
             return f"the compiled pass cannot take the options of its group ({self.refusal})"
-        if self._displaced[k]:
+        if k in self._displaced:
             return why_not_movable(self._params[k]) or "it has another shape or dtype than before"
-        if self.state.left_outside[k]:
+        if k in self.state.left_outside:
             return "its state cannot be moved: it is incomplete, of another shape or dtype, or others share its memory"
         if self._gradient_kinds[k] == dlpack.UNUSUAL:
             return "its last gradient is not a dense tensor of its dtype and shape"
@@ -235,12 +199,12 @@ class MovedParameters:
 
     def move_back(self) -> None:
         """Move parameters that were put elsewhere (``p.data = ...``) back to the buffer, where this is possible."""
-        located = self.locator.locate(self._params)
-        self._displaced[:] = False
-        if np.array_equal(located.addresses, self._addresses):
+        addresses = self.locator.locate(self._params).places[0]
+        self._displaced.clear()
+        if addresses.tobytes() == self._addresses.tobytes():
             return
         views = self.optimizer.params
-        elsewhere = np.flatnonzero(located.addresses != self._addresses).tolist()
+        elsewhere = np.flatnonzero(addresses != self._addresses).tolist()
         for k in elsewhere:
             unalias(self._params[k], views[k], self._ranges)
         for k in elsewhere:
@@ -250,24 +214,26 @@ class MovedParameters:
                 take_values(p, views[k])
                 self._versions[k] = version_of(p)  # another counter after `torch.utils.swap_tensors`
             else:
-                self._displaced[k] = True
+                self._displaced.add(k)
                 self.outgrown = self.outgrown or movable
         self._held = held_in_cpp(self._versions)
 
     def plan(self, state: State) -> tuple[list[torch.Tensor], Gradients | None]:
-        """Return the parameters that take PyTorch's step, and the gradients of the others, as `Pack.plan` does."""
+        """Do for these parameters what `Pack.plan` does for all."""
         gradients = tuple(map(_gradient_of, self._params))
         self.move_back()
-        addresses, kinds, all_ordinary = self.locator.locate(gradients, self._ranges)
+        places, all_ordinary = self.locator.locate(gradients, self._ranges)
+        addresses, kinds = places
         self._gradient_kinds = kinds
         excluded = self._displaced | self.state.left_outside
-        for k in self._scalars:
-            excluded[k] |= gradients[k] is not None and gradients[k].is_neg()
-        if excluded.any():
-            kinds[excluded & (kinds == dlpack.ORDINARY)], addresses[excluded] = dlpack.UNUSUAL, 0
-            all_ordinary = False
+        excluded.update(k for k in self._scalars if gradients[k] is not None and gradients[k].is_neg())
+        for k in excluded:
+            if kinds[k] == dlpack.ORDINARY:
+                kinds[k], addresses[k], all_ordinary = dlpack.UNUSUAL, 0, False
         if not self.state.begun.all():
-            self.state.begin((kinds != dlpack.ABSENT) & ~self._displaced, state)
+            present = kinds != dlpack.ABSENT
+            present[list(self._displaced)] = False
+            self.state.begin(present, state)
         if all_ordinary:
             return [], Gradients(gradients, addresses, None)
         present = kinds == dlpack.ORDINARY
@@ -292,7 +258,7 @@ class MovedParameters:
     def zero_gradients(self) -> list[torch.Tensor]:
         """Set gradients that are views of one buffer, or can become one, to 0, and return the others."""
         gradients = tuple(map(_gradient_of, self._params))
-        addresses, kinds, _ = self.locator.locate(gradients, self._ranges)
+        addresses, kinds = self.locator.locate(gradients, self._ranges).places
         others, moved = [], []
         for k, (gradient, address, kind) in enumerate(zip(gradients, addresses.tolist(), kinds.tolist(), strict=True)):
             ordinary = kind == dlpack.ORDINARY and not gradient.requires_grad

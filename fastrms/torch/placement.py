@@ -55,16 +55,9 @@ def take_values(tensor: torch.Tensor, part: Array) -> None:
 
 
 def unalias(tensor: Any, part: Array, ranges: NDArray[np.int64]) -> None:
-    """Give a tensor memory of its own if it aliases another part of the buffers than `part`.
+    """Give a tensor memory of its own if it can be moved and aliases another part of the buffers than `part`.
 
-    Parameters
-    ----------
-    tensor : object
-        Not changed unless it is a tensor that can be moved.
-    part : ndarray
-        Where the tensor may lie.
-    ranges : ndarray of int64, shape (m, 2)
-        The memory [low, high) of each buffer.
+    `ranges` has the memory [low, high) of each buffer, shape (m, 2).
     """
     if not lies_at(tensor, part) and why_not_movable(tensor) is None:
         low, high = ranges.T
@@ -157,34 +150,18 @@ def why_not_movable(tensor: Any) -> str | None:
 class Located(NamedTuple):
     """Where tensors lie.
 
-    Attributes
-    ----------
-    addresses : ndarray of int64, shape (k,)
-        Where the elements begin; 0 unless the tensor is ordinary.
-    kinds : ndarray of int64, shape (k,)
-        `dlpack.ORDINARY`, `dlpack.ABSENT` or `dlpack.UNUSUAL`.
-    all_ordinary : bool
+    Row 0 of `places` has the address of the elements of each tensor, or 0 unless the tensor is ordinary. Row 1 has
+    `dlpack.ORDINARY`, `dlpack.ABSENT` or `dlpack.UNUSUAL`.
     """
 
-    addresses: NDArray[np.int64]
-    kinds: NDArray[np.int64]
+    places: NDArray[np.int64]
     all_ordinary: bool
 
 
 class Locator:
-    """A finder of tensors of known dtypes and shapes.
+    """A finder of tensors of the dtypes and shapes of `parts`.
 
-    Parameters
-    ----------
-    parts : sequence of ndarray
-        One array of the dtype and shape of each tensor.
-    compiled : bool
-        Whether compiled code finds the tensors. It also needs a PyTorch with DLPack's table of C functions.
-
-    Attributes
-    ----------
-    compiled : bool
-        Whether compiled code finds the tensors.
+    Compiled code finds them if this is asked for, and if PyTorch has DLPack's table of C functions.
     """
 
     def __init__(self, parts: Sequence[Array], compiled: bool) -> None:
@@ -199,18 +176,13 @@ class Locator:
         self._nothing = np.zeros((0, 2), np.int64)
 
     def locate(self, tensors: tuple[Any, ...], excluded: NDArray[np.int64] | None = None) -> Located:
-        """Find tensors.
+        """Find tensors, one for each part; some may be None, or other objects, which are unusual.
 
-        Parameters
-        ----------
-        tensors : tuple
-            For each part a tensor, None, or anything else, which is unusual.
-        excluded : ndarray of int64, shape (m, 2), or None
-            Memory [low, high); a tensor with a byte there is unusual.
+        `excluded` has ranges of memory [low, high), shape (m, 2): a tensor with a byte there is unusual.
         """
         if self.compiled:
             return self.locate_at(pointers.items_of(tensors), excluded)
-        addresses, kinds = np.zeros((2, len(tensors)), np.int64)
+        addresses, kinds = places = np.zeros((2, len(tensors)), np.int64)
         ranges = () if excluded is None else excluded.tolist()
         for k, (tensor, part) in enumerate(zip(tensors, self._parts, strict=True)):
             kinds[k] = dlpack.ABSENT if tensor is None else dlpack.UNUSUAL
@@ -218,21 +190,13 @@ class Locator:
                 address = tensor.data_ptr()
                 if not any(address < high and address + tensor.nbytes > low for low, high in ranges):
                     kinds[k], addresses[k] = dlpack.ORDINARY, address
-        return Located(addresses, kinds, not kinds.any())
+        return Located(places, not kinds.any())
 
     def locate_at(self, items: int, excluded: NDArray[np.int64] | None = None) -> Located:
-        """Find tensors by compiled code.
-
-        Parameters
-        ----------
-        items : int
-            The address of an array of the addresses of objects, which the caller holds; 0 for None.
-        excluded : ndarray of int64, shape (m, 2), or None
-            As for `locate`.
-        """
-        addresses, kinds = np.empty((2, len(self._parts)), np.int64)
+        """Find the tensors whose addresses are in an array at address `items`, by compiled code; 0 stands for None."""
+        addresses, kinds = places = np.empty((2, len(self._parts)), np.int64)
         all_ordinary = dlpack.locate(
             self._function, items, self._types, id(None), self._expected,
             self._nothing if excluded is None else excluded, self._words, addresses, kinds, dlpack.CPU,
         )  # fmt: skip
-        return Located(addresses, kinds, bool(all_ordinary))
+        return Located(places, bool(all_ordinary))

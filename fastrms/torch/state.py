@@ -34,21 +34,14 @@ class BoundState:
     """The state of parameters, whose tensors are views of the buffers of an `RMSProp`.
 
     A parameter has no state until its first gradient. State that cannot be moved to the buffers stays where it is, and
-    its parameter takes PyTorch's step.
-
-    Parameters
-    ----------
-    params : tuple of torch.Tensor
-        The parameters.
-    locator : Locator
-        Of tensors of the parameters' dtypes and shapes.
+    its parameter takes PyTorch's step. `locator` finds tensors of the parameters' dtypes and shapes.
 
     Attributes
     ----------
     begun : ndarray of bool
         The parameters that have state.
-    left_outside : ndarray of bool
-        The parameters whose state cannot be moved to the buffers.
+    left_outside : set of int
+        The numbers of the parameters whose state cannot be moved to the buffers.
     """
 
     def __init__(self, params: tuple[torch.Tensor, ...], locator: Locator) -> None:
@@ -56,30 +49,23 @@ class BoundState:
         self._params = params
         self._locator = locator
         self.begun = np.zeros(count, bool)
-        self.left_outside = np.zeros(count, bool)
+        self.left_outside: set[int] = set()
         # One step count for each parameter, of PyTorch's dtype, and its parts, of shape ().
         self._steps = np.zeros(count, "f8" if torch.get_default_dtype() == torch.float64 else "f4")
         self._counts = [self._steps[k : k + 1].reshape(()) for k in range(count)]
-        # The parts of the buffers that the options need, by PyTorch's names, and the memory [low, high) of each buffer.
+        # The parts of the buffers that the options need, one for each parameter, by PyTorch's names.
         self._parts: dict[str, Sequence[Array]] = {}
         self._ranges = np.zeros((0, 2), np.int64)
         # For each parameter its dict in `optimizer.state`, and the tensors there that are views of the buffers.
         self._dicts: tuple[Any, ...] = (None,) * count
         self._views: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
         self._stale = True  # whether the dicts and the buffers may differ, whatever the fingerprints say
-        self._fingerprints: dict[str, object] = {}
-        self._items = np.zeros(count, np.int64)
+        self._recorded: dict[str, object] = {}  # for each name the fingerprint at the end of the last step
+        self._items = np.zeros(count, np.int64)  # for `dlpack.look_up`
+        self._items_at = self._items.ctypes.data
 
     def use(self, parts: Mapping[str, Sequence[Array]], ranges: NDArray[np.int64]) -> None:
-        """Set the buffers of which the state consists.
-
-        Parameters
-        ----------
-        parts : dict of str to sequence of ndarray
-            For each of PyTorch's names one array for each parameter.
-        ranges : ndarray of int64, shape (m, 2)
-            The memory [low, high) of each buffer that a step writes.
-        """
+        """Set the buffers of the state: their `parts` by PyTorch's names, and the memory [low, high) of each buffer."""
         self._stale = self._stale or parts.keys() != self._parts.keys() - {"step"}
         self._parts = {"step": self._counts, **parts}
         self._ranges = ranges
@@ -91,30 +77,25 @@ class BoundState:
 
     def has_changed(self) -> bool:
         """Return whether the dicts have other tensors than were recorded, or tensors that lie elsewhere."""
-        return self._stale or any(self._fingerprint(name) != known for name, known in self._fingerprints.items())
+        return self._stale or any(self._fingerprint(name) != known for name, known in self._recorded.items())
+
+    def _record(self) -> None:
+        self._recorded = {name: self._fingerprint(name) for name in self._parts}
+        self._held = held_in_cpp([view for views in self._views for name, view in views.items() if name != "step"])
+        self._stale = False
 
     def _fingerprint(self, name: str) -> object:
-        """Return a value that is equal as long as the same tensors are in the same place under this name in the dicts.
+        """Return a value that stays equal while the dicts have the same tensors, in the same places, under this name.
 
-        Step counts, which no kernel reads, need to be the same objects only.
+        Step counts, which no kernel reads, only need to be the same objects.
         """
         if self._locator.compiled:
             dlpack.look_up(pointers.items_of(self._dicts), id(dict), id(name), self._items)
             if name == "step":
                 return self._items.tobytes()
-            located = self._locator.locate_at(self._items.ctypes.data)
-        else:
-            tensors = tuple(given.get(name) if type(given) is dict else None for given in self._dicts)
-            if name == "step":
-                return identities(tensors)
-            located = self._locator.locate(tensors)
-        return located.addresses.tobytes(), located.kinds.tobytes()
-
-    def _record(self) -> None:
-        """Record the state as it is now, with which `has_changed` compares."""
-        self._fingerprints = {name: self._fingerprint(name) for name in self._parts}
-        self._held = held_in_cpp([view for views in self._views for name, view in views.items() if name != "step"])
-        self._stale = False
+            return self._locator.locate_at(self._items_at).places.tobytes()
+        tensors = tuple(given.get(name) if type(given) is dict else None for given in self._dicts)
+        return identities(tensors) if name == "step" else self._locator.locate(tensors).places.tobytes()
 
     def release(self) -> None:
         """Give tensors that are no longer in the dicts memory of their own, as other objects may hold them."""
@@ -129,29 +110,26 @@ class BoundState:
     def adopt(self, shared: Set[int]) -> None:
         """Make the tensors of the dicts views of the buffers, where no other object would notice.
 
-        Parameters
-        ----------
-        shared : set of int
-            The ids of tensors that are in the state of the optimizer more than once.
+        `shared` has the ids of tensors that are in the state of the optimizer more than once.
         """
-        self._take(lambda k, given: self._adopt(k, given, shared))
+        self._bind(lambda k, given: self._adopt(k, given, shared))
 
     def load(self, state: State) -> None:
         """Copy the values of a new `optimizer.state` to the buffers, and put views of these in the place of tensors."""
         self.find(state)
         self.release()
-        self._take(self._copy)
+        self._bind(self._copy)
 
-    def _take(self, take: Callable[[int, dict[str, Any]], bool]) -> None:
-        """Call a function that takes over the dict of a parameter, and returns whether it could, for all of them."""
+    def _bind(self, bind: Callable[[int, dict[str, Any]], bool]) -> None:
+        """Bind the dict of each parameter to the buffers by a function that returns whether this was possible."""
         for k, given in enumerate(self._dicts):
             for name in self._parts.keys() & (given or {}).keys():
                 unalias(given[name], self._parts[name][k], self._ranges)
         for k, given in enumerate(self._dicts):
             if given:
-                self.left_outside[k] = not take(k, given)
+                (self.left_outside.discard if bind(k, given) else self.left_outside.add)(k)
             elif self.begun[k]:
-                self.left_outside[k] = False
+                self.left_outside.discard(k)
                 for parts in self._parts.values():
                     parts[k][...] = 0
             self.begun[k] = bool(given)
@@ -208,7 +186,10 @@ class BoundState:
 
     def count(self, present: NDArray[np.bool_] | None) -> None:
         """Add 1 to the step counts of the parameters that are present, or of all if `present` is None."""
-        self._steps[slice(None) if present is None else present] += 1
+        if present is None:
+            self._steps += 1
+        else:
+            self._steps[present] += 1
 
     def check(self, state: State) -> None:
         """Raise StructureError if a tensor in `state` has another shape than its parameter."""
@@ -227,35 +208,29 @@ class StateFollower:
 
     def forget(self) -> None:
         """Forget the state of the last step, so that `follow` looks up all of it."""
-        self._known: object = None
-        self._kept: tuple[tuple[Any, ...], ...] = ((), ())
+        self._known: tuple[object, ...] = ()
+        self._keys: tuple[Any, ...] = ()
+        self._values: tuple[Any, ...] = ()
 
     def follow(self, state: State, bound: Sequence[BoundState]) -> None:
-        """Bring the buffers up to date with `state`.
-
-        Parameters
-        ----------
-        state : dict
-            `optimizer.state`.
-        bound : sequence of BoundState
-            All that are bound to it.
-        """
-        kept = tuple(state), tuple(state.values())
-        known = identities(kept[0]), identities(kept[1])
+        """Bring the buffers of all packs, whose state is `bound`, up to date with `state`."""
+        keys, values = tuple(state), tuple(state.values())
+        known = identities(keys), identities(values)
         if known != self._known:
-            self._known, self._kept = known, kept  # as long as these are kept, no new object gets one of their ids
+            # No new object gets one of their ids as long as these are kept.
+            self._known, self._keys, self._values = known, keys, values
             for each in bound:
                 each.find(state)
         if not any(each.has_changed() for each in bound):
             return
         for each in bound:
             each.release()
-        times = Counter(id(tensor) for given in kept[1] if isinstance(given, dict) for tensor in given.values())
+        times = Counter(id(tensor) for given in values if isinstance(given, dict) for tensor in given.values())
         shared = {number for number, count in times.items() if count > 1}
         for each in bound:
             each.adopt(shared)
 
     def end_step(self, state: State) -> None:
-        """Forget the state if the step added to it: `follow` would not notice that the additions are taken out again."""
-        if len(state) != len(self._kept[0]):
+        """Forget the state if the step added to it: `follow` would not notice that somebody takes the additions out."""
+        if len(state) != len(self._keys):
             self.forget()
