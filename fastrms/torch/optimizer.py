@@ -81,7 +81,7 @@ class RMSprop(torch.optim.RMSprop):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | torch.Tensor = 1e-2,
+        lr: "float | torch.Tensor" = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0,

@@ -45,7 +45,7 @@ _gradient_of = operator.attrgetter("grad")
 class Gradients(NamedTuple):
     """The gradients of one compiled pass: one item for each parameter."""
 
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: "tuple[torch.Tensor | None, ...]"  # quoted, as where the documentation is built torch may be a mock
     addresses: NDArray[np.int64]  # 0 for a parameter that is not in the pass
     present: NDArray[np.bool_] | None  # the parameters in the pass; None for all
 
