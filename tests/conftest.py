@@ -20,7 +20,7 @@ collect_ignore = ["mpi_ending.py", "mpi_program.py", "simulated", "simulated/sim
 # every skip but those for want of torch, which the extra `test` does not install.
 NO_SKIPS = os.environ.get("FASTRMS_NO_SKIPS", "0")
 ALLOWED = {"0": "", "1": None, "but-torch": WITHOUT_TORCH}  # in the reason of a skip; None: no skip is allowed
-ADAPTER = Path(__file__).parent.parent / "fastrms" / "torch.py"
+ADAPTER = Path(__file__).parent.parent / "fastrms" / "torch"
 
 
 class Everywhere:
@@ -36,7 +36,7 @@ class Everywhere:
     @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
     def pytest_collection_modifyitems(self, items):
         for item in items:
-            if item.path == ADAPTER:
+            if item.path.parent == ADAPTER:
                 item.add_marker("torch")
 
     @pytest.hookimpl(tryfirst=True)
@@ -51,7 +51,7 @@ class Everywhere:
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
         report = yield
-        if report.skipped and collector.path == ADAPTER:
+        if report.skipped and collector.path.parent == ADAPTER:
             try:  # For any ImportError pytest has the same reason, and a line of its own.
                 need_torch()
             except pytest.skip.Exception as skip:

@@ -33,7 +33,7 @@ def test_pytorchs_configurations(options, dtype, way):
         for params, optimizer in ((mine, ours), (theirs, other)):
             give(params, step)
             optimizer.step()
-    assert ours._packs[0].rest == []
+    assert ours._packs[0].fallback == []
     assert_near(mine, theirs, dtype)
     assert_same_state(ours, other, dtype)
 
@@ -55,7 +55,7 @@ def test_a_step_touches_parameters_where_they_are_and_their_versions():
             optimizer.step()
     assert [p.data_ptr() for p in mine] == addresses
     assert [p._version for p in mine] == [p._version for p in theirs]
-    flat = ours._packs[0].optimizer.buffers["params"].flat
+    flat = ours._packs[0].moved.optimizer.buffers["params"].flat
     assert flat.tolist() == torch.cat([p.detach().reshape(-1) for p in mine]).tolist()
 
 
@@ -88,7 +88,7 @@ def test_data_that_was_put_elsewhere_is_noticed(how, way):
     if how == "part of another":  # somebody else has it too, so it stays where it is
         assert kept[id(ours)].data_ptr() == mine[0].data_ptr()
     if how == "another tensor":
-        assert mine[0].data_ptr() == ours._packs[0].optimizer.params[0].ctypes.data
+        assert mine[0].data_ptr() == ours._packs[0].moved.optimizer.params[0].ctypes.data
 
 
 def not_moved(kind):
@@ -128,7 +128,7 @@ def test_what_others_would_notice_is_not_moved(kind, way):
     for a, b in ((mine[0], theirs[0]), (mine[1], theirs[1]), (ours, other)):
         torch.testing.assert_close(a, b)
     np.testing.assert_allclose(array, other_array)
-    assert len(optimizer._packs[0].rest) == (2 if kind == "tied" else 1)
+    assert len(optimizer._packs[0].fallback) == (2 if kind == "tied" else 1)
     assert optimizer.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
 
 
@@ -292,7 +292,7 @@ def test_state_goes_there_and_back(options, way):
     assert_near(back, theirs)
     assert_same_state(optimizer, other)
     # What was loaded is in the buffers, of which the state consists.
-    for p, view in zip(back, optimizer._packs[0].optimizer.cache, strict=True):
+    for p, view in zip(back, optimizer._packs[0].moved.optimizer.cache, strict=True):
         assert p.numel() == 0 or optimizer.state[p]["square_avg"].data_ptr() == view.ctypes.data
 
 
@@ -341,7 +341,7 @@ def test_a_second_optimizer_takes_parameters_over():
             give(params, step)
             optimizer.step()
     later, plain = RMSprop(mine), torch.optim.RMSprop(theirs)
-    assert later._packs[0].rest == []
+    assert later._packs[0].fallback == []
     for step in range(3, 9):
         for params, one in ((mine, ours if step % 2 else later), (theirs, other if step % 2 else plain)):
             give(params, step)
@@ -620,7 +620,7 @@ def test_the_compiled_way_is_there():
     mine, ours, *_ = pair()
     give(mine, 0)
     ours.step()
-    assert ours._packs[0]._function != 0
+    assert ours._packs[0].moved.locator.compiled
 
 
 def test_models_from_files():

@@ -410,7 +410,7 @@ def test_a_storage_that_somebody_holds_stays_that_of_the_parameter(way):
 
 def test_a_pytorch_that_cannot_tell_who_shares_memory_takes_its_own_step(monkeypatch):
     """As in PyTorch 2.6 and 2.7 built for the CPU."""
-    monkeypatch.setattr("fastrms.torch._use_count", None)
+    monkeypatch.setattr("fastrms.torch.placement._use_count", None)
     mine, ours, theirs, other = pair()
     for step in range(3):
         for params, optimizer in ((mine, ours), (theirs, other)):
@@ -458,7 +458,7 @@ def test_options_whose_memory_cannot_be_had_are_tried_again(monkeypatch):
     for params, optimizer in ((mine, ours), (theirs, other)):
         give(params, 0)
         optimizer.step()
-    inner = ours._packs[0].optimizer
+    inner = ours._packs[0].moved.optimizer
     monkeypatch.setattr(type(inner.param_groups[0]), "__setitem__", lambda *_: (_ for _ in ()).throw(MemoryError))
     for optimizer in (ours, other):
         optimizer.param_groups[0].update(lr=0.5, alpha=0.5)

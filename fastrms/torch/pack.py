@@ -1,0 +1,294 @@
+"""The parameters of a group: the ones in the buffers of an `RMSProp`, and the ones left to PyTorch's step."""
+
+import operator
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastrms.backends.host import HostBackend
+from fastrms.dialects import DIALECTS
+from fastrms.errors import OptionError
+from fastrms.kernels import dlpack, pointers
+from fastrms.optimizer import RMSProp
+from fastrms.torch.placement import (
+    Locator,
+    fits,
+    held_in_cpp,
+    identities,
+    is_viewed,
+    move,
+    take_values,
+    unalias,
+    version_of,
+    why_not_movable,
+)
+from fastrms.torch.state import BoundState, State
+
+if TYPE_CHECKING:
+    from fastrms.buffers.flat import FlatBuffer
+
+__all__ = ["ASKED_FOR", "OPTIONS", "Group", "Pack"]
+
+# A group of `optimizer.param_groups`.
+Group = dict[str, Any]
+
+# Options by PyTorch's names, and the names of `RMSProp`.
+OPTIONS = DIALECTS["torch"].names
+
+ASKED_FOR = "differentiable=True or capturable=True asks for it"
+
+_gradient_of = operator.attrgetter("grad")
+
+
+class Gradients(NamedTuple):
+    """The gradients of one compiled pass: one item for each parameter."""
+
+    tensors: "tuple[torch.Tensor | None, ...]"  # quoted, as where the documentation is built torch may be a mock
+    addresses: NDArray[np.int64]  # 0 for a parameter that is not in the pass
+    present: NDArray[np.bool_] | None  # the parameters in the pass; None for all
+
+
+class Pack:
+    """The parameters of one group of `optimizer.param_groups`, divided by the step that they take.
+
+    Attributes
+    ----------
+    group : dict
+        The group.
+    fallback : list of torch.Tensor
+        The parameters that cannot be moved to a buffer, and always take PyTorch's step.
+    moved : MovedParameters or None
+        The others, if there are any.
+    """
+
+    def __init__(self, group: Group, kernel: str) -> None:
+        self.group = group
+        self._listed = tuple(group["params"])
+        self._listed_ids = identities(self._listed)
+        times = Counter(map(id, self._listed))
+        # Why a parameter is not moved, or None.
+        self._obstacles = [
+            ASKED_FOR if self._asks_for_fallback() else "it is listed twice" if times[id(p)] > 1 else why_not_movable(p)
+            for p in self._listed
+        ]
+        divided = list(zip(self._listed, self._obstacles, strict=True))
+        self.fallback = [p for p, obstacle in divided if obstacle is not None]
+        movable = tuple(p for p, obstacle in divided if obstacle is None)
+        self.moved = MovedParameters(movable, group, kernel) if movable else None
+
+    def is_of(self, group: Group) -> bool:
+        """Return whether this is the pack of `group` with its parameters as they are now, in the same shapes."""
+        outgrown = self.moved is not None and self.moved.outgrown
+        return self.group is group and not outgrown and identities(tuple(group["params"])) == self._listed_ids
+
+    def _asks_for_fallback(self) -> bool:
+        return bool(self.group["differentiable"] or self.group["capturable"])
+
+    def reasons(self) -> list[str | None]:
+        """Return for each parameter why it takes PyTorch's step, or None if it takes the compiled pass."""
+        asked = self._asks_for_fallback()
+        moved = iter(() if self.moved is None else self.moved.reasons())
+        return [obstacle or (ASKED_FOR if asked else next(moved)) for obstacle in self._obstacles]
+
+    def plan(self, state: State) -> tuple[list[torch.Tensor], Gradients | None]:
+        """Return the parameters that take PyTorch's step this time, and the gradients of the compiled pass if any.
+
+        Add the state of parameters with a first gradient to `state`, which is `optimizer.state`.
+        """
+        if self.moved is None:
+            return self.fallback, None
+        if self.moved.refusal or self._asks_for_fallback():
+            return list(self._listed), None
+        fallback, gradients = self.moved.plan(state)
+        return [*self.fallback, *fallback], gradients
+
+    def kernels(self) -> str:
+        """Return the kernels of the compiled pass, and why these."""
+        lines = [] if self.moved is None else self.moved.optimizer.explain()
+        return " and ".join(sorted({line.partition(": ")[2] for line in lines}))
+
+    def zero_gradients(self) -> list[torch.Tensor]:
+        """Set the gradients in the gradient buffer to 0, and return all others."""
+        others = [p.grad for p in self.fallback if p.grad is not None]
+        return others if self.moved is None else others + self.moved.zero_gradients()
+
+
+class MovedParameters:
+    """Parameters that are moved to the buffers of an `RMSProp`: their ``.data`` are views.
+
+    Attributes
+    ----------
+    optimizer : RMSProp
+        The owner of the buffers.
+    state : BoundState
+        The state of the parameters.
+    outgrown : bool
+        Whether a parameter has got another shape or dtype, for which a new pack is needed.
+    refusal : str
+        Why `RMSProp` cannot have the options of the group; empty if it can.
+    reads_tensors : bool
+        Whether steps read gradients where they lie.
+    """
+
+    def __init__(self, params: tuple[torch.Tensor, ...], group: Group, kernel: str) -> None:
+        self._params = params
+        self.optimizer = RMSProp([p.detach().numpy() for p in params], kernel=kernel)
+        backend = self.optimizer.backend
+        assert isinstance(backend, HostBackend)
+        self._backend = backend
+        self.outgrown = False
+        self.refusal = ""
+        self.reads_tensors = kernel != "numpy" and pointers.available()
+        views = self.optimizer.params
+        self.locator = Locator(views, self.reads_tensors)
+        self.state = BoundState(params, self.locator)
+        self._addresses = np.array([view.ctypes.data if view.size else 0 for view in views])
+        self._displaced: set[int] = set()  # the numbers of parameters that lie elsewhere and cannot be moved back
+        self._gradient_kinds = np.zeros(len(params), np.int64)  # of the last step
+        # The memory of a negative view has the numbers with the other sign. Such a view is strided, thus not ordinary,
+        # unless it has one element.
+        self._scalars = [k for k, p in enumerate(params) if p.numel() == 1]
+        # Where `zero_gradients` moves gradients. The gradient buffer of `optimizer` would not do, as a step may write
+        # there: a gradient that somebody keeps after autograd has replaced it must not change.
+        self._gradient_buffer: FlatBuffer | None = None
+        self._gradient_addresses = [-1] * len(params)
+        self._options: tuple[float, ...] = ()
+        self.take_options(group)
+        for p, view in zip(params, views, strict=True):
+            move(p, view)
+        self._versions = list(map(version_of, params))
+        self._held = held_in_cpp(self._versions)
+
+    def take_options(self, group: Group) -> None:
+        """Take over the options of the group, which may change at any time, as far as `RMSProp` takes them."""
+        now = tuple(float(group[name]) for name in OPTIONS)
+        if now == self._options:
+            return
+        options, refusal = self.optimizer.param_groups[0], ""
+        for (name, ours), number in zip(OPTIONS.items(), now, strict=True):
+            value = bool(number) if name in ("centered", "maximize") else number
+            try:
+                if options[ours] != value:
+                    options[ours] = value
+            except OptionError as error:  # epsilon of 0, alpha or momentum of 1 and more: PyTorch takes them
+                refusal = str(error)
+                if name == "momentum":
+                    options[ours] = 0.5  # the buffer is needed all the same
+        buffers = self.optimizer.buffers
+        needed = {"cache": True, "momentum_buffer": options["momentum"] > 0, "grad_avg": options["centered"]}
+        parts = {theirs: buffers[ours].leaves for ours, theirs in DIALECTS["torch"].state.items() if needed[ours]}
+        # A gradient that aliases these may not be read by the compiled pass, which writes there.
+        ranges = [(start := buffer.block.ctypes.data, start + buffer.nbytes) for buffer in buffers.values()]
+        self._ranges = np.array(ranges, np.int64)
+        self.state.use(parts, self._ranges)
+        self.refusal, self._options = refusal, now
+
+    def reasons(self) -> list[str | None]:
+        """Return for each parameter why it takes PyTorch's step, or None if it takes the compiled pass."""
+        return list(map(self._reason, range(len(self._params))))
+
+    def _reason(self, k: int) -> str | None:
+        if self.refusal:
+            return f"the compiled pass cannot take the options of its group ({self.refusal})"
+        if k in self._displaced:
+            return why_not_movable(self._params[k]) or "it has another shape or dtype than before"
+        if k in self.state.left_outside:
+            return "its state cannot be moved: it is incomplete, of another shape or dtype, or others share its memory"
+        if self._gradient_kinds[k] == dlpack.UNUSUAL:
+            return "its last gradient is not a dense tensor of its dtype and shape"
+        return None
+
+    def move_back(self) -> None:
+        """Move parameters that were put elsewhere (``p.data = ...``) back to the buffer, where this is possible."""
+        addresses = self.locator.locate(self._params).places[0]
+        self._displaced.clear()
+        if addresses.tobytes() == self._addresses.tobytes():
+            return
+        views = self.optimizer.params
+        elsewhere = np.flatnonzero(addresses != self._addresses).tolist()
+        for k in elsewhere:
+            unalias(self._params[k], views[k], self._ranges)
+        for k in elsewhere:
+            p = self._params[k]
+            movable = why_not_movable(p) is None
+            if movable and fits(p, views[k]):
+                take_values(p, views[k])
+                self._versions[k] = version_of(p)  # another counter after `torch.utils.swap_tensors`
+            else:
+                self._displaced.add(k)
+                self.outgrown = self.outgrown or movable
+        self._held = held_in_cpp(self._versions)
+
+    def plan(self, state: State) -> tuple[list[torch.Tensor], Gradients | None]:
+        """Do for these parameters what `Pack.plan` does for all."""
+        gradients = tuple(map(_gradient_of, self._params))
+        self.move_back()
+        places, all_ordinary = self.locator.locate(gradients, self._ranges)
+        addresses, kinds = places
+        self._gradient_kinds = kinds
+        excluded = self._displaced | self.state.left_outside
+        excluded.update(k for k in self._scalars if gradients[k] is not None and gradients[k].is_neg())
+        for k in excluded:
+            if kinds[k] == dlpack.ORDINARY:
+                kinds[k], addresses[k], all_ordinary = dlpack.UNUSUAL, 0, False
+        if not self.state.begun.all():
+            present = kinds != dlpack.ABSENT
+            present[list(self._displaced)] = False
+            self.state.begin(present, state)
+        if all_ordinary:
+            return [], Gradients(gradients, addresses, None)
+        present = kinds == dlpack.ORDINARY
+        fallback = [self._params[k] for k in np.flatnonzero(kinds == dlpack.UNUSUAL)]
+        return fallback, Gradients(gradients, addresses, present) if present.any() else None
+
+    def step(self, gradients: Gradients) -> None:
+        """Take a step by the compiled pass, with the gradients that `plan` has found."""
+        tensors, addresses, present = gradients
+        if self.reads_tensors:
+            self._backend.step_at(addresses, present)
+        else:
+            there = [True] * len(tensors) if present is None else present.tolist()
+            self.optimizer.step(
+                [g.detach().numpy() if g is not None and is_there else None
+                 for g, is_there in zip(tensors, there, strict=True)]
+            )  # fmt: skip
+        self.state.count(present)
+        stepped = self._versions if present is None else [self._versions[k] for k in np.flatnonzero(present)]
+        torch.autograd.graph.increment_version(stepped)
+
+    def zero_gradients(self) -> list[torch.Tensor]:
+        """Set gradients that are views of one buffer, or can become one, to 0, and return the others."""
+        gradients = tuple(map(_gradient_of, self._params))
+        addresses, kinds = self.locator.locate(gradients, self._ranges).places
+        others, moved = [], []
+        for k, (gradient, address, kind) in enumerate(zip(gradients, addresses.tolist(), kinds.tolist(), strict=True)):
+            ordinary = kind == dlpack.ORDINARY and not gradient.requires_grad
+            if ordinary and (address == self._gradient_addresses[k] or self._move_gradient(k, gradient)):
+                moved.append(k)
+            elif gradient is not None:
+                others.append(gradient)
+        if self._gradient_buffer is None:
+            return others
+        if len(moved) == len(gradients):
+            torch.from_numpy(self._gradient_buffer.block).zero_()
+            torch.autograd.graph.increment_version(gradients)
+            return others
+        for k in moved:
+            self._gradient_buffer.leaves[k][...] = 0
+            torch.autograd.graph.increment_version(gradients[k])
+        return others
+
+    def _move_gradient(self, k: int, gradient: torch.Tensor) -> bool:
+        """Make the gradient of parameter k a view of its part of the buffer, and return whether that is possible."""
+        if why_not_movable(gradient) is not None:
+            return False
+        if self._gradient_buffer is None:
+            self._gradient_buffer = self.optimizer.buffers["params"].like()
+            self._gradient_addresses = [part.ctypes.data for part in self._gradient_buffer.leaves]
+        if is_viewed(self._gradient_addresses[k]):  # by an earlier gradient that somebody keeps
+            return False
+        move(gradient, self._gradient_buffer.leaves[k][...])  # an array of its own, which lives as long as the view
+        return True

@@ -1,0 +1,236 @@
+"""The state of a step: `optimizer.state`, a plain dict of dicts, which anybody may change between two steps."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastrms.dialects import DIALECTS
+from fastrms.errors import StructureError
+from fastrms.kernels import dlpack, pointers
+from fastrms.torch.placement import (
+    Array,
+    Locator,
+    fits,
+    held_in_cpp,
+    identities,
+    lies_at,
+    take_values,
+    unalias,
+    view_of,
+    why_not_movable,
+)
+
+__all__ = ["BoundState", "State", "StateFollower"]
+
+# `optimizer.state`; its dicts may hold other objects beside tensors.
+State = dict[torch.Tensor, dict[str, Any]]
+
+
+class BoundState:
+    """The state of parameters, whose tensors are views of the buffers of an `RMSProp`.
+
+    A parameter has no state until its first gradient. State that cannot be moved to the buffers stays where it is, and
+    its parameter takes PyTorch's step. `locator` finds tensors of the parameters' dtypes and shapes.
+
+    Attributes
+    ----------
+    begun : ndarray of bool
+        The parameters that have state.
+    left_outside : set of int
+        The numbers of the parameters whose state cannot be moved to the buffers.
+    """
+
+    def __init__(self, params: tuple[torch.Tensor, ...], locator: Locator) -> None:
+        count = len(params)
+        self._params = params
+        self._locator = locator
+        self.begun = np.zeros(count, bool)
+        self.left_outside: set[int] = set()
+        # One step count for each parameter, of PyTorch's dtype, and its parts, of shape ().
+        self._steps = np.zeros(count, "f8" if torch.get_default_dtype() == torch.float64 else "f4")
+        self._counts = [self._steps[k : k + 1].reshape(()) for k in range(count)]
+        # The parts of the buffers that the options need, one for each parameter, by PyTorch's names.
+        self._parts: dict[str, Sequence[Array]] = {}
+        self._ranges = np.zeros((0, 2), np.int64)
+        # For each parameter its dict in `optimizer.state`, and the tensors there that are views of the buffers.
+        self._dicts: tuple[Any, ...] = (None,) * count
+        self._views: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+        self._stale = True  # whether the dicts and the buffers may differ, whatever the fingerprints say
+        self._recorded: dict[str, object] = {}  # for each name the fingerprint at the end of the last step
+        self._items = np.zeros(count, np.int64)  # for `dlpack.look_up`
+        self._items_at = self._items.ctypes.data
+
+    def use(self, parts: Mapping[str, Sequence[Array]], ranges: NDArray[np.int64]) -> None:
+        """Set the buffers of the state: their `parts` by PyTorch's names, and the memory [low, high) of each buffer."""
+        self._stale = self._stale or parts.keys() != self._parts.keys() - {"step"}
+        self._parts = {"step": self._counts, **parts}
+        self._ranges = ranges
+
+    def find(self, state: State) -> None:
+        """Look up the dict of each parameter."""
+        self._dicts = tuple(map(state.get, self._params))
+        self._stale = self._stale or list(map(bool, self._dicts)) != self.begun.tolist()
+
+    def has_changed(self) -> bool:
+        """Return whether the dicts have other tensors than were recorded, or tensors that lie elsewhere."""
+        return self._stale or any(self._fingerprint(name) != known for name, known in self._recorded.items())
+
+    def _record(self) -> None:
+        self._recorded = {name: self._fingerprint(name) for name in self._parts}
+        self._held = held_in_cpp([view for views in self._views for name, view in views.items() if name != "step"])
+        self._stale = False
+
+    def _fingerprint(self, name: str) -> object:
+        """Return a value that stays equal while the dicts have the same tensors, in the same places, under this name.
+
+        Step counts, which no kernel reads, only need to be the same objects.
+        """
+        if self._locator.compiled:
+            dlpack.look_up(pointers.items_of(self._dicts), id(dict), id(name), self._items)
+            if name == "step":
+                return self._items.tobytes()
+            return self._locator.locate_at(self._items_at).places.tobytes()
+        tensors = tuple(given.get(name) if type(given) is dict else None for given in self._dicts)
+        return identities(tensors) if name == "step" else self._locator.locate(tensors).places.tobytes()
+
+    def release(self) -> None:
+        """Give tensors that are no longer in the dicts memory of their own, as other objects may hold them."""
+        self._stale = True
+        for k, views in enumerate(self._views):
+            given = self._dicts[k] or {}
+            for name in [name for name, view in views.items() if given.get(name) is not view]:
+                view = views.pop(name)
+                if name in self._parts and lies_at(view, self._parts[name][k]):
+                    view.data = view.detach().clone()
+
+    def adopt(self, shared: Set[int]) -> None:
+        """Make the tensors of the dicts views of the buffers, where no other object would notice.
+
+        `shared` has the ids of tensors that are in the state of the optimizer more than once.
+        """
+        self._bind(lambda k, given: self._adopt(k, given, shared))
+
+    def load(self, state: State) -> None:
+        """Copy the values of a new `optimizer.state` to the buffers, and put views of these in the place of tensors."""
+        self.find(state)
+        self.release()
+        self._bind(self._copy)
+
+    def _bind(self, bind: Callable[[int, dict[str, Any]], bool]) -> None:
+        """Bind the dict of each parameter to the buffers by a function that returns whether this was possible."""
+        for k, given in enumerate(self._dicts):
+            for name in self._parts.keys() & (given or {}).keys():
+                unalias(given[name], self._parts[name][k], self._ranges)
+        for k, given in enumerate(self._dicts):
+            if given:
+                (self.left_outside.discard if bind(k, given) else self.left_outside.add)(k)
+            elif self.begun[k]:
+                self.left_outside.discard(k)
+                for parts in self._parts.values():
+                    parts[k][...] = 0
+            self.begun[k] = bool(given)
+        self._record()
+
+    def _adopt(self, k: int, given: dict[str, Any], shared: Set[int]) -> bool:
+        if type(given) is not dict or not {"step", "square_avg"} <= given.keys():
+            return False
+        if not isinstance(given["step"], torch.Tensor):  # old versions of PyTorch have numbers
+            given["step"] = torch.tensor(float(given["step"]), dtype=torch.from_numpy(self._steps).dtype)
+        tensors = {name: given[name] for name in self._parts if name in given}
+        if any(id(tensor) in shared for tensor in tensors.values()):
+            return False
+        elsewhere = {}  # tensors, each with the part of the buffer that is to have its values
+        for name, tensor in tensors.items():
+            part = self._parts[name][k]
+            if not lies_at(tensor, part):
+                if name == "step" and tensor.numel() == 1:  # of shape () or (1,)
+                    part = part.reshape(tuple(tensor.shape))
+                if not fits(tensor, part) or why_not_movable(tensor) is not None:
+                    return False
+                elsewhere[name] = tensor, part
+        for tensor, part in elsewhere.values():
+            take_values(tensor, part)
+        self._views[k].update(tensors)
+        self._complete(k, given)
+        return True
+
+    def _copy(self, k: int, given: dict[str, Any]) -> bool:
+        for name in self._parts.keys() & given.keys():
+            value, part = given[name], self._parts[name][k]
+            if self._views[k].get(name) is not value:
+                torch.from_numpy(part).copy_(torch.as_tensor(value).reshape(part.shape))
+        self._complete(k, given)
+        return True
+
+    def _complete(self, k: int, given: dict[str, Any]) -> None:
+        """Add views of the buffers to the dict of parameter k."""
+        for name, parts in self._parts.items():
+            if name not in self._views[k]:
+                if name not in given:
+                    parts[k][...] = 0
+                given[name] = self._views[k][name] = view_of(parts[k])
+
+    def begin(self, which: NDArray[np.bool_], state: State) -> None:
+        """Make the state of the parameters that have none, among those given."""
+        new = np.flatnonzero(which & ~self.begun).tolist()
+        for k in new:
+            self._complete(k, state.setdefault(self._params[k], {}))
+            self.begun[k] = True
+        if new:
+            self.find(state)
+            self._record()
+
+    def count(self, present: NDArray[np.bool_] | None) -> None:
+        """Add 1 to the step counts of the parameters that are present, or of all if `present` is None."""
+        if present is None:
+            self._steps += 1
+        else:
+            self._steps[present] += 1
+
+    def check(self, state: State) -> None:
+        """Raise StructureError if a tensor in `state` has another shape than its parameter."""
+        for p, part in zip(self._params, self._parts["square_avg"], strict=True):
+            for name in DIALECTS["torch"].state.values():
+                found, shape = state.get(p, {}).get(name), part.shape
+                if found is not None and tuple(found.shape) != shape:
+                    raise StructureError(f"state: expected {name} of shape {shape}, got {tuple(found.shape)}")
+
+
+class StateFollower:
+    """Follows the changes of `optimizer.state` from step to step."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the state of the last step, so that `follow` looks up all of it."""
+        self._known: tuple[object, ...] = ()
+        self._keys: tuple[Any, ...] = ()
+        self._values: tuple[Any, ...] = ()
+
+    def follow(self, state: State, bound: Sequence[BoundState]) -> None:
+        """Bring the buffers of all packs, whose state is `bound`, up to date with `state`."""
+        keys, values = tuple(state), tuple(state.values())
+        known = identities(keys), identities(values)
+        if known != self._known:
+            # No new object gets one of their ids as long as these are kept.
+            self._known, self._keys, self._values = known, keys, values
+            for each in bound:
+                each.find(state)
+        if not any(each.has_changed() for each in bound):
+            return
+        for each in bound:
+            each.release()
+        times = Counter(id(tensor) for given in values if isinstance(given, dict) for tensor in given.values())
+        shared = {number for number, count in times.items() if count > 1}
+        for each in bound:
+            each.adopt(shared)
+
+    def end_step(self, state: State) -> None:
+        """Forget the state if the step added to it: `follow` would not notice that somebody takes the additions out."""
+        if len(state) != len(self._keys):
+            self.forget()
