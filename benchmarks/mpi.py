@@ -169,7 +169,7 @@ class Timed:
         self.seconds: list[tuple[float, float]] = []
         self._communication = 0.0
         ranks = self.opt._ranks
-        for name in ("reduce", "all_gather", "meet"):
+        for name in ("reduce_scatter", "all_gather", "meet"):
             setattr(ranks, name, self._timed(getattr(ranks, name)))
 
     def _timed(self, method: Any) -> Any:

@@ -25,7 +25,7 @@ from mpi4py import MPI
 
 import fastrms
 from fastrms import RankError, RMSProp, StructureError, mpi
-from fastrms.mpi import buckets, communicator
+from fastrms.mpi import buckets, channels, communicator
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
@@ -295,7 +295,7 @@ def nonfinite():
 
 def ready():
     """Buckets of some elements each, handed over in any order, by one rank or all."""
-    buckets.BUCKET, communicator._FEW = 20, 2  # so that both kinds of reductions are used
+    buckets.BUCKET_SIZE, buckets.FEW_RANKS = 20, 2  # so that both kinds of reductions are used
     layout = LAYOUTS["mixed"]
     params = params_of(layout)
     made = [cls(params, momentum=0.9) for cls in (ShardedRMSProp, ShardedRMSProp, RMSProp)]
@@ -348,8 +348,8 @@ def ready():
         take(opt, mine, way, rng)
         alone.step(add(gradients))
         same(opt, alone)
-    assert opt._ranks._channel.requests == []
-    buckets.BUCKET, communicator._FEW = 1 << 20, 4
+    assert opt._ranks.channel.requests == []
+    buckets.BUCKET_SIZE, buckets.FEW_RANKS = 1 << 20, 4
     # A single array has no key of its own.
     single = ShardedRMSProp(np.ones(20))
     single.ready((), np.ones(20))
@@ -358,7 +358,7 @@ def ready():
 
 def long_messages():
     """What is longer than one message may be, with a limit that these arrays reach."""
-    communicator._MOST, communicator._BLOCK = 10, 7
+    communicator.MAX_ELEMENTS, communicator.BLOCK_SIZE = 10, 7
     layout = LAYOUTS["odd"] | LAYOUTS["mixed"]
     params = params_of(layout, seed=RANK)
     opt, alone = ShardedRMSProp(params, centered=True), RMSProp(params_of(layout), centered=True)
@@ -371,7 +371,7 @@ def long_messages():
     opt.step(gradients[RANK])
     opt.load_state_dict(state)
     same(opt, alone)
-    communicator._MOST, communicator._BLOCK = 2**28 - 1, 1 << 22
+    communicator.MAX_ELEMENTS, communicator.BLOCK_SIZE = 2**28 - 1, 1 << 22
 
 
 def checkpoints():
@@ -930,7 +930,7 @@ def communicators():
     assert mail[0] == (RANK + 1) % SIZE + 1
     alone.step(add(gradients[RANK % 2 :: 2]))
     same(opt, alone)
-    pool = COMM.Get_attr(communicator._pool_of).channels
+    pool = channels.pool_of(COMM).channels
     gc.collect()
     before = len(pool)
     for k in range(1500 if SIZE == 2 else 10):

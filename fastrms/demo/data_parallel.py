@@ -15,8 +15,8 @@ from fastrms.cli.common import CommandError
 from fastrms.demo.mlp import loss_and_gradients
 from fastrms.demo.training import Training
 from fastrms.errors import FastrmsError
-from fastrms.mpi import ShardedRMSProp
-from fastrms.mpi.communicator import MPI, end_all
+from fastrms.mpi import MPI, ShardedRMSProp
+from fastrms.mpi.ending import end_all
 from fastrms.optimizer import RMSProp
 
 __all__ = ["RankTraining", "apart", "comm", "ending_together", "train_one_and_all", "what_ranks_cost"]

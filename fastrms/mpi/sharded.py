@@ -19,9 +19,11 @@ from fastrms.buffers.flat import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels import threads
 from fastrms.kernels.norms import AddUp
-from fastrms.mpi.buckets import Handover
+from fastrms.mpi.buckets import GradientBuckets
 from fastrms.mpi.checkpoints import Unsharded
-from fastrms.mpi.communicator import Bounds, Ranks, check_timeout, end_together, named
+from fastrms.mpi.communicator import Bounds, Communicator
+from fastrms.mpi.ending import install_excepthook
+from fastrms.mpi.waiting import check_timeout, named
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, check_one_of
 
@@ -118,10 +120,10 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             seconds = check_timeout(timeout)
         except Exception as caught:  # which the others are told, as of all errors
             error, seconds = caught, check_timeout(None)
-        self._ranks = Ranks(comm, "ShardedRMSProp", seconds)
+        self._ranks = Communicator(comm, "ShardedRMSProp", seconds)
         self._reduction = reduction
         if self._ranks.size > 1:
-            end_together()
+            install_excepthook()
         if options.get("num_threads") is None:
             options["num_threads"] = min(self._ranks.threads, threads.max_threads())
         with self._ranks.leaving():
@@ -208,8 +210,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         return Layout(layout.structure(pieces))
 
     @cached_property
-    def _handover(self) -> Handover:
-        return Handover(self._ranks, self.buffers["grads"], self._own["grads"], self._bounds)
+    def _handover(self) -> GradientBuckets:
+        return GradientBuckets(self._ranks, self.buffers["grads"], self._own["grads"], self._bounds)
 
     @cached_property
     def _numbers(self) -> dict[Any, int]:
@@ -295,7 +297,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         Returns whether any rank has begun to hand over gradients, and for which parameters any has a gradient.
         """
         # Facts are told with both signs: they are the same everywhere if the largest and the smallest are.
-        told, count = self._ranks.told, len(facts)
+        told, count = self._ranks.message, len(facts)
         told[0], told[1] = error is not None, self._handover.begun
         told[2 : -2 * count], told[-2 * count : -count], told[-count:] = present, facts, -facts
         self._ranks.meet(call, self.steps)
@@ -404,14 +406,14 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
                 raise StructureError(f"key: expected one of {known}, got {key!r}") from None
             name = f"gradients{self._grads.layout.leaves[k].path}"
-            if self._handover.given[k]:
+            if self._handover.ready[k]:
                 raise StructureError(f"{name}: expected once before each step, got it a second time")
             part = self._leaf(k)
             if grad is None:
                 part.flat = 0
             else:
                 part.store(part.check([grad], name))
-            self._handover.give(k, grad is not None)
+            self._handover.mark_ready(k, grad is not None)
 
     def discard(self) -> None:
         """Forget the gradients that were handed over since the last step; all ranks do so at the same time."""
@@ -502,7 +504,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             handover.finish()
         for whole, own, bounds in zip(grads.segments, self._own["grads"].segments, self._bounds, strict=True):
             if self.size > 1 and not begun:
-                self._ranks.reduce(whole, own, bounds)
+                self._ranks.reduce_scatter(whole, own, bounds)
             if self._reduction == "mean" and self.size > 1:
                 with np.errstate(all="ignore"):
                     own /= own.dtype.type(self.size)
@@ -516,7 +518,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 "gradients: expected step() without an argument after ready(), got one; what was handed over is "
                 "forgotten"
             )
-        if missing := [leaves[k].path for k, given in enumerate(self._handover.given) if not given]:
+        if missing := [leaves[k].path for k, given in enumerate(self._handover.ready) if not given]:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise StructureError(
                 f"gradients: expected all of them to be handed over to ready() ahead of step(), got none for "
@@ -558,13 +560,13 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     def _not_finite(self, kernel: str, in_place: bool, present: NDArray[np.bool_] | None) -> NDArray[np.intp]:
         found = np.zeros(len(self._skipped), np.uint8)
         found[super()._not_finite(kernel, in_place, present)] = 1
-        self._ranks.take_largest(found)
+        self._ranks.allreduce_max(found)
         return np.flatnonzero(found)
 
     def _error_about(self, wrong: NDArray[np.intp], found: tuple[Any, ...] | None) -> NonfiniteError:
         own = self._own["grads"].leaves
         counts = np.array([(np.isnan(own[k]).sum(), np.isinf(own[k]).sum()) for k in wrong], np.int64)
-        self._ranks.add_up(counts)
+        self._ranks.allreduce_sum(counts)
         found_in = {}
         for k, (nans, infs) in zip(wrong, counts, strict=True):
             found_in[self._grads.layout.leaves[k].path] = int(nans), int(infs), self._grads.leaves[k].size
