@@ -37,6 +37,7 @@ CASES = [
     "errors.errors_in_steps_raise_on_all_ranks",
     "errors.different_calls_raise_on_all_ranks",
     "errors.different_options_or_kinds_of_state_are_found_by_checkpoints",
+    "errors.an_error_of_one_rank_ends_all_after_one_that_all_raised",
     "errors.timeout_values_and_late_ranks",
     "interruptions.users_code_that_raises_or_calls_the_optimizer",
     "interruptions.users_code_that_sets_options",

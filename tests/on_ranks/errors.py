@@ -3,8 +3,10 @@
 import itertools
 import os
 import time
+from contextlib import suppress
 
 import numpy as np
+import pytest
 from on_ranks.shared import (
     LAST,
     LAYOUTS,
@@ -23,6 +25,7 @@ from on_ranks.shared import (
 
 import fastrms
 from fastrms import RankError, RMSProp, StructureError
+from fastrms.mpi import communicator
 
 LAYOUT = LAYOUTS["mixed"]
 
@@ -156,6 +159,21 @@ def different_options_or_kinds_of_state_are_found_by_checkpoints():
     opt.load_state_dict(alone.state_dict())  # makes the options the same
     assert (opt.epsilon, opt.param_groups[0]["centered"]) == (1e-8, False)
     opt.state_dict()
+
+
+def an_error_of_one_rank_ends_all_after_one_that_all_raised():
+    """An error is not taken for an earlier one that all ranks raised and that is gone, at whose address it may lie."""
+    ranks = ShardedRMSProp(np.ones(3))._ranks
+    ended = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communicator, "end_all", ended.append)
+        for k in range(100):
+            with suppress(ValueError), ranks.leaving():
+                raise ranks.all_raise(ValueError(k))
+            assert len(ended) == k * (SIZE > 1)
+            with suppress(ValueError), ranks.leaving():
+                raise ValueError(k)
+    assert len(ended) == 100 * (SIZE > 1)
 
 
 def timeout_values_and_late_ranks():
