@@ -1,6 +1,7 @@
 """Code of the user's that runs during a step, signals and threads that come in between, and a lack of memory."""
 
 import functools
+import gc
 import signal
 import threading
 import time
@@ -154,6 +155,7 @@ def an_option_without_memory_for_its_state():
         assert opt.params[0].min() == opt.params[0].max() == alone.params[0][0]
 
     step(1)
+    gc.collect()  # garbage of earlier cases, which a later collection would make room with
     before = resource.getrlimit(resource.RLIMIT_AS)
     try:
         if RANK == LAST:
