@@ -1,10 +1,10 @@
-"""`fastrms.mpi` on this machine: the time of a step and the bytes that it sends, and a model of many ranks.
+"""Measure a step of `fastrms.mpi` on this machine, its time and the bytes sent, and fit a model of many ranks.
 
     python benchmarks/mpi.py                 # measure on 1, 2 and 4 ranks (some minutes), fit, print
     python benchmarks/mpi.py --write         # and put tables into docs/mpi.md and the plot into docs/_static
     python benchmarks/mpi.py --latency 5e-6 --bandwidth 3e9      # the model for another network
 
-It starts mpiexec by itself. tests/test_mpi.py runs a moment of it, and looks at the bytes.
+It starts mpiexec by itself. tests/test_mpi.py runs it for a moment and checks the bytes.
 """
 # ruff: noqa: RUF001 - a multiplication sign in a table is meant
 
@@ -18,103 +18,51 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from mpi_model import Machine, Times, bytes_of_rank, fit
 from tables import fill, markdown
 
 sys.path.pop(0)
 
 from fastrms.plots import format_seconds
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mpi4py import MPI
+
+Bytes = Mapping[int, Mapping[int, float]]  # by ranks and size: bytes that a rank sends
+
 ROOT = Path(__file__).parent.parent
 PAGE, PLOT = ROOT / "docs" / "mpi.md", ROOT / "docs" / "_static" / "mpi.svg"
 
 RANKS = (1, 2, 4)
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-BYTES_OF = (100_000, 1_000_000)  # sizes of which the bytes are counted
-ITEMSIZE = np.dtype(np.float32).itemsize
+BYTES_OF = (100_000, 1_000_000)  # sizes for which bytes are counted
 
 PREDICTED_RANKS = (8, 64, 512, 4096)
 PREDICTED_SIZES = (10**6, 10**7, 10**8, 10**9, 10**10)
-# A network that is not here: 2 us and 100 Gbit/s a rank, as InfiniBand EDR is sold.
+# A network that this machine does not have: 2 us and 100 Gbit/s a rank, as InfiniBand EDR is sold.
 LATENCY, BANDWIDTH = 2e-6, 12.5e9
-# Rows of a batch of all ranks, for the time of the gradients: 6 floating-point operations a parameter and row.
-ROWS = 4096
 
-# Messages of MPICH through the loopback device, which counts bytes, and not through memory.
+# MPICH sends through the loopback device, which counts bytes, and not through memory.
 OVER_TCP = {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "UCX_TLS": "tcp,self"}
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the model is made of: seconds and bytes a second.
-
-    Attributes
-    ----------
-    latency : float
-        Of one message.
-    bandwidth : float
-        Bytes a second that a rank sends.
-    rate : float
-        Parameters a second that a rank updates.
-    overhead, alone : float
-        Of a step that has nothing to do, on several ranks and on one.
-    flops : float
-        Operations a second of a rank in matrix products.
-    """
-
-    latency: float
-    bandwidth: float
-    rate: float
-    overhead: float
-    alone: float
-    flops: float
-
-    def update(self, size: int, ranks: int) -> float:
-        """Seconds in which a rank updates its shard."""
-        return (self.overhead if ranks > 1 else self.alone) + size / ranks / self.rate
-
-    def communication(self, size: int, ranks: int) -> float:
-        """Seconds in which a rank sends its part of reduce-scatter and all-gather, and the small message ahead."""
-        rounds = math.ceil(math.log2(ranks))
-        return 3 * rounds * self.latency + bytes_of_rank(size, ranks) / self.bandwidth
-
-    def step(self, size: int, ranks: int) -> float:
-        """Seconds of a step."""
-        return self.update(size, ranks) + self.communication(size, ranks)
-
-    def gradients(self, size: int, ranks: int, rows: int = ROWS) -> float:
-        """Seconds in which a rank finds the gradients of its rows of the batch."""
-        return 6 * size * rows / ranks / self.flops
-
-    def takes_over(self, size: int) -> int | None:
-        """The smallest power of two at which communication takes longer than everything else, up to 2**24."""
-        for ranks in (2**k for k in range(1, 25)):
-            if self.communication(size, ranks) > self.gradients(size, ranks) + self.update(size, ranks):
-                return ranks
-        return None
-
-
-def bytes_of_rank(size: int, ranks: int) -> float:
-    """What a rank sends in a step, float32: all but its own part of the gradients, and its own part to all others."""
-    return 2 * (ranks - 1) / ranks * size * ITEMSIZE
-
-
-# The measurements, in processes of their own.
+# Measurements, in processes of their own.
 
 
 def mpiexec(ranks: int, *arguments: str, over_tcp: bool = False) -> dict[str, Any]:
-    """Run this file on so many ranks, and return what the first one found."""
+    """Run this file on so many ranks, and return the results that rank 0 wrote."""
     program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         raise SystemExit('there is no mpiexec; install one with: python -m pip install "fastrms[mpi-bundled]"')
-    # Of a BLAS with threads of its own, each rank would want all cores.
+    # Each rank's BLAS would start a thread for each core.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | (OVER_TCP if over_tcp else {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
@@ -125,7 +73,7 @@ def mpiexec(ranks: int, *arguments: str, over_tcp: bool = False) -> dict[str, An
 
 
 def work(path: Path, sizes: Sequence[int], seconds: float) -> None:
-    """What each rank does: steps of each size in turns, and the parts of their time."""
+    """Time steps of all sizes in turns, on each rank; rank 0 writes the results to a file."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -142,24 +90,24 @@ def work(path: Path, sizes: Sequence[int], seconds: float) -> None:
                 each.step(comm)
     found: dict[str, Any] = {"seconds": {}, "flops": flops(comm)}
     for size, each in timed.items():
-        # The slowest rank is what a step takes.
+        # A step takes as long as its slowest rank.
         slowest = np.max(comm.allgather(np.array(each.seconds)), axis=0)
         found["seconds"][size] = [float(x) for x in np.median(slowest, axis=0)]
-        loopback = [sent_by_loopback()]
+        before = sent_by_loopback()
         comm.Barrier()
         for _ in range(10):
             each.step(comm, keep=False)
         comm.Barrier()
-        loopback.append(sent_by_loopback())
-        if None not in loopback:
-            found.setdefault("bytes", {})[size] = (loopback[1] - loopback[0]) / 10 / comm.size  # type: ignore[operator]
+        after = sent_by_loopback()
+        if before is not None and after is not None:
+            found.setdefault("bytes", {})[size] = (after - before) / 10 / comm.size
     found["ready"] = overlapped(comm, seconds)
     if comm.rank == 0:
         path.write_text(json.dumps(found), encoding="utf-8")
 
 
 class Timed:
-    """An optimizer whose steps are timed: the whole, and of that reductions, all-gather and the message ahead."""
+    """An optimizer whose steps are timed: the whole step, and the communication in it."""
 
     def __init__(self, size: int) -> None:
         from fastrms.mpi import ShardedRMSProp
@@ -169,18 +117,18 @@ class Timed:
         self.seconds: list[tuple[float, float]] = []
         self._communication = 0.0
         ranks = self.opt._ranks
-        for name in ("reduce", "all_gather", "meet"):
+        for name in ("reduce_scatter", "all_gather", "meet"):
             setattr(ranks, name, self._timed(getattr(ranks, name)))
 
-    def _timed(self, method: Any) -> Any:
-        def run(*arguments: Any) -> None:
+    def _timed(self, method: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: object) -> None:
             start = time.perf_counter()
             method(*arguments)
             self._communication += time.perf_counter() - start
 
         return run
 
-    def step(self, comm: Any, keep: bool = True) -> None:
+    def step(self, comm: "MPI.Intracomm", keep: bool = True) -> None:
         """Take a step, all ranks at the same time."""
         comm.Barrier()
         self._communication = 0.0
@@ -191,8 +139,8 @@ class Timed:
             self.seconds.append((whole, self._communication))
 
 
-def overlapped(comm: Any, seconds: float) -> list[float]:
-    """Seconds of a backward pass of twelve matrix products alone, with a step after it, and with `ready` in it."""
+def overlapped(comm: "MPI.Intracomm", seconds: float) -> list[float]:
+    """Time a backward pass of twelve matrix products: alone, with a step after it, and with calls of `ready` in it."""
     from fastrms.mpi import ShardedRMSProp
 
     params = [np.zeros((700, 700), np.float32) for _ in range(12)]
@@ -216,8 +164,8 @@ def overlapped(comm: Any, seconds: float) -> list[float]:
     return [float(x) for x in np.max(comm.allgather(np.median(times, axis=1)), axis=0)]
 
 
-def flops(comm: Any) -> float:
-    """Operations a second of a matrix product of float32, on each rank while all have one."""
+def flops(comm: "MPI.Intracomm") -> float:
+    """Return the operations a second of a matrix product of float32, while all ranks compute one."""
     a = np.ones((512, 512), np.float32)
     times = []
     for _ in range(20):
@@ -229,7 +177,7 @@ def flops(comm: Any) -> float:
 
 
 def sent_by_loopback() -> int | None:
-    """The bytes that the loopback device has sent, on Linux."""
+    """Return the bytes that the loopback device has sent, or None where the system is not Linux."""
     try:
         lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -237,43 +185,13 @@ def sent_by_loopback() -> int | None:
     return next((int(line.split()[9]) for line in lines if line.strip().startswith("lo:")), None)
 
 
-# The model.
+# Output.
 
 
-def fit(times: dict[int, dict[int, tuple[float, float]]], flops_of_rank: float, cores: int) -> Machine:
-    """Latency, bandwidth and rate that come nearest to what was measured, each part of a time in its ratio.
-
-    Only of numbers of ranks for which there are cores: others wait for one another's turn.
-    """
-    updates, communications = [], []
-    for ranks, by_size in times.items():
-        if ranks > cores:
-            continue
-        for size, (whole, communication) in by_size.items():
-            updates.append(([float(ranks > 1), float(ranks == 1), size / ranks], whole - communication))
-            if ranks > 1:
-                rounds = math.ceil(math.log2(ranks))
-                communications.append(([3.0 * rounds, bytes_of_rank(size, ranks)], communication))
-    overhead, alone, per_parameter = solve(updates)
-    latency, per_byte = solve(communications)
-    return Machine(latency, 1 / per_byte, 1 / per_parameter, overhead, alone, flops_of_rank)
-
-
-def solve(rows: list[tuple[list[float], float]]) -> list[float]:
-    """Factors, none of them negative, with the least sum of squares of relative errors."""
-    from scipy.optimize import nnls
-
-    matrix = np.array([[x / value for x in factors] for factors, value in rows])
-    scale = matrix.max(axis=0)
-    found = nnls(matrix / scale, np.ones(len(rows)))[0] / scale
-    return [float(max(x, 1e-30)) for x in found]
-
-
-# What is printed and written.
-
-
-def tables(times: Any, sent: Any, ready: Any, here: Machine, network: Machine) -> dict[str, str]:
-    """All tables by name, as Markdown."""
+def tables(
+    times: Times, sent: Bytes, ready: Mapping[int, Sequence[float]], here: Machine, network: Machine
+) -> dict[str, str]:
+    """Return all tables by name, as Markdown."""
     measured = []
     for size in sorted(next(iter(times.values()))):
         for ranks in times:
@@ -305,7 +223,7 @@ def tables(times: Any, sent: Any, ready: Any, here: Machine, network: Machine) -
 
 
 def predicted(machine: Machine) -> str:
-    """The model's table: a step, and how much of it is communication."""
+    """Return a table of predicted steps, with the share of communication in each."""
     rows = []
     for size in PREDICTED_SIZES:
         cells = []
@@ -317,8 +235,8 @@ def predicted(machine: Machine) -> str:
     return markdown(["parameters", *(f"{ranks:,} ranks" for ranks in PREDICTED_RANKS), "takes over at"], rows)
 
 
-def plot(times: Any, here: Machine, network: Machine) -> Any:
-    """Steps over ranks: the model's lines for both machines, what was measured, and where communication takes over."""
+def plot(times: Times, here: Machine, network: Machine) -> "Figure":
+    """Draw steps over ranks: predictions for both networks, measurements, and where communication takes over."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -351,12 +269,14 @@ def plot(times: Any, here: Machine, network: Machine) -> Any:
     return figure
 
 
-def measure(seconds: float, sizes: Sequence[int], ranks: Sequence[int]) -> tuple[Any, Any, Any, float]:
-    """Times by ranks and size, bytes by ranks and size, `overlapped` by ranks, and operations a second of a rank."""
+def measure(
+    seconds: float, sizes: Sequence[int], ranks: Sequence[int]
+) -> tuple[Times, Bytes, Mapping[int, Sequence[float]], float]:
+    """Return times, bytes, the results of `overlapped` by ranks, and the operations a second of a rank."""
     times, sent, ready, rates = {}, {}, {}, {}
     for count in ranks:
         found = mpiexec(count, "--sizes", *map(str, sizes), "--seconds", str(seconds))
-        times[count] = {int(size): tuple(values) for size, values in found["seconds"].items()}
+        times[count] = {int(size): (whole, part) for size, (whole, part) in found["seconds"].items()}
         rates[count], ready[count] = found["flops"], found["ready"]
     for count in ranks:
         if count > 1:
@@ -366,12 +286,12 @@ def measure(seconds: float, sizes: Sequence[int], ranks: Sequence[int]) -> tuple
 
 
 def cores() -> int:
-    """How many cores there are for ranks."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> int:
-    """Measure, fit, print, and write if asked to."""
+    """Measure, fit and print; with --write, write tables and plot into the docs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="put tables into docs/mpi.md, the plot into docs/_static")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each number of ranks (default: 30)")

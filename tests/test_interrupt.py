@@ -124,7 +124,9 @@ def test_ctrl_c_at_every_line_of_a_step(options, kernel, way, steady, rng):
         assert opt.check() == []
         found.add((now == before, now == after))
         # And it goes on, in this thread and in others: no lock is held.
-        assert elsewhere(lambda opt=opt: opt.backend.turns.lock.acquire(blocking=False) and opt.backend.turns.lock.release() is None)
+        assert elsewhere(
+            lambda opt=opt: opt.backend.turns.lock.acquire(blocking=False) and opt.backend.turns.lock.release() is None
+        )
         opt.step(first)
         assert whole(opt) != now
     assert number > 10

@@ -1,4 +1,4 @@
-"""`fastrms.mpi` under a real mpiexec, on 1 to 5 ranks; what they do is in mpi_program.py."""
+"""`fastrms.mpi` under a real mpiexec, on 1 to 5 ranks, which run the programs in tests/on_ranks."""
 
 import functools
 import importlib.util
@@ -15,14 +15,43 @@ from helpers import JIT, assert_same_bits, leaves
 
 from fastrms import RMSProp
 
-PROGRAM = Path(__file__).parent / "mpi_program.py"
-ENDING = Path(__file__).parent / "mpi_ending.py"
+TESTS = Path(__file__).parent
 CASES = [
-    "bits", "bfloat16", "groups", "none", "sums", "large_norms", "mean", "nonfinite", "ready", "long_messages",
-    "checkpoints", "start", "errors_in_steps", "different_calls", "timeouts", "users_code", "aliases",
-    "memory", "signals_and_threads", "attributes", "sizes", "cores", "communicators",
-]  # fmt: skip
-# A hang is a failure, and one that says what had been printed.
+    "updates.all_options_and_layouts",
+    "updates.bfloat16_cache",
+    "updates.parameter_groups",
+    "updates.none_on_all_ranks_is_skipped_and_on_some_is_zeros",
+    "updates.gradients_whose_sum_is_rounded",
+    "updates.norms_whose_squares_overflow_or_underflow",
+    "updates.mean_is_the_default_reduction",
+    "updates.nonfinite_gradients_raise_or_skip_on_all_ranks",
+    "updates.nonfinite_sum_of_finite_gradients",
+    "gradients.handed_over_in_any_order",
+    "gradients.refused_when_handed_over_or_in_the_step",
+    "gradients.longer_than_one_message",
+    "gradients.aliases_of_the_gradient_buffer",
+    "checkpoints.files_of_both_classes",
+    "checkpoints.learning_rates_that_are_functions",
+    "checkpoints.refused_checkpoints_change_nothing",
+    "errors.parameters_and_options_are_compared_when_the_optimizer_is_made",
+    "errors.errors_in_steps_raise_on_all_ranks",
+    "errors.different_calls_raise_on_all_ranks",
+    "errors.different_options_or_kinds_of_state_are_found_by_checkpoints",
+    "errors.an_error_of_one_rank_ends_all_after_one_that_all_raised",
+    "errors.timeout_values_and_late_ranks",
+    "interruptions.users_code_that_raises_or_calls_the_optimizer",
+    "interruptions.users_code_that_sets_options",
+    "interruptions.a_schedule_that_shrinks_a_gradient",
+    "interruptions.an_option_without_memory_for_its_state",
+    "interruptions.signal_handlers_during_a_step",
+    "interruptions.threads_that_set_an_option_wait_for_the_step",
+    "resources.unknown_attributes_and_arguments_are_refused",
+    "resources.each_of_p_ranks_has_1_p_of_the_state",
+    "resources.threads_are_the_cores_of_a_rank_divided_by_the_ranks_that_share_them",
+    "resources.some_ranks_among_themselves_and_messages_of_the_user",
+    "resources.more_optimizers_than_mpi_has_communicators",
+]
+# A hang is a failure, whose message has all that was printed.
 SECONDS = 300
 RANKS = [1, 2, 3, 4, 5] if JIT else [1, 3]
 
@@ -30,11 +59,15 @@ needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reaso
 
 
 def mpiexec(ranks, *command, folder="."):
-    """Run a command on so many ranks; its exit status and all that it prints."""
+    """Run a command on so many ranks, and return its exit status and all that it prints."""
     program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         pytest.skip("there is no mpiexec")
-    environment = os.environ | {"MPI_TEST_FOLDER": str(folder), "PYTHONWARNINGS": "error"}
+    environment = os.environ | {
+        "MPI_TEST_FOLDER": str(folder),
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONWARNINGS": "error",
+    }
     try:
         run = subprocess.run(
             [program, "-n", str(ranks), *map(str, command)], env=environment, cwd=folder, text=True, timeout=SECONDS,
@@ -47,11 +80,13 @@ def mpiexec(ranks, *command, folder="."):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """What all cases print on so many ranks, from one start of them."""
+    """Return a function that runs all cases on so many ranks, once, and returns the exit status and the output."""
 
     @functools.cache
     def run(ranks):
-        return mpiexec(ranks, sys.executable, PROGRAM, *CASES, folder=tmp_path_factory.mktemp(f"ranks-{ranks}"))
+        return mpiexec(
+            ranks, sys.executable, "-m", "on_ranks", *CASES, folder=tmp_path_factory.mktemp(f"ranks-{ranks}")
+        )
 
     return run
 
@@ -65,7 +100,7 @@ def test_on_ranks(case, ranks, outcome):
 
 
 @needs_mpi
-def test_all_of_them_end_without_an_error(outcome):
+def test_all_cases_end_without_an_error(outcome):
     for ranks in RANKS:
         status, printed = outcome(ranks)
         assert (status, printed.split()[1::2]) == (0, CASES), printed
@@ -73,21 +108,21 @@ def test_all_of_them_end_without_an_error(outcome):
 
 @needs_mpi
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
-    status, printed = mpiexec(3, sys.executable, PROGRAM, "save", folder=tmp_path)
-    assert (status, printed) == (0, "ok save\n")
+    status, printed = mpiexec(3, sys.executable, "-m", "on_ranks", "checkpoints.save", folder=tmp_path)
+    assert (status, printed) == (0, "ok checkpoints.save\n")
     for ranks in (1, 2):
-        status, printed = mpiexec(ranks, sys.executable, PROGRAM, "resume", folder=tmp_path)
-        assert (status, printed) == (0, "ok resume\n")
+        status, printed = mpiexec(ranks, sys.executable, "-m", "on_ranks", "checkpoints.resume", folder=tmp_path)
+        assert (status, printed) == (0, "ok checkpoints.resume\n")
     # Without MPI, from the same numbers.
-    import mpi_program
+    from on_ranks import shared
 
-    layout = mpi_program.LAYOUTS["odd"]
-    never_stopped = RMSProp(mpi_program.params_of(layout), momentum=0.9, centered=True, bias_correction=True)
+    layout = shared.LAYOUTS["odd"]
+    never_stopped = RMSProp(shared.params_of(layout), momentum=0.9, centered=True, bias_correction=True)
     resumed = RMSProp.from_checkpoint(tmp_path / "across.npz")
     for step in range(6):
-        never_stopped.step(mpi_program.gradients_of_all(layout, step))
+        never_stopped.step(shared.gradients_of_all(layout, step))
         if step >= 3:
-            resumed.step(mpi_program.gradients_of_all(layout, step))
+            resumed.step(shared.gradients_of_all(layout, step))
     others = [RMSProp.from_checkpoint(tmp_path / f"resumed-{ranks}.npz") for ranks in (1, 2)]
     for opt in (resumed, *others):
         for name, array in never_stopped.state_dict()["arrays"].items():
@@ -104,7 +139,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     ],
 )
 def test_an_exception_on_one_rank_ends_all(case, message, tmp_path):
-    status, printed = mpiexec(3, sys.executable, ENDING, case, folder=tmp_path)
+    status, printed = mpiexec(3, sys.executable, "-m", "on_ranks.ending", case, folder=tmp_path)
     assert status != 0
     assert re.search(message, printed), printed
     assert "Traceback (most recent call last)" in printed
@@ -118,7 +153,7 @@ WAITS = r"RankError: rank {} of 3 waited \d+\.\d s in {} for {}, which did not j
 
 
 def waits(where, ranks, missing):
-    """What each of these ranks writes while it waits for others."""
+    """Return the messages of ranks that wait in a call for others."""
     named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
     others = {rank: [other for other in ranks if other != rank] for rank in ranks}
     return [
@@ -131,7 +166,7 @@ def waits(where, ranks, missing):
 DIFFERENT = r"RankError: expected the same call on all ranks, got {} on rank 0, {} on ranks 1, 2; nothing was changed"
 
 
-# What is printed, by the program in mpi_ending.py.
+# Messages that on_ranks/ending.py prints.
 ENDS = {
     "saves_alone": waits(r"save\(\) \(steps taken: 1\)", [0], [1, 2]),
     "saves_alone_while_others_step": [DIFFERENT.format(r"save\(\)", r"step\(\)")],
@@ -150,17 +185,17 @@ ENDS = {
 @needs_mpi
 @pytest.mark.parametrize("case", ENDS)
 def test_ranks_that_wait_for_ever_say_for_whom_and_end(case, tmp_path):
-    status, printed = mpiexec(3, sys.executable, ENDING, case, folder=tmp_path)
+    status, printed = mpiexec(3, sys.executable, "-m", "on_ranks.ending", case, folder=tmp_path)
     assert status != 0
     for message in ENDS[case]:
         assert re.search(message, printed), printed
-    # The line of the user's program.
+    # The traceback has the line of the user's program.
     assert case == "killed" or f"in {case}\n" in printed
 
 
 @needs_mpi
 def test_under_the_runner_of_mpi4py_an_exit_of_one_rank_ends_all(tmp_path):
-    status, printed = mpiexec(3, sys.executable, "-m", "mpi4py", ENDING, "with_exit", folder=tmp_path)
+    status, printed = mpiexec(3, sys.executable, "-m", "mpi4py", "-m", "on_ranks.ending", "with_exit", folder=tmp_path)
     assert status == 1
     assert "no data on this rank" in printed
     assert "unreachable" not in printed
@@ -168,7 +203,6 @@ def test_under_the_runner_of_mpi4py_an_exit_of_one_rank_ends_all(tmp_path):
 
 @needs_mpi
 def test_an_interactive_session_goes_on(tmp_path):
-    # As where somebody tries things out: an exception there ends nothing.
     code = """if True:
         import sys
         import numpy as np
@@ -212,8 +246,8 @@ def test_an_interactive_session_goes_on_without_the_optimizer_whose_ranks_did_no
 
 def test_without_mpi4py_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    for name in ("", ".handover", ".ranks", ".sharded", ".unsharded"):
-        monkeypatch.delitem(sys.modules, f"fastrms.mpi{name}", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["fastrms", "mpi"]]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"mpi4py is not installed.*fastrms\[mpi\]"):
         importlib.import_module("fastrms.mpi")
 

@@ -81,7 +81,13 @@ def test_only_gradients_that_are_there_count(kernel, rng):
     with pytest.raises(NonfiniteError) as caught:
         opt.step([None, np.array(np.inf), *gradients[2:]])
     assert caught.value.counts == {"[1]": 1}
-    assert opt.backend.state.counts.absent.tolist() == [1, 0, 0, 0, 0]  # the step that raised is not one that the first sat out
+    assert opt.backend.state.counts.absent.tolist() == [
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]  # the step that raised is not one that the first sat out
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

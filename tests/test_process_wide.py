@@ -278,5 +278,5 @@ def test_several_ranks_have_a_hook_for_uncaught_exceptions():
     """It ends the other ranks, which would wait for ever."""
     program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for found in changes("importing sharding", "mpi4py.MPI", command=[program, "-n", "2"]):
-        assert found.pop("excepthooks")[0].startswith("<function end_together.<locals>.hook")
+        assert found.pop("excepthooks")[0].startswith("<function install_excepthook.<locals>.hook")
         assert found == AT_EXIT

@@ -2,8 +2,8 @@
 
 A state to load may come from elsewhere, or be damaged. So nothing in it is run (no pickle). Every count, shape and
 dtype is compared with the expected one before memory is taken for it, and each array has a checksum. The optimizer is
-changed only when all of it was read and found right. A new file is written beside the old one, which it replaces when it has
-reached the disk: whenever a process ends, there is the old file or the new one.
+changed only when all of it was read and found right. A new file is written beside the old one, which it replaces when
+it has reached the disk: whenever a process ends, there is the old file or the new one.
 """
 
 import json

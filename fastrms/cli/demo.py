@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     require("mpi", "mpi4py")
     try:
         from fastrms.demo import data_parallel
-        from fastrms.mpi.communicator import end_all
+        from fastrms.mpi.ending import end_all
     except ImportError as error:  # for want of an MPI library, for instance
         raise CommandError(str(error)) from None
     comm = data_parallel.comm

@@ -9,8 +9,7 @@ import numpy as np
 
 from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.demo.training import Batch, Batches, Training, train_in_turns
-from fastrms.mpi import ShardedRMSProp
-from fastrms.mpi.communicator import MPI
+from fastrms.mpi import MPI, ShardedRMSProp
 from fastrms.optimizer import RMSProp
 
 __all__ = ["OneProcessTraining", "RankTraining", "comm", "compare", "traffic", "train_one_and_all"]

@@ -1,15 +1,26 @@
-"""``ShardedRMSProp``: data-parallel training over MPI, with state and update divided among the ranks.
+"""``ShardedRMSProp``: data-parallel training over MPI, with the optimizer state sharded over the ranks.
 
     from fastrms.mpi import ShardedRMSProp        # mpiexec -n 4 python train.py
 
-Each rank has all parameters and the gradients of its own part of a batch. A step adds up the gradients so that each
-rank gets the sum for its shard (reduce-scatter), updates that with the same kernels as `fastrms.RMSProp`, and gives the
-new parameters to all (all-gather). So each rank has 1/P of the state and does 1/P of the update, as in stage 1 of ZeRO
-(S. Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, SC 2020).
+Each rank has all parameters and the gradients of its part of the batch. A step reduce-scatters the gradients, updates
+this rank's shard with the same kernels as `fastrms.RMSProp`, and all-gathers the parameters. Each of P ranks has 1/P of
+the state and does 1/P of the update, as in stage 1 of ZeRO (S. Rajbhandari et al., ZeRO: Memory Optimizations Toward
+Training Trillion Parameter Models, SC 2020).
 
-Needs mpi4py and an MPI (``python -m pip install "fastrms[mpi]"``, or ``"fastrms[mpi-bundled]"``, which brings one), and
-is not imported by ``import fastrms``.
+Needs mpi4py and an MPI: ``python -m pip install "fastrms[mpi]"``, or ``"fastrms[mpi-bundled]"`` with an MPI from PyPI.
+``import fastrms`` does not import this package.
 """
+
+from importlib.util import find_spec
+
+try:
+    from mpi4py import MPI as MPI  # the modules of this package import it after this check
+except (ImportError, RuntimeError) as error:  # RuntimeError where there is no library of MPI to load
+    _found = "mpi4py is not installed" if find_spec("mpi4py") is None else "mpi4py finds no MPI"
+    raise ImportError(
+        f'{_found} ({" ".join(str(error).split())}); install with: python -m pip install "fastrms[mpi]", or '
+        '"fastrms[mpi-bundled]", which brings an MPI'
+    ) from None
 
 from fastrms.mpi.sharded import ShardedRMSProp
 

@@ -1,90 +1,144 @@
-"""Gradients that are handed over one by one, and the reductions that begin as soon as all of a piece are there."""
+"""Gradient buckets: parts of the gradient buffer, each reduced as soon as all of its gradients are ready."""
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from mpi4py import MPI
 
-from fastrms.buffers.flat import FlatBuffer
-from fastrms.mpi.communicator import Bounds, Piece, Ranks
+from fastrms.buffers.flat import FlatBuffer, Layout
+from fastrms.mpi.communicator import Bounds, Communicator
 
-__all__ = ["Handover"]
+__all__ = ["GradientBuckets"]
 
-# Elements in a reduction of its own: of 1e7 float32 on 2 ranks, 2**16 at a time took 55 ms, 2**18 21, 2**20 15, all
-# at once 8.
-BUCKET = 1 << 20
+# Elements of a bucket. 1e7 float32 on 2 ranks take 55 ms in buckets of 2**16, 21 ms in 2**18, 15 ms in 2**20, and 8 ms
+# in one reduction of all.
+BUCKET_SIZE = 1 << 20
+
+# Up to so many ranks, each bucket is reduced by a reduce-scatter, also one that lies in the shard of a single rank.
+FEW_RANKS = 4
 
 
-class Handover:
-    """Which gradients of a step are there, and which reductions have begun.
+class GradientBuckets:
+    """The buckets of an optimizer: which gradients of a step are ready, and which reductions have started.
 
-    A bucket is a range of one segment of the gradient buffer. All ranks begin buckets in one order, whatever the order
-    of their gradients: from the last gradient of the buffer to the first, as back-propagation finds them.
+    Buckets start in one order on all ranks, whatever the order in which gradients become ready: from the end of the
+    buffer to its beginning, as back-propagation finds them.
 
     Parameters
     ----------
-    ranks : Ranks
-    whole, own : FlatBuffer
-        The gradients of this rank, and its part of the sum.
+    comm : Communicator
+        The ranks.
+    grads : FlatBuffer
+        The gradients of this rank.
+    sums : FlatBuffer
+        This rank's shard of the sum over ranks.
     bounds : sequence of ndarray of int
-        Where the parts of each segment begin.
+        For each segment, where the shards begin.
 
     Attributes
     ----------
-    given, present : list of bool
-        For each leaf, whether it was handed over, and whether as an array, not as None.
+    ready : list of bool
+        For each parameter, whether its gradient was handed over since the last step.
+    present : list of bool
+        For each parameter, whether that gradient is an array and not None.
     begun : bool
-        Whether anything was handed over since the last step.
+        Whether any gradient was handed over since the last step.
     """
 
-    def __init__(self, ranks: Ranks, whole: FlatBuffer, own: FlatBuffer, bounds: Sequence[Bounds]) -> None:
-        self._ranks, self._whole, self._own = ranks, whole, own
-        layout = whole.layout
-        self._leaves = len(layout.leaves)
-        buckets = []
-        for number, segment in enumerate(layout.segments if ranks.size > 1 else ()):
-            inside = [k for k, leaf in enumerate(layout.leaves) if leaf.segment == number and leaf.stop > leaf.start]
-            starts = [layout.leaves[k].start for k in inside]
-            for start in range(0, segment.size, BUCKET):
-                stop = min(start + BUCKET, segment.size)
-                first, last = np.searchsorted(starts, [start + 1, stop]) - [1, 0]
-                buckets.append((inside[first], start, number, stop, inside[first:last]))
-        buckets.sort(reverse=True)
-        self._buckets = [
-            (number, Piece(bounds[number], ranks.rank, start, stop)) for _, start, number, stop, _ in buckets
-        ]
-        self._missing_at_first = [len(leaves) for *_, leaves in buckets]
-        self._buckets_of: list[list[int]] = [[] for _ in layout.leaves]
-        for b, (*_, leaves) in enumerate(buckets):
-            for k in leaves:
-                self._buckets_of[k].append(b)
+    def __init__(self, comm: Communicator, grads: FlatBuffer, sums: FlatBuffer, bounds: Sequence[Bounds]) -> None:
+        self._channel, self._grads, self._sums = comm.channel, grads, sums
+        self._buckets = list(_buckets(grads.layout, bounds, comm.rank)) if comm.size > 1 else []
+        self._buckets.sort(key=lambda bucket: (bucket.leaves[0], bucket.whole.start), reverse=True)
+        self._buckets_of: list[list[int]] = [[] for _ in grads.layout.leaves]
+        for number, bucket in enumerate(self._buckets):
+            for k in bucket.leaves:
+                self._buckets_of[k].append(number)
         self.reset()
 
     def reset(self) -> None:
-        """Begin with a new step."""
-        self.given = [False] * self._leaves
-        self.present = [False] * self._leaves
+        """Begin a new step, for which no gradient is ready."""
+        self.ready = [False] * len(self._buckets_of)
+        self.present = [False] * len(self._buckets_of)
         self.begun = False
-        self._missing = list(self._missing_at_first)
+        self._missing = [len(bucket.leaves) for bucket in self._buckets]
         self._next = 0
 
-    def give(self, k: int, present: bool) -> None:
-        """Take note of a gradient, which is in the buffer, and begin what is complete with it."""
-        self.begun = self.given[k] = True
+    def mark_ready(self, k: int, present: bool) -> None:
+        """Note that the gradient of parameter `k` is in the buffer, and start the buckets that are complete with it."""
+        self.begun = self.ready[k] = True
         self.present[k] = present
-        for b in self._buckets_of[k]:
-            self._missing[b] -= 1
-        self._ranks.progress()
+        for number in self._buckets_of[k]:
+            self._missing[number] -= 1
+        # Most MPIs work on a reduction in flight only while they are called.
+        MPI.Request.Testall(self._channel.requests)
         while self._next < len(self._buckets) and not self._missing[self._next]:
             self._start_next()
 
     def finish(self) -> None:
-        """Begin what has not, wait for all, and be ready for a new step; all ranks do so at the same time."""
+        """Start the remaining buckets, wait for all, and begin a new step. All ranks call it at the same time."""
         while self._next < len(self._buckets):
             self._start_next()
-        self._ranks.wait()
+        MPI.Request.Waitall(self._channel.requests)
+        self._channel.requests.clear()
         self.reset()
 
     def _start_next(self) -> None:
-        number, piece = self._buckets[self._next]
-        self._ranks.start_reduce(self._whole.segments[number], self._own.segments[number], piece)
+        bucket = self._buckets[self._next]
+        comm = self._channel.buckets
+        whole = self._grads.segments[bucket.segment][bucket.whole]
+        own = self._sums.segments[bucket.segment][bucket.own]
+        if bucket.root is None:
+            request = comm.Ireduce_scatter(whole, own, bucket.counts, MPI.SUM)
+        else:
+            request = comm.Ireduce(whole, own if bucket.root == comm.rank else None, MPI.SUM, root=bucket.root)
+        self._channel.requests.append(request)
         self._next += 1
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """A range of one segment of the gradient buffer, which is reduced in one call.
+
+    Attributes
+    ----------
+    segment : int
+        The number of the segment.
+    leaves : list of int
+        The numbers of the parameters that have elements in the bucket, in ascending order.
+    whole : slice
+        The elements in the segment.
+    own : slice
+        This rank's elements of the bucket, in its shard of the segment.
+    counts : list of int, one for each rank
+        The number of elements of each rank.
+    root : int or None
+        The rank that gets all elements by a reduce, or None for a reduce-scatter.
+    """
+
+    segment: int
+    leaves: list[int]
+    whole: slice
+    own: slice
+    counts: list[int]
+    root: int | None
+
+
+def _buckets(layout: Layout, bounds: Sequence[Bounds], rank: int) -> Iterator[_Bucket]:
+    """Yield the buckets of all segments."""
+    for number, segment in enumerate(layout.segments):
+        leaves = [k for k, leaf in enumerate(layout.leaves) if leaf.segment == number and leaf.stop > leaf.start]
+        starts = [layout.leaves[k].start for k in leaves]
+        for start in range(0, segment.size, BUCKET_SIZE):
+            stop = min(start + BUCKET_SIZE, segment.size)
+            inside = leaves[bisect_right(starts, start) - 1 : bisect_left(starts, stop)]
+            lows, highs = np.clip(bounds[number][:-1], start, stop), np.clip(bounds[number][1:], start, stop)
+            counts = (highs - lows).tolist()
+            first = int(lows[rank] - bounds[number][rank]) if counts[rank] else 0
+            # MPICH is fastest at a reduce-scatter: 1e7 float32 on 2 ranks take 15 ms, with reductions to one rank each
+            # 40 ms. But of many ranks all would send to the rank that has the whole bucket. A long reduction to one
+            # rank is divided among all.
+            one_rank = max(counts) == stop - start and len(counts) > FEW_RANKS
+            root = counts.index(stop - start) if one_rank else None
+            yield _Bucket(number, inside, slice(start, stop), slice(first, first + counts[rank]), counts, root)

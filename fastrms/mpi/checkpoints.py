@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.mpi.communicator import Bounds, Ranks, check_timeout
+from fastrms.mpi.communicator import Bounds, Communicator
+from fastrms.mpi.waiting import check_timeout
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
 
@@ -21,7 +22,7 @@ _Optimizer = Any  # a ShardedRMSProp, which is an `Unsharded` and imports this f
 class Unsharded:
     """The methods of `fastrms.mpi.ShardedRMSProp` that store and restore it."""
 
-    _ranks: Ranks
+    _ranks: Communicator
     _together: Callable[[str], AbstractContextManager[bool]]
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Unsharded:
         CheckpointError, OSError
             On all ranks, as from `RMSProp.from_checkpoint`.
         """
-        ranks = Ranks(comm, "ShardedRMSProp.from_checkpoint", check_timeout(timeout))
+        ranks = Communicator(comm, "ShardedRMSProp.from_checkpoint", check_timeout(timeout))
         whole: RMSProp | None = None
 
         def read() -> None:
@@ -171,7 +172,7 @@ class Unsharded:
         return opt
 
 
-def _on_first(ranks: Ranks, act: Callable[[], None]) -> None:
+def _on_first(ranks: Communicator, act: Callable[[], None]) -> None:
     """Do something on rank 0, and raise on all ranks what it raises."""
     error: BaseException | None = None
     try:
@@ -179,7 +180,7 @@ def _on_first(ranks: Ranks, act: Callable[[], None]) -> None:
             act()
     except BaseException as caught:  # Ctrl-C and sys.exit() too, as the others wait here
         error = caught
-    ranks.raise_of_first(error)
+    ranks.broadcast_error(error)
 
 
 def _whole(opt: _Optimizer, on_all: bool = False) -> RMSProp | None:

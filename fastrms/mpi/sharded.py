@@ -11,8 +11,10 @@ from fastrms.backends.host import check_host_kernel, new_sharded_backend
 from fastrms.errors import OptionError, StructureError
 from fastrms.kernels import threads
 from fastrms.mpi.checkpoints import Unsharded
-from fastrms.mpi.communicator import Ranks, check_timeout, end_together, named
+from fastrms.mpi.communicator import Communicator
+from fastrms.mpi.ending import install_excepthook
 from fastrms.mpi.shards import Shards
+from fastrms.mpi.waiting import check_timeout, named
 from fastrms.optimizer import RMSProp
 from fastrms.options import LearningRate, check_one_of
 
@@ -106,10 +108,10 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             seconds = check_timeout(timeout)
         except Exception as caught:  # which the others are told, as of all errors
             error, seconds = caught, check_timeout(None)
-        self._ranks = Ranks(comm, "ShardedRMSProp", seconds)
+        self._ranks = Communicator(comm, "ShardedRMSProp", seconds)
         self._reduction = reduction
         if self._ranks.size > 1:
-            end_together()
+            install_excepthook()
         if options.get("num_threads") is None:
             options["num_threads"] = min(self._ranks.threads, threads.max_threads())
         with self._ranks.leaving():
@@ -246,7 +248,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
 
     @contextmanager
     def _together(self, call: str) -> Iterator[bool]:
-        with self._shards.together(self._backend, call) as begun:
+        with self._shards.together(self._turns, call) as begun:
             yield begun
 
     def _compare_params(self) -> None:

@@ -15,11 +15,13 @@ from fastrms._state import OptimizerState
 from fastrms.backends.base import Array, Call, RunCalls
 from fastrms.backends.host import HostBackend
 from fastrms.backends.plan import Located, refuse_replaced
+from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels.norms import AddUp
-from fastrms.mpi.buckets import Handover
-from fastrms.mpi.communicator import Ranks, named
+from fastrms.mpi.buckets import GradientBuckets
+from fastrms.mpi.communicator import Communicator
+from fastrms.mpi.waiting import named
 
 __all__ = ["Shards"]
 
@@ -33,7 +35,7 @@ class Shards:
 
     Parameters
     ----------
-    communicator : Ranks
+    communicator : Communicator
     state : OptimizerState
     reduction : {"mean", "sum"}
 
@@ -45,7 +47,7 @@ class Shards:
         For each segment, the elements of this rank.
     """
 
-    def __init__(self, communicator: Ranks, state: OptimizerState, reduction: str) -> None:
+    def __init__(self, communicator: Communicator, state: OptimizerState, reduction: str) -> None:
         self.communicator, self.reduction = communicator, reduction
         self._state = state
         self.bounds = [communicator.bounds(segment.size) for segment in state.layout.segments]
@@ -67,7 +69,7 @@ class Shards:
             segments = [segment[part] for segment, part in zip(self._params.segments, self.slices, strict=True)]
             params = _Part(self._params, self._shard_layout(), segments)
             self._own = ChainMap({"params": params, "grads": params.like()}, buffers)
-        self._buckets = Handover(self.communicator, self._whole, self._own["grads"], self.bounds)
+        self._buckets = GradientBuckets(self.communicator, self._whole, self._own["grads"], self.bounds)
         return self._own
 
     def _shard_layout(self) -> Layout:
@@ -127,14 +129,14 @@ class Shards:
     def nonfinite_anywhere(self, nonfinite: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which parameters have a gradient that is not finite on any rank."""
         found = nonfinite.astype(np.uint8)
-        self.communicator.take_largest(found)
+        self.communicator.allreduce_max(found)
         return found > 0
 
     def nonfinite_error(self, numbers: NDArray[np.intp]) -> NonfiniteError:
         """Return the error about the gradients of these parameters, with counts of all ranks."""
         own = self._own["grads"].leaves
         counts = np.array([(np.isnan(own[k]).sum(), np.isinf(own[k]).sum()) for k in numbers], np.int64)
-        self.communicator.add_up(counts)
+        self.communicator.allreduce_sum(counts)
         found_in = {}
         for k, (nans, infs) in zip(numbers, counts, strict=True):
             found_in[self._state.layout.leaves[k].path] = int(nans), int(infs), self._whole.leaves[k].size
@@ -178,6 +180,7 @@ class Shards:
         return np.array([_CALLS.index(call), self._digest, self._state.counts.steps, *rates])
 
     def fixed_rates(self) -> list[float]:
+        """Return the learning rate of each group, or 0 where it is a function, which is not called."""
         return [0.0 if callable(group["lr"]) else group["lr"] for group in self._state.param_groups]
 
     def check_facts(self, facts: NDArray[np.float64]) -> None:
@@ -205,7 +208,7 @@ class Shards:
         Returns whether any rank has begun to hand over gradients, and for which parameters any has a gradient.
         """
         # Facts are told with both signs: they are the same everywhere if the largest and the smallest are.
-        told, count = self.communicator.told, len(facts)
+        told, count = self.communicator.message, len(facts)
         told[0], told[1] = error is not None, self._buckets.begun
         told[2 : -2 * count], told[-2 * count : -count], told[-count:] = present, facts, -facts
         self.communicator.meet(call, self._state.counts.steps)
@@ -222,10 +225,10 @@ class Shards:
         return bool(begun), told[2 : -2 * count] > 0
 
     @contextmanager
-    def together(self, backend: HostBackend, call: str) -> Iterator[bool]:
+    def together(self, turns: Turns, call: str) -> Iterator[bool]:
         """What all ranks do together, in a call other than `step`."""
         # Nobody may come in between, not even to read, as that is an exchange of its own.
-        with backend.turns.between_steps(call), self.communicator.leaving():
+        with turns.between_steps(call), self.communicator.leaving():
             facts = self.facts(call, self.fixed_rates())
             if call in ("discard", "load", "load_state_dict"):  # which may well be there to mend what differs
                 facts[1:] = 0
@@ -244,14 +247,14 @@ class Shards:
             known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
             raise StructureError(f"key: expected one of {known}, got {key!r}") from None
         name = f"gradients{self._whole.layout.leaves[k].path}"
-        if self._buckets.given[k]:
+        if self._buckets.ready[k]:
             raise StructureError(f"{name}: expected once before each step, got it a second time")
         part = self._leaf(k)
         if grad is None:
             part.flat = 0
         else:
             part.store(part.check([grad], name))
-        self._buckets.give(k, grad is not None)
+        self._buckets.mark_ready(k, grad is not None)
 
     def discard(self) -> None:
         """Forget the gradients that were handed over. All ranks do so at the same time."""
@@ -347,7 +350,7 @@ class Shards:
             handover.finish()
         for whole, own, bounds in zip(grads.segments, self._own["grads"].segments, self.bounds, strict=True):
             if self.communicator.size > 1 and not begun:
-                self.communicator.reduce(whole, own, bounds)
+                self.communicator.reduce_scatter(whole, own, bounds)
             if self.reduction == "mean" and self.communicator.size > 1:
                 with np.errstate(all="ignore"):
                     own /= own.dtype.type(self.communicator.size)
@@ -361,7 +364,7 @@ class Shards:
                 "gradients: expected step() without an argument after ready(), got one; what was handed over is "
                 "forgotten"
             )
-        if missing := [leaves[k].path for k, given in enumerate(self._buckets.given) if not given]:
+        if missing := [leaves[k].path for k, given in enumerate(self._buckets.ready) if not given]:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise StructureError(
                 f"gradients: expected all of them to be handed over to ready() ahead of step(), got none for "

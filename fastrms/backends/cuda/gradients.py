@@ -1,18 +1,21 @@
 """Where the gradients of a step lie: on the device, in ordinary memory, or nowhere."""
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.backends.cuda.arrays import Interface, cuda, dense_strides, stream_of
 from fastrms.backends.cuda.buffer import DeviceBuffer
-from fastrms.buffers import FlatBuffer
 from fastrms.buffers.flat import _can_store, _castable_to, _empty
 from fastrms.errors import DtypeError, StructureError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import dlpack, pointers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastrms.buffers import FlatBuffer
 
 __all__ = ["Finder", "Found"]
 

@@ -1,4 +1,4 @@
-"""How tests/test_mpi.py has one rank end the others: ``mpiexec -n P python tests/mpi_ending.py CASE``."""
+"""Programs in which one rank ends the others: ``mpiexec -n P python -m on_ranks.ending CASE``."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def inside():
 
 
 def with_exit():
-    """One rank ends by itself, which mpi4py's runner is there for."""
+    """One rank calls `sys.exit`, which only mpi4py's runner sees."""
     opt = ShardedRMSProp([np.ones(50)], kernel="numpy")
     if LAST:
         sys.exit("no data on this rank")
@@ -46,7 +46,7 @@ def with_exit():
     raise AssertionError("unreachable")
 
 
-# Ranks that wait for others which do not come: `timeout` ends them.
+# Ranks that wait for others, which do not join: `timeout` ends them.
 
 
 def optimizer(**options):

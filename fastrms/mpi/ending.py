@@ -1,0 +1,64 @@
+"""End all ranks when one ends: ranks that wait for it in a collective call would wait for ever."""
+
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+
+from mpi4py import MPI
+
+__all__ = ["end_all", "install_excepthook", "is_interactive"]
+
+# A launcher loses output that it has not passed on when the ranks are ended. MPICH's mpiexec lost all of it in one of
+# ten runs without a pause (seconds).
+_PAUSE = 0.5
+
+_lock = threading.Lock()
+_installed = False
+
+
+def is_interactive() -> bool:
+    """Return whether this is an interactive session, in which an uncaught exception does not end the process."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
+
+
+def end_all(message: str = "") -> None:
+    """Write a message to stderr, flush stdout and stderr, and end all ranks, this one too (MPI_Abort)."""
+    sys.stderr.write(message)  # in one piece, as other ranks write there too
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(_PAUSE)
+    MPI.COMM_WORLD.Abort(1)
+    os._exit(1)  # MPI_Abort of MPICH 5 returns for a moment
+
+
+def install_excepthook() -> None:
+    """Install a `sys.excepthook` under which an uncaught exception of this process ends all ranks. Once is enough.
+
+    The hook calls the previous hook, writes which rank ends and why, and calls `end_all`. In an interactive session it
+    calls the previous hook only. It sees neither `sys.exit()` nor exceptions of other threads.
+    """
+    # The constructor of ShardedRMSProp calls this, on more than one rank: from there on the ranks wait for one another.
+    # mpi4py has the same for programs that are started by its runner (`mpiexec -n 4 python -m mpi4py train.py`), and
+    # the runner sees sys.exit() too. But a program that was started without it, as most are, would hang instead of
+    # end. An import must not change settings of the process, and would do so in programs that make no optimizer.
+    global _installed
+    with _lock:
+        if _installed:
+            return
+        _installed = True
+        previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        try:
+            previous(kind, error, traceback)
+        finally:
+            if not (is_interactive() or MPI.Is_finalized()):
+                world = MPI.COMM_WORLD
+                end_all(
+                    f"fastrms: rank {world.rank} of {world.size} ends with {kind.__name__}: {error}; it ends the other "
+                    "ranks too, which would wait for it (MPI_Abort)\n"
+                )
+
+    sys.excepthook = hook
