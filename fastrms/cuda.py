@@ -25,8 +25,8 @@ from fastrms.backends.device import (
     to_host,
 )
 from fastrms.backends.plan import Run
-from fastrms.buffers.flat import FlatBuffer, Layout
-from fastrms.buffers.overlap import refuse_overlap
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.aliasing import refuse_overlap
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels
 from fastrms.optimizer import RMSProp

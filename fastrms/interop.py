@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms.buffers.flat import as_arrays
 from fastrms.checkpoints.metadata import MOST_STEPS
 from fastrms.dialects import DIALECTS, dialect
 from fastrms.errors import CheckpointError, OptionError
@@ -336,7 +337,7 @@ def _put(opt: RMSProp, name: str, theirs: str, items: Iterable[Any], lr_in_momen
     if name not in opt.buffers:
         return
     # The parameters' own buffer knows shapes and dtypes, also where state has 16 bits.
-    arrays = opt.buffers["params"].check([_array(item) for item in items], theirs, skip_none=True)
+    arrays = as_arrays([_array(item) for item in items], opt.buffers["params"].layout, theirs, allow_none=True)
     if name == "momentum_buffer":
         arrays = _rescaled(opt, arrays, lr_in_momentum, outward=False)
     if opt.cache_dtype is not None:

@@ -9,12 +9,14 @@ from typing import Any, Self
 import numpy as np
 
 from fastrms import kernels
-from fastrms.attributes import checked, option_of_all_groups, refuse_unknown, views
+from fastrms._guarded import refuse_unknown
+from fastrms._properties import checked, option_of_all_groups, views
 from fastrms.backends import tuner
 from fastrms.backends.host import Counts, Stepping
 from fastrms.backends.storage import Storage, Stored, check_storage
-from fastrms.buffers.flat import FlatBuffer, Layout
-from fastrms.buffers.overlap import refuse_overlap
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.buffers.replaced import changed_views, paths_outside
 from fastrms.checkpoints.state import Checkpointed
 from fastrms.errors import DeviceError, DtypeError, OptionError, StorageError
 from fastrms.kernels import threads
@@ -423,11 +425,11 @@ class RMSProp(Stepping, Checkpointed, Stored):
         ['w: expected a view of the parameters, got something else; take it from params again']
         >>> (copied_w,) = copied.params
         """
-        problems = [problem for name, buffer in self.buffers.items() for problem in buffer.problems(name)]
+        problems = [problem for name, buffer in self.buffers.items() for problem in changed_views(buffer, name)]
         return problems + [
             f"{path}: expected a view of the parameters, got something else; take it from params again"
             for name, tree in arrays.items()
-            for path in self._params.foreign(tree, name)
+            for path in paths_outside(self._params, tree, name)
         ]
 
     def _refuse_copy(self) -> None:
@@ -474,6 +476,7 @@ RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ign
 
 # What `_connect` makes, and pickles and copies leave out.
 _DERIVED = (
-    "_grads", "_params", "_runs", "_steady_calls", "_steady_from", "_state", "_norms", "_lock", "_turn",
-    "_zero_copy", "_tuner", "_uses_threads", "_version", "_taken", "_scheduled", "_compiled",
+    "_grads", "_params", "_watched_grads", "_watched_params", "_runs", "_steady_calls", "_steady_from", "_state",
+    "_norms", "_lock", "_turn", "_zero_copy", "_tuner", "_uses_threads", "_version", "_taken", "_scheduled",
+    "_compiled",
 )  # fmt: skip

@@ -15,8 +15,8 @@ from helpers import assert_same_bits, case_id, count_calls, leaves, same_structu
 from numpy.lib.stride_tricks import as_strided
 
 from fastrms import DtypeError, FlatBuffer, StructureError
-from fastrms.buffers.flat import Layout
-from fastrms.buffers.overlap import refuse_overlap
+from fastrms.buffers import Layout
+from fastrms.buffers.aliasing import refuse_overlap
 
 Pair = namedtuple("Pair", "W b")
 
@@ -308,6 +308,9 @@ def test_copies_and_pickles_have_views_of_their_own_block(again):
     assert other.segments[0].tolist() == [5, 5, 5, 5]
     assert buffer.views["W"].tolist() == [[1, 1], [1, 1]]
     assert other.block.ctypes.data % 64 == 0
+    # By which a step recognises an ordinary gradient without a look at its values.
+    assert all(view.dtype is np.dtype(view.dtype.char) for view in other.leaves)
+    assert all(segment.dtype is np.dtype(segment.dtype.char) for segment in other.layout.segments)
 
 
 # Structures.

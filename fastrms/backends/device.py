@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastrms.buffers.flat import FlatBuffer, Layout, _can_store, _castable_to, _empty
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.conversion import can_store, castable_to
+from fastrms.buffers.flat import as_arrays
 from fastrms.errors import DtypeError, OptionTypeError, StructureError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import dlpack, pointers
@@ -103,7 +105,6 @@ class DeviceBuffer(FlatBuffer):
             for leaf, dtype in ((leaf, layout.dtype_of(leaf)) for leaf in layout.leaves)
         )
         self.views = layout.structure(self.leaves)
-        self._watch()
         self.use(stream)
 
     def _part(self, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Any:
@@ -170,7 +171,7 @@ class DeviceBuffer(FlatBuffer):
 
     def to_host(self) -> FlatBuffer:
         """A copy in ordinary memory."""
-        host = _empty(self.layout)
+        host = FlatBuffer.from_layout(self.layout)
         for segment, ours in zip(host.segments, self.segments, strict=True):
             segment[...] = self.read(ours)
         return host
@@ -183,25 +184,13 @@ class DeviceBuffer(FlatBuffer):
             buffer.write(segment, theirs)
         return buffer
 
-    def _has(self, item: Any) -> bool:
+    def contains(self, item: object) -> bool:
+        """As `FlatBuffer.contains`, of arrays on the device."""
         interface = kernels.interface_of(item)
         if interface is None or not math.prod(interface["shape"]):
             return interface is not None
         low, high = self.span
         return bool(low <= interface["data"][0] < high)
-
-    def problems(self, name: str) -> list[str]:
-        """As `FlatBuffer.problems`; the arrays of Numba do not change their shape."""
-        try:
-            items = self.layout.flatten(self.views, name)
-        except StructureError as error:
-            return [str(error)]
-        return [
-            f"{name}{leaf.path}: expected the view that was there, got a {type(item).__name__} in its place; write "
-            f"into the view: {name}{leaf.path}[...] = value"
-            for item, view, leaf in zip(items, self.leaves, self.layout.leaves, strict=True)
-            if item is not view
-        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.to_host().__reduce__()
@@ -296,7 +285,6 @@ class Finder:
         layout = grads.layout
         self._leaves = layout.leaves
         self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
-        self._checker: FlatBuffer | None = None
         self._known: dict[tuple[str, np.dtype[Any]], np.dtype[Any]] = {}  # which dtypes can be stored as which
         # For `dlpack.locate`.
         self._expected = np.zeros((len(self._leaves), 2 + max(len(leaf.shape) for leaf in self._leaves)), np.int64)
@@ -344,11 +332,9 @@ class Finder:
                     interface = kernels.interface_of(item) or interface
                 self._look_at(k, item, interface, spans, found)
         if on_host:
-            if self._checker is None:
-                self._checker = _empty(self._grads.layout)  # of which nothing is ever written
             wanted = set(on_host)
             chosen = [item if k in wanted else None for k, item in enumerate(items)]
-            found.arrays = self._checker.check(chosen, "gradients", skip_none=True)
+            found.arrays = as_arrays(chosen, self._grads.layout, "gradients", allow_none=True)
         return found
 
     def _locate(self, items: tuple[Any, ...], written: NDArray[np.int64], found: Found) -> list[int]:
@@ -379,8 +365,8 @@ class Finder:
         theirs = self._known.get((interface["typestr"], dtype))
         if theirs is None:
             theirs = np.dtype(interface["typestr"])
-            if not _can_store(theirs, dtype) or not theirs.isnative:
-                raise DtypeError(f"gradients{leaf.path}: expected {_castable_to(dtype)}, got {theirs}")
+            if not can_store(theirs, dtype) or not theirs.isnative:
+                raise DtypeError(f"gradients{leaf.path}: expected {castable_to(dtype)}, got {theirs}")
             self._known[interface["typestr"], dtype] = theirs
         if leaf.stop == leaf.start:
             return

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms.attributes import Guarded
+from fastrms._guarded import Guarded
 from fastrms.backends import tuner
 from fastrms.backends.plan import Run
 from fastrms.backends.storage import Storage
-from fastrms.buffers.flat import FlatBuffer, Layout
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.flat import as_arrays
+from fastrms.buffers.replaced import Watch, changed_views
 from fastrms.errors import NonfiniteError, StepInProgressError, StructureError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.norms import AddUp, combine, scale_to
@@ -124,6 +126,7 @@ class Stepping(Guarded):
         """Make what follows from the buffers and groups: the runs, and the groups' way to say that they changed."""
         self._grads = self._buffers["grads"]
         self._params = self._buffers["params"]
+        self._watched_grads, self._watched_params = Watch(self._grads), Watch(self._params)
         layout = self._own["grads"].layout
         segment_of = np.array([leaf.segment for leaf in layout.leaves])
         self._runs: list[Run] = []
@@ -263,7 +266,7 @@ class Stepping(Guarded):
                 if not updated:
                     in_place, present = self._find(address)
             if not in_place and not updated:
-                arrays = grads.check(items, "gradients", skip_none=True)
+                arrays = as_arrays(items, grads.layout, "gradients", allow_none=True)
         if not updated:
             calls, absent = None, None
             if arrays is None and present is None and self._nonfinite == "propagate":
@@ -282,15 +285,18 @@ class Stepping(Guarded):
 
     def _refuse_replaced(self, from_buffer: bool) -> None:
         """Raise if something was put in the place of a view of parameters, or of gradients where these are used."""
-        params, grads = self._params, self._grads
+        params, grads = self._watched_params, self._watched_grads
         try:
             # Looks first whether items are the same objects, some nanoseconds each.
-            intact = params.watched == params.kept and (not from_buffer or grads.watched == grads.kept)
-            if params.ones is not None and intact:
-                intact = params.has_its_ones() and (not from_buffer or grads.has_its_ones())
+            intact = params.views == params.kept and (not from_buffer or grads.views == grads.kept)
+            if params.has_scalars and intact:
+                intact = params.has_its_scalars() and (not from_buffer or grads.has_its_scalars())
         except Exception:  # arrays that differ have no truth value, and other things may not be comparable
             intact = False
-        if not intact and (problems := params.problems("params") + grads.problems("grads") * from_buffer):
+        if intact:
+            return
+        problems = changed_views(self._params, "params")
+        if problems := problems or (changed_views(self._grads, "grads") if from_buffer else []):
             raise StructureError(problems[0])
 
     def _run(self, calls: list[_Call], absent: NDArray[np.bool_] | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers.flat import FlatBuffer
+from fastrms.buffers import FlatBuffer
 from fastrms.errors import StorageError
 from fastrms.kernels.norms import CHUNK, SpanNorms
 
@@ -142,16 +142,16 @@ def _reserve(file: int, size: int, path: Path) -> None:
         raise OSError(error.errno, message, str(path)) from None
 
 
-class StoredBuffer(FlatBuffer):
+class StoredBuffer(FlatBuffer, set_once=("storage",)):
     """A `FlatBuffer` whose memory is a file."""
 
     storage: _Storage
-    _set_once = FlatBuffer._set_once | {"storage"}
 
-    def _places(self) -> list[Array]:
+    def mappings(self) -> list[Array]:
+        """As `FlatBuffer.mappings`, with all further mappings of the file in this process."""
         return [self._memory, *self.storage.mapped_elsewhere()]
 
-    def _copy_in(self, arrays: Any) -> None:
+    def copy_in(self, arrays: Any) -> None:
         """As of `FlatBuffer`, and the pages are given back in between."""
         pending = 0
         for array, view in zip(arrays, self.leaves, strict=True):

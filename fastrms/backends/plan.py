@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.backends.storage import Storage
-from fastrms.buffers.flat import FlatBuffer, Layout
+from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cpu, pointers
 from fastrms.kernels.norms import SpanNorms
 from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from fastrms.backends import mapped
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
-from fastrms.buffers.flat import Layout
+from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import replaced
 from fastrms.checkpoints.metadata import (
     MOST_STEPS,
@@ -247,8 +247,7 @@ class Storage:
         file = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
         self._files[name] = file
         self._head_says_open = self._head_says_open and not new
-        buffer = StoredBuffer.__new__(StoredBuffer)
-        buffer._allocate(layout, lambda *size_and_dtype: file.memory)
+        buffer = StoredBuffer.from_layout(layout, lambda *size_and_dtype: file.memory)
         buffer.storage = self
         return buffer
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers.flat import Layout
+from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import Kind
 from fastrms.errors import CheckpointError, FastrmsError, StructureError
 from fastrms.options import (

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers.flat import Layout
+from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import Kind, Source, checksum, compare_checksum, opened, reading, write
 from fastrms.checkpoints.metadata import (
     check_head,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastrms.buffers.flat import FlatBuffer
+from fastrms.buffers import FlatBuffer
 from fastrms.mpi.communicator import Bounds, Piece, Ranks
 
 __all__ = ["Handover"]

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.backends.plan import Run
-from fastrms.buffers.flat import FlatBuffer, Layout
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.flat import as_arrays, views_of
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels import threads
 from fastrms.kernels.norms import AddUp
@@ -410,7 +411,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             if grad is None:
                 part.flat = 0
             else:
-                part.store(part.check([grad], name))
+                part.store(as_arrays([grad], part.layout, name))
             self._handover.give(k, grad is not None)
 
     def discard(self) -> None:
@@ -474,7 +475,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 self._refuse_half(from_buffer)
                 present = np.array(handover.present)
             elif not from_buffer:
-                arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
+                items = grads.layout.flatten(gradients, "gradients")
+                arrays = as_arrays(items, grads.layout, "gradients", allow_none=True)
                 present = np.array([array is not None for array in arrays])
             # From here on no other call may come in between, and no option may be set: ranks compare them.
             self._counts.writing = self._options_fixed = True
@@ -588,5 +590,5 @@ class _Part(FlatBuffer):
     def __init__(self, whole: FlatBuffer, layout: Layout, segments: Sequence[Array]) -> None:
         self.layout, self.segments = layout, tuple(segments)
         self._memory, self.block = whole._memory, whole.block
-        self.leaves = tuple(self._views_of(self.segments))
+        self.leaves = tuple(views_of(self.segments, layout))
         self.views = layout.structure(self.leaves)
