@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import LearningRate, check_count
 from fastrms.backends.device import (
     DeviceBuffer,
     Finder,
@@ -29,8 +30,9 @@ from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.aliasing import refuse_overlap
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels
+from fastrms.kernels.hyper import hyper_values, needs_extended_rule
 from fastrms.optimizer import RMSProp
-from fastrms.options import LearningRate, ParamGroup, check_count, hyper_values, needs_extended_rule
+from fastrms.options import ParamGroup
 
 __all__ = ["CudaRMSProp", "why_not"]
 

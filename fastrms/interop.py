@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import GROUP_DEFAULTS
 from fastrms.buffers.flat import as_arrays
 from fastrms.checkpoints.metadata import MOST_STEPS
 from fastrms.dialects import DIALECTS, dialect
 from fastrms.errors import CheckpointError, OptionError
 from fastrms.kernels.reference import from_bfloat16, to_bfloat16
 from fastrms.optimizer import RMSProp
-from fastrms.options import GROUP_DEFAULTS, parameter_groups, resolve_lr
+from fastrms.options import parameter_groups, resolve_lr
 
 __all__ = ["from_keras", "from_torch", "to_keras", "to_torch"]
 

@@ -9,6 +9,14 @@ from typing import Any, Self
 import numpy as np
 
 from fastrms import kernels
+from fastrms._checks import (
+    NONFINITE,
+    LearningRate,
+    check_cache_dtype,
+    check_one_of,
+    check_option,
+    check_threads,
+)
 from fastrms._guarded import refuse_unknown
 from fastrms._properties import checked, option_of_all_groups, views
 from fastrms.backends import tuner
@@ -21,17 +29,7 @@ from fastrms.checkpoints.state import Checkpointed
 from fastrms.errors import DeviceError, DtypeError, OptionError, StorageError
 from fastrms.kernels import threads
 from fastrms.kernels.reference import to_bfloat16
-from fastrms.options import (
-    NONFINITE,
-    LearningRate,
-    ParamGroup,
-    ParamGroups,
-    check_cache_dtype,
-    check_one_of,
-    check_option,
-    check_threads,
-    parameter_groups,
-)
+from fastrms.options import ParamGroup, ParamGroups, parameter_groups
 
 __all__ = ["RMSProp"]
 

@@ -29,11 +29,11 @@ try:
 except ImportError as error:
     raise ImportError('PyTorch is not installed; install with: python -m pip install "fastrms[torch]"') from error
 
+from fastrms._checks import check_one_of
 from fastrms.dialects import DIALECTS
 from fastrms.errors import OptionError, StructureError
 from fastrms.kernels import KERNELS, dlpack, pointers
 from fastrms.optimizer import RMSProp
-from fastrms.options import check_one_of
 
 __all__ = ["RMSprop"]
 

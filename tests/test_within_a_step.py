@@ -252,7 +252,7 @@ def at_every_line(make, act, handler, names):
 
 
 STEPPING = {"_step", "_plan", "_calls_for", "_make_calls", "_take_options", "_run", "_find", "_refuse_replaced"}
-SETTING = {"_set_options", "take", "with_changes", "_add_state", "_options_changed", "update"}
+SETTING = {"_set_options", "assign", "with_changes", "_add_state", "_options_changed", "update"}
 
 
 @pytest.mark.skipif(not JIT, reason="where compiled code is the interpreter's, a step has lines between updates")

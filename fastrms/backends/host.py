@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
+from fastrms._checks import check_count
 from fastrms._guarded import Guarded
 from fastrms.backends import tuner
 from fastrms.backends.plan import Run
@@ -21,7 +22,7 @@ from fastrms.buffers.replaced import Watch, changed_views
 from fastrms.errors import NonfiniteError, StepInProgressError, StructureError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.norms import AddUp, combine, scale_to
-from fastrms.options import ParamGroup, ParamGroups, check_count, resolve_lr
+from fastrms.options import ParamGroup, ParamGroups, resolve_lr
 
 __all__ = ["Stepping"]
 
@@ -139,7 +140,7 @@ class Stepping(Guarded):
         self._taken: object = None  # the version of the options that all below was made from
         self._state: list[tuple[bool, bool]] = []  # which state each group has: momentum buffer, mean gradient
         for k, group in enumerate(self._param_groups):
-            group.bind(self._params.views[k] if self._grouped else self._params.views, self)
+            group.bind(self._params.views[k] if self._grouped else self._params.views, self._set_options)
         # Two threads that step the same optimizer, or one that saves it meanwhile, take turns.
         if "_lock" not in vars(self):  # a load connects anew, within them
             self._lock = threading.RLock()
@@ -196,7 +197,7 @@ class Stepping(Guarded):
             self._options_changed()  # also ahead of the change, as Ctrl-C may come in between
             for group, options, values in checked:
                 # Not all values: a signal handler may have set another option meanwhile.
-                group.take({name: values[name] for name in options})
+                group.assign({name: values[name] for name in options})
             self._options_changed()  # a signal handler may have taken a step meanwhile
 
     def _add_state(self, options: Sequence[Mapping[str, Any]]) -> None:

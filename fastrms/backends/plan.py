@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from fastrms.backends.storage import Storage
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cpu, pointers
+from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms
-from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule
+from fastrms.options import ParamGroup
 
 __all__ = ["Run"]
 

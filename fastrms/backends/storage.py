@@ -26,6 +26,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import check_one_of
 from fastrms.backends import mapped
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.buffers import Layout
@@ -50,7 +51,6 @@ from fastrms.errors import (
     call_all,
 )
 from fastrms.kernels.norms import SpanNorms
-from fastrms.options import check_one_of
 
 if sys.platform != "win32":
     import fcntl

@@ -8,17 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import NONFINITE, check_cache_dtype, check_one_of, check_option
 from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import Kind
 from fastrms.errors import CheckpointError, FastrmsError, StructureError
-from fastrms.options import (
-    NONFINITE,
-    ParamGroup,
-    check_cache_dtype,
-    check_one_of,
-    check_option,
-    parameter_groups,
-)
+from fastrms.options import ParamGroup, parameter_groups
 
 __all__ = [
     "MOST_STEPS",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import check_option
 from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import Kind, Source, checksum, compare_checksum, opened, reading, write
 from fastrms.checkpoints.metadata import (
@@ -28,7 +29,7 @@ from fastrms.checkpoints.metadata import (
     params_of,
 )
 from fastrms.errors import CheckpointError
-from fastrms.options import ParamGroup, check_option
+from fastrms.options import ParamGroup
 
 __all__ = ["Checkpointed"]
 
@@ -249,7 +250,7 @@ def _take(opt: _Optimizer, source: Source, keep_lr: Sequence[bool] | None = None
             head["nonfinite"],
         )
         for group, options in zip(opt.param_groups, loaded.groups, strict=True):
-            group.take_over(options)
+            group.assign(options)
     opt._connect()
 
 

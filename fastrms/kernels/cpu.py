@@ -65,7 +65,7 @@ def rule(p, g, c, b, m, h, scale, correction, extended):
     """One step of one element: takes parameter, gradient and state, returns parameter and state, ``(p, c, b, m)``.
 
     `c` is the cache, `b` the momentum buffer and `m` the mean gradient; the last two are None where unused, and then
-    returned as None. `h` is the tuple of `fastrms.options.HYPER_FIELDS`; `scale` multiplies the gradient (norm
+    returned as None. `h` is the tuple of `fastrms.kernels.hyper.HYPER_FIELDS`; `scale` multiplies the gradient (norm
     clipping, and -1 to maximize), `correction` is 1/(1 - decay^t) or 1. `extended` is None to leave out all that
     default options do not need. `docs/options.md` has the equations; `reference.update` is the same in plain NumPy.
 

@@ -192,7 +192,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
     """The kernel that updates the parameters of a run; compiled only for the options that are used.
 
     Its arguments are 1-D arrays on the device (`params`, `grads`, `cache`, and where the options have them
-    `momentum_buffer` and `grad_avg`; otherwise anything), the tuple `hyper` of `fastrms.options.HYPER_FIELDS` in the
+    `momentum_buffer` and `grad_avg`; otherwise anything), the tuple `hyper` of `hyper.HYPER_FIELDS` in the
     parameters' dtype, `scale` and `correction` for all parameters in the same dtype, and then
 
     bounds : int64, shape (k, 2)
@@ -213,7 +213,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
     momentum, centered : bool
         Which state there is.
     extended : bool
-        Whether `options.needs_extended_rule`, or `factored`.
+        Whether `hyper.needs_extended_rule`, or `factored`.
     factored, guarded : bool
         Whether there are `factors`, and `go`.
     """

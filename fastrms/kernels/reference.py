@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastrms.options import HYPER_FIELDS
+from fastrms.kernels.hyper import HYPER_FIELDS
 
 __all__ = ["ReferenceRMSProp", "from_bfloat16", "sum_squares", "to_bfloat16", "update"]
 

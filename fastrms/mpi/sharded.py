@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import LearningRate, check_one_of
 from fastrms.backends.plan import Run
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.flat import as_arrays, views_of
@@ -24,7 +25,6 @@ from fastrms.mpi.buckets import Handover
 from fastrms.mpi.checkpoints import Unsharded
 from fastrms.mpi.communicator import Bounds, Ranks, check_timeout, end_together, named
 from fastrms.optimizer import RMSProp
-from fastrms.options import LearningRate, check_one_of
 
 __all__ = ["ShardedRMSProp"]
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from fastrms._checks import check_option
 from fastrms.errors import DeviceError, OptionError, OptionTypeError
 from fastrms.optimizer import RMSProp
-from fastrms.options import check_option, resolve_lr
+from fastrms.options import resolve_lr
 from fastrms.plots.functions import (
     LARGEST,
     Array,
