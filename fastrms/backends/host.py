@@ -146,7 +146,7 @@ class Stepping(Guarded):
             self._lock = threading.RLock()
             self._turn = threading.Lock()  # held, by whoever holds `_lock`, as long as a step is in progress
         self._in_memory = self._storage is None
-        threads.call_after_fork(self)
+        threads.call_after_fork(self._in_child_of_fork)
         self._add_state(self._param_groups)
         self._kernel_changed()
 

@@ -12,8 +12,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms.kernels.access import prefetch
 from fastrms.kernels.compiled import inner, jit
-from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size, prefetch
+from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size
 
 __all__ = ["FETCHES", "percent_of_limit", "rates", "touch_parallel", "touch_serial"]
 
