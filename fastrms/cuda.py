@@ -28,6 +28,7 @@ from fastrms.backends.device import (
 from fastrms.backends.plan import Run
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.buffers.replaced import refuse_replaced
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels.hyper import hyper_values, needs_extended_rule
@@ -387,7 +388,7 @@ class CudaRMSProp(RMSProp):
         found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
         if self._taken is not self._version:
             self._take_options()
-        self._refuse_replaced(from_buffer)
+        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         tables = self._prepare_tables()
         if self._changed or rates:
             for run in self._device_runs:

@@ -251,7 +251,7 @@ def at_every_line(make, act, handler, names):
         yield number, made
 
 
-STEPPING = {"_step", "_plan", "_calls_for", "_make_calls", "_take_options", "_run", "_find", "_refuse_replaced"}
+STEPPING = {"_step", "_plan", "_calls_for", "_make_calls", "_take_options", "_run", "_find", "refuse_replaced"}
 SETTING = {"_set_options", "assign", "with_changes", "_add_state", "_options_changed", "update"}
 
 

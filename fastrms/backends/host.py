@@ -18,8 +18,8 @@ from fastrms.backends.plan import Run
 from fastrms.backends.storage import Storage
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.flat import as_arrays
-from fastrms.buffers.replaced import Watch, changed_views
-from fastrms.errors import NonfiniteError, StepInProgressError, StructureError
+from fastrms.buffers.replaced import Watch, refuse_replaced
+from fastrms.errors import NonfiniteError, StepInProgressError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.norms import AddUp, combine, scale_to
 from fastrms.options import ParamGroup, ParamGroups, resolve_lr
@@ -250,7 +250,7 @@ class Stepping(Guarded):
                 rates = self._rates()
         if self._storage is not None:
             self._storage.check_open()
-        self._refuse_replaced(from_buffer)
+        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         kernel = self._kernel if self._tuner is None else self._tuner.kernel
         arrays, present, in_place, updated = None, None, False, False
         if items is not None:
@@ -283,22 +283,6 @@ class Stepping(Guarded):
         if self._tuner is not None:
             self._tuner.step_done()
         return self._params.views
-
-    def _refuse_replaced(self, from_buffer: bool) -> None:
-        """Raise if something was put in the place of a view of parameters, or of gradients where these are used."""
-        params, grads = self._watched_params, self._watched_grads
-        try:
-            # Looks first whether items are the same objects, some nanoseconds each.
-            intact = params.views == params.kept and (not from_buffer or grads.views == grads.kept)
-            if params.has_scalars and intact:
-                intact = params.has_its_scalars() and (not from_buffer or grads.has_its_scalars())
-        except Exception:  # arrays that differ have no truth value, and other things may not be comparable
-            intact = False
-        if intact:
-            return
-        problems = changed_views(self._params, "params")
-        if problems := problems or (changed_views(self._grads, "grads") if from_buffer else []):
-            raise StructureError(problems[0])
 
     def _run(self, calls: list[_Call], absent: NDArray[np.bool_] | None) -> None:
         """Make the calls that are the step, and count it; `absent` parameters (None: none) have no gradient.

@@ -8,7 +8,7 @@ from fastrms.buffers.flat import FlatBuffer, views_of
 from fastrms.buffers.pytree import PyTree, describe, take_apart
 from fastrms.errors import StructureError
 
-__all__ = ["Watch", "changed_views", "paths_outside"]
+__all__ = ["Watch", "changed_views", "paths_outside", "refuse_replaced"]
 
 
 class Watch:
@@ -25,6 +25,8 @@ class Watch:
 
     Attributes
     ----------
+    buffer : FlatBuffer
+        The same buffer.
     views : list, tuple or dict, or None
         The views that users hold; None for a single array, which has no container to be replaced in.
     kept : list, tuple or dict, or None
@@ -34,7 +36,7 @@ class Watch:
     """
 
     def __init__(self, buffer: FlatBuffer) -> None:
-        self._buffer = buffer
+        self.buffer = buffer
         single = buffer.views is buffer.leaves[0]
         self.views: PyTree = None if single else buffer.views
         self.kept: PyTree = None if single else buffer.layout.structure(buffer.leaves)
@@ -45,8 +47,36 @@ class Watch:
 
     def has_its_scalars(self) -> bool:
         """Tell whether the items of `views` with one element are the views that were there at first."""
-        items = self._buffer.layout.flatten(self._buffer.views, "views")
-        return self._scalars is None or all(map(is_, self._scalars(items), self._scalars(self._buffer.leaves)))
+        items = self.buffer.layout.flatten(self.buffer.views, "views")
+        return self._scalars is None or all(map(is_, self._scalars(items), self._scalars(self.buffer.leaves)))
+
+
+def refuse_replaced(params: Watch, grads: Watch | None = None) -> None:
+    """Raise if an object was put in the place of a view of the parameters, or of the gradients that a step reads.
+
+    Parameters
+    ----------
+    params : Watch
+        The parameters.
+    grads : Watch or None, default None
+        The gradient buffer; None for a step that does not read it.
+
+    Raises
+    ------
+    StructureError
+        The message names the first such view.
+    """
+    try:
+        intact = params.views == params.kept and (grads is None or grads.views == grads.kept)
+        if params.has_scalars and intact:
+            intact = params.has_its_scalars() and (grads is None or grads.has_its_scalars())
+    except Exception:  # arrays that differ have no truth value, and other objects may not be comparable
+        intact = False
+    if intact:
+        return
+    for name, watch in (("params", params), ("grads", grads)):
+        if watch is not None and (problems := changed_views(watch.buffer, name)):
+            raise StructureError(problems[0])
 
 
 def changed_views(buffer: FlatBuffer, name: str) -> list[str]:

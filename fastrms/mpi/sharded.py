@@ -18,6 +18,7 @@ from fastrms._checks import LearningRate, check_one_of
 from fastrms.backends.plan import Run
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.flat import as_arrays, views_of
+from fastrms.buffers.replaced import refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels import threads
 from fastrms.kernels.norms import AddUp
@@ -482,7 +483,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             self._counts.writing = self._options_fixed = True
             if self._taken is not self._version:
                 self._take_options()
-            self._refuse_replaced(from_buffer)
+            refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
             # A function may have put a number in its own place.
             rates = [each if callable(group["lr"]) else group["lr"]
                      for group, each in zip(self.param_groups, found, strict=True)]  # fmt: skip
