@@ -120,6 +120,17 @@ def test_like_has_the_layout_and_its_own_memory():
     assert np.signbit(buffer.like(-0.0).views["a"]).all()
 
 
+def test_a_buffer_is_made_from_a_layout_in_memory_of_ones_own():
+    layout = Layout({"a": np.ones(3), "b": np.ones(2, np.float32)})
+    assert FlatBuffer.from_layout(layout).views["b"].tolist() == [0, 0]
+    memory = np.ones(1000, np.uint8)
+    buffer = FlatBuffer.from_layout(layout, lambda size, dtype: memory[:size].view(dtype))
+    assert buffer.layout is layout
+    assert np.shares_memory(buffer.block, memory)
+    buffer.views["a"][...] = 7
+    assert FlatBuffer(buffer.views).flat[0].tolist() == [7, 7, 7]
+
+
 def test_unflatten_gives_views_of_any_vector():
     buffer = FlatBuffer({"W": np.zeros((2, 3)), "b": np.zeros(2)})
     for vector in (np.arange(8.0), np.arange(8, dtype=np.int16), np.arange(16.0)[::2]):

@@ -42,9 +42,9 @@ def as_arrays(items: Sequence[Any], layout: Layout, name: str, allow_none: bool 
         As `FlatBuffer.gather` raises them.
     """
     arrays = []
-    segments = layout.segments
+    dtypes = [segment.dtype for segment in layout.segments]
     for item, leaf in zip(items, layout.leaves, strict=True):
-        dtype = segments[leaf.segment].dtype
+        dtype = dtypes[leaf.segment]
         # Nearly all items are ordinary arrays, and this test is the cost of each array in each step.
         ordinary = type(item) is np.ndarray and item.shape == leaf.shape and item.dtype is dtype
         if not ordinary and not (item is None and allow_none):

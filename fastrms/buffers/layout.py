@@ -19,7 +19,7 @@ __all__ = ["ALIGNMENT", "Layout", "Leaf", "Segment"]
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Leaf:
     """One array of a layout: elements [start, stop) of segment number `segment`."""
 
