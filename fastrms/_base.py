@@ -3,21 +3,15 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastrms._checks import NONFINITE, check_count, check_one_of, check_option, check_threads
+from fastrms._guarded import Guarded
+from fastrms._properties import change, checked, option_of_all_groups, views
 from fastrms._state import OptimizerState
-from fastrms.attributes import Guarded, change, checked, option_of_all_groups, views
 from fastrms.backends.base import Backend
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
 from fastrms.kernels import threads
-from fastrms.options import (
-    NONFINITE,
-    ParamGroup,
-    ParamGroups,
-    check_count,
-    check_one_of,
-    check_option,
-    check_threads,
-)
+from fastrms.options import ParamGroup, ParamGroups
 
 __all__ = ["OptimizerBase"]
 
@@ -34,7 +28,7 @@ class OptimizerBase(Guarded):
         self._state, self._backend, self._turns = backend.state, backend, backend.turns
         views_of = backend.state.buffers["params"].views
         for k, group in enumerate(backend.state.param_groups):
-            group.bind(views_of[k] if backend.state.grouped else views_of, self)
+            group.bind(views_of[k] if backend.state.grouped else views_of, self._set_options)
 
     @property
     def backend(self) -> Backend:
@@ -159,5 +153,5 @@ class OptimizerBase(Guarded):
             self._backend.options_changed()  # also ahead of the change, as Ctrl-C may come in between
             for group, options, values in checked_changes:
                 # Not all values: a signal handler may have set another option meanwhile.
-                group.take({name: values[name] for name in options})
+                group.assign({name: values[name] for name in options})
             self._backend.options_changed()  # a signal handler may have taken a step meanwhile

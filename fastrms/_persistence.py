@@ -10,13 +10,13 @@ from typing import Any, Self
 import numpy as np
 
 from fastrms._base import OptimizerBase
+from fastrms._checks import LearningRate, check_one_of
 from fastrms.backends.host import HostBackend
 from fastrms.backends.storage import HEAD, Storage
 from fastrms.checkpoints.formats import opened, reading
 from fastrms.checkpoints.metadata import check_head, get_lr, groups_of, head_of, params_of
 from fastrms.checkpoints.state import load_file, load_state, restore, save_file, state_dict
 from fastrms.errors import CheckpointError, StorageError, call_all
-from fastrms.options import LearningRate, check_one_of
 
 __all__ = ["Persistent"]
 

@@ -7,21 +7,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray  # noqa: TC002 # a dataclass has its annotations at run time
 
+from fastrms._checks import GROUP_DEFAULTS, NONFINITE, check_cache_dtype, check_one_of, check_option, check_threads
 from fastrms.buffers import FlatBuffer, Layout
-from fastrms.buffers.overlap import refuse_overlap
+from fastrms.buffers.aliasing import refuse_overlap
 from fastrms.errors import DtypeError
 from fastrms.kernels import threads
-from fastrms.options import (
-    GROUP_DEFAULTS,
-    NONFINITE,
-    ParamGroup,
-    ParamGroups,
-    check_cache_dtype,
-    check_one_of,
-    check_option,
-    check_threads,
-    parameter_groups,
-)
+from fastrms.options import ParamGroup, ParamGroups, parameter_groups
 
 __all__ = ["STATE_OPTIONS", "Counts", "OptimizerState", "Settings"]
 

@@ -6,10 +6,10 @@ says how arrays of CuPy, PyTorch and Numba go in and out, and when a step waits.
 
 from typing import Any
 
+from fastrms._checks import LearningRate
 from fastrms.errors import OptionError
 from fastrms.kernels import cuda as kernels
 from fastrms.optimizer import RMSProp
-from fastrms.options import LearningRate
 
 __all__ = ["CudaRMSProp", "why_not"]
 

@@ -1,11 +1,11 @@
-"""The errors that fastrms raises for bad input.
+"""The errors that fastrms raises.
 
-Each is also the builtin exception that a NumPy user would expect (`ValueError` or `TypeError`), so code that
-catches those keeps working. Every message names the argument, what was expected and what came.
+Each is also the builtin exception that a NumPy user would expect (`ValueError`, `TypeError` and so on), so code that
+catches builtin exceptions keeps working. Every message names the argument, what was expected and what came.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def call_all(functions: Iterable[Callable[[], object]]) -> None:
-    """Call all functions, also where one raises; what was raised comes out in the end."""
+    """Call all functions, also after one of them raises, and raise their errors in the end."""
     errors: list[BaseException] = []
     for function in functions:
         try:
@@ -37,7 +37,7 @@ def call_all(functions: Iterable[Callable[[], object]]) -> None:
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        # What Python prints of an error at exit is this text alone.
+        # At exit Python prints only this text of a group.
         texts = "; ".join(f"{type(error).__name__}: {error}" for error in errors)
         raise BaseExceptionGroup(f"{len(errors)} errors, one after another: {texts}", errors)
 
@@ -47,55 +47,55 @@ class FastrmsError(Exception):
 
 
 class OptionError(FastrmsError, ValueError):
-    """A hyper-parameter or another option has a value outside its range, or its name is unknown."""
+    """An option has a value outside its range, or an unknown name."""
 
 
 class OptionTypeError(FastrmsError, TypeError):
-    """A hyper-parameter or another option is of the wrong kind, such as a string where a number belongs."""
+    """An option is of the wrong kind, such as a string in the place of a number."""
 
 
 class DtypeError(FastrmsError, TypeError):
-    """An array has a dtype, or is of a kind, that cannot be used where it was given."""
+    """An array has a dtype, or is of a kind, that cannot be used in its place."""
 
 
 class StructureError(FastrmsError, ValueError):
-    """Arrays do not fit together: wrong count, key, shape or nesting, nothing given, or memory that overlaps."""
+    """Arrays do not fit together: wrong count, key, shape or nesting, no array at all, or shared memory."""
 
 
 class CheckpointError(FastrmsError, ValueError):
-    """A state or a file is damaged, of another optimizer, or no checkpoint; the optimizer is as it was."""
+    """A state or a file is damaged, of another optimizer, or no checkpoint; nothing was changed."""
 
 
 class DeviceError(FastrmsError, RuntimeError):
-    """A GPU was asked for, and there is none that can be used here; the message says what is missing."""
+    """A GPU was asked for and cannot be used; the message says what is missing."""
 
 
 class StepInProgressError(FastrmsError, RuntimeError):
-    """A signal handler, or a function that a step calls, made a call in the midst of that step; nothing was changed."""
+    """A signal handler, or a function that a step calls, made a call amid that step; nothing was changed."""
 
 
 class RankError(FastrmsError, RuntimeError):
-    """Another rank of an MPI program failed, made another call, or did not come in time; nothing was changed."""
+    """Another rank of an MPI program failed, made another call, or timed out; nothing was changed."""
 
 
 class StorageError(FastrmsError, OSError):
-    """A folder cannot be, or is not, the storage of an optimizer, or is that of another one; it is as it was."""
+    """A folder cannot be the storage of an optimizer, or is the storage of another one; the folder was not changed."""
 
 
 class NonfiniteError(FastrmsError, FloatingPointError):
-    """Gradients have values that are inf or NaN; parameters and state are as they were.
+    """Gradients have inf or NaN values; parameters and state were not changed.
 
     Parameters
     ----------
     message : str
         What was expected and what came.
     counts : mapping of str to int
-        How many, by the path of the parameter (``"[0]['W']"``), of those that have any.
+        The number of such values, by the path of the parameter (``"[0]['W']"``); without zeros.
 
     Attributes
     ----------
     counts : dict of str to int
-        A copy of what was given.
+        A copy of the argument.
     """
 
     def __init__(self, message: str, counts: Mapping[str, int]) -> None:
@@ -103,13 +103,13 @@ class NonfiniteError(FastrmsError, FloatingPointError):
         self.counts = dict(counts)
 
     @classmethod
-    def of(cls, gradients: Mapping[str, NDArray[Any]]) -> "NonfiniteError":
-        """Make the error about gradients.
+    def of(cls, gradients: Mapping[str, NDArray[Any]]) -> Self:
+        """Return the error about gradients.
 
         Parameters
         ----------
         gradients : mapping of str to ndarray
-            Those that have an inf or NaN, by the path of their parameter.
+            The gradients with an inf or NaN, by the path of the parameter.
 
         Returns
         -------
@@ -121,13 +121,13 @@ class NonfiniteError(FastrmsError, FloatingPointError):
         )
 
     @classmethod
-    def of_counts(cls, found: Mapping[str, tuple[int, int, int]]) -> "NonfiniteError":
-        """Make the error about gradients whose values were counted.
+    def of_counts(cls, found: Mapping[str, tuple[int, int, int]]) -> Self:
+        """Return the error about gradients whose values were counted.
 
         Parameters
         ----------
         found : mapping of str to (int, int, int)
-            How many NaN, inf and values in all, by the path of the parameter.
+            The numbers of NaN, of inf and of all values, by the path of the parameter.
 
         Returns
         -------

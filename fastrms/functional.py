@@ -1,4 +1,4 @@
-"""Functions over `RMSProp`: one step as a pure function, and compiling ahead."""
+"""Functions over `RMSProp`: one step as a pure function, and compilation ahead of time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,20 +6,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastrms.buffers.pytree import PyTree
 from fastrms.optimizer import RMSProp
 
 __all__ = ["rmsprop_update", "warmup"]
 
 
 def rmsprop_update(
-    params: Any,
-    gradients: Any,
-    cache: Any,
+    params: PyTree,
+    gradients: PyTree,
+    cache: PyTree,
     lr: float = 1e-3,
     decay_rate: float = 0.9,
     epsilon: float = 1e-8,
-) -> tuple[Any, Any]:
-    """Return parameters and cache after one step of RMSProp; nothing that is passed in is changed.
+) -> tuple[PyTree, PyTree]:
+    """Return parameters and cache after one step of RMSProp; the arguments are not changed.
 
     ``cache = decay_rate * cache + (1 - decay_rate) * gradients**2`` and
     ``params = params - lr * gradients / (sqrt(cache) + epsilon)``, bit for bit as NumPy computes them.
@@ -29,7 +30,7 @@ def rmsprop_update(
     params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
         As for `RMSProp`.
     gradients : the structure of `params`
-        Where an item is None, its parameter and cache come back as they are.
+        The parameter and cache of an item that is None come back as they are.
     cache : the structure of `params`, or None
         The running mean of squared gradients, cast to the dtypes of the parameters. None stands for zeros, as at the
         start.
@@ -39,7 +40,7 @@ def rmsprop_update(
     Returns
     -------
     new_params, new_cache : the structure of `params`
-        New arrays; those of one tuple item are views of one flat buffer.
+        New arrays; parameters are views of one flat buffer, and the cache of another.
 
     Raises
     ------
@@ -68,17 +69,16 @@ def warmup(
     kernels: Sequence[str] = ("serial", "parallel"),
     **options: Any,
 ) -> None:
-    """Compile, or load from disk, what steps will need, so that the first one of a training does not wait for it.
+    """Compile the kernels of steps, or load them from disk, so that the first step of a training need not wait.
 
     Parameters
     ----------
     dtypes : sequence of dtype, default float32 and float64
-        Of the parameters to come.
+        Dtypes of the parameters.
     kernels : sequence of str, default ("serial", "parallel")
-        Those that "auto" chooses from.
+        Kernels to compile; "auto" chooses from the default two.
     **options
-        Of the `RMSProp` to come. Only whether there is momentum, centering, clipping by norm and a 16-bit cache makes
-        a difference to what is compiled.
+        Options of the `RMSProp`. Kernels differ only with momentum, centering, clipping by norm and a 16-bit cache.
 
     Raises
     ------
@@ -93,5 +93,5 @@ def warmup(
     for dtype in dtypes:
         for kernel in kernels:
             optimizer = RMSProp([np.zeros(1, dtype)], **(options | {"kernel": kernel}))
-            optimizer.step()  # with the zeros in `grads`: after step(gradients) its contents are not defined
+            optimizer.step()  # first, with zeros in `grads`: its contents are not defined after step(gradients)
             optimizer.step([np.zeros(1, dtype)])

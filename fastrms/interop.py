@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import GROUP_DEFAULTS
+from fastrms.buffers.flat import as_arrays
 from fastrms.checkpoints.metadata import MOST_STEPS
 from fastrms.dialects import DIALECTS, dialect
 from fastrms.errors import CheckpointError, OptionError
 from fastrms.kernels.reference import from_bfloat16, to_bfloat16
 from fastrms.optimizer import RMSProp
-from fastrms.options import GROUP_DEFAULTS, parameter_groups, resolve_lr
+from fastrms.options import parameter_groups, resolve_lr
 
 __all__ = ["from_keras", "from_torch", "to_keras", "to_torch"]
 
@@ -308,7 +310,7 @@ def _load(opt: RMSProp, state: State, counts: Sequence[int], items: Mapping[str,
             continue
         # The buffer of the parameters has the shapes and dtypes to compare with, also where state has 16 bits.
         given = [_array(item) for item in of_buffer]
-        checked = opt.buffers["params"].check(given, peer.state[name], skip_none=True)
+        checked = as_arrays(given, opt.buffers["params"].layout, peer.state[name], allow_none=True)
         for view, array, parameter in zip(views, checked, state["parameters"], strict=True):
             if array is None:
                 continue

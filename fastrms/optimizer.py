@@ -5,12 +5,13 @@ import inspect
 import os
 from typing import Any, Self
 
+from fastrms._checks import LearningRate
+from fastrms._guarded import refuse_unknown
 from fastrms._persistence import Persistent
 from fastrms._state import OptimizerState, Settings
-from fastrms.attributes import refuse_unknown
 from fastrms.backends.factory import backend_of, new_backend
+from fastrms.buffers.replaced import paths_outside
 from fastrms.kernels import threads
-from fastrms.options import LearningRate
 
 __all__ = ["RMSProp"]
 
@@ -259,7 +260,7 @@ class RMSProp(Persistent):
         return self._backend.problems() + [
             f"{path}: expected a view of the parameters, got something else; take it from params again"
             for name, tree in arrays.items()
-            for path in self.buffers["params"].foreign(tree, name)
+            for path in paths_outside(self.buffers["params"], tree, name)
         ]
 
     def __getstate__(self) -> dict[str, Any]:

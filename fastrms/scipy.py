@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastrms._checks import check_one_of
 from fastrms.errors import DtypeError, OptionError, OptionTypeError, StructureError
 from fastrms.optimizer import RMSProp
-from fastrms.options import check_one_of
 
 try:
     from scipy.optimize import Bounds, OptimizeResult, OptimizeWarning

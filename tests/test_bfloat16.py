@@ -10,7 +10,7 @@ from helpers import JIT, assert_same_bits, wide
 from test_contract import OPTIONS, SIZES, WAYS, combinations
 
 from fastrms import OptionError, OptionTypeError, RMSProp, from_bfloat16
-from fastrms.kernels import cpu
+from fastrms.kernels import access
 from fastrms.kernels.reference import ReferenceRMSProp, to_bfloat16
 
 
@@ -40,11 +40,11 @@ def test_rounding_is_that_of_torch(rng):
 def test_compiled_rounding_is_that_of_numpy(rng):
     numbers = every_kind(rng, 50_000 if JIT else 500)
     ours = np.empty(numbers.size, np.uint16)
-    store = numba.njit(lambda out, x: [cpu._store(out, i, x[i]) for i in range(x.size)])
+    store = numba.njit(lambda out, x: [access.store_state(out, i, x[i]) for i in range(x.size)])
     store(ours, numbers)
     assert_same_bits(ours, to_bfloat16(numbers))
     back = np.empty(numbers.size, np.float32)
-    load = numba.njit(lambda out, x: [cpu._store(out, i, cpu._load(x, i)) for i in range(x.size)])
+    load = numba.njit(lambda out, x: [access.store_state(out, i, access.load_state(x, i)) for i in range(x.size)])
     load(back, ours)
     assert_same_bits(back, from_bfloat16(ours))
     assert np.isnan(back[np.isnan(numbers)]).all()

@@ -15,8 +15,8 @@ from helpers import assert_same_bits, case_id, count_calls, leaves, same_structu
 from numpy.lib.stride_tricks import as_strided
 
 from fastrms import DtypeError, FlatBuffer, StructureError
-from fastrms.buffers.flat import Layout
-from fastrms.buffers.overlap import refuse_overlap
+from fastrms.buffers import Layout
+from fastrms.buffers.aliasing import refuse_overlap
 
 Pair = namedtuple("Pair", "W b")
 
@@ -118,6 +118,17 @@ def test_like_has_the_layout_and_its_own_memory():
     assert buffer.like().views["b"].tolist() == [0, 0]
     assert buffer.like(-2).views["b"].tolist() == [-2, -2]
     assert np.signbit(buffer.like(-0.0).views["a"]).all()
+
+
+def test_a_buffer_is_made_from_a_layout_in_memory_of_ones_own():
+    layout = Layout({"a": np.ones(3), "b": np.ones(2, np.float32)})
+    assert FlatBuffer.from_layout(layout).views["b"].tolist() == [0, 0]
+    memory = np.ones(1000, np.uint8)
+    buffer = FlatBuffer.from_layout(layout, lambda size, dtype: memory[:size].view(dtype))
+    assert buffer.layout is layout
+    assert np.shares_memory(buffer.block, memory)
+    buffer.views["a"][...] = 7
+    assert FlatBuffer(buffer.views).flat[0].tolist() == [7, 7, 7]
 
 
 def test_unflatten_gives_views_of_any_vector():
@@ -308,6 +319,9 @@ def test_copies_and_pickles_have_views_of_their_own_block(again):
     assert other.segments[0].tolist() == [5, 5, 5, 5]
     assert buffer.views["W"].tolist() == [[1, 1], [1, 1]]
     assert other.block.ctypes.data % 64 == 0
+    # By which a step recognises an ordinary gradient without a look at its values.
+    assert all(view.dtype is np.dtype(view.dtype.char) for view in other.leaves)
+    assert all(segment.dtype is np.dtype(segment.dtype.char) for segment in other.layout.segments)
 
 
 # Structures.

@@ -15,7 +15,7 @@ from numba.core import event
 import fastrms
 from fastrms import RMSProp
 from fastrms.kernels import cpu
-from fastrms.options import HYPER_FIELDS
+from fastrms.kernels.hyper import HYPER_FIELDS
 
 PACKAGE = Path(fastrms.__file__).parent
 

@@ -125,7 +125,7 @@ def test_norms(size, dtype, guarded, rng):
     expected = norms.SpanNorms(spans)(gradient, np.inf, "numpy")
     for kernel in ("serial", "parallel"):
         own = norms.SpanNorms(guarded.copy(spans))
-        own._first_chunk = guarded.copy(own._first_chunk)
+        own.first_chunk = guarded.copy(own.first_chunk)
         own._partials, own._sums = guarded.copy(own._partials), guarded.copy(own._sums)
         assert_same_bits(own(guarded.copy(gradient), np.inf, kernel), expected)
 

@@ -21,7 +21,8 @@ from helpers import JIT
 from numba.core import event
 
 from fastrms import OptionError, OptionTypeError, RMSProp, StructureError, dialect, rmsprop_update, warmup
-from fastrms.options import GROUP_DEFAULTS, HYPER_FIELDS, check_option, hyper_values
+from fastrms._checks import GROUP_DEFAULTS, check_option
+from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values
 
 NAN, INF = math.nan, math.inf
 
@@ -425,14 +426,14 @@ def test_a_class_of_somebody_elses_may_have_attributes_of_its_own():
 @pytest.mark.parametrize("options", [{"nesterov": True, "momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
 def test_options_that_go_together_are_set_together_in_any_order(options):
     for change in (
-        lambda group: group.update(**options),
-        lambda group: group.update(options),
-        lambda group: group.update(list(options.items())),
-        lambda group: group.__ior__(options),
-        lambda group: group._optimizer().param_groups.__setitem__(0, group.__ior__(options)),  # groups[0] |= options
+        lambda groups: groups[0].update(**options),
+        lambda groups: groups[0].update(options),
+        lambda groups: groups[0].update(list(options.items())),
+        lambda groups: groups[0].__ior__(options),
+        lambda groups: groups.__setitem__(0, groups[0].__ior__(options)),  # groups[0] |= options
     ):
         opt = RMSProp([np.ones(2)])
-        change(opt.param_groups[0])
+        change(opt.param_groups)
         assert opt.param_groups[0]["nesterov"]
         other = RMSProp([np.ones(2)], **options)
         for optimizer in (opt, other):

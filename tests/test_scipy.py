@@ -21,7 +21,7 @@ from scipy.optimize import (
 
 import fastrms
 from fastrms import DtypeError, NonfiniteError, OptionError, OptionTypeError, RMSProp, StructureError
-from fastrms.options import GROUP_DEFAULTS
+from fastrms._checks import GROUP_DEFAULTS
 from fastrms.scipy import rmsprop
 
 START = np.array([1.3, 0.7, 0.8])

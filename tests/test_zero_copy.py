@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from fastrms import NonfiniteError, RMSProp, rmsprop_update
-from fastrms.buffers.flat import FlatBuffer
+from fastrms.buffers import FlatBuffer
 from fastrms.kernels import pointers
 
 needs_jit = pytest.mark.skipif(not JIT, reason="only compiled code reads gradients where they lie")

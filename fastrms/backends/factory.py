@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from fastrms import kernels
+from fastrms._checks import check_one_of
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends import host
 from fastrms.backends.base import Backend
 from fastrms.backends.memory import Ram
 from fastrms.backends.storage import check_storage
 from fastrms.errors import DeviceError, OptionError
-from fastrms.options import check_one_of
 
 if TYPE_CHECKING:
     from types import ModuleType

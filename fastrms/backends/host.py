@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
+from fastrms._checks import check_one_of
 from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
 from fastrms.backends import tuner
 from fastrms.backends.base import Array, Call, Memory, Ranks
@@ -21,16 +22,17 @@ from fastrms.backends.plan import (
     clip_scales,
     make_plan,
     rate_of,
-    refuse_replaced,
     split_runs,
 )
 from fastrms.backends.storage import Storage
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
+from fastrms.buffers.flat import as_arrays
+from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.reference import to_bfloat16
-from fastrms.options import check_one_of, resolve_lr
+from fastrms.options import resolve_lr
 
 __all__ = ["HostBackend", "check_host_kernel", "new_backend", "new_sharded_backend"]
 
@@ -118,6 +120,7 @@ class HostBackend:
         self._memory, self._ranks = memory, ranks
         self._folder = memory if isinstance(memory, Storage) else None
         self._params, self._grads = state.buffers["params"], state.buffers["grads"]
+        self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
         self._own = state.buffers if ranks is None else ranks.shard_of(state.buffers)
         self._run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
@@ -127,7 +130,7 @@ class HostBackend:
         self._computed_from: object = None  # the version of the options from which everything below was computed
         self._used: list[tuple[bool, bool]] = []  # for each group whether it has a momentum buffer and a mean gradient
         self.kernel_changed()
-        threads.call_after_fork(self)
+        threads.call_after_fork(self.after_fork)
 
     @property
     def in_parts(self) -> bool:
@@ -245,7 +248,7 @@ class HostBackend:
                 rates = self.all_rates()
         if self._folder is not None:
             self._folder.check_open()
-        refuse_replaced(self._params, grads, from_buffer)
+        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         kernel = self.large_kernel
         located = IN_BUFFER
         if items is not None:
@@ -343,7 +346,7 @@ class HostBackend:
 
     def _copy(self, items: tuple[Any, ...]) -> Located:
         """Check gradients of any kind, and copy them to the gradient buffer."""
-        arrays = self._grads.check(items, "gradients", skip_none=True)
+        arrays = as_arrays(items, self._grads.layout, "gradients", allow_none=True)
         self.use_options()  # an array's own `__array__` may do anything
         self._grads.store(arrays)
         if any(array is None for array in arrays):
@@ -495,7 +498,7 @@ class HostBackend:
 
     def problems(self) -> list[str]:
         """Describe replaced views, a line each."""
-        return [problem for name, buffer in self.state.buffers.items() for problem in buffer.problems(name)]
+        return [problem for name, buffer in self.state.buffers.items() for problem in changed_views(buffer, name)]
 
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, and why, a line each."""

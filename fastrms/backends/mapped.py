@@ -114,16 +114,16 @@ def _reserve(file: int, size: int, path: Path) -> None:
         raise OSError(error.errno, message, str(path)) from None
 
 
-class StoredBuffer(FlatBuffer):
+class StoredBuffer(FlatBuffer, set_once=("pages",)):
     """A `FlatBuffer` whose memory is a file."""
 
     pages: Pages
-    _set_once = FlatBuffer._set_once | {"pages"}
 
-    def _places(self) -> list[Array]:
-        return [self._memory, *self.pages.mapped_elsewhere()]
+    def mappings(self) -> list[Array]:
+        """Return all arrays that map the file in this process."""
+        return [*super().mappings(), *self.pages.mapped_elsewhere()]
 
-    def _copy_in(self, arrays: Any) -> None:
+    def copy_in(self, arrays: Any) -> None:
         """As of `FlatBuffer`, and the pages are given back in between."""
         pending = 0
         for array, view in zip(arrays, self.leaves, strict=True):
@@ -166,13 +166,14 @@ class PartNorms(SpanNorms):
         """The same for other spans."""
         return PartNorms(spans, self._pages)
 
-    def _sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
+    def sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
+        """As `SpanNorms.sum_squares`, in parts of the file."""
         if self.spans[:, 2].any():  # they are elsewhere in memory
-            return super()._sum_squares(grads, clip, prescale, kernel)
+            return super().sum_squares(grads, clip, prescale, kernel)
         # A span for each chunk: its sum is what the chunk would add to that of its span, which is done here in the
         # same order.
-        counts = np.diff(self._first_chunk)
-        number = np.arange(self._first_chunk[-1]) - np.repeat(self._first_chunk[:-1], counts)
+        counts = np.diff(self.first_chunk)
+        number = np.arange(self.first_chunk[-1]) - np.repeat(self.first_chunk[:-1], counts)
         pieces = np.zeros((len(number), 3), np.int64)
         pieces[:, 0] = np.repeat(self.spans[:, 0], counts) + number * CHUNK
         pieces[:, 1] = np.minimum(pieces[:, 0] + CHUNK, np.repeat(self.spans[:, 1], counts))
@@ -181,12 +182,12 @@ class PartNorms(SpanNorms):
         while first < len(pieces):
             end = pieces[first, 0] + pages.PART_BYTES // grads.itemsize
             last = max(first + 1, int(np.searchsorted(pieces[:, 1], end, side="right")))
-            partials[first:last] = SpanNorms(pieces[first:last])._sum_squares(grads, clip, prescale, kernel)
+            partials[first:last] = SpanNorms(pieces[first:last]).sum_squares(grads, clip, prescale, kernel)
             self._pages.release(grads[pieces[first, 0] : pieces[last - 1, 1]])
             first = last
         sums = np.zeros(len(counts))
-        sums[counts > 0] = partials[self._first_chunk[:-1][counts > 0]]
+        sums[counts > 0] = partials[self.first_chunk[:-1][counts > 0]]
         for k in np.flatnonzero(counts > 1):
             # One after another, which `sum` does not promise.
-            sums[k] = np.add.accumulate(partials[self._first_chunk[k] : self._first_chunk[k + 1]])[-1]
+            sums[k] = np.add.accumulate(partials[self.first_chunk[k] : self.first_chunk[k + 1]])[-1]
         return sums

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from fastrms.backends.base import Array, RunCalls
 from fastrms.buffers import FlatBuffer, Layout
-from fastrms.buffers.flat import _empty
 from fastrms.kernels.norms import SpanNorms
 
 __all__ = ["Ram"]
@@ -26,7 +25,7 @@ class Ram:
 
     def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
         """Return a buffer of this layout, of zeros."""
-        return _empty(layout)
+        return FlatBuffer.from_layout(layout)
 
     def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
         """Return an object that computes the norm of each span of the gradient buffer."""

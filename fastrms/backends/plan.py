@@ -11,10 +11,10 @@ from fastrms import kernels
 from fastrms._state import Counts
 from fastrms.backends.base import Array, Call, Memory
 from fastrms.buffers import FlatBuffer, Layout
-from fastrms.errors import StructureError
 from fastrms.kernels import cpu, pointers, threads
+from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms, combine, scale_to
-from fastrms.options import HYPER_FIELDS, ParamGroup, hyper_values, needs_extended_rule, resolve_lr
+from fastrms.options import ParamGroup, resolve_lr
 
 __all__ = [
     "IN_BUFFER",
@@ -24,7 +24,6 @@ __all__ = [
     "clip_scales",
     "make_plan",
     "rate_of",
-    "refuse_replaced",
     "split_runs",
 ]
 
@@ -277,27 +276,3 @@ def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps
     """Return the learning rate of a group, of `rates` where its rate was a function at the beginning of the step."""
     # A function may have put a number in its own place, and that is what `opt.lr` says from then on.
     return rates[number] if rates and callable(group["lr"]) else resolve_lr(group, steps)
-
-
-def refuse_replaced(params: FlatBuffer, grads: FlatBuffer, gradients_too: bool) -> None:
-    """Raise where something was put in the place of a view of the parameters, or of the gradients.
-
-    Parameters
-    ----------
-    params, grads : FlatBuffer
-    gradients_too : bool
-        Whether the step uses the gradient buffer.
-
-    Raises
-    ------
-    StructureError
-    """
-    try:
-        # Looks first whether items are the same objects, some nanoseconds each.
-        intact = params.watched == params.kept and (not gradients_too or grads.watched == grads.kept)
-        if params.ones is not None and intact:
-            intact = params.has_its_ones() and (not gradients_too or grads.has_its_ones())
-    except Exception:  # arrays that differ have no truth value, and other things may not be comparable
-        intact = False
-    if not intact and (problems := params.problems("params") + grads.problems("grads") * gradients_too):
-        raise StructureError(problems[0])

@@ -26,7 +26,7 @@ from fastrms._state import OptimizerState
 from fastrms.backends.base import Call
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.backends.pages import Pages
-from fastrms.buffers.flat import Layout
+from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import replaced
 from fastrms.checkpoints.metadata import (
     MOST_STEPS,
@@ -233,8 +233,7 @@ class Storage:
         file = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
         self._files[name] = file
         self._head_says_open = self._head_says_open and not new
-        buffer = StoredBuffer.__new__(StoredBuffer)
-        buffer._allocate(layout, lambda *size_and_dtype: file.memory)
+        buffer = StoredBuffer.from_layout(layout, lambda *size_and_dtype: file.memory)
         buffer.pages = self.pages
         return buffer
 

@@ -14,8 +14,9 @@ import numpy as np
 from fastrms.bench.cases import Array
 from fastrms.bench.problem import Problem, Runner
 from fastrms.kernels import threads
+from fastrms.kernels.access import prefetch
 from fastrms.kernels.compiled import inner, jit
-from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size, prefetch
+from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size
 
 __all__ = ["FETCHES", "make_runner", "touch_parallel", "touch_serial"]
 

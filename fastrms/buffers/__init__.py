@@ -1,5 +1,6 @@
-"""Pack many arrays into one block of memory, and show them as views of it."""
+"""Arrays packed into one block of memory, shown as views of it."""
 
-from fastrms.buffers.flat import FlatBuffer, Layout, Leaf, Segment
+from fastrms.buffers.flat import FlatBuffer
+from fastrms.buffers.layout import Layout, Leaf, Segment
 
 __all__ = ["FlatBuffer", "Layout", "Leaf", "Segment"]

@@ -2,24 +2,18 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import NONFINITE, check_cache_dtype, check_one_of, check_option
 from fastrms._state import OptimizerState
 from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import Kind
 from fastrms.errors import CheckpointError, FastrmsError, StructureError
-from fastrms.options import (
-    NONFINITE,
-    ParamGroup,
-    check_cache_dtype,
-    check_one_of,
-    check_option,
-    parameter_groups,
-)
+from fastrms.options import ParamGroup, parameter_groups
 
 __all__ = [
     "MOST_STEPS",
@@ -168,7 +162,7 @@ def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool
     return missing if any(missing) else [lr is not None] * len(groups)
 
 
-def groups_of(head: Mapping[str, Any], dtypes: Sequence[set[np.dtype[Any]]], lr: Sequence[Any]) -> list[ParamGroup]:
+def groups_of(head: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]], lr: Sequence[Any]) -> list[ParamGroup]:
     """The groups of a head, of parameters of these dtypes, with checked options, and the rate `lr` where not None.
 
     Raises

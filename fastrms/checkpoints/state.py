@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import check_option
 from fastrms._state import Counts, OptimizerState
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.checkpoints.formats import Kind, Source, checksum, compare_checksum, opened, reading, write
 from fastrms.checkpoints.metadata import check_head, check_keys, check_skipped, groups_of, head_of, kind_of
 from fastrms.errors import CheckpointError
-from fastrms.options import ParamGroup, check_option
+from fastrms.options import ParamGroup
 
 __all__ = ["Target", "load_file", "load_state", "restore", "save_file", "state_dict"]
 
@@ -150,7 +151,7 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
         state.global_clip_norm = check_option("global_clip_norm", head["global_clip_norm"])
         state.nonfinite = head["nonfinite"]
         for group, options in zip(state.param_groups, loaded.groups, strict=True):
-            group.take_over(options)
+            group.assign(options)
         target.options_changed()
 
 

@@ -1,7 +1,6 @@
-"""Kernels: what updates a run of elements.
+"""Kernels: functions that update contiguous elements of parameters and state.
 
-Every kernel has the signature of `reference.update` and gives the same bits. `fastrms.backends.tuner` finds the faster
-one.
+Every kernel has the signature of `reference.update` and gives the same bits. `fastrms.backends.tuner` chooses by speed.
 """
 
 from collections.abc import Callable

@@ -1,19 +1,18 @@
-"""Compiling with Numba, and compiled code on disk: found again by the next process, whoever else writes there.
+"""The JIT and its cache on disk, which any number of processes may read and write at once.
 
-Numba's own files would do for one process at a time. Its index names data files by number: of two processes that start
-on an empty cache, both can take the first number, and a third one then loads code that was compiled for other types,
-which for us means another update rule without any error. (Numba issue 4807.) Nor does it notice an edit in another file
-than the function's own, or settings such as NUMBA_BOUNDSCHECK; and it runs, as pickles do, what anybody has put into a
-folder that it can write to.
+Numba's own cache is safe for one process at a time. Its index names data files by number. Two processes that start on
+an empty cache can both take the first number, and a third process then loads code for other types: here, another update
+rule without any error (Numba issue 4807). Numba's cache does not notice an edit in another file than the function's
+own, or settings such as NUMBA_BOUNDSCHECK. And it unpickles, thus runs, the files of all who can write to its folder.
 
-So here a file's name says what it holds: which function, source of all kernels, versions, types of the arguments,
-processor and settings. There is no index to go wrong; whoever writes the same name writes the same code, in one piece.
-A file has a checksum, its name included, and counts only if it belongs to somebody who could change the source too.
+So the name of a file here identifies its contents: function, source of all kernels, versions, types of the arguments,
+processor and settings. There is no index. Two processes that write the same name write the same code, and each file
+appears whole. A file has a checksum, its name included, and counts only if its owner could change the source too.
 
-Compiling runs on a thread of its own, because an exception that a signal handler raises (Ctrl-C; SystemExit on SIGTERM)
-comes to the main thread, at any line of Python. In the midst of a compilation it would leave Numba's tables of types
-and functions half filled for the rest of the process. The thread goes on compiling after the exception, and the next
-step finds the result. Profilers and tracers of the calling thread do not see the compiler either.
+Compiling runs on a thread of its own. An exception of a signal handler (Ctrl-C; SystemExit on SIGTERM) reaches the main
+thread, at any line of Python, and amid a compilation would leave Numba's tables of types and functions half filled for
+the rest of the process. The thread goes on compiling after the exception, and the next step finds the result. Profilers
+and tracers of the calling thread do not see the compiler either.
 """
 
 import contextvars
@@ -42,17 +41,17 @@ __all__ = ["inner", "inner_options", "jit"]
 # Settings from the environment that change what is compiled.
 _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE")
 
-# For what only compiled code calls: it is cached inside its caller. Files of its own would be made for nothing, and so
-# would a way in for Python (which crashes if it calls one of these) and for C, a quarter of the time of compiling.
+# For functions that only compiled code calls, and that are cached inside their callers. They need no file of their own,
+# and no wrappers for Python and for C, a quarter of the time of compiling. A call from Python would crash.
 inner_options: Any = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 inner: Callable[[Callable[..., Any]], Any] = numba.njit(**inner_options)
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``numba.njit`` for what Python calls: cached on disk where there is a place for it.
+    """Return ``numba.njit`` with these options for functions that Python calls, cached on disk.
 
-    Without one (a read-only installation without a home folder, a cache folder of somebody else's) each process
-    compiles for itself, and the first time it does, it says so with a RuntimeWarning.
+    Without a place for files (a read-only installation without a home folder, a cache folder of somebody else's) each
+    process compiles for itself, and warns once with a RuntimeWarning.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -69,15 +68,15 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`compile_`, run on a thread of its own while the calling thread waits, as long as nothing interrupts the wait."""
+    """Return a function that runs `compile_` on a thread of its own, and waits; an interrupt ends the wait only."""
 
     def compile_on_a_thread(signature: Any) -> Any:
-        if global_compiler_lock.is_locked():  # by this thread: part of a compilation that another one waits for
+        if global_compiler_lock.is_locked():  # by this thread, which is compiling a caller of this function
             return compile_(signature)
         outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
         def work() -> None:
-            sys.setprofile(None)  # that of threading.setprofile, which would see each call of the compiler
+            sys.setprofile(None)  # a profiler of threading.setprofile would see each call of the compiler
             try:
                 outcome.put((compile_(signature), None))
             except BaseException as error:
@@ -107,29 +106,31 @@ _first_failure = ""
 
 
 def _raise(error: BaseException) -> NoReturn:
-    """Raise what a compilation ended with; after an earlier one, say that it may come of that."""
+    """Raise the error of a compilation; after an earlier error, say that this one may follow from it."""
     global _first_failure
     if _first_failure and not isinstance(error, MemoryError | Warning):
         raise RuntimeError(
             f"fastrms: a kernel cannot be compiled: {type(error).__name__}. An earlier compilation in this process "
             f"ended with {_first_failure}, which can leave Numba half set up: restart Python"
         ) from error
-    if not isinstance(error, Warning):  # of code that was compiled, and cannot be kept
+    if not isinstance(error, Warning):  # raised as an error, though the code was compiled
         _first_failure = f"{type(error).__name__}: {error}".strip(": ")
     raise error
 
 
 class _Files:
-    """The files of one function: all that begin with `name`; those that count go on with `stamp`.
+    """The files of one function in the cache, ``name-stamp-key.nbc``.
 
     Parameters
     ----------
     folder : Path
+        The cache.
     name : str
+        Identifies the function.
     stamp : str
-        Of source and versions.
+        Identifies source and versions; files with another stamp are out of date.
     trusted : set of int or None
-        Whose files count; None where files have no owners.
+        The owners whose files count; None where files have no owners.
     """
 
     def __init__(self, folder: Path, name: str, stamp: str, trusted: set[int] | None) -> None:
@@ -139,7 +140,7 @@ class _Files:
         self._trusted = trusted
 
     def load(self, key: object) -> Any:
-        """What was saved under this key, or None."""
+        """Return the data that were saved under this key, or None."""
         path = self._path(key)
         try:
             with path.open("rb") as stream:
@@ -152,7 +153,7 @@ class _Files:
         return pickle.loads(data) if _digest(path.name.encode() + data).encode() == digest else None
 
     def save(self, key: object, data: Any) -> None:
-        """Write it, and remove what older source or versions have left: who still runs those compiles once more."""
+        """Write the data, and remove files of other stamps: a process with older source compiles anew."""
         data = dumps(data)
         path = self._path(key)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
@@ -173,7 +174,7 @@ class _Files:
 
 
 class _UserProvided(caching.UserProvidedCacheLocator):
-    """The folder that NUMBA_CACHE_DIR names, from where this was imported: os.chdir() does not lead to another one."""
+    """The folder of NUMBA_CACHE_DIR, relative to the folder of the import: os.chdir() does not change the cache."""
 
     def __init__(self, py_func: Any, py_file: Any) -> None:
         super().__init__(py_func, py_file)
@@ -181,7 +182,7 @@ class _UserProvided(caching.UserProvidedCacheLocator):
 
 
 class _UserWide(caching.UserWideCacheLocator):
-    """The user's cache folder; but where there is no home, no folder "~" in the current one."""
+    """The user's cache folder; without a home folder none, instead of "~" in the current folder."""
 
     def ensure_cache_path(self) -> None:
         if not os.path.isabs(self.get_cache_path()):
@@ -196,7 +197,7 @@ class _Results(caching.CompileResultCacheImpl):
 
 
 class _Cache(caching.FunctionCache):
-    """Numba's cache of a function, with files of our kind."""
+    """Numba's cache of a function, with `_Files`."""
 
     _impl_class = _Results
 
@@ -214,7 +215,7 @@ class _Cache(caching.FunctionCache):
         self._cache_file: Any = _Files(folder, name, stamp, trusted)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        # Nothing that is wrong with a file is a reason not to compile.
+        # Any error of a file is a cache miss.
         with suppress(Exception):
             return super().load_overload(sig, target_context)
         return None
@@ -227,7 +228,7 @@ class _Cache(caching.FunctionCache):
 
 
 class _NoCache(caching.NullCache):
-    """Where compiled code cannot be kept."""
+    """The cache without a place for files, which warns."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -256,7 +257,7 @@ def _say_that_it_is_not_kept(reason: str) -> None:
 
 
 def _trusted(source: Path) -> set[int] | None:
-    """Who could have us run anything without the cache: ourselves, the system, and the owner of the source."""
+    """Return the users who could run any code here without the cache: this one, the superuser, the source's owner."""
     if not hasattr(os, "geteuid"):
         return None
     owners = {os.geteuid(), 0}
@@ -270,8 +271,8 @@ def _digest(data: bytes) -> str:
 
 
 _abi = getattr(sys, "abiflags", "")
-# Taken at import: the source on disk may change while this process runs. (In a zip archive there are no such files;
-# Numba's own stamp of the function's file then has to do.)
+# Read at import, as the source on disk may change while this process runs. (A zip archive has no such files; Numba's
+# own stamp of the function's file has to do there.)
 _SOURCE = b"".join(
     [numba.__version__.encode(), *(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))]
 )

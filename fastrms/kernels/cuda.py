@@ -1,43 +1,34 @@
-"""The CUDA kernels: the same update rule and the same sums of squares, run by the threads of a GPU.
+"""The CUDA kernels: the update rule and the sums of squares of the processor, run by the threads of a GPU.
 
-This is the only module that imports CUDA: `numba.cuda`, which is numba-cuda where that is installed, and Numba's own
-target otherwise.
+The update of an element is `fastrms.kernels.rule.rule` itself, compiled by `cuda_target.for_device` with the same bits.
+Sums of squares are taken in the chunks, on the lanes and in the order of `fastrms.kernels.norms`, one warp a chunk. The
+sum over parameters is exact and rounded once, as `math.fsum` is.
 
-What keeps the bits equal to the processor's
---------------------------------------------
-The rule of an element is `fastrms.kernels.cpu.rule` itself. Two things in it mean something else on a GPU. A product
-and a sum would be contracted to one instruction that rounds once, and neither CUDA target of Numba can be told not to
-(NVVM has the option; they do not pass it on). And `np.sqrt` is not known there. So the rule's source is compiled with
-each ``a * b`` as `multiply`, an instruction that is never contracted (``mul.rn``), and with CUDA's own square root.
-Division and square root round correctly unless fastmath is asked for, and subnormal numbers are kept.
-`tests/test_ptx.py` compiles everything without a GPU and reads the result.
-
-Sums of squares are taken in the chunks, on the lanes and in the order of `fastrms.kernels.norms`, one warp a chunk, and
-the sum over parameters is exact and rounded once, as `math.fsum` is.
-
-Nothing here makes the processor wait for the device. Numba's simulator (NUMBA_ENABLE_CUDASIM=1) runs all of it in the
-interpreter, on ordinary memory.
+No kernel makes the processor wait for the device.
 """
 
-import ast
-import ctypes
-import inspect
 import math
 import warnings
 from functools import cache, lru_cache
-from types import ModuleType
 from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 
-from fastrms.kernels import cpu, norms
-
-with warnings.catch_warnings():  # numba-cuda 0.30 does what NumPy 2.5 warns of
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from numba import cuda
-    from numba.cuda.extending import intrinsic
+from fastrms.kernels import norms
+from fastrms.kernels.cuda_target import (
+    LEGACY_STREAM,
+    SIMULATED,
+    cuda,
+    driver_version,
+    for_device,
+    handle_of,
+    interface_of,
+    missing,
+    multiply,
+    number_at,
+)
+from fastrms.kernels.rule import rule
 
 __all__ = [
     "ABSENT", "CHUNK", "DOUBTFUL", "EVERY", "IN_BUFFER", "LANES", "LEGACY_STREAM", "PRESCALE", "SIMULATED", "THREADS",
@@ -45,138 +36,56 @@ __all__ = [
     "handle_of", "interface_of", "launch", "missing", "square_chunks", "update_kernel",
 ]  # fmt: skip
 
-SIMULATED = bool(numba.config.ENABLE_CUDASIM)
-
 CHUNK, LANES = norms.CHUNK, norms.LANES
 _LANES_AND_SUMS = 2 * LANES  # a name, as Numba takes no expression for the size of shared memory
 
-# Threads of a block of the update, and how many elements each has in flight: each has loaded all of them before it
+# Threads of a block of the update, and the elements that each has in flight: a thread loads all of them before it
 # stores one, or too few bytes are under way to keep the memory of a large GPU busy.
 THREADS, UNROLL = 256, 4
-# Of a launch; a block that has done its chunk takes another one so many further on.
+# The most blocks of a launch; a block that has done its chunk takes the chunk that many further on.
 BLOCKS = 65_536
 
-# Where a gradient is: at an address, in the gradient buffer, or nowhere, and then its parameter sits the step out.
+# The source of a gradient: an address, the gradient buffer, or absent, and then its parameter sits the step out.
 IN_BUFFER, ABSENT = 0, -1
 
-# Sums that have left the range of float64 are taken again, of gradients multiplied by this, or by its inverse.
-PRESCALE = norms._PRESCALE
+PRESCALE = norms.PRESCALE
 
-# The number of the default stream of a device, which waits for most others and they for it.
-LEGACY_STREAM = 1
-
-# What `square_chunks` and `add_partials` are to look at: every span; those whose sum has left the range of float64, at
-# either end; those whose norm is no finite number.
+# The spans for `square_chunks` and `add_partials`: every span; spans whose sum has left the range of float64, at either
+# end; spans whose norm is not finite.
 EVERY, TOO_SMALL, TOO_LARGE, DOUBTFUL = range(4)
 
-# An exact sum of squares of numbers of at most 1: digits of 32 bits, from the lowest bit that `math.frexp` gives to a
-# subnormal number (2**-1126) to the sum of 2**29 ones.
+# An exact sum of squares of numbers of at most 1 has digits of 32 bits, from the lowest bit that `math.frexp` gives to
+# a subnormal number (2**-1126) to the sum of 2**29 ones.
 _DIGITS, _LOWEST = 40, -1126
 _DIGIT = 0xFFFFFFFF
 
 
-if SIMULATED:
-
-    def multiply(a, b):
-        """The product, rounded by itself."""
-        return a * b
-
-    def number_at(address, like):
-        """The number at an address, of the type of `like`."""
-        return numba.carray(ctypes.c_void_p(int(address)), (1,), like.dtype)[0]
-
-else:
-
-    @intrinsic
-    def multiply(typingctx, a, b):
-        """The product, rounded by itself."""
-
-        def codegen(context, builder, signature, arguments):
-            number = arguments[0].type
-            name = f"llvm.nvvm.mul.rn.{'f' if a.bitwidth == 32 else 'd'}"
-            function = builder.module.declare_intrinsic(name, (), ir.FunctionType(number, [number, number]))
-            return builder.call(function, arguments)
-
-        return (a(a, b), codegen) if a == b else None  # otherwise one of them was meant to be cast
-
-    @intrinsic
-    def number_at(typingctx, address, like):
-        """The number at an address, of the type of `like`."""
-
-        def codegen(context, builder, signature, arguments):
-            # 1 is the device's own memory; without it each load would have to find out which one is meant.
-            return builder.load(builder.inttoptr(arguments[0], context.get_value_type(like).as_pointer(1)))
-
-        return like(address, like), codegen
-
-
-class _Products(ast.NodeTransformer):
-    """`a * b` as `multiply(a, b)`."""
-
-    def visit_BinOp(self, node):
-        self.generic_visit(node)
-        if not isinstance(node.op, ast.Mult):
-            return node
-        call = ast.Call(ast.Name("multiply", ast.Load()), [node.left, node.right], [])
-        return ast.copy_location(call, node)
-
-
-def _for_device(function):
-    """A function of the CPU kernels as a device function that has its bits."""
-    function = getattr(function, "py_func", function)
-    if SIMULATED:
-        return cuda.jit(device=True)(function)
-    tree = ast.parse(inspect.getsource(function))
-    tree.body[0].decorator_list = []
-    names = ModuleType("numpy")
-    names.sqrt, names.float64 = math.sqrt, np.float64
-    scope = {"multiply": multiply, "np": names}
-    exec(compile(ast.fix_missing_locations(_Products().visit(tree)), inspect.getsourcefile(function), "exec"), scope)
-    return cuda.jit(device=True)(scope[function.__name__])
-
-
 @lru_cache(256)
 def _configured(kernel, blocks, threads, stream):
-    with warnings.catch_warnings():  # Numba warns of small launches, which are what small parameters need
+    with warnings.catch_warnings():  # Numba warns of small launches, which small parameters need
         warnings.simplefilter("ignore")
         return kernel[blocks, threads, stream]
 
 
 def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any) -> None:
-    """Run a kernel on a stream: of `blocks` blocks at most `BLOCKS`, and at least one."""
+    """Launch a kernel on a stream, with `blocks` blocks, but at most `BLOCKS` and at least one."""
     configure = _configured.__wrapped__ if SIMULATED else _configured  # the simulator's kernels hold one configuration
     configure(kernel, max(1, min(blocks, BLOCKS)), threads, stream)(*arguments)
 
 
-def interface_of(thing: Any) -> dict[str, Any] | None:
-    """What the CUDA array interface says of something on the device; None if it is something else."""
-    try:
-        found = getattr(thing, "__cuda_array_interface__", None)
-        if found is None and getattr(thing, "__cuda_ndarray__", False):  # of the simulator, whose memory is ordinary
-            found = thing.__array_interface__
-    except Exception:  # whatever an attribute of the user's own raises; torch's, for dtypes that it cannot describe
-        return None
-    return found
-
-
-def handle_of(stream: Any) -> int:
-    """The number of a stream by which libraries tell each other of it; the simulator's only one is the default one."""
-    return int(stream) or LEGACY_STREAM if hasattr(stream, "__int__") else LEGACY_STREAM
-
-
-_rule = _for_device(cpu.rule)
-_square = _for_device(norms._square)
+_rule = for_device(rule)
+_square = for_device(norms.square)
 
 
 @cuda.jit(device=True)
 def _smaller(a, b):
-    """The smaller one; `min` cannot be compiled by Numba's own target (0.68)."""
+    """Return the smaller number; Numba's own target (0.68) cannot compile `min`."""
     return a if a < b else b
 
 
 @cuda.jit(device=True)
 def _span_of(chunk, first_chunk):
-    """The number of the span that a chunk is part of."""
+    """Return the number of the span of a chunk."""
     low, high = 0, first_chunk.size - 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -189,31 +98,31 @@ def _span_of(chunk, first_chunk):
 
 @cache
 def update_kernel(dtype, momentum, centered, extended, factored, guarded):
-    """The kernel that updates the parameters of a run; compiled only for the options that are used.
+    """Return the kernel that updates the parameters of a run, compiled for the options that are used.
 
-    Its arguments are 1-D arrays on the device (`params`, `grads`, `cache`, and where the options have them
-    `momentum_buffer` and `grad_avg`; otherwise anything), the tuple `hyper` of `fastrms.options.HYPER_FIELDS` in the
-    parameters' dtype, `scale` and `correction` for all parameters in the same dtype, and then
+    The kernel takes 1-D arrays on the device (`params`, `grads`, `cache`, and for options with such state
+    `momentum_buffer` and `grad_avg`; anything otherwise), the tuple `hyper` of `hyper.HYPER_FIELDS` in the parameters'
+    dtype, `scale` and `correction` for all parameters in the same dtype, and then
 
     bounds : int64, shape (k, 2)
         Elements [start, stop) of each span.
     first_chunk : int64, shape (k + 1,)
-        The number of the first chunk of each span; the last is how many chunks there are.
+        The number of the first chunk of each span, and the number of all chunks.
     sources : int64, shape (k,)
-        Where the gradient of each span is: an address, `IN_BUFFER` or `ABSENT`.
+        The source of the gradient of each span: an address, `IN_BUFFER` or `ABSENT`.
     factors : float64, shape (k, 2)
         Instead of `scale` and `correction`, with `factored`.
     go : int64, shape (1,)
-        0 where nothing is to be done; looked at with `guarded`.
+        With `guarded`: 0 to update nothing.
 
     Parameters
     ----------
     dtype : numpy.dtype
         Of the parameters: float32 or float64.
     momentum, centered : bool
-        Which state there is.
+        Whether there is such state.
     extended : bool
-        Whether `options.needs_extended_rule`, or `factored`.
+        Whether `hyper.needs_extended_rule`, or `factored`.
     factored, guarded : bool
         Whether there are `factors`, and `go`.
     """
@@ -275,7 +184,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
 @cuda.jit(device=True)
 def _is_wanted(which, total, norm):
     if which == TOO_SMALL:
-        return total < norms._TOO_SMALL
+        return total < norms.LEAST_SUM
     if which == TOO_LARGE:
         return math.isinf(total)
     return which == EVERY or not math.isfinite(norm)
@@ -283,8 +192,8 @@ def _is_wanted(which, total, norm):
 
 @cuda.jit
 def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, sums, span_norms, partials):
-    """Sum up the squares of each chunk of the spans that `which` asks for, into `partials`; with `LANES` threads."""
-    lanes = cuda.shared.array(_LANES_AND_SUMS, numba.float64)  # and after them sums in pairs, pairs of those, ...
+    """Write the sum of squares of each chunk of the spans that `which` selects to `partials`; with `LANES` threads."""
+    lanes = cuda.shared.array(_LANES_AND_SUMS, numba.float64)  # then the sums of pairs of lanes, pairs of those, ...
     lane = cuda.threadIdx.x
     for chunk in range(cuda.blockIdx.x, first_chunk[first_chunk.size - 1], cuda.gridDim.x):
         k = _span_of(chunk, first_chunk)
@@ -312,16 +221,16 @@ def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, su
 
 @cuda.jit
 def add_partials(first_chunk, sources, which, prescale, partials, sums, span_norms, finite):
-    """Add up the chunks of each span in their order: its norm, and whether its gradient is finite."""
+    """Add up the chunks of each span in their order, for its norm, and whether its gradient is finite."""
     tile = cuda.shared.array(THREADS, numba.float64)
     for k in range(cuda.blockIdx.x, sources.size, cuda.gridDim.x):
         wanted = _is_wanted(which, sums[k], span_norms[k])
-        cuda.syncthreads()  # all have looked, before one writes what they look at
+        cuda.syncthreads()  # all threads have read sums and norms, before one writes them
         if wanted:
             total = 0.0
             last = first_chunk[k] if sources[k] == ABSENT else first_chunk[k + 1]
             for low in range(first_chunk[k], last, THREADS):
-                # Fetched by all threads, as one after another would wait for memory each time.
+                # All threads fetch: one thread alone would wait for memory at each partial sum.
                 for i in range(low + cuda.threadIdx.x, _smaller(low + THREADS, last), cuda.blockDim.x):
                     tile[i - low] = partials[i]
                 cuda.syncthreads()
@@ -342,7 +251,7 @@ def add_partials(first_chunk, sources, which, prescale, partials, sums, span_nor
 
 @cuda.jit(device=True)
 def _add_exactly(digits, x):
-    """Add a number from 0 to 1 to a number of `_DIGITS` digits of 32 bits, which need not be normalised."""
+    """Add a number from 0 to 1 to a number of `_DIGITS` digits of 32 bits, which may exceed 32 bits meanwhile."""
     fraction, exponent = math.frexp(x)
     mantissa = np.int64(fraction * 9007199254740992.0)  # 2**53
     shift = exponent - 53 - _LOWEST
@@ -356,7 +265,7 @@ def _add_exactly(digits, x):
 
 @cuda.jit(device=True)
 def _rounded(digits):
-    """The float64 nearest to the number that `digits` have, ties to even; it is at least 1."""
+    """Return the float64 nearest to the number in `digits`, ties to even; the number is at least 1."""
     carry = 0
     for word in range(_DIGITS):
         total = digits[word] + carry
@@ -381,13 +290,13 @@ def _rounded(digits):
 @cuda.jit
 def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, rows, corrections, calls, sat_out, missed,
            factors, go):  # fmt: skip
-    """From norms and counts to the factors of each parameter, and whether there is a step; with one block.
+    """Decide whether there is a step, and on the factors of each parameter, from norms and counts; with one block.
 
-    Read are `sources`, `span_norms` and `finite` of each parameter; its bound on the norm (`limits`, inf for none) and
-    the one on all of them (`global_limit`); the sign of its gradient; and where bias is corrected the row of
-    `corrections` (otherwise -1) that has the factors by number of steps, which are `calls` less `missed` ones less
-    those that the parameter `sat_out`. Written are `factors`, `go` (0 where `guarded` and a gradient is not finite)
-    and both counts.
+    The kernel reads for each parameter `sources`, `span_norms` and `finite`; `limits`, the bound on its norm (inf for
+    none); `signs`, the sign of its gradient; and `rows`, the row of `corrections` with its factors by number of steps
+    (-1 without bias correction). The number of steps of a parameter is `calls` less the `missed` ones, less the ones
+    it `sat_out`. `global_limit` is the bound on the norm of all gradients. The kernel writes `factors`, `go` (0 where
+    `guarded` and a gradient is not finite), `sat_out` and `missed`.
     """
     digits = cuda.shared.array(_DIGITS, numba.int64)
     largest_of = cuda.shared.array(THREADS, numba.float64)
@@ -470,7 +379,7 @@ def fill(array, value):
 
 @cache
 def convert_kernel(dimensions):
-    """The kernel that copies an array of any dtype and strides (in bytes), at an address, into a 1-D array."""
+    """Return the kernel that copies an array of any dtype and strides (in bytes), at an address, into a 1-D array."""
 
     @cuda.jit
     def convert(target, address, like, shape, strides):
@@ -484,48 +393,3 @@ def convert_kernel(dimensions):
             target[i] = number_at(place, like)
 
     return convert
-
-
-def driver_version() -> tuple[int, int]:
-    """The newest version of CUDA that the driver can run."""
-    from numba.cuda.cudadrv import driver
-
-    found: tuple[int, int] = driver.driver.get_version()
-    return found
-
-
-@cache
-def _unfit() -> str | None:
-    """Why nothing can be compiled though CUDA is there: what the compiler knows of NumPy is loaded late."""
-    from numba.cuda import descriptor
-
-    try:
-        descriptor.cuda_target.typing_context.refresh()
-    except Exception as error:
-        return (
-            f"numba.cuda fails with NumPy {np.__version__} ({error}); numba-cuda 0.30 needs one before 2.5, install "
-            'with: python -m pip install "numpy<2.5"'
-        )
-    return None
-
-
-def missing() -> str | None:
-    """What is missing to run these kernels: a sentence for the user; None if nothing is."""
-    if SIMULATED:
-        return None
-    if cuda.is_available():
-        return _unfit()
-    why = str(cuda.cuda_error() or "").strip()
-    if not why:
-        return (
-            "the driver is there, but NVIDIA's compiler for kernels (libNVVM) is not; install with: python -m pip "
-            'install "fastrms[cuda]"'
-        )
-    last = why.splitlines()[-1].strip(" :")
-    if "NO_DEVICE" in why:
-        return f"there is a driver, but no device that this process can see (CUDA_VISIBLE_DEVICES?): {last}"
-    if "cannot be found" in why or "not found" in why:
-        return (
-            "there is no NVIDIA driver (libcuda) on this machine; it comes with the system, not with a Python package"
-        )
-    return f"the driver cannot be started: {last}"

@@ -1,8 +1,7 @@
-"""Where tensors of another framework lie in memory, asked for in compiled code through DLPack's table of C functions.
+"""Addresses of the tensors of other frameworks, from DLPack's C exchange API, in compiled code.
 
-A type that has ``__dlpack_c_exchange_api__`` (DLPack 1.2 and later, the C exchange API) gives the address of a function
-that describes a tensor without making an object: some 15 ns, where Python's ways to ask for address, shape and strides
-take 50 ns each.
+A type with ``__dlpack_c_exchange_api__`` (DLPack 1.2 and later) gives the address of a C function that describes a
+tensor without making an object: some 15 ns, where address, shape and strides from Python take 50 ns each.
 """
 
 import ctypes
@@ -13,35 +12,35 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from fastrms.kernels.access import int64_at
 from fastrms.kernels.compiled import inner, jit
-from fastrms.kernels.cpu import int64_at
 
 __all__ = [
     "ABSENT", "CPU", "CUDA", "ORDINARY", "UNUSUAL", "WORDS", "current_stream", "exchange_function", "kind_of", "locate",
     "look_up",
 ]  # fmt: skip
 
-# What `locate` says of a tensor.
+# The states of a tensor that `locate` writes.
 ORDINARY, ABSENT, UNUSUAL = 0, 1, 2
 
-# Struct DLPackExchangeAPI: version (major, minor: 32 bits each), previous table, then functions; these are the fourth
-# and the fifth.
+# Struct DLPackExchangeAPI: version (major, minor: 32 bits each), previous table, then functions, of which these are the
+# fourth and the fifth.
 _FUNCTION, _STREAM = 5, 6
 # Struct DLTensor, in words of 64 bits: data, device (type, number: 32 bits each), dimensions and dtype (32 bits each),
 # shape, strides, byte offset.
 WORDS = 6
 _FLOAT = 2
-# Devices: in `locate` with the device's number in the upper half.
+# Types of device; `locate` has the number of the device in the upper half.
 CPU, CUDA = 1, 2
 
 
 def exchange_function(kind: type) -> int:
-    """The address of ``dltensor_from_py_object_no_sync`` for tensors of this type, or 0 if there is none."""
+    """Return the address of ``dltensor_from_py_object_no_sync`` for tensors of a type, or 0 without the API."""
     return _function(kind, _FUNCTION)
 
 
 def current_stream(kind: type, device: int) -> int:
-    """The number of the stream on which tensors of this type are computed now, by this thread on this device."""
+    """Return the number of the stream on which this thread computes tensors of a type on a device now."""
     ask = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
     stream = ctypes.c_void_p()
     ask(_function(kind, _STREAM))(device & 0xFFFFFFFF, device >> 32, ctypes.byref(stream))
@@ -59,13 +58,13 @@ def _function(kind: type, number: int) -> int:
 
 
 def kind_of(itemsize: int) -> int:
-    """The upper half of a DLTensor's third word for floats of so many bytes: code, bits and lanes of the dtype."""
+    """Return the upper half of a DLTensor's third word (code, bits, lanes) for floats of this many bytes."""
     return _FLOAT | 8 * itemsize << 8 | 1 << 16
 
 
 @intrinsic
 def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
-    """Call the function with the object at address `tensor`, to fill the array `words`; whether it could."""
+    """Call the function to describe the object at address `tensor` in the array `words`; tell whether it could."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -73,7 +72,7 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
         data = context.make_array(words)(context, builder, arguments[2]).data
         status = builder.call(describe, [builder.inttoptr(arguments[1], byte), builder.bitcast(data, byte)])
         failed = builder.icmp_signed("!=", status, ir.Constant(ir.IntType(32), 0))
-        with builder.if_then(failed):  # there is an exception, which is nobody's business
+        with builder.if_then(failed):  # with an exception set, which nobody handles
             clear = ir.FunctionType(ir.VoidType(), [])
             builder.call(cgutils.get_or_insert_function(builder.module, clear, "PyErr_Clear"), [])
         return builder.not_(failed)
@@ -83,7 +82,7 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
 
 @intrinsic
 def _item(typingctx: Any, dictionary: Any, key: Any) -> Any:
-    """The address of an item of the dict at address `dictionary`, which holds it; 0 if there is none."""
+    """Return the address of an item of the dict at address `dictionary`, which holds the item; 0 without it."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -101,9 +100,9 @@ def look_up(dicts, kind, key, items):
     Parameters
     ----------
     dicts : int
-        Address of the items of a tuple, which the caller holds: dicts, or something else that has no items.
+        Address of the items of a tuple, which the caller holds. An item that is no dict has no items.
     kind : int
-        ``id(dict)``; subclasses are something else.
+        ``id(dict)``; a subclass does not count as a dict.
     key : int
         Address of a str.
     items : ndarray of int64, shape (k,)
@@ -116,7 +115,7 @@ def look_up(dicts, kind, key, items):
 
 @inner
 def _elements(words, expected, k, device):
-    """The elements of a tensor that was described, or -1 if it is not as expected: dense, on `device`, dtype, shape."""
+    """Return the size of a described tensor, or -1 unless it is contiguous, on `device`, of this dtype and shape."""
     if words[1] != device or words[2] & 0xFFFFFFFF != expected[k, 1]:
         return -1
     if (words[2] >> 32) & 0xFFFFFFFF != expected[k, 0]:
@@ -135,31 +134,35 @@ def _elements(words, expected, k, device):
 
 @jit()
 def locate(function, tensors, kinds, none, expected, excluded, words, addresses, states, device):
-    """Find out where tensors lie; whether all are ordinary.
+    """Write the addresses of tensors; tell whether all are ordinary.
 
     Parameters
     ----------
     function : int
         From `exchange_function`.
     tensors : int
-        Address of the items of a tuple of tensors, which the caller holds, or of an array of their addresses, 0 for
-        one that is absent.
+        Address of the items of a tuple of tensors, which the caller holds, or of an array of their addresses.
     kinds : ndarray of int64, shape (m,)
-        The types (their ``id``) that the function is for, without subclasses.
+        The ``id`` of each type that the function is for, without subclasses.
     none : int
-        ``id(None)``, which stands for a tensor that is absent, as 0 does.
+        ``id(None)``. The address of None, or 0, stands for an absent tensor.
     expected : ndarray of int64, shape (k, 2 + most dimensions)
         For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
     excluded : ndarray of int64, shape (m, 2)
-        Pieces of memory [low, high) of which an ordinary tensor has no byte.
+        Pieces of memory [low, high) that an ordinary tensor does not alias.
     words : ndarray of int64, shape (`WORDS`,)
-        Room to work.
+        Scratch memory.
     addresses : ndarray of int64, shape (k,)
-        Written: where the elements begin; 0 unless the tensor is ordinary.
+        Written: the address of the elements; 0 unless the tensor is ordinary.
     states : ndarray of int64, shape (k,)
-        Written: `ORDINARY` for a dense tensor on the device of that dtype and shape, `ABSENT`, or `UNUSUAL`.
+        Written: `ORDINARY` for a contiguous tensor on the device of that dtype and shape, `ABSENT`, or `UNUSUAL`.
     device : int
-        `CPU`, or `CUDA` and the number of the device, times 2**32.
+        `CPU`, or `CUDA` plus the number of the device times 2**32.
+
+    Returns
+    -------
+    ordinary : bool
+        Whether all states are `ORDINARY`.
     """
     ordinary = True
     for k in range(addresses.size):

@@ -1,8 +1,8 @@
 """Sums of squares in a fixed order, for clipping by norm: the same bits for any number of threads.
 
-Each span is cut into chunks of `CHUNK` elements. A chunk is summed in float64 on `LANES` lanes (lane j takes the
-elements j, j + LANES, ...; a short last chunk counts as filled up with zeros), the lanes are added in pairs, and
-the chunks of a span one after another. Threads share out chunks, so who computes what cannot change a bit.
+Each span is cut into chunks of `CHUNK` elements. A chunk is summed in float64 on `LANES` lanes: lane j takes the
+elements j, j + LANES, ..., and a short last chunk counts as filled up with zeros. Then the lanes are added in pairs,
+and the chunks of a span one after another. Threads share out chunks, so the number of threads cannot change a bit.
 """
 
 import math
@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.kernels import reference
+from fastrms.kernels.access import gradient_part
 from fastrms.kernels.compiled import inner, jit
-from fastrms.kernels.cpu import gradient_part
 from fastrms.kernels.threads import one_at_a_time
 
-__all__ = ["CHUNK", "LANES", "AddUp", "SpanNorms", "combine", "scale_to"]
+__all__ = ["CHUNK", "LANES", "LEAST_SUM", "PRESCALE", "AddUp", "SpanNorms", "combine", "scale_to", "square"]
 
-# Makes sums of squares of whole spans from those of the parts that this process has.
+# Makes sums of squares of whole spans from sums of squares of the parts in this process.
 AddUp = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 CHUNK = 4096
@@ -28,14 +28,15 @@ CHUNK = 4096
 # 1e5 float32).
 LANES = 32
 
-# A sum of squares outside (2**-900, inf) may have left the range of float64, though its root is within it: it is then
-# taken again, of gradients multiplied by this power of two, or by its inverse. Only float64 gradients get there.
-_TOO_SMALL = 2.0**-900
-_PRESCALE = 2.0**600
+# A sum of squares outside [2**-900, inf) may have left the range of float64, though its root is in that range. Such a
+# sum is taken again, of gradients multiplied by `PRESCALE` or by its inverse. Only float64 gradients get there.
+LEAST_SUM = 2.0**-900
+PRESCALE = 2.0**600
 
 
 @inner
-def _square(x, clip, prescale):
+def square(x, clip, prescale):
+    """Return the square of a number limited to [-clip, clip], times `prescale`, in float64."""
     x = clip if x > clip else x
     x = -clip if x < -clip else x
     x = np.float64(x) * prescale
@@ -47,9 +48,9 @@ def _add_squares(grads, clip, prescale, lanes):
     whole = grads.size // LANES * LANES
     for i in range(0, whole, LANES):
         for j in range(LANES):
-            lanes[j] += _square(grads[i + j], clip, prescale)
+            lanes[j] += square(grads[i + j], clip, prescale)
     for j in range(grads.size - whole):
-        lanes[j] += _square(grads[whole + j], clip, prescale)
+        lanes[j] += square(grads[whole + j], clip, prescale)
 
 
 @inner
@@ -90,68 +91,90 @@ def _parallel(grads, spans, first_chunk, clip, prescale, partials, sums):
 
 
 class SpanNorms:
-    """The Euclidean norms of fixed spans of a gradient array, with room for the partial sums made once.
+    """The Euclidean norms of fixed spans of a gradient array, with memory for partial sums that is allocated once.
 
     Parameters
     ----------
     spans : ndarray of int64, shape (k, 3)
-        Elements [start, stop) each, and where they lie, as for `reference.update`.
+        Elements [start, stop) each, and the address of the gradient or 0, as for `reference.update`.
+
+    Attributes
+    ----------
+    spans : ndarray of int64, shape (k, 3)
+        The same array.
+    first_chunk : ndarray of int64, shape (k + 1,)
+        The number of the first chunk of each span, and the number of all chunks.
     """
 
     def __init__(self, spans: NDArray[np.int64]) -> None:
         self.spans = spans
         chunks = -(-(spans[:, 1] - spans[:, 0]) // CHUNK)
-        self._first_chunk = np.concatenate([[0], np.cumsum(chunks)])
-        self._partials = np.empty(self._first_chunk[-1])
+        self.first_chunk = np.concatenate([[0], np.cumsum(chunks)])
+        self._partials = np.empty(self.first_chunk[-1])
         self._sums = np.empty(len(spans))
 
     def of(self, spans: NDArray[np.int64]) -> "SpanNorms":
-        """The same for other spans."""
+        """Return an object of the same kind for other spans."""
         return SpanNorms(spans)
 
     def __call__(
         self, grads: NDArray[Any], clip: float, kernel: str, add_up: AddUp | None = None
     ) -> NDArray[np.float64]:
-        """The norms of `grads` with its values limited to [-clip, clip], by the serial, parallel or numpy code.
+        """Return the norm of each span.
 
-        With `add_up`, which gets a sum for each span, spans are parts, and the norms are those of the whole.
+        Parameters
+        ----------
+        grads : ndarray, shape (n,), float32 or float64
+            The gradient buffer.
+        clip : float
+            Values are limited to [-clip, clip]; inf for no limit.
+        kernel : {"serial", "parallel", "numpy"}
+            The code that computes; all give the same bits.
+        add_up : function of sums of squares, or None, default None
+            For spans that are parts of whole ones: gets a sum for each span, and returns that of the whole.
+
+        Returns
+        -------
+        norms : ndarray of float64, shape (k,)
+            NaN for a span with NaN.
         """
-        sums = self._sum_squares(grads, clip, 1.0, kernel)
+        sums = self.sum_squares(grads, clip, 1.0, kernel)
         sums = sums if add_up is None else add_up(sums)
         norms = np.sqrt(sums)
-        for outside, prescale in ((sums < _TOO_SMALL, _PRESCALE), (np.isinf(sums), 1.0 / _PRESCALE)):
+        for outside, prescale in ((sums < LEAST_SUM, PRESCALE), (np.isinf(sums), 1.0 / PRESCALE)):
             if grads.dtype == np.float64 and outside.any():
                 again = np.zeros(len(sums))
-                again[outside] = self.of(self.spans[outside])._sum_squares(grads, clip, prescale, kernel)
+                again[outside] = self.of(self.spans[outside]).sum_squares(grads, clip, prescale, kernel)
                 again = again if add_up is None else add_up(again)
                 with np.errstate(over="ignore"):  # a norm above the range of float64 is inf
                     norms[outside] = np.sqrt(again[outside]) / prescale
         return norms
 
     def finite(self, grads: NDArray[Any], kernel: str) -> NDArray[np.bool_]:
-        """Whether all values of each span are finite, in one reading."""
+        """Tell for each span whether all its values are finite, in one pass over `grads`."""
         # A number times 0 is 0, and NaN if it is inf or NaN.
-        return np.equal(self._sum_squares(grads, math.inf, 0.0, kernel), 0)
+        return np.equal(self.sum_squares(grads, math.inf, 0.0, kernel), 0)
 
-    def _sum_squares(self, grads: NDArray[Any], clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
+    def sum_squares(self, grads: NDArray[Any], clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
+        """Return the sum of squares of each span, of values limited to [-clip, clip] and times `prescale`."""
         if kernel == "numpy":
             return reference.sum_squares(grads, self.spans, clip, prescale, CHUNK, LANES)
-        sum_squares = one_at_a_time(_parallel) if kernel == "parallel" else _serial
+        compiled = one_at_a_time(_parallel) if kernel == "parallel" else _serial
         bound = grads.dtype.type(clip)
-        sum_squares(grads, self.spans, self._first_chunk, bound, prescale, self._partials, self._sums)
+        compiled(grads, self.spans, self.first_chunk, bound, prescale, self._partials, self._sums)
         return self._sums.copy()
 
 
 def combine(norms: NDArray[np.float64]) -> float:
-    """The norm of all from the norms of the parts; NaN if one is NaN. The order of the parts does not matter."""
+    """Return the norm of all parts from their norms, in any order; NaN if one is NaN."""
     largest = float(np.max(norms, initial=0.0))
     if largest == 0 or not math.isfinite(largest):
         return largest
-    # fsum rounds once; sums of NumPy have an order that depends on the processor.
+    # fsum rounds once; the order of NumPy's sums depends on the processor.
     return largest * math.sqrt(math.fsum((norms / largest) ** 2))
 
 
 def scale_to(limit: float, norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The factors that bring `norms` down to `limit`: 1 where they are within it, NaN where they are NaN."""
+    """Return the factors that bring `norms` down to `limit`: 1 for norms within the limit, NaN for NaN."""
     with np.errstate(divide="ignore"):
         return np.where(norms <= limit, 1.0, limit / norms)

@@ -1,13 +1,13 @@
-"""Reading gradients where they lie: what compiled code has to know to look into a tuple of arrays.
+"""The memory layout of tuples and arrays, from which compiled code reads the addresses of gradients.
 
-Asking an array for its address from Python costs 0.5 us or more, which for 1,000 small arrays is many times the whole
-update. So `cpu.serial_from` reads what it needs from the objects' own memory: type, dtype, flags, shape and data
-pointer, as CPython (``PyTupleObject``, ``PyObject``) and NumPy (``PyArrayObject_fields``, part of its public C API) lay
-them out. It accepts an array only if every field is exactly as expected; anything else is left to the general path.
+A question from Python for the address of an array costs 0.5 us or more, for 1,000 small arrays many times the whole
+update. So `cpu.serial_from` reads type, dtype, flags, shape and data pointer from the memory of the objects, as CPython
+(``PyTupleObject``, ``PyObject``) and NumPy (``PyArrayObject_fields``, part of its public C API) lay them out. It
+accepts an array only if every field is exactly as expected, and leaves all others to the general path.
 
-`available` checks all that this relies on, once, by comparing those bytes with what Python itself says, and turns the
-path off where anything is different: other interpreters, builds without the GIL, 32 bits, a NumPy with another layout.
-``FASTRMS_ZERO_COPY=0`` in the environment turns it off by hand.
+`available` compares those bytes with the answers of Python itself, once, and turns the path off at any difference:
+other interpreters, builds without the GIL, 32 bits, a NumPy with another layout. ``FASTRMS_ZERO_COPY=0`` in the
+environment turns it off by hand.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 __all__ = ["GATHER_BELOW", "available", "identity", "items_of"]
 
-# Up to how many elements on average the arrays of a run are copied together, rather than read where they lie.
+# Arrays of a run with fewer elements than this on average are copied together, and not read where they lie.
 GATHER_BELOW = 512
 
 # Byte offsets on 64-bit CPython with the GIL: an object starts with reference count and type; the items of a tuple
@@ -37,18 +37,29 @@ ORDINARY = 0x0001 | 0x0100  # NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED
 
 
 def items_of(arrays: tuple[Any, ...]) -> int:
-    """The address of the items of a tuple."""
+    """Return the address of the items of a tuple."""
     return id(arrays) + _ITEMS
 
 
 def identity(dtype: np.dtype[Any]) -> NDArray[np.int64]:
-    """What `cpu.serial_from` recognises None and an ordinary array by; `dtype` is NumPy's own object for its dtype."""
+    """Return the numbers by which `cpu.serial_from` recognises None and an ordinary array.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        Of the array; NumPy's own object.
+
+    Returns
+    -------
+    numbers : ndarray of int64, shape (4,)
+        Address of the type, address of the dtype, bytes of an element, address of None.
+    """
     return np.array([id(np.ndarray), id(dtype), dtype.itemsize, id(None)], np.int64)
 
 
 @cache
 def available() -> bool:
-    """Whether gradients can be read where they lie, on this interpreter, with this NumPy, and as the user wishes."""
+    """Tell whether this interpreter, this NumPy and the user allow to read gradients where they lie."""
     return (
         os.environ.get("FASTRMS_ZERO_COPY", "1") != "0"
         and not numba.config.DISABLE_JIT
@@ -67,7 +78,7 @@ def _samples() -> list[NDArray[Any]]:
 
 
 def _reads_right(array: NDArray[Any]) -> bool:
-    """Whether the bytes of `array`, inside a tuple, say what Python says of it."""
+    """Tell whether the bytes of `array`, inside a tuple, agree with Python's answers."""
 
     def word(address: int, kind: Any = ctypes.c_int64) -> int:
         return int(kind.from_address(address).value)
@@ -81,7 +92,7 @@ def _reads_right(array: NDArray[Any]) -> bool:
     return (
         word(address + DATA) == array.ctypes.data
         and word(address + NDIM, ctypes.c_int32) == array.ndim
-        # NumPy keeps shape and strides in one piece of memory: look there only if these are those two pointers.
+        # NumPy keeps strides behind shape; the next line reads there only if these words are the two pointers.
         and strides == shape + _POINTER * array.ndim
         and tuple(word(shape + _POINTER * d) for d in range(array.ndim)) == array.shape
         and word(address + DTYPE) == id(np.dtype(array.dtype.char))

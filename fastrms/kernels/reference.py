@@ -1,6 +1,6 @@
-"""RMSProp in plain NumPy, three times: the class everyone learns from, and the oracles for the compiled kernels.
+"""RMSProp in plain NumPy: the textbook class, and the oracles of the compiled kernels.
 
-Nothing here is shared with the compiled code, so that an error in one shows as a difference.
+The compiled code shares nothing with this module, so that an error in one shows as a difference.
 """
 
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastrms.options import HYPER_FIELDS
+from fastrms.kernels.hyper import HYPER_FIELDS
 
 __all__ = ["ReferenceRMSProp", "from_bfloat16", "sum_squares", "to_bfloat16", "update"]
 
 Array = NDArray[Any]
 
-# Elements that `update` works on at a time.
+# The number of elements that `update` works on at a time.
 _PART = 16_384
 
 
 class ReferenceRMSProp:
-    """RMSProp as it is taught: a Python loop over parameters, new arrays for each. What fastrms is compared with.
+    """RMSProp as it is taught, and the baseline of all comparisons: a Python loop over parameters, with new arrays.
 
     ``cache = decay_rate * cache + (1 - decay_rate) * grad**2`` and
     ``param = param - lr * grad / (sqrt(cache) + epsilon)`` (G. Hinton, Neural Networks for Machine Learning,
@@ -44,7 +44,7 @@ class ReferenceRMSProp:
         self.cache = [np.zeros_like(param) for param in self.params]
 
     def step(self, gradients: Sequence[Array]) -> list[Array]:
-        """Take one step; return the new parameters, a list of new arrays."""
+        """Take one step, and return the new parameters as new arrays."""
         for i, grad in enumerate(gradients):
             self.cache[i] = self.decay_rate * self.cache[i] + (1 - self.decay_rate) * grad**2
             self.params[i] = self.params[i] - self.lr * grad / (np.sqrt(self.cache[i]) + self.epsilon)
@@ -77,19 +77,19 @@ def update(
     hyper : ndarray, shape (len(HYPER_FIELDS),), the same dtype
         The options as numbers.
     spans : ndarray of int64, shape (k, 3)
-        Which elements to update: [start, stop) each, sorted and disjoint. The rest is left alone. The third number is
-        0, or for the compiled kernels the address of the gradient of this span, if it does not lie in `grads`.
+        The elements to update: [start, stop) each, sorted and disjoint; other elements stay as they are. The third
+        number is 0, or for compiled kernels the address of a gradient that does not lie in `grads`.
     factors : ndarray, shape (k, 2), the same dtype
         For each span, the factor on the gradient and the factor of the bias correction on the state.
     extended : bool
-        For the compiled kernels, which have a shorter loop where it is False. Here every option is looked at anyway.
+        False lets compiled kernels take a shorter loop. This function reads every option anyway.
     """
     h = dict(zip(HYPER_FIELDS, hyper, strict=True))
     m = b = None
-    tiny = h["state_floor"]  # 0 when subnormals are not flushed, so that nothing is below
+    tiny = h["state_floor"]  # 0 when subnormals are not flushed, so that no number is below
     with np.errstate(all="ignore"):
         for (first, last, _), (scale, correction) in zip(spans, factors, strict=True):
-            # In parts, so that what is computed in between stays in the cache.
+            # In parts, so that intermediate arrays stay in the processor's caches.
             for start in range(first, last, _PART):
                 stop = min(start + _PART, last)
                 p, g, c = params[start:stop], grads[start:stop], _state(cache, start, stop)
@@ -99,8 +99,8 @@ def update(
                 if h["l2"] > 0:
                     g = g + h["l2"] * p
 
-                # Times 0 what would square to subnormals, which are as slow here as in compiled code. (A product takes
-                # half the time of np.where; NaN and inf come through, and the sign of 0 goes with the square.)
+                # Multiply by 0 numbers whose squares are subnormal, which are as slow here as in compiled code. (A
+                # product takes half the time of np.where. NaN and inf come through. The square drops the sign of 0.)
                 squarable = g * (np.abs(g) >= h["gradient_floor"])
                 c[:] = h["decay"] * c + h["rest"] * squarable**2
                 _flush(c, tiny)
@@ -131,26 +131,26 @@ def update(
 
 
 def _without(drop: Array, x: Array) -> Array:
-    """`x` with 0 where `drop`, by its bits: np.where takes twice as long where that cannot be foreseen."""
+    """Return `x` with 0 where `drop`, by its bits: np.where takes twice as long for an irregular `drop`."""
     integer = np.dtype(f"i{x.dtype.itemsize}")
     bits = x.view(integer) & np.subtract(drop.view(np.int8), 1, dtype=integer)
     return bits.view(x.dtype)
 
 
 def _flush(state: Array, tiny: Any) -> None:
-    """Set to 0, in place, what is below `tiny`."""
+    """Set numbers below `tiny` to 0, in place."""
     if tiny > 0:
         state *= np.abs(state) >= tiny
         state += 0  # makes -0 of negative numbers 0
 
 
 def _state(state: Array, start: int, stop: int) -> Array:
-    """A part of a state array to compute with: itself, or what its bfloat16 numbers are."""
+    """Return a part of a state array as numbers: a view, or a copy of bfloat16 numbers in float32."""
     return from_bfloat16(state[start:stop]) if state.dtype == np.uint16 else state[start:stop]
 
 
 def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
-    """Round float32 numbers to bfloat16, to nearest and ties to even, as the uint16 that has their bits.
+    """Round float32 numbers to bfloat16, to nearest and ties to even, and return their bits as uint16.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
     Returns
     -------
     bits : ndarray of uint16
-        The upper half of the bits of the float32 that each number rounds to; 0x7FC0 for NaN.
+        The upper half of the bits of each rounded float32; 0x7FC0 for NaN.
     """
     array = np.asarray(array, np.float32, order="C")
     bits = array.view(np.uint32)
@@ -170,7 +170,7 @@ def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The bfloat16 numbers that uint16 arrays such as `RMSProp.cache` hold, as float32, exactly.
+    """Return the bfloat16 numbers in a uint16 array, such as those of `RMSProp.cache`, exactly as float32.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 def sum_squares(
     grads: Array, spans: NDArray[np.int64], clip: float, prescale: float, chunk: int, lanes: int
 ) -> NDArray[np.float64]:
-    """The sum of squares of each span, in the order of `fastrms.kernels.norms`, which describes the arguments."""
+    """Return the sum of squares of each span, in the order of `fastrms.kernels.norms`, which describes arguments."""
     sums = np.zeros(len(spans))
     with np.errstate(all="ignore"):
         for k, (start, stop, _) in enumerate(spans):

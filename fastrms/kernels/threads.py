@@ -1,4 +1,4 @@
-"""Start Numba's threads, limit them, and keep parallel kernels working after a fork."""
+"""Numba's threads: their start, their number, and parallel kernels after a fork."""
 
 import multiprocessing
 import os
@@ -6,6 +6,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import numba
@@ -18,7 +20,7 @@ __all__ = [
 
 
 def max_threads() -> int:
-    """How many threads Numba started with: NUMBA_NUM_THREADS, or the processor's cores."""
+    """Return the number of threads that Numba started with: NUMBA_NUM_THREADS, or the processor's cores."""
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
@@ -30,27 +32,27 @@ def limit_threads(num_threads: int) -> Iterator[None]:
     numba.set_num_threads(num_threads)
     try:
         yield
-    finally:  # the setting is the calling thread's, and the user's own parallel code reads it
+    finally:  # the user's own parallel code on this thread reads the same setting
         numba.set_num_threads(before)
 
 
-# How often an idle thread of GNU OpenMP looks for work before it sleeps: some 0.3 ms. Its default, 300,000, is some
-# 10 ms, in which it starves the user's next matrix product: training with the parallel kernel was four times slower.
-# With 0, or OMP_WAIT_POLICY=passive, threads have to be woken for each step, and two of them gain nothing below 1e6
-# elements (48 us a step at 1e5 float32, 24 with this, 39 serial).
+# How often an idle thread of GNU OpenMP looks for work before it sleeps: some 0.3 ms. The default, 300,000, is some
+# 10 ms, in which the thread starves the user's next matrix product: training with the parallel kernel was four times
+# slower. With 0, or OMP_WAIT_POLICY=passive, each step has to wake the threads, and two threads gain nothing below 1e6
+# elements (48 us a step at 1e5 float32, 24 with this number, 39 serial).
 SPIN_COUNT = 10_000
 
 
 def start_threads() -> None:
-    """Start Numba's threads, if they are not running, such that they spin only for a moment when idle.
+    """Start Numba's threads, unless they are running, such that idle threads spin only for a moment.
 
-    GNU OpenMP reads its environment when it is loaded, which is now, unless something else has loaded it: for that
+    GNU OpenMP reads its environment when it is loaded, which is now, unless another library has loaded it. For that
     moment GOMP_SPINCOUNT is `SPIN_COUNT`. Settings of the user's own stay as they are.
 
-    Numba's threads are started by a thread that ends then. With OpenMP, Numba sets how many threads the next parallel
-    region of the thread that starts them has, and whether regions may be nested. That would hold for other libraries
-    with the same OpenMP, such as PyTorch, too. And Numba takes a lock from multiprocessing, after which nobody could
-    set a start method any more.
+    A thread starts Numba's threads and ends. With OpenMP, Numba sets two things for the thread that starts them: the
+    number of threads of its next parallel region, and whether regions may be nested. On the user's thread they would
+    hold for other libraries with the same OpenMP too, such as PyTorch. And Numba takes a lock from multiprocessing,
+    which fixes the start method; this function leaves it open.
     """
     if _layer() is not None:
         return
@@ -59,11 +61,11 @@ def start_threads() -> None:
     if spin is not None:
         os.environ["GOMP_SPINCOUNT"] = spin
     try:
-        with suppress(RuntimeError):  # where a thread cannot be started, as at a limit
+        with suppress(RuntimeError):  # no thread can be started, as at a limit
             starter = threading.Thread(target=_start, name="fastrms starts Numba's threads")
             starter.start()
             starter.join()
-        numba.get_num_threads()  # raises here, if it did in `_start`
+        numba.get_num_threads()  # raises the error that `_start` suppressed
     finally:
         if spin is not None:
             del os.environ["GOMP_SPINCOUNT"]
@@ -76,19 +78,19 @@ def _start() -> None:
         numba.get_num_threads()
 
 
-# In a child of fork() there are no threads but the one that called it. Numba's TBB and workqueue layers start new ones;
-# with GNU OpenMP, whose state says that they are there, a parallel kernel would end the process.
+# A child of fork() has only the thread that called it. Numba's TBB and workqueue layers start new threads. GNU OpenMP
+# still counts on the lost ones, so that a parallel kernel would end the process.
 _lost_threads = False
-_after_fork: "weakref.WeakSet[Any]" = weakref.WeakSet()
-
+_after_fork: "weakref.WeakKeyDictionary[Any, Callable[[Any], None]]" = weakref.WeakKeyDictionary()
 
 _region = threading.Lock()
 
 
 def one_at_a_time(kernel: Callable[..., None]) -> Callable[..., None]:
-    """`kernel`, which has a parallel loop, or where Numba's layer needs it, a form of it at which threads take turns.
+    """Return a kernel with a parallel loop in a form that several threads can call at once.
 
-    Parallel loops run without the GIL, and the workqueue layer ends the process when two threads enter it at once.
+    Parallel loops run without the GIL, and the workqueue layer ends the process when two threads enter it at once. On
+    that layer threads take turns; on others the kernel comes back as it is.
     """
     start_threads()
     if _layer() != "workqueue":
@@ -102,7 +104,7 @@ def one_at_a_time(kernel: Callable[..., None]) -> Callable[..., None]:
 
 
 def _layer() -> str | None:
-    """Numba's threading layer, or None as long as its threads have not been started."""
+    """Return the name of Numba's threading layer, or None before its threads are started."""
     try:
         return str(numba.threading_layer())  # type: ignore[attr-defined]
     except ValueError:
@@ -110,20 +112,27 @@ def _layer() -> str | None:
 
 
 def threads_work() -> bool:
-    """Whether parallel kernels can run in this process."""
+    """Tell whether parallel kernels can run in this process."""
     return not _lost_threads
 
 
-def call_after_fork(optimizer: Any) -> None:
-    """Let `optimizer.after_fork` be called in children of this process, for as long as it lives."""
-    _after_fork.add(optimizer)
+def call_after_fork(method: Callable[[], None]) -> None:
+    """Register a bound method to be called in children of this process, for as long as its object lives.
+
+    Parameters
+    ----------
+    method : bound method of a hashable object
+        One for each object; a second one replaces the first.
+    """
+    assert isinstance(method, MethodType)
+    _after_fork[method.__self__] = method.__func__
 
 
 def _in_child() -> None:
     global _lost_threads, _region
-    _region = threading.Lock()  # a thread that held it is not here
+    _region = threading.Lock()  # the thread that held the old one is lost
     _lost_threads = _layer() == "omp"  # None: this process can start its own
-    call_all([optimizer.after_fork for optimizer in _after_fork])
+    call_all([partial(function, owner) for owner, function in _after_fork.items()])
 
 
 if hasattr(os, "register_at_fork"):

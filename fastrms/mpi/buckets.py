@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from fastrms.buffers.flat import FlatBuffer, Layout
+from fastrms.buffers import FlatBuffer, Layout
 from fastrms.mpi.communicator import Bounds, Communicator
 
 __all__ = ["GradientBuckets"]

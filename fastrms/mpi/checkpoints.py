@@ -243,5 +243,5 @@ def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
     state.counts.take_over(counts)
     for number, (group, values) in enumerate(zip(opt.param_groups, groups, strict=True)):
         values["lr"] = group["lr"] if values["lr"] is None else values["lr"]
-        group.take_over(ParamGroup(values, f"param_groups[{number}]", group.dtypes, opt.cache_dtype))
+        group.assign(ParamGroup(values, f"param_groups[{number}]", group.dtypes, opt.cache_dtype))
     opt.backend.options_changed()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fastrms._checks import LearningRate, check_one_of
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.host import check_host_kernel, new_sharded_backend
 from fastrms.errors import OptionError, StructureError
@@ -16,7 +17,6 @@ from fastrms.mpi.ending import install_excepthook
 from fastrms.mpi.shards import Shards
 from fastrms.mpi.waiting import check_timeout, named
 from fastrms.optimizer import RMSProp
-from fastrms.options import LearningRate, check_one_of
 
 __all__ = ["ShardedRMSProp"]
 

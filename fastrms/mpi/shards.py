@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from fastrms._state import OptimizerState
 from fastrms.backends.base import Array, Call, RunCalls
 from fastrms.backends.host import HostBackend
-from fastrms.backends.plan import Located, refuse_replaced
+from fastrms.backends.plan import Located
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.flat import as_arrays, views_of
+from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels.norms import AddUp
 from fastrms.mpi.buckets import GradientBuckets
@@ -64,6 +66,7 @@ class Shards:
     def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
         """Return the buffers of this rank's shard: its parameters, the sum of their gradients, and the state."""
         self._whole, self._params = buffers["grads"], buffers["params"]
+        self._watched_params, self._watched_grads = Watch(self._params), Watch(self._whole)
         self._own: Mapping[str, FlatBuffer] = buffers
         if self.communicator.size > 1:
             segments = [segment[part] for segment, part in zip(self._params.segments, self.slices, strict=True)]
@@ -253,7 +256,7 @@ class Shards:
         if grad is None:
             part.flat = 0
         else:
-            part.store(part.check([grad], name))
+            part.store(as_arrays([grad], part.layout, name))
         self._buckets.mark_ready(k, grad is not None)
 
     def discard(self) -> None:
@@ -323,12 +326,14 @@ class Shards:
                 self._refuse_half(from_buffer)
                 present = np.array(handover.present)
             elif not from_buffer:
-                arrays = grads.check(grads.layout.flatten(gradients, "gradients"), "gradients", skip_none=True)
+                arrays = as_arrays(
+                    grads.layout.flatten(gradients, "gradients"), grads.layout, "gradients", allow_none=True
+                )
                 present = np.array([array is not None for array in arrays])
             # From here on no other call may come in between, and no option may be set: ranks compare them.
             self._state.counts.writing = self._options_fixed = True
             backend.use_options()
-            refuse_replaced(self._params, grads, from_buffer)
+            refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
             # A function may have put a number in its own place.
             rates = [each if callable(group["lr"]) else group["lr"]
                      for group, each in zip(self._state.param_groups, found, strict=True)]  # fmt: skip
@@ -379,5 +384,5 @@ class _Part(FlatBuffer):
     def __init__(self, whole: FlatBuffer, layout: Layout, segments: Sequence[Array]) -> None:
         self.layout, self.segments = layout, tuple(segments)
         self._memory, self.block = whole._memory, whole.block
-        self.leaves = tuple(self._views_of(self.segments))
+        self.leaves = tuple(views_of(self.segments, layout))
         self.views = layout.structure(self.leaves)

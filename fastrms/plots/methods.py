@@ -5,9 +5,10 @@ from typing import SupportsFloat
 
 import numpy as np
 
+from fastrms._checks import check_option
 from fastrms.errors import OptionTypeError
 from fastrms.optimizer import RMSProp
-from fastrms.options import check_option, resolve_lr
+from fastrms.options import resolve_lr
 from fastrms.plots.functions import Array
 
 __all__ = ["METHODS", "AdaGrad", "GradientDescent", "Momentum", "rmsprop_rate"]

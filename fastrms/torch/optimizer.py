@@ -9,10 +9,10 @@ import torch
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.rmsprop import rmsprop
 
+from fastrms._checks import check_one_of
 from fastrms.dialects import DIALECTS
 from fastrms.errors import StructureError
 from fastrms.kernels import KERNELS
-from fastrms.options import check_one_of
 from fastrms.torch.pack import ASKED_FOR, OPTIONS, Group, MovedParameters, Pack
 from fastrms.torch.state import StateFollower
 

@@ -28,7 +28,7 @@ from fastrms.torch.placement import (
 from fastrms.torch.state import BoundState, State
 
 if TYPE_CHECKING:
-    from fastrms.buffers.flat import FlatBuffer
+    from fastrms.buffers import FlatBuffer
 
 __all__ = ["ASKED_FOR", "OPTIONS", "Group", "Pack"]
 

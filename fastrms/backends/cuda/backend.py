@@ -13,14 +13,16 @@ from fastrms.backends.cuda.arrays import Array, as_stream, copy_in, cuda, let_wa
 from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
 from fastrms.backends.cuda.gradients import Finder, Found
 from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
-from fastrms.backends.plan import rate_of, refuse_replaced, split_runs
+from fastrms.backends.plan import rate_of, split_runs
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
-from fastrms.buffers.overlap import refuse_overlap
+from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import threads
-from fastrms.options import needs_extended_rule, parameter_groups, resolve_lr
+from fastrms.kernels.hyper import needs_extended_rule
+from fastrms.options import parameter_groups, resolve_lr
 
 __all__ = ["CudaBackend", "new_backend"]
 
@@ -85,6 +87,7 @@ class CudaBackend:
         for name, buffer in state.buffers.items():
             state.buffers[name] = DeviceBuffer.of(buffer, self._stream)
         self._params, self._grads = self._on_device("params"), self._on_device("grads")
+        self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
         self._finder = Finder(self._grads)
         self._pinned: list[tuple[Pinned, Any]] = []
         self._runs = [
@@ -99,7 +102,7 @@ class CudaBackend:
         self._used: list[tuple[bool, bool]] = []  # for each group whether it has a momentum buffer and a mean gradient
         self._computed_from: object = None  # the version of the options from which everything else was computed
         self.options_changed()
-        threads.call_after_fork(self)
+        threads.call_after_fork(self.after_fork)
 
     def _on_device(self, name: str) -> DeviceBuffer:
         buffer = self.state.buffers[name]
@@ -214,7 +217,7 @@ class CudaBackend:
         found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
         if self._computed_from is not self._version:
             self._use_options()
-        refuse_replaced(self._params, grads, from_buffer)
+        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         counts, tables = self.state.counts, self._prepare_tables()
         if self._changed or rates:
             for run in self._runs:
@@ -413,7 +416,7 @@ class CudaBackend:
 
     def problems(self) -> list[str]:
         """Describe replaced views, a line each."""
-        return [problem for name, buffer in self.state.buffers.items() for problem in buffer.problems(name)]
+        return [problem for name, buffer in self.state.buffers.items() for problem in changed_views(buffer, name)]
 
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, a line each."""

@@ -9,8 +9,6 @@ from numpy.typing import DTypeLike
 
 from fastrms.backends.cuda.arrays import Array, cuda
 from fastrms.buffers import FlatBuffer, Layout
-from fastrms.buffers.flat import _empty
-from fastrms.errors import StructureError
 from fastrms.kernels import cuda as kernels
 
 __all__ = ["DeviceBuffer", "Pinned", "Staged"]
@@ -39,7 +37,6 @@ class DeviceBuffer(FlatBuffer):
             for leaf, dtype in ((leaf, layout.dtype_of(leaf)) for leaf in layout.leaves)
         )
         self.views = layout.structure(self.leaves)
-        self._watch()
         self.use(stream)
 
     def _part(self, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Any:
@@ -106,7 +103,7 @@ class DeviceBuffer(FlatBuffer):
 
     def to_host(self) -> FlatBuffer:
         """A copy in ordinary memory."""
-        host = _empty(self.layout)
+        host = FlatBuffer.from_layout(self.layout)
         for segment, ours in zip(host.segments, self.segments, strict=True):
             segment[...] = self.read(ours)
         return host
@@ -119,25 +116,13 @@ class DeviceBuffer(FlatBuffer):
             buffer.write(segment, theirs)
         return buffer
 
-    def _has(self, item: Any) -> bool:
+    def contains(self, item: object) -> bool:
+        """As `FlatBuffer.contains`, of arrays on the device."""
         interface = kernels.interface_of(item)
         if interface is None or not math.prod(interface["shape"]):
             return interface is not None
         low, high = self.span
         return bool(low <= interface["data"][0] < high)
-
-    def problems(self, name: str) -> list[str]:
-        """As `FlatBuffer.problems`; the arrays of Numba do not change their shape."""
-        try:
-            items = self.layout.flatten(self.views, name)
-        except StructureError as error:
-            return [str(error)]
-        return [
-            f"{name}{leaf.path}: expected the view that was there, got a {type(item).__name__} in its place; write "
-            f"into the view: {name}{leaf.path}[...] = value"
-            for item, view, leaf in zip(items, self.leaves, self.layout.leaves, strict=True)
-            if item is not view
-        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.to_host().__reduce__()

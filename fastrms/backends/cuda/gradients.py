@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from fastrms.backends.cuda.arrays import Interface, cuda, dense_strides, stream_of
 from fastrms.backends.cuda.buffer import DeviceBuffer
-from fastrms.buffers.flat import _can_store, _castable_to, _empty
+from fastrms.buffers.conversion import can_store, castable_to
+from fastrms.buffers.flat import as_arrays
 from fastrms.errors import DtypeError, StructureError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import dlpack, pointers
@@ -15,7 +16,6 @@ from fastrms.kernels import dlpack, pointers
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from fastrms.buffers import FlatBuffer
 
 __all__ = ["Finder", "Found"]
 
@@ -60,7 +60,6 @@ class Finder:
         layout = grads.layout
         self._leaves = layout.leaves
         self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
-        self._checker: FlatBuffer | None = None
         self._known: dict[tuple[str, np.dtype[Any]], np.dtype[Any]] = {}  # which dtypes can be stored as which
         # For `dlpack.locate`.
         self._expected = np.zeros((len(self._leaves), 2 + max(len(leaf.shape) for leaf in self._leaves)), np.int64)
@@ -108,11 +107,9 @@ class Finder:
                     interface = kernels.interface_of(item) or interface
                 self._look_at(k, item, interface, spans, found)
         if on_host:
-            if self._checker is None:
-                self._checker = _empty(self._grads.layout)  # of which nothing is ever written
             wanted = set(on_host)
             chosen = [item if k in wanted else None for k, item in enumerate(items)]
-            found.arrays = self._checker.check(chosen, "gradients", skip_none=True)
+            found.arrays = as_arrays(chosen, self._grads.layout, "gradients", allow_none=True)
         return found
 
     def _locate(self, items: tuple[Any, ...], written: NDArray[np.int64], found: Found) -> list[int]:
@@ -143,8 +140,8 @@ class Finder:
         theirs = self._known.get((interface["typestr"], dtype))
         if theirs is None:
             theirs = np.dtype(interface["typestr"])
-            if not _can_store(theirs, dtype) or not theirs.isnative:
-                raise DtypeError(f"gradients{leaf.path}: expected {_castable_to(dtype)}, got {theirs}")
+            if not can_store(theirs, dtype) or not theirs.isnative:
+                raise DtypeError(f"gradients{leaf.path}: expected {castable_to(dtype)}, got {theirs}")
             self._known[interface["typestr"], dtype] = theirs
         if leaf.stop == leaf.start:
             return

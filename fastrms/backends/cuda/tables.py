@@ -11,7 +11,8 @@ from fastrms.backends.cuda.arrays import cuda
 from fastrms.backends.cuda.buffer import Staged
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
-from fastrms.options import ParamGroup, hyper_values
+from fastrms.kernels.hyper import hyper_values
+from fastrms.options import ParamGroup
 
 __all__ = ["NO_BOUND", "DeviceRun", "Tables"]
 

@@ -1,4 +1,4 @@
-"""Parameters that share memory, of which an update of one would be an update of another."""
+"""Parameters that alias one another, so that an update of one would be an update of the other."""
 
 import math
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.buffers.flat import Layout
+from fastrms.buffers.layout import Layout
+from fastrms.buffers.pytree import PyTree
 from fastrms.errors import StructureError
 
 __all__ = ["refuse_overlap"]
@@ -14,8 +15,21 @@ __all__ = ["refuse_overlap"]
 _Span = tuple[int, int, str, NDArray[Any]]  # the bounds of an array in memory, its path, and the array
 
 
-def refuse_overlap(layout: Layout, arrays: Any) -> None:
-    """Raise StructureError if two of the parameters that `layout` is of share memory."""
+def refuse_overlap(layout: Layout, arrays: PyTree) -> None:
+    """Raise StructureError if two parameters share memory.
+
+    Parameters
+    ----------
+    layout : Layout
+        The structure of the parameters.
+    arrays : list, tuple, dict or array, or any nesting of these
+        The parameters. Items that are no ndarray share nothing.
+
+    Raises
+    ------
+    StructureError
+        The message names the paths of the first such pair.
+    """
     if overlap := _find_overlap(layout, arrays):
         raise StructureError(
             f"params{overlap[0]} and params{overlap[1]} share memory; give tied parameters once and add up their "
@@ -23,18 +37,17 @@ def refuse_overlap(layout: Layout, arrays: Any) -> None:
         )
 
 
-def _find_overlap(layout: Layout, arrays: Any) -> tuple[str, str] | None:
-    """The paths of two of them, or None.
+def _find_overlap(layout: Layout, arrays: PyTree) -> tuple[str, str] | None:
+    """Return the paths of two arrays that share an element, or None.
 
-    Two views that lie within one another's bounds without sharing an element, such as ``a[::2]`` and ``a[1::2]``, do
-    not overlap.
+    Two views whose bounds overlap without a shared element, such as ``a[::2]`` and ``a[1::2]``, do not count.
     """
     spans: list[_Span] = []
     for item, leaf in zip(layout.flatten(arrays, "arrays"), layout.leaves, strict=True):
         if isinstance(item, np.ndarray) and item.size:
             spans.append((*np.lib.array_utils.byte_bounds(item), leaf.path, item))
     spans.sort(key=lambda span: span[0])
-    cluster: list[_Span] = []  # whose bounds overlap
+    cluster: list[_Span] = []  # arrays whose bounds overlap
     end = 0
     for span in spans:
         if span[0] >= end and cluster:
@@ -47,7 +60,7 @@ def _find_overlap(layout: Layout, arrays: Any) -> tuple[str, str] | None:
 
 
 def _overlap_within(cluster: list[_Span]) -> tuple[str, str] | None:
-    """The paths of two arrays of a cluster, sorted by their first bounds, that share memory, or None."""
+    """Return the paths of two arrays that share memory, or None; the cluster is sorted by lower bounds."""
     if len(cluster) < 2:
         return None
     start = cluster[0][0]
@@ -58,8 +71,8 @@ def _overlap_within(cluster: list[_Span]) -> tuple[str, str] | None:
         *(stride for _, strides, _ in pieces for stride in strides),
     )
     cells = (max(high for _, high, _, _ in cluster) - start) // cell
-    # To compare all pairs takes about a microsecond for each; to mark what is taken, about a nanosecond and a byte for
-    # each cell: many columns of one array are marked, two halves of a huge one are compared.
+    # Comparing takes about a microsecond for each pair of arrays. Marking takes about a nanosecond and a byte for each
+    # cell. So many columns of one array are marked, and two halves of a huge array are compared.
     if cells > 1000 * len(cluster) ** 2:
         return _compare(cluster)
     taken = np.zeros(cells, bool)
@@ -78,7 +91,7 @@ def _overlap_within(cluster: list[_Span]) -> tuple[str, str] | None:
 
 
 def _pieces(item: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """The array as pieces of dense memory from its first byte on: how many, how far apart, and their bytes."""
+    """Return an array as pieces of contiguous memory: counts and strides by axis, and the bytes of a piece."""
     axes = sorted((abs(stride), size) for stride, size in zip(item.strides, item.shape, strict=True) if size > 1)
     axes = [axis for axis in axes if axis[0]]
     width = item.itemsize
@@ -88,6 +101,7 @@ def _pieces(item: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
 
 
 def _compare(cluster: list[_Span]) -> tuple[str, str] | None:
+    """Return the paths of two arrays of a cluster that share memory, or None, by comparing all pairs."""
     for k, span in enumerate(cluster):
         for other in cluster[:k]:
             try:

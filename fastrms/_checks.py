@@ -1,0 +1,183 @@
+"""The options with their defaults and ranges, and checks of the values that users give."""
+
+import math
+from collections.abc import Callable, Set
+from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias
+
+import numpy as np
+
+from fastrms.errors import OptionError, OptionTypeError
+
+__all__ = [
+    "BFLOAT16_STEP", "GROUP_DEFAULTS", "NONFINITE", "LearningRate", "check_cache_dtype", "check_count",
+    "check_for_dtype", "check_one_of", "check_option", "check_threads", "shown",
+]  # fmt: skip
+
+LearningRate: TypeAlias = SupportsFloat | Callable[[int], SupportsFloat]
+
+
+class _Range(NamedTuple):
+    """Default and range of a number; `high` is not part of the range, and `low` may not be."""
+
+    default: float | None
+    low: float
+    high: float
+    includes_low: bool
+    or_none: bool = False
+
+
+# The options of a parameter group. The defaults of the first three are the reference's. The others are off, because the
+# reference has none of them, except flush_subnormals (docs/options.md says why).
+_NUMBERS = {
+    "lr": _Range(1e-3, 0.0, math.inf, True),
+    "decay_rate": _Range(0.9, 0.0, 1.0, True),
+    "epsilon": _Range(1e-8, 0.0, math.inf, False),
+    "momentum": _Range(0.0, 0.0, 1.0, True),
+    "weight_decay": _Range(0.0, 0.0, math.inf, True),
+    "initial_scale": _Range(0.0, 0.0, math.inf, True),
+    "clip_value": _Range(None, 0.0, math.inf, False, or_none=True),
+    "clip_norm": _Range(None, 0.0, math.inf, False, or_none=True),
+}
+_FLAGS = {
+    "nesterov": False,
+    "centered": False,
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "eps_in_sqrt": False,
+    "bias_correction": False,
+    "lr_in_momentum": False,
+    "flush_subnormals": True,
+}
+GROUP_DEFAULTS: dict[str, Any] = {name: number.default for name, number in _NUMBERS.items()} | _FLAGS
+
+# The options of the optimizer as a whole: one norm over all groups.
+_GLOBAL_NUMBERS = {"global_clip_norm": _Range(None, 0.0, math.inf, False, or_none=True)}
+
+# The words that `nonfinite` may be.
+NONFINITE = ("propagate", "raise", "skip")
+
+# bfloat16 keeps 8 bits of a number, so that a change by less than 2**-8 of it can round back to the same number.
+BFLOAT16_STEP = 2.0**-8
+
+
+def check_option(name: str, value: Any) -> Any:
+    """Return `value` as a plain float, bool, None or callable, if option `name` may have it.
+
+    Raises
+    ------
+    OptionTypeError
+        `value` is of the wrong kind.
+    OptionError
+        `value` is NaN, infinite or out of range.
+    """
+    if name in _FLAGS:
+        if not isinstance(value, bool | np.bool_):
+            raise OptionTypeError(f"{name}: expected True or False, got {shown(value)} ({type(value).__name__})")
+        return bool(value)
+    if name == "lr" and callable(value):
+        return value
+    _, low, high, includes_low, or_none = (_NUMBERS | _GLOBAL_NUMBERS)[name]
+    if value is None and or_none:
+        return None
+    kinds = "a number" + (" or a function of the step" if name == "lr" else "") + (" or None" if or_none else "")
+    if type(value) is not float and not _is_number(value):
+        raise OptionTypeError(f"{name}: expected {kinds}, got {shown(value)} ({type(value).__name__})")
+    try:
+        with np.errstate(all="ignore"):  # a longdouble that is too large
+            # PyTorch warns where a gradient of the number would be lost.
+            number = float(value.detach() if hasattr(value, "detach") else value)
+    except Exception as error:  # an int too large for a float, or any error of a type of the user's own
+        kind = OptionTypeError if isinstance(error, TypeError) else OptionError
+        raise kind(f"{name}: expected {kinds}, got {shown(value)}: {error}") from None
+    if not (low <= number < high) or (number == low and not includes_low):
+        limits = f"{name} {'>=' if includes_low else '>'} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
+        raise OptionError(f"{name}: expected {kinds} with {limits}, finite; got {shown(value)}")
+    return number
+
+
+# Parts of the names of dtypes whose scalars are no real numbers, although `float` may take them: it would read a time
+# as a number, or lose an imaginary part.
+_NO_REAL_NUMBER = ("bool", "complex", "datetime", "timedelta", "str", "<U", ">U", "|S", "|V")
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether `value` is one real number: of Python, or a scalar or 0-d array of any library."""
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == object:
+        value = value[()]
+    # bool is a number to Python, but lr=True is a slip.
+    if isinstance(value, bool | str) or not hasattr(type(value), "__float__"):
+        return False
+    try:
+        shape, dtype = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", ""))
+    except Exception:  # any error of an attribute of the user's own
+        return False
+    return shape == () and not any(word in dtype for word in _NO_REAL_NUMBER)
+
+
+def shown(value: object) -> str:
+    """Return the representation of `value` for an error message, in at most 80 characters; never raise."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"something that cannot be shown: {error}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_threads(value: Any, available: int) -> int | None:
+    """Return `value` if it is None or a number of threads from 1 to `available`, and raise otherwise."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise OptionTypeError(f"num_threads: expected an integer or None, got {shown(value)} ({type(value).__name__})")
+    if not 1 <= value <= available:
+        raise OptionError(
+            f"num_threads: expected 1 to {available}, got {shown(value)}; Numba started with {available}, and the "
+            "environment variable NUMBA_NUM_THREADS, set before it is imported, can raise that"
+        )
+    return int(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return `value` as an int if it is a number of steps, from 0 to 2**53, and raise otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise OptionTypeError(f"{name}: expected a whole number, got {shown(value)} ({type(value).__name__})")
+    if not 0 <= value <= 2**53:
+        raise OptionError(f"{name}: expected a whole number from 0 to 2**53, got {shown(value)}")
+    return int(value)
+
+
+def check_one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of the words `choices`, and raise otherwise."""
+    if not isinstance(value, str):
+        raise OptionTypeError(f"{name}: expected one of {choices}, got {shown(value)} ({type(value).__name__})")
+    if value not in choices:
+        raise OptionError(f"{name}: expected one of {choices}, got {shown(value)}")
+    return value
+
+
+def check_cache_dtype(value: Any, dtypes: Set[np.dtype[Any]]) -> Literal["bfloat16"] | None:
+    """Return `value` if it is None or "bfloat16" and parameters of `dtypes` can have such state; raise otherwise."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise OptionTypeError(f'cache_dtype: expected "bfloat16" or None, got {shown(value)} ({type(value).__name__})')
+    if value != "bfloat16":
+        raise OptionError(f'cache_dtype: expected "bfloat16" or None, got {shown(value)}')
+    if dtypes != {np.dtype(np.float32)}:
+        raise OptionError(
+            "cache_dtype: bfloat16 goes with float32 parameters, got float64 ones; use .astype(np.float32)"
+        )
+    return "bfloat16"
+
+
+def check_for_dtype(name: str, value: float, dtype: np.dtype[Any]) -> None:
+    """Raise OptionError if `value` has no useful counterpart in `dtype`: inf for a finite number, or 0 for epsilon."""
+    with np.errstate(over="ignore", under="ignore"):
+        there = dtype.type(value)
+    if not np.isfinite(there):
+        raise OptionError(f"{name}: {value!r} is too large for {dtype} parameters (at most {np.finfo(dtype).max})")
+    if there == 0 and name in ("epsilon", "clip_value"):
+        raise OptionError(
+            f"{name}: {value!r} is 0 in {dtype}, the dtype of some parameters; use at least "
+            f"{float(np.finfo(dtype).tiny):.2g}, the smallest normal {dtype}, or float64 parameters"
+        )

@@ -1,0 +1,86 @@
+"""Refusal of names that a class does not have: attributes that are set, and arguments of constructors."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+from fastrms.dialects import meant
+from fastrms.errors import OptionTypeError
+
+__all__ = ["Guarded", "refuse_unknown"]
+
+
+class Guarded:
+    """Base of classes that refuse to set a public attribute which nothing reads, such as ``opt.learning_rate = 0.1``.
+
+    A class outside this package that derives from one of these may have attributes of its own, as long as their names
+    do not look like an option's.
+
+    Parameters
+    ----------
+    set_once : iterable of str, default ()
+        Keyword of the class statement: public attributes that are no properties, and cannot be set a second time.
+    """
+
+    _set_once: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, set_once: Iterable[str] = (), **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._set_once = cls._set_once | frozenset(set_once)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            if name not in self._set_once:
+                self._refuse_attribute(name)
+            elif vars(self).get(name, value) is not value:
+                raise AttributeError(f"{name}: cannot be replaced; write into it: {name}[...] = value")
+        elif not callable(value) and inspect.isfunction(getattr(type(self), name, None)):
+            raise AttributeError(f"{name}: expected a function in the place of a method, got {value!r}")
+        super().__setattr__(name, value)
+
+    def _refuse_attribute(self, name: str) -> None:
+        known = [key for key in dir(type(self)) if isinstance(getattr(type(self), key), property)]
+        known = sorted({*known, *self._set_once} - {"storage"})
+        hint = meant(name, [key for key in known if not key.startswith("_")])
+        if _is_ours(type(self)) or not hint.startswith("the "):
+            raise AttributeError(f"{name}: {type(self).__name__} has no such attribute; {hint}")
+
+
+def _is_ours(cls: type) -> bool:
+    """Tell whether a class is of this package."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def refuse_unknown(cls: type, options: Mapping[str, Any]) -> None:
+    """Raise if a class of this package is called with names that its constructor does not take.
+
+    Parameters
+    ----------
+    cls : type
+        A class whose bases of this package share their options.
+    options : mapping of str to value
+        Arguments given by name.
+
+    Raises
+    ------
+    OptionTypeError
+        The message says which name is meant.
+    """
+    if _is_ours(cls):  # a class of the user's own may take anything
+        known = _arguments(cls)
+        for name in options:
+            if name not in known:
+                raise OptionTypeError(f"{name}: {cls.__name__} has no such argument; {meant(name, known)}")
+
+
+@cache
+def _arguments(cls: type) -> list[str]:
+    """Return the names of all arguments that the constructors of a class and of its bases take."""
+    return [
+        name
+        for base in cls.__mro__
+        if _is_ours(base) and "__init__" in vars(base)
+        for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name != "self"
+    ]

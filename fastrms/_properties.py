@@ -1,0 +1,91 @@
+"""Properties of an optimizer that are made alike: views of a buffer, options of all groups, options of the whole."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from fastrms._state import OptimizerState
+from fastrms.backends.base import Backend
+from fastrms.backends.turns import Turns
+from fastrms.buffers import FlatBuffer
+from fastrms.errors import OptionError
+from fastrms.options import ParamGroup, ParamGroups
+
+__all__ = ["change", "checked", "option_of_all_groups", "views"]
+
+
+class _Optimizer(Protocol):
+    """A class that has these properties."""
+
+    _state: OptimizerState
+    _backend: Backend
+    _turns: Turns
+
+    @property
+    def buffers(self) -> Mapping[str, FlatBuffer]: ...
+
+    @property
+    def param_groups(self) -> ParamGroups: ...
+
+    def _set_options(self, changes: Iterable[tuple[ParamGroup, Mapping[str, Any]]]) -> None: ...
+
+
+def views(name: str, meaning: str) -> property:
+    """Return a property for the views of buffer `name`, None without the buffer; nothing can be put in their place."""
+
+    def get(self: _Optimizer) -> Any:
+        buffer = self.buffers.get(name)
+        return None if buffer is None else buffer.views
+
+    def refuse_another(self: _Optimizer, value: Any) -> None:
+        # `opt.grads *= 0.5`, for a single array, assigns the same array.
+        if value is not get(self):
+            path = self.buffers["params"].layout.leaves[0].path
+            raise AttributeError(
+                f"{name}: these views cannot be replaced; write into them: opt.{name}{path}[...] = value"
+            )
+
+    return property(get, refuse_another, doc=f"{meaning} Views of a flat buffer.")
+
+
+def option_of_all_groups(name: str, meaning: str) -> property:
+    """Return a property for option `name`: its value where all groups have the same, and to be set for all groups."""
+
+    def get(self: _Optimizer) -> Any:
+        values = [group[name] for group in self.param_groups]
+        if any(value != values[0] for value in values):
+            # The number of one group would be a trap: `opt.lr *= 0.5` would level all groups.
+            raise OptionError(f"{name}: differs between groups, {values}; use opt.param_groups[i][{name!r}]")
+        return values[0]
+
+    def set_all(self: _Optimizer, value: Any) -> None:
+        self._set_options([(group, {name: value}) for group in self.param_groups])
+
+    return property(get, set_all, doc=f"{meaning} Setting it sets it for all groups.")
+
+
+def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) -> property:
+    """Return a property for an option of the optimizer as a whole, kept in the data of the optimizer.
+
+    Setting it checks the value with `check`, and calls the backend's method named `changed`. An error of either
+    leaves the option as it was.
+    """
+
+    def get(self: _Optimizer) -> Any:
+        return getattr(self._state, name)
+
+    def set_checked(self: _Optimizer, value: Any) -> None:
+        change(self, name, check(value), changed)
+
+    return property(get, set_checked, doc=meaning)
+
+
+def change(optimizer: _Optimizer, name: str, value: object, changed: str) -> None:
+    """Set an option of the optimizer as a whole, and call the backend's method `changed`; undo it after an error."""
+    with optimizer._turns.lock:  # a step on another thread ends first
+        before = getattr(optimizer._state, name)
+        setattr(optimizer._state, name, value)
+        try:
+            getattr(optimizer._backend, changed)()
+        except BaseException:
+            setattr(optimizer._state, name, before)
+            raise

@@ -1,0 +1,239 @@
+"""`Layout`: where each array of a nesting lies in one block of memory."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from fastrms.buffers.conversion import as_array
+from fastrms.buffers.pytree import Level, PyTree, build, count_items, describe, refuse_structure, take_apart
+from fastrms.errors import StructureError
+
+__all__ = ["ALIGNMENT", "Layout", "Leaf", "Segment"]
+
+# A cache line, and the widest vector register of x86-64.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One array of a layout: elements [start, stop) of segment number `segment`."""
+
+    path: str  # the index into the nesting: "[0]['W']", "" for a single array
+    shape: tuple[int, ...]
+    segment: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """All arrays of one dtype, contiguous: `size` elements from byte `offset` of the block."""
+
+    dtype: np.dtype[Any]
+    offset: int
+    size: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An unpickled dtype is equal to NumPy's own object but not that object, by which a step knows usual gradients.
+        return _segment, (self.dtype.char, self.offset, self.size)
+
+
+def _segment(char: str, offset: int, size: int) -> Segment:
+    return Segment(np.dtype(char), offset, size)
+
+
+class Layout:
+    """Where each array of a nesting of lists, tuples and dicts lies in one block of memory.
+
+    Arrays of one dtype follow one another without gaps, each in C order, in the order of the nesting (dicts: of
+    insertion). Each dtype starts on a multiple of 64 bytes; dtypes are in the order of their first array.
+
+    Parameters
+    ----------
+    arrays : list, tuple, dict or array, or any nesting of these
+        Only structure, shapes and dtypes are kept. A dict may be any Mapping and comes back as a dict.
+    name : str
+        What error messages call `arrays`.
+
+    Attributes
+    ----------
+    leaves : tuple of Leaf
+        One for each array, in the order of the nesting.
+    segments : tuple of Segment
+        One for each dtype.
+    nbytes : int
+        Size of the block.
+
+    Raises
+    ------
+    StructureError, DtypeError
+        As `FlatBuffer` raises them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastrms import Layout
+    >>> layout = Layout({"W": np.ones((2, 3)), "b": np.zeros(3)})
+    >>> [(leaf.path, leaf.start, leaf.stop) for leaf in layout.leaves]
+    [("['W']", 0, 6), ("['b']", 6, 9)]
+    """
+
+    leaves: tuple[Leaf, ...]
+    segments: tuple[Segment, ...]
+    nbytes: int
+
+    def __init__(self, arrays: PyTree, name: str = "arrays") -> None:
+        try:
+            self._root, items = take_apart(arrays)
+        except RecursionError:
+            raise StructureError(
+                f"{name}: expected arrays in lists, tuples or dicts, got a nesting that contains itself, or is too deep"
+            ) from None
+        if not items:
+            raise StructureError(f"{name}: expected at least one array, got {describe(arrays)} without any")
+        self._place(items, name)
+        # One call takes a plain list or dict of arrays apart, the most frequent structures.
+        flat = self._root is not None and not any(self._root.children)
+        keys = self._root.keys if flat and self._root is not None else None
+        self._is_flat_sequence = flat and keys is None
+        self._values = itemgetter(*keys) if keys is not None and len(keys) > 1 else None
+        self._levels: list[Level] = []
+        nodes = [] if self._root is None else [self._root]
+        while nodes:
+            self._levels.append(Level(nodes))
+            nodes = self._levels[-1].below
+        # Levels give leaves in the order of their depth.
+        numbers = self._by_level(self.structure(range(len(self.leaves))))
+        assert numbers is not None
+        self._order = None if numbers == sorted(numbers) else itemgetter(*np.argsort(numbers).tolist())
+
+    def _place(self, items: list[tuple[str, Any]], name: str) -> None:
+        """Set `leaves`, `segments` and `nbytes` for these arrays, given with their paths."""
+        dtypes: list[np.dtype[Any]] = []
+        sizes: list[int] = []
+        leaves: list[Leaf] = []
+        for path, item in items:
+            array = as_array(item, name + path)
+            # In native byte order, and NumPy's own object for the dtype, so that `is` recognises a usual gradient.
+            dtype = np.dtype(array.dtype.char)
+            if dtype not in dtypes:
+                dtypes.append(dtype)
+                sizes.append(0)
+            segment = dtypes.index(dtype)
+            start = sizes[segment]
+            sizes[segment] += array.size
+            leaves.append(Leaf(path, array.shape, segment, start, sizes[segment]))
+        self.leaves = tuple(leaves)
+        segments: list[Segment] = []
+        offset = 0
+        for dtype, size in zip(dtypes, sizes, strict=True):
+            segments.append(Segment(dtype, offset, size))
+            offset += -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.segments = tuple(segments)
+        self.nbytes = offset
+
+    def with_dtype(self, dtype: DTypeLike) -> Self:
+        """Return the layout of arrays of the same structure and shapes, all of one dtype.
+
+        Parameters
+        ----------
+        dtype : dtype
+            The dtype of all arrays.
+
+        Returns
+        -------
+        layout : Layout
+            A layout with one segment.
+        """
+        zero = np.zeros((), dtype)
+        return type(self)(self.structure(np.broadcast_to(zero, leaf.shape) for leaf in self.leaves))
+
+    def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
+        """Return the dtype of an array of this layout.
+
+        Parameters
+        ----------
+        leaf : Leaf
+            One of `leaves`.
+
+        Returns
+        -------
+        dtype : numpy.dtype
+            In native byte order.
+        """
+        return self.segments[leaf.segment].dtype
+
+    def child_sizes(self) -> list[int]:
+        """Count the arrays below each item of the outermost list, tuple or dict.
+
+        Returns
+        -------
+        sizes : list of int
+            [1] for a single array.
+        """
+        return [1] if self._root is None else [count_items(child) for child in self._root.children]
+
+    def structure(self, items: Iterable[Any]) -> PyTree:
+        """Arrange one item for each array in the structure of this layout.
+
+        Parameters
+        ----------
+        items : iterable
+            Anything, in the order of `leaves`.
+
+        Returns
+        -------
+        tree : the structure of this layout
+            The items, nested as the arrays are.
+        """
+        return build(self._root, iter(items))
+
+    def flatten(self, tree: PyTree, name: str) -> tuple[Any, ...]:
+        """Return the items of `tree`, a nesting of this structure, in the order of `leaves`.
+
+        Parameters
+        ----------
+        tree : the structure of this layout
+            Lists and tuples stand for one another. A dict may have its keys in another order. Items may be anything.
+        name : str
+            What error messages call `tree`.
+
+        Returns
+        -------
+        items : tuple
+            One for each of `leaves`.
+
+        Raises
+        ------
+        StructureError
+            Wrong count, missing or unknown key, or another kind of container.
+        """
+        if self._is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):
+            return tuple(tree)
+        if self._values is not None and type(tree) is dict and len(tree) == len(self.leaves):
+            with suppress(KeyError):  # refused below, by name
+                return self._values(tree)  # type: ignore[no-any-return]
+        items = self._by_level(tree)
+        if items is None:
+            refuse_structure(self._root, tree, name)
+            raise StructureError(
+                f"{name}: expected items that do not change while they are read, got {describe(tree)} that changes"
+            )
+        return tuple(items) if self._order is None else self._order(items)
+
+    def _by_level(self, tree: PyTree) -> list[Any] | None:
+        """Return the items of `tree`, the outermost container's first, or None for another structure."""
+        if self._root is None:
+            return [tree]
+        leaves: list[Any] = []
+        trees = [tree]
+        for level in self._levels:
+            if (below := level.split(trees, leaves)) is None:
+                return None
+            trees = below
+        return leaves

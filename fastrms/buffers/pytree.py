@@ -1,0 +1,183 @@
+"""Nestings of lists, tuples and dicts: their structure, and their items in order."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, compress
+from operator import call, itemgetter
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastrms.errors import StructureError
+
+__all__ = ["Level", "Node", "PyTree", "build", "count_items", "describe", "refuse_structure", "take_apart"]
+
+# An array, or lists, tuples and dicts of these, nested at will. The exact type would make an error of every
+# `views["W"]`, and items may be anything that NumPy makes an array of.
+PyTree: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Node:
+    """A list, tuple, namedtuple or dict of a nesting, with a node for each container in it and None for each item."""
+
+    kind: type
+    keys: tuple[Any, ...] | None  # of a dict, else None
+    children: tuple["Node | None", ...]
+
+    def make(self, items: list[Any]) -> PyTree:
+        """Return a container of this kind with `items`."""
+        if self.keys is not None:
+            return dict(zip(self.keys, items, strict=True))
+        # A namedtuple takes its items one by one.
+        return self.kind(*items) if hasattr(self.kind, "_fields") else self.kind(items)
+
+
+def take_apart(tree: PyTree, path: str = "") -> tuple[Node | None, list[tuple[str, Any]]]:
+    """Return the structure of `tree`, and its items with their paths, which begin with `path`."""
+    items: list[tuple[str, Any]] = []
+    return _node_of(tree, path, items), items
+
+
+def _node_of(tree: PyTree, path: str, items: list[tuple[str, Any]]) -> Node | None:
+    """Return the structure of `tree`, and append its items to `items`."""
+    if isinstance(tree, Mapping):
+        keys = tuple(tree)
+        return Node(dict, keys, tuple(_node_of(tree[key], f"{path}[{key!r}]", items) for key in keys))
+    if isinstance(tree, list | tuple):
+        kind = list if isinstance(tree, list) else type(tree) if hasattr(tree, "_fields") else tuple
+        return Node(kind, None, tuple(_node_of(item, f"{path}[{i}]", items) for i, item in enumerate(tree)))
+    items.append((path, tree))
+    return None
+
+
+def build(node: Node | None, items: Iterator[Any]) -> PyTree:
+    """Arrange `items` in the structure of `node`."""
+    if node is None:
+        return next(items)
+    return node.make([build(child, items) for child in node.children])
+
+
+def count_items(node: Node | None) -> int:
+    """Count the items in the structure of `node`."""
+    return 1 if node is None else sum(count_items(child) for child in node.children)
+
+
+class Level:
+    """All containers at one depth of a nesting, whose items are taken in C.
+
+    Parameters
+    ----------
+    nodes : list of Node
+        The containers, in order.
+
+    Attributes
+    ----------
+    below : list of Node
+        The containers one level deeper.
+    """
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self._nodes = nodes
+        self._kinds = [node.kind for node in nodes]
+        self._sizes = [len(node.children) for node in nodes]
+        self._getters = [_getter(node.keys) for node in nodes]
+        children = [child for node in nodes for child in node.children]
+        self.below = [child for child in children if child is not None]
+        self._is_leaf = [child is None for child in children]
+        self._is_node = [child is not None for child in children]
+
+    def split(self, trees: Sequence[PyTree], leaves: list[Any]) -> list[PyTree] | None:
+        """Add the leaves in `trees` to `leaves` and return the containers in `trees`; None for another structure."""
+        if [*map(type, trees)] != self._kinds and not all(map(_can_be, trees, self._nodes)):
+            return None
+        if [*map(len, trees)] != self._sizes:
+            return None
+        try:
+            items = [*chain.from_iterable(map(call, self._getters, trees))]
+        except KeyError:
+            return None
+        if len(items) != len(self._is_leaf):  # a list of the user's own class
+            return None
+        if not self.below:
+            leaves.extend(items)
+            return []
+        leaves.extend(compress(items, self._is_leaf))
+        return [*compress(items, self._is_node)]
+
+
+def _getter(keys: tuple[Any, ...] | None) -> Callable[[Any], Iterable[Any]]:
+    """Return a function that gives the items of a list or tuple, or the items of a dict in the order of `keys`."""
+    if not keys:
+        return iter
+    return itemgetter(*keys) if len(keys) > 1 else partial(_only_item, keys[0])
+
+
+def _only_item(key: Any, tree: Any) -> tuple[Any]:
+    return (tree[key],)
+
+
+def _can_be(tree: PyTree, node: Node) -> bool:
+    """Tell whether a container may stand for that of `node`: a sequence for a sequence, a mapping with the keys."""
+    if node.keys is None:
+        return isinstance(tree, list | tuple)
+    # A defaultdict would make a missing key when asked for it.
+    return isinstance(tree, Mapping) and all(key in tree for key in node.keys)
+
+
+def refuse_structure(node: Node | None, tree: PyTree, name: str) -> None:
+    """Raise StructureError at the first difference between the structures of `tree` and `node`.
+
+    Parameters
+    ----------
+    node : Node or None
+        The structure expected.
+    tree : list, tuple, dict or anything else
+        The nesting given.
+    name : str
+        What the error message calls `tree`.
+
+    Raises
+    ------
+    StructureError
+        Another kind of container, another count, or missing or unknown keys.
+    """
+    if node is None:
+        return
+    if node.keys is not None:
+        if not isinstance(tree, Mapping):
+            raise StructureError(f"{name}: expected a dict with the keys {_list(node.keys)}, got {describe(tree)}")
+        if missing := [key for key in node.keys if key not in tree]:
+            raise StructureError(f"{name}: missing {_list(missing)}; expected the keys {_list(node.keys)}")
+        if len(tree) > len(node.keys):
+            known = set(node.keys)
+            extra = [key for key in tree if key not in known]
+            raise StructureError(f"{name}: unknown {_list(extra)}; expected the keys {_list(node.keys)}")
+    else:
+        if not isinstance(tree, list | tuple):
+            raise StructureError(
+                f"{name}: expected a list or tuple of {len(node.children)} items, got {describe(tree)}"
+            )
+        if len(tree) != len(node.children):
+            raise StructureError(f"{name}: expected {len(node.children)} items, got {len(tree)}")
+    for key, child in zip(node.keys or range(len(node.children)), node.children, strict=True):
+        refuse_structure(child, tree[key], f"{name}[{key!r}]")
+
+
+def describe(thing: object) -> str:
+    """Describe `thing` in a few words, for an error message."""
+    if thing is None:
+        return "None"
+    if isinstance(thing, Mapping):
+        return f"a dict of {len(thing)} items"
+    if isinstance(thing, list | tuple):
+        return f"a {type(thing).__name__} of {len(thing)} items"
+    if isinstance(thing, np.ndarray):
+        return f"an array of shape {thing.shape}"
+    return f"{type(thing).__name__} object"
+
+
+def _list(keys: Iterable[Any]) -> str:
+    keys = list(keys)
+    return ", ".join(repr(key) for key in keys[:10]) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")

@@ -1,0 +1,164 @@
+"""Memory as compiled code sees it: state in float or bfloat16, addresses of arrays, and requests to prefetch."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray
+from numba.core import types
+from numba.extending import intrinsic, overload
+
+from fastrms.kernels.compiled import inner, inner_options
+
+__all__ = [
+    "array_at", "gradient_part", "int32_at", "int64_at", "load_state", "prefetch", "state_part", "store_state",
+]  # fmt: skip
+
+# A state array holds numbers of the parameters' dtype, or bfloat16 numbers as uint16, or there is none. The compiler
+# chooses the function for the type of the array (`overload`); the interpreter chooses it at each call.
+
+
+def _load_nothing(state, i):
+    return None
+
+
+def _load_number(state, i):
+    return state[i]
+
+
+def _load_bfloat16(state, i):
+    # Numba computes uint32 << uint32 in uint64.
+    return np.uint32(np.uint32(state[i]) << np.uint32(16)).view(np.float32)
+
+
+def _store_nothing(state, i, x):
+    pass
+
+
+def _store_number(state, i, x):
+    state[i] = x
+
+
+def _store_bfloat16(state, i, x):
+    """Write `x` rounded to nearest, ties to even."""
+    bits = np.float32(x).view(np.uint32)
+    # The sum of just under half of the last kept place, and that place itself, carries where rounding goes up.
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    carried = np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd))
+    # A carry could make NaN inf.
+    state[i] = np.uint16(0x7FC0) if x != x else np.uint16(carried >> np.uint32(16))
+
+
+def _part_of_nothing(state, start, stop):
+    return None
+
+
+def _part_of_array(state, start, stop):
+    return state[start:stop]
+
+
+def load_state(state, i):
+    """Return element `i` of a state array as a number, or None without the array."""
+    return _form(state, _load_nothing, _load_bfloat16, _load_number)(state, i)
+
+
+def store_state(state, i, x):
+    """Round `x` to the kind of number of a state array, and write it to element `i`; nothing without the array."""
+    _form(state, _store_nothing, _store_bfloat16, _store_number)(state, i, x)
+
+
+def state_part(state, start, stop):
+    """Return elements [start, stop) of a state array, or None without the array."""
+    return _form(state, _part_of_nothing, _part_of_array, _part_of_array)(state, start, stop)
+
+
+def prefetch(array: Any, i: int) -> None:
+    """Ask the processor to fetch the cache line of element `i` of an array, or of None; a hint that changes nothing."""
+    # The interpreter has no use for it.
+
+
+def _form(state, for_nothing, for_bfloat16, for_numbers):
+    """Return one of three functions by the kind of `state`, a value or a type of Numba's."""
+    if state is None or isinstance(state, types.NoneType):
+        return for_nothing
+    return for_bfloat16 if state.dtype in (np.uint16, types.uint16) else for_numbers
+
+
+@overload(load_state, jit_options=inner_options)
+def _typed_load(state, i):
+    return _form(state, _load_nothing, _load_bfloat16, _load_number)
+
+
+@overload(store_state, jit_options=inner_options)
+def _typed_store(state, i, x):
+    return _form(state, _store_nothing, _store_bfloat16, _store_number)
+
+
+@overload(state_part, jit_options=inner_options)
+def _typed_part(state, start, stop):
+    return _form(state, _part_of_nothing, _part_of_array, _part_of_array)
+
+
+@overload(prefetch, jit_options=inner_options)
+def _typed_prefetch(array, i):
+    if isinstance(array, types.NoneType):
+        return lambda array, i: None
+    return lambda array, i: _prefetch_line(array, i)
+
+
+@intrinsic
+def _pointer_at(typingctx, address, like):
+    """Return `address` as a pointer to elements of the dtype of the array `like`."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), codegen
+
+
+@intrinsic
+def _prefetch_line(typingctx, array, i):
+    """Emit LLVM's request to prefetch element `i` of an array."""
+
+    def codegen(context, builder, signature, arguments):
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), pointer)
+        # To be read, into the cache next to the processor, as data.
+        builder.call(function, [address, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+@inner
+def array_at(address, size, like):
+    """Return the 1-D array of `size` elements at an address, of the dtype of the array `like`."""
+    return carray(_pointer_at(address, like), (size,))
+
+
+@inner
+def gradient_part(grads, spans, k, start, stop):
+    """Return elements [start, stop) of the run, all in span `k`, from `grads` or from the address of the span."""
+    address = spans[k, 2]
+    if address == 0:
+        return grads[start:stop]
+    return array_at(address + (start - spans[k, 0]) * grads.itemsize, stop - start, grads)
+
+
+def _number_at(kind):
+    """Return an intrinsic that reads an integer of type `kind` at an address."""
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, signature, arguments):
+            return builder.load(builder.inttoptr(arguments[0], context.get_value_type(kind).as_pointer()))
+
+        return kind(types.int64), codegen
+
+    return load
+
+
+int64_at, int32_at = _number_at(types.int64), _number_at(types.int32)

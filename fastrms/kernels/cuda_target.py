@@ -1,0 +1,162 @@
+"""The CUDA target of Numba: functions with the processor's bits, arrays and streams of other libraries, its absence.
+
+This is the only module that imports CUDA: `numba.cuda`, which is numba-cuda where that is installed, and Numba's own
+target otherwise. Numba's simulator (NUMBA_ENABLE_CUDASIM=1) runs all of it in the interpreter, on ordinary memory.
+
+Two things in the update rule mean something else on a GPU. The compiler would contract a product and a sum to one
+instruction that rounds once, and neither CUDA target of Numba has a switch for it (NVVM has the option; they do not
+pass it on). And `np.sqrt` is not known there. So the rule's source is compiled with each ``a * b`` as `multiply`, an
+instruction that is never contracted (``mul.rn``), and with CUDA's own square root. Division and square root round
+correctly unless fastmath is asked for, and subnormal numbers are kept. `tests/test_ptx.py` compiles everything without
+a GPU and reads the result.
+"""
+
+import ast
+import ctypes
+import inspect
+import math
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+
+with warnings.catch_warnings():  # NumPy 2.5 warns of code in numba-cuda 0.30
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from numba import cuda
+    from numba.cuda.extending import intrinsic
+
+__all__ = [
+    "LEGACY_STREAM", "SIMULATED", "cuda", "driver_version", "for_device", "handle_of", "interface_of", "missing",
+    "multiply", "number_at",
+]  # fmt: skip
+
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+
+# The number of the default stream of a device, which waits for most others and they for it.
+LEGACY_STREAM = 1
+
+
+if SIMULATED:
+
+    def multiply(a, b):
+        """Return the product, rounded by itself."""
+        return a * b
+
+    def number_at(address, like):
+        """Return the number at an address, of the type of `like`."""
+        return numba.carray(ctypes.c_void_p(int(address)), (1,), like.dtype)[0]
+
+else:
+
+    @intrinsic
+    def multiply(typingctx, a, b):
+        """Return the product, rounded by itself."""
+
+        def codegen(context, builder, signature, arguments):
+            number = arguments[0].type
+            name = f"llvm.nvvm.mul.rn.{'f' if a.bitwidth == 32 else 'd'}"
+            function = builder.module.declare_intrinsic(name, (), ir.FunctionType(number, [number, number]))
+            return builder.call(function, arguments)
+
+        return (a(a, b), codegen) if a == b else None  # otherwise one of them was meant to be cast
+
+    @intrinsic
+    def number_at(typingctx, address, like):
+        """Return the number at an address, of the type of `like`."""
+
+        def codegen(context, builder, signature, arguments):
+            # Address space 1 is the device's own memory; without it each load would have to find its space out.
+            return builder.load(builder.inttoptr(arguments[0], context.get_value_type(like).as_pointer(1)))
+
+        return like(address, like), codegen
+
+
+class _Products(ast.NodeTransformer):
+    """Rewriting of ``a * b`` as ``multiply(a, b)``."""
+
+    def visit_BinOp(self, node):
+        """Return the node, or a call in the place of a product."""
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Mult):
+            return node
+        call = ast.Call(ast.Name("multiply", ast.Load()), [node.left, node.right], [])
+        return ast.copy_location(call, node)
+
+
+def for_device(function):
+    """Return a function of the CPU kernels as a device function with the same bits."""
+    function = getattr(function, "py_func", function)
+    if SIMULATED:
+        return cuda.jit(device=True)(function)
+    tree = ast.parse(inspect.getsource(function))
+    tree.body[0].decorator_list = []
+    names = ModuleType("numpy")
+    names.sqrt, names.float64 = math.sqrt, np.float64
+    scope = {"multiply": multiply, "np": names}
+    exec(compile(ast.fix_missing_locations(_Products().visit(tree)), inspect.getsourcefile(function), "exec"), scope)
+    return cuda.jit(device=True)(scope[function.__name__])
+
+
+def interface_of(thing: Any) -> dict[str, Any] | None:
+    """Return the CUDA array interface of an array on the device, or None for anything else."""
+    try:
+        found = getattr(thing, "__cuda_array_interface__", None)
+        if found is None and getattr(thing, "__cuda_ndarray__", False):  # the simulator's, in ordinary memory
+            found = thing.__array_interface__
+    except Exception:  # any error of an attribute of the user's own; torch's, for dtypes without a description
+        return None
+    return found
+
+
+def handle_of(stream: Any) -> int:
+    """Return the number by which libraries know a stream; the simulator has the default stream only."""
+    return int(stream) or LEGACY_STREAM if hasattr(stream, "__int__") else LEGACY_STREAM
+
+
+def driver_version() -> tuple[int, int]:
+    """Return the newest version of CUDA that the driver can run."""
+    from numba.cuda.cudadrv import driver
+
+    found: tuple[int, int] = driver.driver.get_version()
+    return found
+
+
+@cache
+def _unfit() -> str | None:
+    """Return why nothing can be compiled though CUDA is there, or None; the compiler loads NumPy's types late."""
+    from numba.cuda import descriptor
+
+    try:
+        descriptor.cuda_target.typing_context.refresh()
+    except Exception as error:
+        return (
+            f"numba.cuda fails with NumPy {np.__version__} ({error}); numba-cuda 0.30 needs one before 2.5, install "
+            'with: python -m pip install "numpy<2.5"'
+        )
+    return None
+
+
+def missing() -> str | None:
+    """Return what is missing to run kernels on a device, as a sentence for the user, or None."""
+    if SIMULATED:
+        return None
+    if cuda.is_available():
+        return _unfit()
+    why = str(cuda.cuda_error() or "").strip()
+    if not why:
+        return (
+            "the driver is there, but NVIDIA's compiler for kernels (libNVVM) is not; install with: python -m pip "
+            'install "fastrms[cuda]"'
+        )
+    last = why.splitlines()[-1].strip(" :")
+    if "NO_DEVICE" in why:
+        return f"there is a driver, but no device that this process can see (CUDA_VISIBLE_DEVICES?): {last}"
+    if "cannot be found" in why or "not found" in why:
+        return (
+            "there is no NVIDIA driver (libcuda) on this machine; it comes with the system, not with a Python package"
+        )
+    return f"the driver cannot be started: {last}"
