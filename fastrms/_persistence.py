@@ -11,8 +11,9 @@ import numpy as np
 
 from fastrms._base import OptimizerBase
 from fastrms._checks import LearningRate, check_one_of
+from fastrms.backends.folder import HEAD
 from fastrms.backends.host import HostBackend
-from fastrms.backends.storage import HEAD, Storage
+from fastrms.backends.storage import Storage
 from fastrms.checkpoints.formats import opened, reading
 from fastrms.checkpoints.metadata import check_head, get_lr, groups_of, head_of, params_of
 from fastrms.checkpoints.state import load_file, load_state, restore, save_file, state_dict

@@ -10,7 +10,7 @@ from fastrms._guarded import refuse_unknown
 from fastrms._persistence import Persistent
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.factory import backend_of, new_backend
-from fastrms.buffers.replaced import paths_outside
+from fastrms.buffers.replaced import changed_views, paths_outside
 from fastrms.kernels import threads
 
 __all__ = ["RMSProp"]
@@ -257,7 +257,8 @@ class RMSProp(Persistent):
         ['w: expected a view of the parameters, got something else; take it from params again']
         >>> (copied_w,) = copied.params
         """
-        return self._backend.problems() + [
+        replaced = [problem for name, buffer in self.buffers.items() for problem in changed_views(buffer, name)]
+        return replaced + [
             f"{path}: expected a view of the parameters, got something else; take it from params again"
             for name, tree in arrays.items()
             for path in paths_outside(self.buffers["params"], tree, name)

@@ -72,9 +72,6 @@ class Backend(Target, Protocol):
     def state_on_host(self) -> OptimizerState:
         """Return the data of the optimizer with buffers in ordinary memory."""
 
-    def problems(self) -> list[str]:
-        """Describe replaced views, a line each."""
-
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, and why, a line each."""
 

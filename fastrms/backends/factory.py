@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 from fastrms import kernels
 from fastrms._checks import check_one_of
 from fastrms._state import OptimizerState, Settings
-from fastrms.backends import host
 from fastrms.backends.base import Backend
+from fastrms.backends.host import HostBackend
+from fastrms.backends.making import new_host_backend
 from fastrms.backends.memory import Ram
 from fastrms.backends.storage import check_storage
 from fastrms.errors import DeviceError, OptionError
@@ -38,11 +39,11 @@ def new_backend(params: Any, settings: Settings, storage: Any, stream: Any) -> B
     if settings.kernel == "cuda":
         if storage is not None:
             raise OptionError('storage: expected None with kernel="cuda", which keeps the buffers on a GPU, got a path')
-        backend: Backend = _cuda().new_backend(params, settings, stream)
+        backend: Backend = _cuda().new_cuda_backend(params, settings, stream)
         return backend
     if stream is not None:
         raise OptionError(f'stream: expected None unless kernel is "cuda", got {stream!r}')
-    return host.new_backend(OptimizerState(params, settings), storage)
+    return new_host_backend(OptimizerState(params, settings), storage)
 
 
 def backend_of(state: OptimizerState) -> Backend:
@@ -50,15 +51,15 @@ def backend_of(state: OptimizerState) -> Backend:
     if state.kernel == "cuda":
         backend: Backend = _cuda().CudaBackend(state, None)
         return backend
-    return host.HostBackend(state, Ram())
+    return HostBackend(state, Ram())
 
 
 def _cuda() -> "ModuleType":
     try:  # only who asks for it imports CUDA
-        from fastrms.backends.cuda import backend
+        from fastrms.backends.cuda import making
     except ImportError as error:
         raise DeviceError(
             f'kernel: expected a GPU for "cuda", but the package numba-cuda cannot be imported ({error}); '
             'install with: python -m pip install "fastrms[cuda]"'
         ) from None
-    return backend
+    return making

@@ -9,96 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms._checks import check_one_of
 from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
-from fastrms.backends import tuner
+from fastrms.backends import plan, tuner
 from fastrms.backends.base import Array, Call, Memory, Ranks
-from fastrms.backends.memory import Ram
-from fastrms.backends.plan import (
-    IN_BUFFER,
-    IN_PLACE,
-    Located,
-    Run,
-    clip_scales,
-    make_plan,
-    rate_of,
-    split_runs,
-)
+from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run
 from fastrms.backends.storage import Storage
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
 from fastrms.buffers.flat import as_arrays
-from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
+from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError
 from fastrms.kernels import cpu, pointers, threads
-from fastrms.kernels.reference import to_bfloat16
 from fastrms.options import resolve_lr
 
-__all__ = ["HostBackend", "check_host_kernel", "new_backend", "new_sharded_backend"]
+__all__ = ["HostBackend"]
 
 # The result of the one call of `cpu.serial_from` that is a whole step.
 _UPDATED = [cpu.FOUND]
-
-
-def check_host_kernel(value: Any) -> str:
-    """Return `value` if it is a kernel that runs on the host, or raise OptionError or OptionTypeError."""
-    if isinstance(value, str) and value == "cuda":
-        raise OptionError(
-            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
-            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
-            "load_state_dict() of this one"
-        )
-    return check_one_of("kernel", value, kernels.KERNELS)
-
-
-def new_backend(state: OptimizerState, storage: Any = None) -> "HostBackend":
-    """Return a backend with new buffers, or with those of a folder that was opened.
-
-    Parameters
-    ----------
-    state : OptimizerState
-        With the arrays that were given, and without buffers.
-    storage : path, Storage or None, default None
-        As for `fastrms.RMSProp`; a Storage was opened by `Storage.open`.
-    """
-    if storage is None:
-        backend = _with_new_buffers(state, Ram(), None)
-    else:
-        folder = Storage.of(storage, state.layout)
-        with folder.making(state):
-            if folder.reopened:
-                for name in ("params", "grads"):
-                    state.buffers[name] = folder.new_buffer(name, state.layout)
-                backend = HostBackend(state, folder)
-                for name in folder.names[2:]:
-                    state.buffers[name] = backend.new_buffer(name)
-                backend.add_state(state.param_groups)
-            else:
-                backend = _with_new_buffers(state, folder, None)
-    state.forget_arrays()
-    return backend
-
-
-def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> "HostBackend":
-    """Return a backend with new buffers in memory, of which this rank updates its shard."""
-    backend = _with_new_buffers(state, Ram(), ranks)
-    state.forget_arrays()
-    return backend
-
-
-def _with_new_buffers(state: OptimizerState, memory: Memory, ranks: Ranks | None) -> "HostBackend":
-    for name in ("params", "grads"):
-        state.buffers[name] = memory.new_buffer(name, state.layout)
-    state.buffers["params"].gather(state.arrays, "params")
-    backend = HostBackend(state, memory, ranks)
-    state.buffers["cache"] = backend.new_buffer("cache")
-    for cache, k in zip(state.buffers["cache"].leaves, state.group_of, strict=True):
-        if start := state.param_groups[k]["initial_scale"]:  # new memory is 0
-            flat = cache.reshape(-1)
-            for part in memory.parts(flat):
-                flat[part] = start if state.cache_dtype is None else to_bfloat16(start)
-    backend.add_state(state.param_groups)
-    return backend
 
 
 class HostBackend:
@@ -125,7 +52,8 @@ class HostBackend:
         self._run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
         self._runs = [
-            Run(k, state.param_groups[k], layout, numbers, memory) for k, numbers in split_runs(layout, state.group_of)
+            Run(k, state.param_groups[k], layout, numbers, memory)
+            for k, numbers in plan.split_runs(layout, state.group_of)
         ]
         self._computed_from: object = None  # the version of the options from which everything below was computed
         self._used: list[tuple[bool, bool]] = []  # for each group whether it has a momentum buffer and a mean gradient
@@ -164,11 +92,12 @@ class HostBackend:
 
     def check_kernel(self, value: Any) -> str:
         """Return `value` if it is a kernel to which an optimizer on the host can change."""
-        return check_host_kernel(value)
+        return kernels.check_host_kernel(value)
 
     def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
-        self._refuse_options_in_an_exchange()
+        if self._ranks is not None:
+            self._ranks.options_change()
         options = list(options)
         for name, option in STATE_OPTIONS.items():
             if name not in self.state.buffers and any(values[option] for values in options):
@@ -176,7 +105,8 @@ class HostBackend:
 
     def kernel_changed(self) -> None:
         """Follow `state.kernel` and `state.num_threads`."""
-        self._refuse_options_in_an_exchange()
+        if self._ranks is not None:
+            self._ranks.options_change()
         kernel, threads_work = self.state.kernel, threads.threads_work()
         large = any(run.size >= tuner.TRY_PARALLEL_FROM for run in self._runs)
         watch = kernel == "auto" and large and self._threads() > 1 and threads_work
@@ -191,17 +121,14 @@ class HostBackend:
 
         Thousands of groups may change one by one, so nothing is computed here.
         """
-        self._refuse_options_in_an_exchange()
+        if self._ranks is not None:
+            self._ranks.options_change()
         # The calls of a step where every step has the same, by whether gradients are read in place, and by kernel. A
         # step that is making calls writes them to the dict with which it began.
         self._steady_calls: dict[tuple[bool, str], list[Call]] = {}
         # Where one call of `cpu.serial_from` is the whole step: its arguments after the address of the items.
         self._whole_step: dict[str, Call] = {}
         self._version = object()
-
-    def _refuse_options_in_an_exchange(self) -> None:
-        if self._ranks is not None:
-            self._ranks.options_change()
 
     def use_options(self) -> None:
         """Compute everything that follows from options, unless that was done."""
@@ -383,14 +310,14 @@ class HostBackend:
         if self._clips:
             of_runs = [self._norms_of(run, name) for run, name in zip(self._runs, kernel_of, strict=True)]
             parameters = len(counts.absent)
-            scales = clip_scales(self._runs, of_runs, self.state.global_clip_norm, located.present, parameters)
+            scales = plan.clip_scales(self._runs, of_runs, self.state.global_clip_norm, located.present, parameters)
             norms = np.full(parameters, np.nan)
             for run, own in zip(self._runs, of_runs, strict=True):
                 if run.group["clip_value"] is None:  # otherwise inf does not show
                     norms[run.numbers] = own
-        rate_of_run = [rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
+        rate_of_run = [plan.rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
         from_items = located.in_place and self._folder is None  # a folder cuts calls of `UPDATES`
-        calls, steady = make_plan(self._runs, kernel_of, rate_of_run, located, scales, counts, from_items)
+        calls, steady = plan.make_plan(self._runs, kernel_of, rate_of_run, located, scales, counts, from_items)
         if self._version is not version:  # a signal handler has set options meanwhile
             return self._make_calls(located, rates, kernel)
         if (located.in_place, kernel) not in self._compiled:
@@ -424,29 +351,15 @@ class HostBackend:
         self, located: Located, kernel: str, norms: NDArray[np.float64] | None, items: tuple[Any, ...] | None
     ) -> bool:
         """Return whether the step is to be skipped, or raise, where a gradient is not finite."""
-        wrong = np.flatnonzero(self._nonfinite(located, kernel, norms))
+        kernel_of = [self._kernel_of(run, kernel) for run in self._runs]
+        nonfinite = plan.find_nonfinite(self._runs, kernel_of, located, norms, self._own["grads"])
+        wrong = np.flatnonzero(nonfinite if self._ranks is None else self._ranks.nonfinite_anywhere(nonfinite))
         if not len(wrong) or self.state.nonfinite == "skip":
             return len(wrong) > 0
         if self._ranks is not None:
             raise self._ranks.nonfinite_error(wrong)
         leaves, values = self._grads.layout.leaves, items or self._grads.leaves
         raise NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
-
-    def _nonfinite(self, located: Located, kernel: str, norms: NDArray[np.float64] | None) -> NDArray[np.bool_]:
-        """Return which parameters have a gradient with an inf or NaN."""
-        present = located.present
-        finite = np.zeros(len(self.state.counts.absent), bool) if norms is None else np.isfinite(norms)
-        if present is not None:
-            finite |= ~present
-        # A norm can be inf though no value is, and where there is none it is NaN: read the gradients.
-        if not finite.all():
-            for run in self._runs:
-                if not located.in_place:
-                    run.point_to_buffer()
-                grads = run.part_of(self._own["grads"])
-                finite[run.numbers] = run.norms.finite(grads, self._kernel_of(run, kernel))
-        nonfinite = ~finite if present is None else ~finite & present
-        return nonfinite if self._ranks is None else self._ranks.nonfinite_anywhere(nonfinite)
 
     # Counts, and access to buffers.
 
@@ -496,24 +409,10 @@ class HostBackend:
             self._folder.after_fork()
         self.kernel_changed()
 
-    def problems(self) -> list[str]:
-        """Describe replaced views, a line each."""
-        return [problem for name, buffer in self.state.buffers.items() for problem in changed_views(buffer, name)]
-
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, and why, a line each."""
-        lines, kernel = [], self.state.kernel
-        for run in self._runs:
-            parameters = f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays"
-            if not threads.threads_work() and kernel in ("auto", "parallel"):
-                reason = "serial; this process was forked from one that had started OpenMP threads"
-            elif kernel != "auto":
-                reason = f"{kernel}, as asked for"
-            elif self._tuner is not None and run.size >= tuner.TRY_PARALLEL_FROM:
-                reason = f"{self._tuner.kernel}; {self._tuner.reason}"
-            elif self._threads() > 1:
-                reason = f"serial; {tuner.TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
-            else:
-                reason = "serial; there is one thread"
-            lines.append(f"{parameters}: {reason}")
-        return lines
+        return [
+            f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays: "
+            f"{tuner.explain(run.size, self.state.kernel, self._tuner, self._threads())}"
+            for run in self._runs
+        ]

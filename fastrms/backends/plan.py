@@ -22,6 +22,7 @@ __all__ = [
     "Located",
     "Run",
     "clip_scales",
+    "find_nonfinite",
     "make_plan",
     "rate_of",
     "split_runs",
@@ -276,3 +277,36 @@ def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps
     """Return the learning rate of a group, of `rates` where its rate was a function at the beginning of the step."""
     # A function may have put a number in its own place, and that is what `opt.lr` says from then on.
     return rates[number] if rates and callable(group["lr"]) else resolve_lr(group, steps)
+
+
+def find_nonfinite(
+    runs: Sequence[Run],
+    kernel_of: Sequence[str],
+    located: Located,
+    norms: NDArray[np.float64] | None,
+    grads: FlatBuffer,
+) -> NDArray[np.bool_]:
+    """Return which parameters have a gradient with an inf or NaN.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    kernel_of : sequence of str
+        The kernel of each run.
+    located : Located
+    norms : ndarray of float64, shape (parameters,), or None
+        Norms that clipping computed, NaN where it did not; None for none.
+    grads : FlatBuffer
+        The gradient buffer.
+    """
+    present = located.present
+    finite = np.zeros(len(grads.leaves), bool) if norms is None else np.isfinite(norms)
+    if present is not None:
+        finite |= ~present
+    # A norm can be inf though no value is, and where there is none it is NaN: read the gradients.
+    if not finite.all():
+        for run, kernel in zip(runs, kernel_of, strict=True):
+            if not located.in_place:
+                run.point_to_buffer()
+            finite[run.numbers] = run.norms.finite(run.part_of(grads), kernel)
+    return ~finite if present is None else ~finite & present

@@ -24,20 +24,19 @@ from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
 from fastrms.backends.base import Call
+from fastrms.backends.folder import BUFFERS, HEAD, VERSION, make_folder, read_head, real_path
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.backends.pages import Pages
 from fastrms.buffers import Layout
 from fastrms.checkpoints.formats import replaced
 from fastrms.checkpoints.metadata import (
     MOST_STEPS,
-    check_head,
     check_skipped,
     encode,
     head_of,
 )
 from fastrms.errors import (
     CheckpointError,
-    FastrmsError,
     OptionError,
     OptionTypeError,
     StorageError,
@@ -49,28 +48,16 @@ from fastrms.kernels.norms import SpanNorms
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["HEAD", "Storage", "check_storage"]
+__all__ = ["Storage", "check_storage"]
 
 Array = NDArray[Any]
 
-# Of what is in the folder. Head and arrays are those of checkpoints, which have a version of their own.
-VERSION = 1
-
-HEAD, _COUNTS, _LOCK = "head.json", "counts.bin", "lock"
-_BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three are always there
+_COUNTS, _LOCK = "counts.bin", "lock"
 
 # The numbers in `counts.bin`, before those of the steps in which each parameter had no gradient.
 _UNDER_WAY, _STEPS, _SKIPPED_STEPS, _ABSENT = range(4)
 _NOTHING, _STEP, _LOAD = range(3)
 _WHAT = {_NOTHING: "nothing was under way", _STEP: "a step was under way", _LOAD: "a load was under way"}
-
-
-def check_storage(storage: Any) -> None:
-    """Raise OptionTypeError if this is nothing that RMSProp takes as `storage`."""
-    if storage is not None and not isinstance(storage, str | os.PathLike | Storage):
-        raise OptionTypeError(f"storage: expected the path of a folder or None, got {type(storage).__name__} object")
-    if storage == "":  # which is the current folder for pathlib
-        raise OptionError("storage: expected the path of a folder or None, got ''")
 
 
 class Storage:
@@ -101,13 +88,13 @@ class Storage:
     @classmethod
     def create(cls, path: Path, layout: Layout) -> "Storage":
         """Make the folder, and take it into possession."""
-        path = _real(path)
+        path = real_path(path)
         try:
             encode(layout.structure(range(len(layout.leaves))))
         except StructureError as error:
             raise StructureError(f"storage: {error} in params, which a file cannot give back") from None
         new = cls.__new__(cls)
-        new._made_folder = _make_folder(path)
+        new._made_folder = make_folder(path)
         new._start(path, False)
         new._take_lock(os.O_CREAT | os.O_EXCL)
         try:
@@ -121,7 +108,7 @@ class Storage:
     def open(cls, path: Path, after_crash: str) -> "Storage":
         """Open what is there; the buffers are mapped when somebody asks for them."""
         old = cls.__new__(cls)
-        path = _real(path)
+        path = real_path(path)
         if not os.path.lexists(path / HEAD):
             files = path.is_dir() and any(path.iterdir())
             rest = "; it was not finished: remove it, and make a new one with RMSProp(params, storage=...)"
@@ -129,7 +116,7 @@ class Storage:
         old._start(path, True)
         old._take_lock(os.O_CREAT)
         try:
-            old.head = _read_head(path / HEAD)
+            old.head = read_head(path / HEAD)
             old._map_counts(len(old.head["parameters"]))
             under_way, steps = old.counts[_UNDER_WAY], old.counts[_STEPS]
             if old.head["storage"]["clean"]:
@@ -222,7 +209,7 @@ class Storage:
     def names(self) -> list[str]:
         """The buffers that there are, on the disk or mapped."""
         found = {*self.head.get("storage", {}).get("buffers", []), *self._files}
-        return [name for name in _BUFFERS if name in found]
+        return [name for name in BUFFERS if name in found]
 
     def new_buffer(self, name: str, layout: Layout) -> StoredBuffer:
         """Return a buffer of this layout in a file: one that is there, or a new one of zeros."""
@@ -339,7 +326,7 @@ class Storage:
 
     def _remove(self) -> None:
         if not self.reopened:
-            for name in [*(f"{name}.bin" for name in _BUFFERS), _COUNTS, HEAD, _LOCK]:
+            for name in [*(f"{name}.bin" for name in BUFFERS), _COUNTS, HEAD, _LOCK]:
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
             if self._made_folder:
@@ -380,49 +367,9 @@ class Storage:
         return self.pages.parts(array)
 
 
-def _real(path: Path) -> Path:
-    """Where a path leads now; os.chdir(), or a link that is set to another folder, changes that for the path only."""
-    return Path(os.path.realpath(path))
-
-
-def _make_folder(path: Path) -> bool:
-    """Make a folder, or find that there is an empty one; whether it was made."""
-    try:
-        path.mkdir()
-        return True
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            errno.ENOENT, "storage: expected a folder to make another one in, got none", str(path.parent)
-        ) from None
-    except FileExistsError:
-        if not path.is_dir():
-            raise StorageError(f"storage: expected the path of a folder, got that of a file: {path}") from None
-        found = sorted(item.name for item in path.iterdir())
-        if HEAD in found:
-            raise StorageError(
-                f"storage: expected a new folder, got one with an optimizer in it: {path}; RMSProp.reopen(path) goes "
-                "on with that one"
-            ) from None
-        if found:
-            raise StorageError(
-                f"storage: expected a new or empty folder, got one with {found[0]!r} in it: {path}; give another path"
-            ) from None
-        return False
-
-
-def _read_head(path: Path) -> Any:
-    """The head, after a check of what does not depend on the buffers."""
-    try:
-        with open(open_own(path, os.O_RDONLY), encoding="utf-8") as stream:
-            head = json.loads(stream.read())
-        check_head(head)
-        own = head.get("storage")
-        if not isinstance(own, dict) or type(own.get("clean")) is not bool or not isinstance(own.get("buffers"), list):
-            raise StorageError("storage: expected a dict with 'clean' and 'buffers'")
-        if own.get("version") != VERSION:
-            raise StorageError(f"storage: expected version {VERSION}, got {own.get('version')!r}")
-        if not set(_BUFFERS[:3]) <= set(own["buffers"]) <= set(_BUFFERS):
-            raise StorageError(f"storage: expected the buffers of an optimizer, got {own['buffers']}")
-    except (FastrmsError, ValueError, TypeError, RecursionError) as error:
-        raise StorageError(f"{path}: cannot be read: {error}") from None
-    return head
+def check_storage(storage: Any) -> None:
+    """Raise OptionTypeError if this is nothing that RMSProp takes as `storage`."""
+    if storage is not None and not isinstance(storage, str | os.PathLike | Storage):
+        raise OptionTypeError(f"storage: expected the path of a folder or None, got {type(storage).__name__} object")
+    if storage == "":  # which is the current folder for pathlib
+        raise OptionError("storage: expected the path of a folder or None, got ''")

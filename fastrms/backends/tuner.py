@@ -13,7 +13,9 @@ from collections.abc import Callable, Generator
 
 import numpy as np
 
-__all__ = ["TRY_PARALLEL_FROM", "Tuner"]
+from fastrms.kernels import threads
+
+__all__ = ["TRY_PARALLEL_FROM", "Tuner", "explain"]
 
 # Below this many elements of one dtype and group nothing is tried: the serial pass takes some 25 us, and a second
 # thread saves less than the two take to meet when both cores are busy.
@@ -104,3 +106,28 @@ class Tuner:
             expected = min(serial, parallel)
             # After a change, not the old patience: what is found now holds only since then.
             patience = self.FIRST_LOOK if changed else min(2 * patience, self.LAST_LOOK)
+
+
+def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> str:
+    """Say which kernel updates a run of parameters, and why.
+
+    Parameters
+    ----------
+    size : int
+        Elements of the run.
+    kernel : {"auto", "numpy", "serial", "parallel"}
+        The option.
+    tuner : Tuner or None
+        Of the optimizer; None where nothing is tried.
+    num_threads : int
+        Threads of the parallel kernel.
+    """
+    if not threads.threads_work() and kernel in ("auto", "parallel"):
+        return "serial; this process was forked from one that had started OpenMP threads"
+    if kernel != "auto":
+        return f"{kernel}, as asked for"
+    if tuner is not None and size >= TRY_PARALLEL_FROM:
+        return f"{tuner.kernel}; {tuner.reason}"
+    if num_threads > 1:
+        return f"serial; {TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
+    return "serial; there is one thread"

@@ -4,10 +4,13 @@ Every kernel has the signature of `reference.update` and gives the same bits. `f
 """
 
 from collections.abc import Callable
+from typing import Any
 
+from fastrms._checks import check_one_of
+from fastrms.errors import OptionError
 from fastrms.kernels import cpu, reference
 
-__all__ = ["KERNELS", "UPDATES", "Kernel"]
+__all__ = ["KERNELS", "UPDATES", "Kernel", "check_host_kernel"]
 
 Kernel = Callable[..., None]
 
@@ -15,3 +18,14 @@ UPDATES: dict[str, Kernel] = {"numpy": reference.update, "serial": cpu.serial, "
 
 # The names that an optimizer on the host takes.
 KERNELS = ("auto", *UPDATES)
+
+
+def check_host_kernel(value: Any) -> str:
+    """Return `value` if it is a kernel that runs on the host, or raise OptionError or OptionTypeError."""
+    if isinstance(value, str) and value == "cuda":
+        raise OptionError(
+            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
+            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
+            "load_state_dict() of this one"
+        )
+    return check_one_of("kernel", value, KERNELS)

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastrms._checks import LearningRate, check_one_of
 from fastrms._state import OptimizerState, Settings
-from fastrms.backends.host import check_host_kernel, new_sharded_backend
+from fastrms.backends.making import new_sharded_backend
 from fastrms.errors import OptionError, StructureError
-from fastrms.kernels import threads
+from fastrms.kernels import check_host_kernel, threads
 from fastrms.mpi.checkpoints import Unsharded
 from fastrms.mpi.communicator import Communicator
 from fastrms.mpi.ending import install_excepthook

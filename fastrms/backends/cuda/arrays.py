@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.errors import OptionTypeError
+from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
@@ -141,3 +141,10 @@ def _mapped(tree: Any, change: Callable[[Any, Interface], Any]) -> Any:
         return (type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)) if isinstance(tree, tuple) else items
     interface = kernels.interface_of(tree)
     return tree if interface is None else change(tree, interface)
+
+
+def require_gpu() -> None:
+    """Raise DeviceError where there is no GPU that can be used."""
+    reason = kernels.missing()
+    if reason is not None:
+        raise DeviceError(f'kernel: expected a GPU for "cuda", got none: {reason}')

@@ -7,59 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from fastrms._state import STATE_OPTIONS, Counts, OptimizerState, Settings
-from fastrms.backends import host
-from fastrms.backends.cuda.arrays import Array, as_stream, copy_in, cuda, let_wait, shadows, to_host
+from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
+from fastrms.backends.cuda.arrays import Array, as_stream, copy_in, cuda, let_wait, require_gpu, to_host
 from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
 from fastrms.backends.cuda.gradients import Finder, Found
 from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
 from fastrms.backends.plan import rate_of, split_runs
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
-from fastrms.buffers.aliasing import refuse_overlap
-from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
+from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import threads
 from fastrms.kernels.hyper import needs_extended_rule
-from fastrms.options import parameter_groups, resolve_lr
+from fastrms.options import resolve_lr
 
-__all__ = ["CudaBackend", "new_backend"]
-
-
-def new_backend(params: Any, settings: Settings, stream: Any) -> "CudaBackend":
-    """Return a backend with new buffers on the device.
-
-    Parameters
-    ----------
-    params : as for `fastrms.RMSProp`
-        On the host or on the device.
-    settings : Settings
-    stream : as for `fastrms.cuda.CudaRMSProp`
-    """
-    if settings.cache_dtype is not None:
-        raise OptionError(
-            f'cache_dtype: expected None with kernel="cuda", which keeps state in the dtype of the parameters, got '
-            f"{settings.cache_dtype!r}"
-        )
-    _require_gpu()
-    stream = as_stream(stream)
-    try:
-        on_host, places = to_host(params, stream), shadows(params)
-    except RecursionError:  # for which Layout has a better message
-        on_host = places = params
-    state = OptimizerState(on_host, settings)
-    if on_host is not places:
-        groups = parameter_groups(places)
-        refuse_overlap(state.layout, places if groups is None else [group["params"] for group in groups])
-    host.new_backend(state)
-    return CudaBackend(state, stream)
-
-
-def _require_gpu() -> None:
-    reason = kernels.missing()
-    if reason is not None:
-        raise DeviceError(f'kernel: expected a GPU for "cuda", got none: {reason}')
+__all__ = ["CudaBackend"]
 
 
 class CudaBackend:
@@ -79,7 +42,7 @@ class CudaBackend:
     in_parts = False
 
     def __init__(self, state: OptimizerState, stream: Any) -> None:
-        _require_gpu()
+        require_gpu()
         self.state = state
         self.turns = Turns(state.counts)
         self._stream = as_stream(stream)
@@ -413,10 +376,6 @@ class CudaBackend:
         """Refuse steps in a child process, which cannot use the GPU of its parent."""
         self.turns.after_fork()
         self._forked = True
-
-    def problems(self) -> list[str]:
-        """Describe replaced views, a line each."""
-        return [problem for name, buffer in self.state.buffers.items() for problem in changed_views(buffer, name)]
 
     def explain(self) -> list[str]:
         """Say which kernel updates which parameters, a line each."""

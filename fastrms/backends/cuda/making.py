@@ -1,0 +1,42 @@
+"""Make a backend on a GPU."""
+
+from typing import Any
+
+from fastrms._state import OptimizerState, Settings
+from fastrms.backends.cuda.arrays import as_stream, require_gpu, shadows, to_host
+from fastrms.backends.cuda.backend import CudaBackend
+from fastrms.backends.making import new_host_backend
+from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.errors import OptionError
+from fastrms.options import parameter_groups
+
+__all__ = ["CudaBackend", "new_cuda_backend"]
+
+
+def new_cuda_backend(params: Any, settings: Settings, stream: Any) -> CudaBackend:
+    """Return a backend with new buffers on the device.
+
+    Parameters
+    ----------
+    params : as for `fastrms.RMSProp`
+        On the host or on the device.
+    settings : Settings
+    stream : as for `fastrms.cuda.CudaRMSProp`
+    """
+    if settings.cache_dtype is not None:
+        raise OptionError(
+            f'cache_dtype: expected None with kernel="cuda", which keeps state in the dtype of the parameters, got '
+            f"{settings.cache_dtype!r}"
+        )
+    require_gpu()
+    stream = as_stream(stream)
+    try:
+        on_host, places = to_host(params, stream), shadows(params)
+    except RecursionError:  # for which Layout has a better message
+        on_host = places = params
+    state = OptimizerState(on_host, settings)
+    if on_host is not places:
+        groups = parameter_groups(places)
+        refuse_overlap(state.layout, places if groups is None else [group["params"] for group in groups])
+    new_host_backend(state)
+    return CudaBackend(state, stream)

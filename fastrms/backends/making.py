@@ -1,0 +1,62 @@
+"""Make backends on the host, with new buffers or with those of a folder."""
+
+from os import PathLike
+
+from fastrms._state import OptimizerState
+from fastrms.backends.base import Memory, Ranks
+from fastrms.backends.host import HostBackend
+from fastrms.backends.memory import Ram
+from fastrms.backends.storage import Storage
+from fastrms.kernels.reference import to_bfloat16
+
+__all__ = ["new_host_backend", "new_sharded_backend"]
+
+
+def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Storage | None = None) -> HostBackend:
+    """Return a backend with new buffers, or with those of a folder that was opened.
+
+    Parameters
+    ----------
+    state : OptimizerState
+        With the arrays that were given, and without buffers.
+    storage : path, Storage or None, default None
+        As for `fastrms.RMSProp`; a Storage was opened by `Storage.open`.
+    """
+    if storage is None:
+        backend = _with_new_buffers(state, Ram(), None)
+    else:
+        folder = Storage.of(storage, state.layout)
+        with folder.making(state):
+            if folder.reopened:
+                for name in ("params", "grads"):
+                    state.buffers[name] = folder.new_buffer(name, state.layout)
+                backend = HostBackend(state, folder)
+                for name in folder.names[2:]:
+                    state.buffers[name] = backend.new_buffer(name)
+                backend.add_state(state.param_groups)
+            else:
+                backend = _with_new_buffers(state, folder, None)
+    state.forget_arrays()
+    return backend
+
+
+def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:
+    """Return a backend with new buffers in memory, of which this rank updates its shard."""
+    backend = _with_new_buffers(state, Ram(), ranks)
+    state.forget_arrays()
+    return backend
+
+
+def _with_new_buffers(state: OptimizerState, memory: Memory, ranks: Ranks | None) -> HostBackend:
+    for name in ("params", "grads"):
+        state.buffers[name] = memory.new_buffer(name, state.layout)
+    state.buffers["params"].gather(state.arrays, "params")
+    backend = HostBackend(state, memory, ranks)
+    state.buffers["cache"] = backend.new_buffer("cache")
+    for cache, k in zip(state.buffers["cache"].leaves, state.group_of, strict=True):
+        if start := state.param_groups[k]["initial_scale"]:  # new memory is 0
+            flat = cache.reshape(-1)
+            for part in memory.parts(flat):
+                flat[part] = start if state.cache_dtype is None else to_bfloat16(start)
+    backend.add_state(state.param_groups)
+    return backend
