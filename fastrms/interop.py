@@ -292,25 +292,22 @@ def _export(optimizer: RMSProp, project: str) -> tuple[State, list[float], list[
             converted = option in peer.names.values() or option in _OURS_ALONE
             unused = option == "decoupled_weight_decay" and not values["weight_decay"]
             if values[option] != expected and not converted and not unused:
-                raise OptionError(
-                    f"{option}: expected {expected!r}, as {project} has nothing else, got {values[option]!r}; set it "
-                    "to that first, if the training may change"
-                )
+                other = f"expected {expected!r}, as {project} has nothing else, got {values[option]!r}"
+                raise OptionError(f"{option}: {other}; set it to that first, if the training may change")
         arguments.append({argument: values[option] for argument, option in peer.names.items()})
     return state, rates, arguments
 
 
 def _load(opt: RMSProp, state: State, counts: Sequence[int], items: Mapping[str, Sequence[Any]], project: str) -> None:
     """Load step counts and buffers of `project` into `opt` by way of its `state`; an item of None changes nothing."""
-    peer = DIALECTS[project]
+    peer, layout = DIALECTS[project], opt.buffers["params"].layout
     state["steps"] = max(counts)
     state["arrays"]["skipped"][...] = max(counts) - np.array(counts)
     for name, of_buffer in items.items():
         if not (views := _views(state, name)):
             continue
         # The buffer of the parameters has the shapes and dtypes to compare with, also where state has 16 bits.
-        given = [_array(item) for item in of_buffer]
-        checked = as_arrays(given, opt.buffers["params"].layout, peer.state[name], allow_none=True)
+        checked = as_arrays([_array(item) for item in of_buffer], layout, peer.state[name], allow_none=True)
         for view, array, parameter in zip(views, checked, state["parameters"], strict=True):
             if array is None:
                 continue

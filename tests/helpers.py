@@ -87,13 +87,13 @@ def assert_same_bits(ours, theirs, what=""):
         raise AssertionError(f"{what}: {bad.size} of {ours.size} elements differ, first at {bad[:3]}")
 
 
-def count_calls(function):
-    """How many functions a call enters, of Python and of C."""
+def count_calls(function, events=("call", "c_call")):
+    """How many functions a call enters, of Python and of C; without "c_call", of Python only."""
     count = 0
 
     def note(frame, event, argument):
         nonlocal count
-        count += event in ("call", "c_call")
+        count += event in events
 
     sys.setprofile(note)
     try:

@@ -1,10 +1,8 @@
 """The choice of kernel, when something is compiled, where it is cached, and what is imported."""
 
-import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -12,12 +10,9 @@ import pytest
 from helpers import JIT
 from numba.core import event
 
-import fastrms
 from fastrms import RMSProp
 from fastrms.kernels import cpu
 from fastrms.kernels.hyper import HYPER_FIELDS
-
-PACKAGE = Path(fastrms.__file__).parent
 
 
 @pytest.mark.skipif(not JIT, reason="nothing is compiled with the JIT off")
@@ -79,70 +74,6 @@ def test_a_first_step_compiles_one_function(step, function, shape, tmp_path):
 def test_the_compiled_rule_unpacks_as_many_numbers_as_there_are():
     unpack = numba.njit(lambda hyper: cpu._unpack(hyper))
     assert len(unpack(np.zeros(len(HYPER_FIELDS)))) == len(HYPER_FIELDS)
-
-
-# Who may import whom inside the package; tests/ holds the arrows of docs/design.md.
-ARROWS = {
-    "errors": set(),
-    "options": {"dialects", "errors"},
-    "dialects": {"errors"},
-    "buffers": {"attributes", "errors"},
-    "overlap": {"buffers", "errors"},
-    "kernels.compiled": set(),
-    "kernels.cpu": {"kernels", "kernels.compiled"},
-    "kernels.dlpack": {"kernels.compiled", "kernels.cpu"},
-    "kernels.reference": {"options"},
-    "kernels.norms": {"kernels.reference", "kernels.choice", "kernels.compiled", "kernels.cpu", "kernels"},
-    "kernels.pointers": set(),
-    "kernels.cuda": {"kernels", "kernels.cpu", "kernels.norms"},
-    "kernels.choice": {"errors"},
-    "kernels": {"kernels.cpu", "kernels.reference", "kernels"},
-    "runs": {"buffers", "options", "kernels", "kernels.norms", "storage"},
-    "attributes": {"dialects", "errors"},
-    "archives": {"errors"},
-    "heads": {"archives", "buffers", "errors", "options"},
-    "checkpoints": {"archives", "buffers", "errors", "heads", "options"},
-    "mapped": {"buffers", "errors", "kernels.norms"},
-    "storage": {"archives", "buffers", "errors", "heads", "kernels.norms", "mapped", "options"},
-    "stepping": {"attributes", "errors", "options", "buffers", "runs", "storage", "kernels", "kernels.norms"},
-    "optimizer": {
-        "errors", "options", "attributes", "buffers", "overlap", "checkpoints", "stepping", "storage", "kernels",
-        "kernels.reference",
-    },
-    "functional": {"optimizer"},
-    "device": {"buffers", "errors", "kernels"},
-    "cuda": {"buffers", "device", "errors", "kernels", "optimizer", "options", "overlap", "runs"},
-    "torch": {"dialects", "errors", "options", "kernels", "kernels.choice", "optimizer"},
-    "scipy": {"errors", "options", "optimizer"},
-    "mpi.ranks": {"errors"},
-    "mpi.handover": {"buffers", "mpi.ranks"},
-    "mpi.unsharded": {"optimizer", "options", "mpi.ranks"},
-    "mpi.sharded": {
-        "errors", "options", "buffers", "runs", "kernels", "kernels.norms", "optimizer", "mpi.ranks", "mpi.handover",
-        "mpi.unsharded",
-    },
-    "mpi": {"mpi.sharded"},
-    "interop": {"dialects", "errors", "heads", "options", "optimizer", "kernels.reference"},
-    "landscapes": {"errors"},
-    "descent": {"errors", "landscapes", "optimizer", "options"},
-    "plots.measurements": set(),
-    "plots.paths": {"descent", "errors"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("module", ARROWS)
-def test_imports_run_in_one_direction(module):
-    path = PACKAGE / (module.replace(".", "/") + ".py")
-    if not path.exists():
-        path = PACKAGE / module.replace(".", "/") / "__init__.py"
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastrms":
-            inner = node.module.removeprefix("fastrms").lstrip(".")
-            # `from fastrms import kernels` imports the package's module of that name.
-            names = {inner} if inner else {alias.name for alias in node.names}
-            found |= names
-    assert found <= ARROWS[module]
 
 
 def test_importing_fastrms_loads_numpy_and_numba_and_nothing_else():

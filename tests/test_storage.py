@@ -741,3 +741,18 @@ def test_a_folder_in_the_place_of_the_one_that_was_opened_is_left_alone(what, rn
 def test_an_empty_path_is_no_folder():
     with pytest.raises(OptionError, match="storage: expected the path of a folder or None, got ''"):
         RMSProp([np.ones(2)], storage="")
+
+
+def test_a_folder_of_an_older_version(tmp_path):
+    """It was written before the buffers of an optimizer belonged to a backend."""
+    folder = shutil.copytree(Path(__file__).parent / "checkpoints" / "folder1", tmp_path / "run")
+    with RMSProp.reopen(folder) as opt:
+        assert (opt.steps, opt.skipped_steps, opt.lr, opt.momentum) == (4, 0, 0.01, 0.5)
+        expected = RMSProp({"W": np.ones((2, 3)), "b": np.zeros(2, np.float32)}, lr=0.01, momentum=0.5)
+        for gradient in (np.ones(2), np.ones(2), np.ones(2), None):
+            expected.step({"W": np.ones((2, 3)), "b": gradient})
+        for optimizer in (opt, expected):
+            optimizer.step({"W": np.full((2, 3), 0.5), "b": np.ones(2)})
+        for name in STATE[:3]:
+            for key, view in opt.buffers[name].views.items():
+                assert_same_bits(view, expected.buffers[name].views[key], name)

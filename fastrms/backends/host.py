@@ -39,13 +39,23 @@ class HostBackend:
         Where new buffers are made.
     ranks : Ranks or None, default None
         The processes that share the optimizer; None for this one alone.
+
+    Attributes
+    ----------
+    in_parts : bool
+        Whether buffers may be larger than memory, and are read and written part by part.
+    storage : Storage or None
+        The folder that has the buffers.
+    thread_limit : int or None
+        The number of threads to which a step is limited.
     """
 
     def __init__(self, state: OptimizerState, memory: Memory, ranks: Ranks | None = None) -> None:
         self.state = state
         self.turns = Turns(state.counts)
         self._memory, self._ranks = memory, ranks
-        self._folder = memory if isinstance(memory, Storage) else None
+        self.in_parts = memory.in_parts
+        self.storage = memory if isinstance(memory, Storage) else None
         self._params, self._grads = state.buffers["params"], state.buffers["grads"]
         self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
         self._own = state.buffers if ranks is None else ranks.shard_of(state.buffers)
@@ -61,16 +71,6 @@ class HostBackend:
         threads.call_after_fork(self.after_fork)
 
     @property
-    def in_parts(self) -> bool:
-        """Whether buffers may be larger than memory, and are read and written part by part."""
-        return self._memory.in_parts
-
-    @property
-    def storage(self) -> Storage | None:
-        """The folder that has the buffers, or None."""
-        return self._folder
-
-    @property
     def stream(self) -> None:
         """None: there is no GPU."""
         return None
@@ -84,15 +84,11 @@ class HostBackend:
     def synchronize(self) -> None:
         """Do nothing: a step on the host ends when it is done."""
 
-    # Buffers and options.
-
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros."""
         return self._memory.new_buffer(name, self.state.state_layout(self._own["params"].layout))
 
-    def check_kernel(self, value: Any) -> str:
-        """Return `value` if it is a kernel to which an optimizer on the host can change."""
-        return kernels.check_host_kernel(value)
+    check_kernel = staticmethod(kernels.check_host_kernel)
 
     def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
@@ -173,14 +169,14 @@ class HostBackend:
             self.use_options()
             if self._scheduled and rates is None:
                 rates = self.all_rates()
-        if self._folder is not None:
-            self._folder.check_open()
+        if self.storage is not None:
+            self.storage.check_open()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
-        kernel = self.large_kernel
+        kernel = self.state.kernel if self._tuner is None else self._tuner.kernel  # `large_kernel`, without a call
         located = IN_BUFFER
         if items is not None:
             in_place = None
-            if self._zero_copy and (self._folder is None or not self._folder.pages.shows(items)):
+            if self._zero_copy and (self.storage is None or not self.storage.pages.shows(items)):
                 # `items` keeps the arrays alive until the kernels have read them.
                 address = pointers.items_of(items)
                 arguments = self._whole_step.get(kernel)
@@ -244,15 +240,15 @@ class HostBackend:
         counts = self.state.counts
         if self.state.nonfinite != "propagate" and self._skips(located, kernel, norms, items):
             counts.skipped_steps += 1
-            if self._folder is not None:
-                self._folder.step_skipped()
+            if self.storage is not None:
+                self.storage.step_skipped()
         else:
             work, steps = self._run_calls(calls), counts.steps + 1
             absent = counts.absent if located.present is None else counts.absent + ~located.present
             counts.writing = True
             _, counts.steps, counts.absent, counts.writing = [*work], steps, absent, False
-            if self._folder is not None:
-                self._folder.step_taken()
+            if self.storage is not None:
+                self.storage.step_taken()
         if self._tuner is not None:
             self._tuner.step_done()
 
@@ -280,8 +276,6 @@ class HostBackend:
             return Located(False, np.array([array is not None for array in arrays]))
         return IN_BUFFER
 
-    # Learning rates.
-
     def rates(self) -> list[float] | None:
         """Return the learning rate of each group, or None where no rate is a function. Calls the functions."""
         self.use_options()
@@ -290,8 +284,6 @@ class HostBackend:
     def all_rates(self) -> list[float]:
         """Return the learning rate of each group. Calls the functions."""
         return [resolve_lr(group, self.state.counts.steps) for group in self.state.param_groups]
-
-    # Plans.
 
     @np.errstate(all="ignore")  # the settings, which may raise, are for the user's own arithmetic
     def _make_calls(
@@ -308,15 +300,11 @@ class HostBackend:
         counts = self.state.counts
         scales = norms = None
         if self._clips:
-            of_runs = [self._norms_of(run, name) for run, name in zip(self._runs, kernel_of, strict=True)]
-            parameters = len(counts.absent)
-            scales = plan.clip_scales(self._runs, of_runs, self.state.global_clip_norm, located.present, parameters)
-            norms = np.full(parameters, np.nan)
-            for run, own in zip(self._runs, of_runs, strict=True):
-                if run.group["clip_value"] is None:  # otherwise inf does not show
-                    norms[run.numbers] = own
+            grads, ranks, limit = self._own["grads"], self._ranks, self.state.global_clip_norm
+            of_runs = [run.gradient_norms(grads, name, ranks) for run, name in zip(self._runs, kernel_of, strict=True)]
+            scales, norms = plan.clip_scales(self._runs, of_runs, limit, located.present, len(counts.absent))
         rate_of_run = [plan.rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
-        from_items = located.in_place and self._folder is None  # a folder cuts calls of `UPDATES`
+        from_items = located.in_place and self.storage is None  # a folder cuts calls of `UPDATES`
         calls, steady = plan.make_plan(self._runs, kernel_of, rate_of_run, located, scales, counts, from_items)
         if self._version is not version:  # a signal handler has set options meanwhile
             return self._make_calls(located, rates, kernel)
@@ -338,14 +326,6 @@ class HostBackend:
         if self.state.kernel != "auto":
             return kernel
         return kernel if kernel == "parallel" and run.size >= tuner.TRY_PARALLEL_FROM else "serial"
-
-    def _norms_of(self, run: Run, kernel: str) -> NDArray[np.float64]:
-        clip_value = run.group["clip_value"]
-        bound = np.inf if clip_value is None else clip_value
-        add_up = None if self._ranks is None else self._ranks.add_up(run.numbers)
-        return run.norms(run.part_of(self._own["grads"]), bound, kernel, add_up)
-
-    # Gradients that are not finite.
 
     def _skips(
         self, located: Located, kernel: str, norms: NDArray[np.float64] | None, items: tuple[Any, ...] | None
@@ -384,17 +364,17 @@ class HostBackend:
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context for all writes of a load."""
-        return nullcontext() if self._folder is None else self._folder.loading()
+        return nullcontext() if self.storage is None else self.storage.loading()
 
     def discard(self) -> None:
         """Remove files that the optimizer made, after an error in making it."""
-        if self._folder is not None:
-            self._folder.discard()
+        if self.storage is not None:
+            self.storage.discard()
 
     def refuse_copy(self) -> None:
         """Raise where the buffers are files, for which a copy in memory may be too large, or shared with ranks."""
-        if self._folder is not None:
-            self._folder.refuse_copy()
+        if self.storage is not None:
+            self.storage.refuse_copy()
         if self._ranks is not None:
             self._ranks.refuse_copy()
 
@@ -405,8 +385,8 @@ class HostBackend:
     def after_fork(self) -> None:
         """Make what a child process needs: locks of its own, kernels that work there, and no use of the folder."""
         self.turns.after_fork()
-        if self._folder is not None:
-            self._folder.after_fork()
+        if self.storage is not None:
+            self.storage.after_fork()
         self.kernel_changed()
 
     def explain(self) -> list[str]:

@@ -163,7 +163,7 @@ class PartNorms(SpanNorms):
         self._pages = pages
 
     def of(self, spans: NDArray[np.int64]) -> SpanNorms:
-        """The same for other spans."""
+        """Return an object that computes the norms of other spans."""
         return PartNorms(spans, self._pages)
 
     def sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:

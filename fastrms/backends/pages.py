@@ -44,7 +44,7 @@ class Pages:
         self._path, self._files = path, files
 
     def mapped_elsewhere(self) -> list[Array]:
-        """The memory at which somebody in this process has mapped the buffers' files once more."""
+        """Return the memory at which this process has mapped the files once more."""
         return _mapped_elsewhere(self._files.values())
 
     def shows(self, arrays: tuple[Any, ...]) -> bool:
@@ -123,7 +123,7 @@ class Pages:
 
 
 def _mapped_elsewhere(files: Iterable["MappedFile"]) -> list[Array]:
-    """The memory at which this process has mapped the same files once more, as arrays; only Linux tells."""
+    """Return the memory at which this process has mapped files once more, as arrays; only Linux tells."""
     if sys.platform != "linux":
         return []
     found = []  # address, end, and what identifies the file

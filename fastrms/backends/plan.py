@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastrms import kernels
 from fastrms._state import Counts
-from fastrms.backends.base import Array, Call, Memory
+from fastrms.backends.base import Array, Call, Memory, Ranks
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
@@ -164,6 +164,12 @@ class Run:
         part: Array = buffer.segments[self._segment][self._start : self._stop]
         return part
 
+    def gradient_norms(self, grads: FlatBuffer, kernel: str, ranks: Ranks | None) -> NDArray[np.float64]:
+        """Return the norm of each parameter's gradient, after clipping by value; with ranks, that of all shards."""
+        clip_value = self.group["clip_value"]
+        bound = np.inf if clip_value is None else clip_value
+        return self.norms(self.part_of(grads), bound, kernel, None if ranks is None else ranks.add_up(self.numbers))
+
     def arguments(
         self,
         lr: float,
@@ -245,8 +251,10 @@ def clip_scales(
     global_clip_norm: float | None,
     present: NDArray[np.bool_] | None,
     parameters: int,
-) -> NDArray[np.float64]:
-    """Return the factor on each parameter's gradient that clipping by norm asks for.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the factor on each parameter's gradient that clipping by norm asks for, and the norms of gradients.
+
+    A norm is NaN where clipping by value hides an inf.
 
     Parameters
     ----------
@@ -259,8 +267,10 @@ def clip_scales(
     parameters : int
         The number of all parameters.
     """
-    scales, norms = np.ones(parameters), np.zeros(parameters)
+    scales, norms, unclipped = np.ones(parameters), np.zeros(parameters), np.full(parameters, np.nan)
     for run, own in zip(runs, norms_of, strict=True):
+        if run.group["clip_value"] is None:
+            unclipped[run.numbers] = own
         limit = run.group["clip_norm"]
         if limit is not None:
             scales[run.numbers] = scale_to(limit, own)
@@ -270,7 +280,7 @@ def clip_scales(
         if present is not None:
             norms[~present] = 0.0  # the buffer has a gradient of an earlier step in their place
         scales *= scale_to(global_clip_norm, np.array(combine(norms)))
-    return scales
+    return scales, unclipped
 
 
 def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps: int) -> float:

@@ -82,7 +82,7 @@ class Storage:
 
     @classmethod
     def of(cls, storage: Any, layout: Layout) -> "Storage":
-        """What was opened by `open`, or a new one for arrays of this layout at a path."""
+        """Return `storage` if it was opened by `open`, or a new folder at this path for arrays of this layout."""
         return storage if isinstance(storage, Storage) else cls.create(Path(storage), layout)
 
     @classmethod

@@ -70,7 +70,7 @@ class Tuner:
         self._last = now
 
     def _make_plan(self) -> Generator[str, float, None]:
-        """Yields the kernel for the next step, and is sent how long the training step took that it ended."""
+        """Yield the kernel for the next step; the seconds of the training step that it ended are sent back."""
         patience, expected = self.FIRST_LOOK, float("inf")
         last: deque[float] = deque(maxlen=5)  # whose median stands for what is expected, until there was a trial
         while True:

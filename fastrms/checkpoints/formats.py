@@ -46,10 +46,10 @@ class Source(Protocol):
         """Dtype and shape of each array."""
 
     def read(self, name: str) -> Array:
-        """An array, after a look at its checksum."""
+        """Return an array, after a comparison of its checksum."""
 
     def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
-        """Some slices of an array, whose checksum nobody has looked at."""
+        """Iterate over slices of an array, without a look at its checksum."""
 
 
 def write(path: Path, arrays: Mapping[str, Array], head: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:
@@ -174,7 +174,7 @@ class _Safetensors:
 
 @contextlib.contextmanager
 def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
-    """The file at `path`; a CheckpointError that is raised meanwhile names it, others come out as they are."""
+    """Open the file at `path`; a CheckpointError that is raised meanwhile names it, others come out as they are."""
     path_now = path.absolute()  # safetensors opens it a second time
     as_safetensors = is_safetensors(path)
     with path.open("rb") as stream:
@@ -210,7 +210,7 @@ def reading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which replaces it when all of it is on the disk, or is removed after an error.
+    """Make a file beside `path`, which replaces it when all of it is on the disk, or is removed after an error.
 
     Where `path` is a link, its target is replaced. Mode, owner and further attributes of an older file are kept.
 

@@ -163,7 +163,7 @@ def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool
 
 
 def groups_of(head: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]], lr: Sequence[Any]) -> list[ParamGroup]:
-    """The groups of a head, of parameters of these dtypes, with checked options, and the rate `lr` where not None.
+    """Return the groups of a head, of parameters of these dtypes, with checked options, and the rate `lr` if not None.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def groups_of(head: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]], lr:
 
 
 def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind] | None) -> list[Array]:
-    """An array for each parameter that takes no memory, after a check that the file, if any, has as many numbers."""
+    """Return an array without memory for each parameter, after a check that the file, if any, has as many numbers."""
     sizes: dict[str, int] = {}
     for number, parameter in enumerate(parameters):
         shape, dtype = parameter.get("shape"), parameter.get("dtype")
@@ -201,7 +201,7 @@ def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind]
 
 
 def encode(tree: Any) -> Any:
-    """A nesting of dicts, lists and tuples as one of lists that JSON can hold; a namedtuple comes back as a tuple.
+    """Return a nesting of dicts, lists and tuples as one of lists that JSON has; a namedtuple comes back as a tuple.
 
     Raises
     ------
@@ -253,7 +253,7 @@ def _has_set(key: Any) -> bool:
 
 
 def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:
-    """The nesting that `encode` was given, with `leaves` for their numbers, which come one after another."""
+    """Return the nesting that `encode` was given, with `leaves` in the place of their numbers."""
     if type(code) is int:
         number, leaf = next(leaves, (None, None))
         if number != code:
@@ -273,5 +273,5 @@ def _is_count(value: Any) -> bool:
 
 
 def kind_of(thing: Any) -> str:
-    """What something is, for a message."""
+    """Describe an object, for a message."""
     return f"{thing.dtype} of shape {thing.shape}" if type(thing) is np.ndarray else f"a {type(thing).__name__}"

@@ -184,7 +184,7 @@ def _on_first(ranks: Communicator, act: Callable[[], None]) -> None:
 
 
 def _whole(opt: _Optimizer, on_all: bool = False) -> RMSProp | None:
-    """An ordinary optimizer with all of what `opt` has but the state of other ranks; on rank 0, or on all."""
+    """Return an ordinary optimizer like `opt`, without the state of other ranks; on rank 0, or on all."""
     whole, error = None, None
     try:
         if on_all or opt.rank == 0:

@@ -76,7 +76,7 @@ class Shards:
         return self._own
 
     def _shard_layout(self) -> Layout:
-        """The layout of this rank's shard: the same leaves, of each of which it has some elements, or none."""
+        """Return the layout of this rank's shard: of each leaf, the elements that lie there."""
         layout = self._state.layout
         pieces = []
         for leaf in layout.leaves:
@@ -229,7 +229,7 @@ class Shards:
 
     @contextmanager
     def together(self, turns: Turns, call: str) -> Iterator[bool]:
-        """What all ranks do together, in a call other than `step`."""
+        """Return a context for a call other than `step` that all ranks make together."""
         # Nobody may come in between, not even to read, as that is an exchange of its own.
         with turns.between_steps(call), self.communicator.leaving():
             facts = self.facts(call, self.fixed_rates())
@@ -264,7 +264,7 @@ class Shards:
         self._buckets.finish()
 
     def _leaf(self, k: int) -> "_Part":
-        """The gradient of one parameter, as a buffer, which checks and stores as others do."""
+        """Return the gradient of one parameter, as a buffer."""
         if k not in self._leaves:
             whole = self._whole
             leaf = whole.layout.leaves[k]

@@ -24,7 +24,7 @@ cuda: Any = kernels.cuda  # with the types of none of its targets
 
 
 def as_stream(value: Any) -> Any:
-    """A stream of Numba's from what `stream` may be: None, a number, or a stream of another library.
+    """Return a stream of Numba's for None, a number, or a stream of another library.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def dense_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ..
 
 
 def stream_of(item: Any, interface: Interface) -> int:
-    """The stream on which something was computed, or 0 where there is nothing to wait for."""
+    """Return the number of the stream on which an array was computed, or 0 where there is nothing to wait for."""
     if interface.get("stream") is not None:
         return int(interface["stream"])
     torch = sys.modules.get("torch")
@@ -105,7 +105,7 @@ def copy_in(target: Any, interface: Interface, stream: Any) -> None:
 
 
 def to_host(tree: Any, stream: Any) -> Any:
-    """The same nesting of lists, tuples and dicts with arrays in ordinary memory in the place of those on the device.
+    """Return a copy of a nesting of lists, tuples and dicts with all arrays in ordinary memory.
 
     Those of dtypes other than float32 and float64, which no optimizer takes, come without their values.
     """
@@ -125,7 +125,7 @@ def to_host(tree: Any, stream: Any) -> Any:
 
 
 def shadows(tree: Any) -> Any:
-    """The same with arrays that have the addresses, shapes and strides of those on the device, and cannot be read."""
+    """Return a copy of a nesting with arrays that have the addresses of those on the device, and cannot be read."""
 
     def shadow(item: Any, interface: Interface) -> Array:
         return np.asarray(SimpleNamespace(__array_interface__={**interface, "version": 3}))

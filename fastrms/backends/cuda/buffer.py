@@ -77,7 +77,7 @@ class DeviceBuffer(FlatBuffer):
             kernels.launch(kernels.fill, blocks, kernels.THREADS, self._stream, segment, segment.dtype.type(values))
 
     def read(self, array: Any) -> Array:
-        """A copy of one of `segments` or `leaves`; waits for all that is under way on the stream."""
+        """Return a copy of one of `segments` or `leaves`, after all work on the stream."""
         copied: Array = np.zeros(array.shape, array.dtype)
         if array.size:
             copied = array.copy_to_host(stream=self._stream)
@@ -85,7 +85,7 @@ class DeviceBuffer(FlatBuffer):
         return copied
 
     def part(self, number: int) -> Any:
-        """The elements of one of `leaves`, 1-D."""
+        """Return the elements of one of `leaves`, 1-D."""
         leaf = self.layout.leaves[number]
         return self.segments[leaf.segment][leaf.start : leaf.stop]
 
@@ -102,7 +102,7 @@ class DeviceBuffer(FlatBuffer):
         return [False] * len(arrays)
 
     def to_host(self) -> FlatBuffer:
-        """A copy in ordinary memory."""
+        """Return a copy in ordinary memory."""
         host = FlatBuffer.from_layout(self.layout)
         for segment, ours in zip(host.segments, self.segments, strict=True):
             segment[...] = self.read(ours)
@@ -110,7 +110,7 @@ class DeviceBuffer(FlatBuffer):
 
     @classmethod
     def of(cls, host: FlatBuffer, stream: Any) -> "DeviceBuffer":
-        """A copy of `host` on the device."""
+        """Return a copy of `host` on the device."""
         buffer = cls(host.layout, stream)
         for segment, theirs in zip(buffer.segments, host.segments, strict=True):
             buffer.write(segment, theirs)
