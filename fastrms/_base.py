@@ -10,6 +10,7 @@ from fastrms._state import OptimizerState
 from fastrms.backends.base import Backend
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
+from fastrms.buffers.pytree import PyTree
 from fastrms.kernels import threads
 from fastrms.options import ParamGroup, ParamGroups
 
@@ -67,15 +68,15 @@ class OptimizerBase(Guarded):
         value = check_count("skipped_steps", value)
         self._backend.settle().skipped_steps = value
 
-    params: Any = views("params", "The parameters, in the structure that was given.")
-    grads: Any = views(
+    params: PyTree = views("params", "The parameters, in the structure that was given.")
+    grads: PyTree = views(
         "grads",
         "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses "
         "this memory for small arrays, and to cast or rearrange: what it holds afterwards is not defined.",
     )
-    cache: Any = views("cache", "The running mean of squared gradients, v in the equations.")
-    momentum_buffer: Any = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
-    grad_avg: Any = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
+    cache: PyTree = views("cache", "The running mean of squared gradients, v in the equations.")
+    momentum_buffer: PyTree = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
+    grad_avg: PyTree = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
 
     lr: Any = option_of_all_groups("lr", "Learning rate, or the function that gives it.")
     decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")

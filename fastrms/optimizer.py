@@ -10,6 +10,7 @@ from fastrms._guarded import refuse_unknown
 from fastrms._persistence import Persistent
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.factory import backend_of, new_backend
+from fastrms.buffers.pytree import PyTree
 from fastrms.buffers.replaced import changed_views, paths_outside
 from fastrms.kernels import threads
 
@@ -74,7 +75,7 @@ class RMSProp(Persistent):
     kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
         What runs the update. All give the same bits. "auto" begins with serial; in a training of some seconds with
         many parameters it tries parallel, and keeps what makes whole training steps faster (`explain` says which).
-        "cuda" makes a `fastrms.cuda.CudaRMSProp`, which keeps everything on a GPU and takes `stream` too.
+        "cuda" keeps all buffers on a GPU.
     num_threads : int or None, default None
         Threads of the parallel kernel, up to those that Numba started with; None for all of them.
     cache_dtype : {"bfloat16"} or None, default None
@@ -90,6 +91,8 @@ class RMSProp(Persistent):
         Keep the buffers in files there, mapped into memory, and take steps in parts of some MB: for parameters larger
         than memory. `reopen` goes on with them later, `flush` and `close` say when all is on the disk. Bits are the
         same. ``docs/storage.md`` has what happens after a crash.
+    stream : stream or int or None, default None
+        With kernel="cuda", as for `fastrms.cuda.CudaRMSProp`.
 
     Attributes
     ----------
@@ -135,7 +138,7 @@ class RMSProp(Persistent):
 
     def __init__(
         self,
-        params: Any,
+        params: PyTree,
         lr: LearningRate = 1e-3,
         decay_rate: float = 0.9,
         epsilon: float = 1e-8,
@@ -172,7 +175,7 @@ class RMSProp(Persistent):
         self._start(new_backend(params, settings, storage, stream))
         self._close_at_exit()
 
-    def step(self, gradients: Any = None) -> Any:
+    def step(self, gradients: PyTree | None = None) -> PyTree:
         """Take one step and return the updated parameters, which are the same views as before.
 
         Parameters
