@@ -180,7 +180,7 @@ def test_torch_shares_memory_and_its_gradients_are_read_where_they_lie(count, to
         given = [torch.tensor(g, device="cuda") for g in gradients]
         oracle.step(gradients)
         optimizer.step(given)
-        found = optimizer._finder.find(tuple(given), optimizer._written)
+        found = optimizer.backend._finder.find(tuple(given), optimizer.backend._written)
         assert found.sources.tolist() == [tensor.data_ptr() for tensor in given]
         assert found.others == found.arrays == []
     optimizer.synchronize()

@@ -116,7 +116,7 @@ def test_gradients_that_reach_into_the_optimizers_own_memory_are_copied_first():
     def found(address, stride):
         described = {"data": (address, False), "strides": (stride,), "shape": (4,), "typestr": "<f8"}
         theirs = Theirs(np.ones(4), **described)
-        return optimizer._finder.find((theirs, None), np.array([[low, high]])).others
+        return optimizer.backend._finder.find((theirs, None), np.array([[low, high]])).others
 
     for address, stride in ((high, -8), (high + 16, -16), (low - 16, 16), (low - 24, 8), (low, 0)):
         assert [ours for _, _, ours in found(address, stride)] == [True], (address - low, stride)
@@ -181,7 +181,7 @@ def test_tensors_of_torch_are_read_where_they_lie(rng):
 
     shapes = [(3, 2), (4,), (), (0,), (5,)]
     oracle, optimizer = pair(arrays(rng, shapes, [np.float32] * 5))
-    optimizer._finder._device = dlpack.CPU
+    optimizer.backend._finder._device = dlpack.CPU
     for t in range(3):
         gradients = arrays(rng, shapes, [np.float32] * 5)
         given = [torch.from_numpy(g.copy()) for g in gradients]
@@ -189,7 +189,7 @@ def test_tensors_of_torch_are_read_where_they_lie(rng):
             gradients[1] = given[1] = None
             given[4] = Theirs(gradients[4])
         oracle.step(gradients)
-        found = optimizer._finder.find(tuple(given), optimizer._written)
+        found = optimizer.backend._finder.find(tuple(given), optimizer.backend._written)
         assert found.sources[0] == given[0].data_ptr()
         assert (found.sources[1] == kernels.ABSENT) == (t == 1)
         assert found.others == found.arrays == []
@@ -203,11 +203,11 @@ def test_a_tensor_that_reaches_into_memory_that_is_written_is_not_read_where_it_
     import torch
 
     _, optimizer = pair([np.ones(4)])
-    optimizer._finder._device = dlpack.CPU
+    optimizer.backend._finder._device = dlpack.CPU
     tensor = torch.arange(4.0, dtype=torch.float64)
     start = tensor.data_ptr()
     for low, high, there in ((-8, 0, True), (32, 40, True), (-8, 1, False), (31, 40, False), (8, 16, False)):
-        found = optimizer._finder.find((tensor,), np.array([[start + low, start + high]]))
+        found = optimizer.backend._finder.find((tensor,), np.array([[start + low, start + high]]))
         assert (found.sources[0] == start) == there, (low, high)
 
 

@@ -173,7 +173,7 @@ def test_a_copy_goes_on_by_itself(copied, rng):
         opt.step(first)
     optimizer.stream = cuda.stream()
     other = copied(optimizer)
-    assert type(other) is ours.CudaRMSProp
+    assert (type(other), other.kernel) == (RMSProp, "cuda")
     second = arrays(rng)
     for opt in (oracle, other):
         opt.step(second)
@@ -265,8 +265,7 @@ def test_what_cannot_be_had():
     class Mine(RMSProp):
         pass
 
-    with pytest.raises(OptionError, match=r"derived from fastrms\.cuda\.CudaRMSProp"):
-        Mine([np.ones(3)], kernel="cuda")
+    assert Mine([np.ones(3)], kernel="cuda").params[0].shape == (3,)
 
     class MineThere(ours.CudaRMSProp):
         pass
@@ -372,7 +371,7 @@ def test_threads_of_the_host_and_names_of_other_libraries(rng):
     assert [line.split(":")[0] for line in optimizer.check(start=start[0])] == ["start"]
     with pytest.raises(AttributeError, match="expected 'lr'"):
         optimizer.learning_rate = 0.1
-    with pytest.raises(TypeError, match="alpha: CudaRMSProp has no such argument; expected 'decay_rate'"):
+    with pytest.raises(TypeError, match="alpha: RMSProp has no such argument; expected 'decay_rate'"):
         RMSProp(start, kernel="cuda", alpha=0.9)
     with pytest.raises(TypeError, match="alpha: CudaRMSProp has no such argument"):
-        type(optimizer)(start, alpha=0.9)
+        ours.CudaRMSProp(start, alpha=0.9)
