@@ -1,6 +1,7 @@
 """The attributes of an optimizer: views of its buffers, its options, and its counts."""
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastrms._checks import NONFINITE, check_count, check_one_of, check_option, check_threads
@@ -37,9 +38,9 @@ class OptimizerBase(Guarded):
         return self._backend
 
     @property
-    def buffers(self) -> dict[str, FlatBuffer]:
+    def buffers(self) -> Mapping[str, FlatBuffer]:
         """The flat buffers behind the views, by name: ``opt.buffers["grads"].flat`` is one dense vector."""
-        return self._state.buffers
+        return MappingProxyType(self._state.buffers)  # a buffer that was put into it would never be updated
 
     @property
     def param_groups(self) -> ParamGroups:

@@ -103,7 +103,7 @@ class RMSProp(Persistent):
         State of `momentum` and `centered`, where a group uses them.
     param_groups : list of ParamGroup
         One mapping of options for each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
-    buffers : dict of str to FlatBuffer
+    buffers : mapping of str to FlatBuffer
         The flat buffers behind the views: ``opt.buffers["grads"].flat`` is one dense vector.
     steps, skipped_steps : int
         Steps taken, and steps not taken, with nonfinite="skip".

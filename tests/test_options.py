@@ -402,6 +402,8 @@ def test_what_holds_an_optimizer_together_cannot_be_replaced():
     ):
         with pytest.raises(StructureError, match="param_groups: expected the groups that the optimizer was made with"):
             change(opt.param_groups)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        opt.buffers["cache"] = opt.buffers["params"]
     for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         assert repr(other.param_groups) == "[ParamGroup(lr=0.001)]"
 

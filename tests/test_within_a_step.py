@@ -535,3 +535,29 @@ def test_a_pickle_comes_to_a_process_with_fewer_threads():
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.stdout == b"1 1\n", done.stderr
+
+
+def test_an_option_that_a_handler_sets_while_the_state_is_read_belongs_to_a_later_state(rng, tmp_path, monkeypatch):
+    """It brings a buffer, which a state that began before it does not have."""
+    opt, gradients = make(rng)
+    opt.step(gradients)
+    backend = type(opt.backend)
+    read = backend.read
+
+    def setting(self, segment):
+        opt.momentum = 0.5
+        return read(self, segment)
+
+    for take in (opt.state_dict, lambda: opt.save(tmp_path / "state.npz")):
+        opt.momentum = 0.0
+        vars(opt.backend.state)["buffers"].pop("momentum_buffer", None)
+        monkeypatch.setattr(backend, "read", setting)
+        state = take()
+        monkeypatch.undo()
+        assert opt.momentum == 0.5
+        other = make(rng)[0]
+        if state is None:
+            other.load(tmp_path / "state.npz")
+        else:
+            other.load_state_dict(state)
+        assert other.momentum == 0.0

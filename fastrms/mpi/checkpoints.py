@@ -204,7 +204,7 @@ def _new_whole(opt: _Optimizer) -> RMSProp:
         whole = RMSProp(opt.params, kernel="numpy", **own, **options)
     for name in _state_of(opt):
         if name not in whole.buffers:  # of an option that was on before
-            whole.buffers[name] = whole.backend.new_buffer(name)
+            whole.backend.state.buffers[name] = whole.backend.new_buffer(name)
     whole.backend.state.counts.take_over(opt.backend.state.counts)
     return whole
 
@@ -235,7 +235,7 @@ def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
     opt._broadcast_params()
     for name in names:
         if name not in opt.buffers:
-            opt.buffers[name] = opt.backend.new_buffer(name)
+            opt.backend.state.buffers[name] = opt.backend.new_buffer(name)
     for own, all_, bounds in _segments(opt, whole):
         opt._ranks.scatter(all_, own, bounds)
     state = opt.backend.state

@@ -62,7 +62,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         All parameters, and the gradients of this rank; views of flat buffers, the same for the optimizer's life.
     cache, momentum_buffer, grad_avg : the structure of `params`
         State of this rank's shard: for each parameter a 1-D array of those of its elements that lie there, in C order.
-    buffers : dict of str to FlatBuffer
+    buffers : mapping of str to FlatBuffer
         The flat buffers behind the views; those of the state are of this rank's shard.
     rank, size : int
         The number of this rank, and how many there are.
