@@ -123,3 +123,15 @@ def same_structure(given, ours):
     if isinstance(given, list | tuple):
         return type(given) is type(ours) and len(given) == len(ours) and all(map(same_structure, given, ours))
     return isinstance(ours, np.ndarray)
+
+
+def everything(opt):
+    """All bytes that a step may change, and the count of steps."""
+    return {name: b.block.tobytes() for name, b in opt.buffers.items() if name != "grads"} | {"steps": opt.steps}
+
+
+def whole(opt):
+    """All that a checkpoint has: parameters, state and counts."""
+    state = opt.state_dict()
+    arrays = {name: array.tobytes() for name, array in state["arrays"].items()}
+    return arrays | {"steps": state["steps"], "skipped_steps": state["skipped_steps"]}

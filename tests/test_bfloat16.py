@@ -6,8 +6,8 @@ import pickle
 import numba
 import numpy as np
 import pytest
+from cases import OPTIONS, SIZES, WAYS, combinations
 from helpers import JIT, assert_same_bits, wide
-from test_contract import OPTIONS, SIZES, WAYS, combinations
 
 from fastrms import OptionError, OptionTypeError, RMSProp, from_bfloat16
 from fastrms.kernels import access

@@ -1,6 +1,5 @@
 """Checkpoints: what is loaded goes on as if nothing had happened, and what is damaged or hostile changes nothing."""
 
-import enum
 import errno
 import io
 import json
@@ -21,9 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits, case_id, leaves, same_structure, steps
-from test_contract import OPTIONS
-from test_nonfinite import everything
+from cases import KEYS, OPTIONS, OTHER_KEYS, posix
+from helpers import JIT, assert_same_bits, case_id, everything, leaves, same_structure, steps
 
 from fastrms import CheckpointError, DeviceError, OptionError, OptionTypeError, RMSProp, StorageError
 from fastrms.checkpoints import formats, metadata
@@ -167,26 +165,6 @@ def test_what_a_file_cannot_hold_is_said(tmp_path):
     point = namedtuple("point", "x y")
     RMSProp(point(np.ones(2), np.ones(1))).save(path)
     assert type(RMSProp.from_checkpoint(path).params) is tuple
-
-
-class Text(enum.StrEnum):
-    W = "W"
-
-
-class Number(enum.IntEnum):
-    ONE = 1
-
-
-class Name(str):
-    """Text of a class of its own."""
-
-
-# Keys that a file would give back as others, though they may be equal: another repr, or another type.
-OTHER_KEYS = [
-    np.str_("W"), np.float64(1.5), np.int64(3), np.bool_(True), Text.W, Number.ONE, Name("W"), float("nan"), (1, 2),
-    b"W", frozenset(),
-]  # fmt: skip
-KEYS = ["W", "", "\ud800", 1, -(2**70), True, 1.5, -0.0, float("inf"), None]
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
@@ -666,9 +644,6 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
                 opt.save(path)
         assert path.read_bytes() == before
         assert [item.name for item in tmp_path.iterdir()] == ["state.npz"]
-
-
-posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and links of POSIX")
 
 
 @posix

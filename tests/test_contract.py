@@ -1,28 +1,15 @@
 """The contract of bits: every kernel gives the reference's, however the numbers are split and whoever computes them."""
 
-import itertools
-
 import numpy as np
 import pytest
+from cases import OPTIONS, SIZES, WAYS, combinations
 from helpers import JIT, assert_same_bits, steps, wide
 
 from fastrms import RMSProp
-from fastrms.kernels import cpu, norms
+from fastrms.kernels import cpu
 from fastrms.kernels.reference import ReferenceRMSProp
 
 DTYPES = [np.float32, np.float64]
-
-EDGES = sorted({edge * k + d for edge in (cpu.BLOCK, norms.CHUNK) for k in (1, 2, 3) for d in (-1, 0, 1)})
-SIZES = [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, *(EDGES if JIT else EDGES[:3])]
-
-# Every way in which the same step can be run.
-WAYS = {
-    "numpy": {"kernel": "numpy"},
-    "serial": {"kernel": "serial"},
-    "parallel-1": {"kernel": "parallel", "num_threads": 1},
-    "parallel-2": {"kernel": "parallel", "num_threads": 2},
-    "auto": {"kernel": "auto"},
-}
 
 
 def random_split(rng, vector, pieces):
@@ -195,33 +182,6 @@ def test_flushing_keeps_all_elements_without_subnormals_and_the_rest_within_one_
         assert ((ours == 0) | (ours >= tiny)).all(), "a subnormal was stored"
     assert clean.sum() >= size // 4
     assert not clean.all()
-
-
-# One value each that turns the option on.
-OPTIONS = {
-    "momentum": 0.9,
-    "nesterov": True,
-    "centered": True,
-    "weight_decay": 0.1,
-    "decoupled_weight_decay": True,
-    "maximize": True,
-    "eps_in_sqrt": True,
-    "initial_scale": 1.0,
-    "bias_correction": True,
-    "lr_in_momentum": True,
-    "clip_value": 0.5,
-    "clip_norm": 2.0,
-    "global_clip_norm": 1.5,
-    "flush_subnormals": False,
-}
-
-
-def combinations():
-    """All combinations of up to three options, and 300 random ones of any number."""
-    chosen = [set(names) for count in range(4) for names in itertools.combinations(OPTIONS, count)]
-    generator = np.random.default_rng(0)
-    chosen += [{name for name in OPTIONS if generator.random() < 0.5} for _ in range(300)]
-    return [names for names in chosen if "nesterov" not in names or "momentum" in names]
 
 
 @pytest.mark.parametrize("part", range(8))

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 import pytest
+from cases import OPTIONS, combinations
 from helpers import assert_same_bits, wide
-from test_contract import OPTIONS, combinations
 
 from fastrms import NonfiniteError, RMSProp
 

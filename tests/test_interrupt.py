@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import JIT
-from test_within_a_step import whole
+from helpers import JIT, whole
 
 import fastrms
 from fastrms import RMSProp

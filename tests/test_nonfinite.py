@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits
+from helpers import JIT, assert_same_bits, everything
 
 from fastrms import NonfiniteError, OptionError, OptionTypeError, RMSProp
 
@@ -27,11 +27,6 @@ def give(opt, gradients, way):
     for own, gradient in zip(opt.grads, gradients, strict=True):
         own[...] = gradient
     return opt.step()
-
-
-def everything(opt):
-    """All bytes that a step may change, and the count of steps."""
-    return {name: b.block.tobytes() for name, b in opt.buffers.items() if name != "grads"} | {"steps": opt.steps}
 
 
 @pytest.mark.parametrize("way", ["list", "cast", "buffer"])

@@ -4,11 +4,10 @@ import copy
 import itertools
 
 import numpy as np
-from helpers import JIT, assert_same_bits, leaves, same_structure
+from cases import WAYS
+from helpers import JIT, assert_same_bits, everything, leaves, same_structure
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_contract import WAYS
-from test_nonfinite import everything
 
 from fastrms import FlatBuffer, RMSProp
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import KEYS, OTHER_KEYS, posix
 from helpers import JIT, assert_same_bits, leaves, same_structure, wide
-from test_checkpoints import KEYS, OTHER_KEYS, posix
 
 import fastrms.backends.mapped
 import fastrms.backends.pages

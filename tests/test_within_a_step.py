@@ -14,18 +14,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits, steps
+from helpers import JIT, assert_same_bits, steps, whole
 
 from fastrms import RMSProp, StepInProgressError
 
 KERNELS = ["numpy", "serial", "parallel"]
-
-
-def whole(opt):
-    """All that a checkpoint has: parameters, state and counts."""
-    state = opt.state_dict()
-    arrays = {name: array.tobytes() for name, array in state["arrays"].items()}
-    return arrays | {"steps": state["steps"], "skipped_steps": state["skipped_steps"]}
 
 
 class Array:

@@ -19,14 +19,14 @@ class Training:
 
     def __init__(self, **seconds):
         self.seconds, self.now, self.used = seconds, 0.0, []
-        self.chooser = Tuner(lambda: self.now)
-        self.chooser.step_done()
+        self.tuner = Tuner(lambda: self.now)
+        self.tuner.step_done()
 
     def run(self, steps):
         for _ in range(steps):
-            self.used.append(self.chooser.kernel)
-            self.now += self.seconds[self.chooser.kernel]
-            self.chooser.step_done()
+            self.used.append(self.tuner.kernel)
+            self.now += self.seconds[self.tuner.kernel]
+            self.tuner.step_done()
         return self
 
 
@@ -36,14 +36,14 @@ TRIAL = Tuner.ROUNDS * Tuner.STEPS
 def test_nothing_is_tried_in_the_first_seconds():
     training = Training(serial=0.01, parallel=0.001).run(190)
     assert set(training.used) == {"serial"}
-    assert training.chooser.reason == "after 2 s of training parallel is tried too"
+    assert training.tuner.reason == "after 2 s of training parallel is tried too"
 
 
 def test_the_faster_one_is_kept():
     training = Training(serial=0.01, parallel=0.006).run(700)
     assert training.used[-400:] == ["parallel"] * 400
     assert training.used.count("serial") < 201 + TRIAL
-    assert "10 ms with the serial kernel, 6 ms with the parallel one" in training.chooser.reason
+    assert "10 ms with the serial kernel, 6 ms with the parallel one" in training.tuner.reason
     training = Training(serial=0.01, parallel=0.01).run(600)
     assert training.used[-300:] == ["serial"] * 300
 
@@ -108,7 +108,7 @@ def test_threads_that_wake_up_after_a_pause_do_not_decide():
 def test_threads_that_wake_up_in_a_trial_do_not_decide():
     training, awake = Training(serial=400e-6, parallel=200e-6), 0
     for _ in range(10_000):
-        awake = awake + 1 if training.chooser.kernel == "parallel" else 0
+        awake = awake + 1 if training.tuner.kernel == "parallel" else 0
         training.seconds["parallel"] = 200e-6 if awake > 19 else 500e-6
         training.run(1)
     assert training.used[-1] == "parallel"
@@ -120,7 +120,7 @@ def test_single_slow_steps_do_not_decide():
         training.run(1)
         if len(training.used) % 7 == 0:
             training.now += 5.0  # an evaluation of the user's
-            training.chooser.step_done()
+            training.tuner.step_done()
     assert training.used[-500:].count("parallel") > 450  # the rest are of trials
 
 
