@@ -135,3 +135,25 @@ def whole(opt):
     state = opt.state_dict()
     arrays = {name: array.tobytes() for name, array in state["arrays"].items()}
     return arrays | {"steps": state["steps"], "skipped_steps": state["skipped_steps"]}
+
+
+def assert_same_optimizers(ours, theirs):
+    """Compare counts, parameters, state and options of two optimizers, to the bit."""
+    assert (ours.steps, ours.skipped_steps) == (theirs.steps, theirs.skipped_steps)
+    assert ours.backend.state.counts.absent.tolist() == theirs.backend.state.counts.absent.tolist()
+    assert ours.buffers.keys() == theirs.buffers.keys()
+    for name in ours.buffers.keys() - {"grads"}:
+        for mine, other in zip(ours.buffers[name].segments, theirs.buffers[name].segments, strict=True):
+            assert_same_bits(mine, other, name)
+    assert [dict(group) | {"params": None} for group in ours.param_groups] == [
+        dict(group) | {"params": None} for group in theirs.param_groups
+    ]
+
+
+def contents(path):
+    """What is in a folder, but for when it was changed."""
+    return {item.name: item.read_bytes() for item in path.iterdir()} if path.is_dir() else None
+
+
+# A block of Python in a page.
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers import UNDEFINE_GRADIENTS, undefine_gradients
+from helpers import BLOCK, UNDEFINE_GRADIENTS, undefine_gradients
 from numpydoc.validate import validate
 
 import fastrms
@@ -25,7 +25,6 @@ import fastrms
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Pages that run other libraries, in a process of their own: what those do to a process (threads, settings) is not for
 # other tests to bear.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import KEYS, OTHER_KEYS, posix
-from helpers import JIT, assert_same_bits, leaves, same_structure, wide
+from helpers import JIT, assert_same_bits, assert_same_optimizers, contents, leaves, same_structure, wide
 
 import fastrms.backends.mapped
 import fastrms.backends.pages
@@ -41,18 +41,6 @@ def small_parts(monkeypatch):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run"
-
-
-def assert_same(ours, theirs):
-    assert (ours.steps, ours.skipped_steps) == (theirs.steps, theirs.skipped_steps)
-    assert ours.backend.state.counts.absent.tolist() == theirs.backend.state.counts.absent.tolist()
-    assert ours.buffers.keys() == theirs.buffers.keys()
-    for name in ours.buffers.keys() & set(STATE):
-        for mine, other in zip(ours.buffers[name].segments, theirs.buffers[name].segments, strict=True):
-            assert_same_bits(mine, other, name)
-    assert [dict(group) | {"params": None} for group in ours.param_groups] == [
-        dict(group) | {"params": None} for group in theirs.param_groups
-    ]
 
 
 def arrays(rng, dtypes):
@@ -84,7 +72,7 @@ def test_the_bits_are_those_in_memory(case, kernel, path, small_parts, rng):
     start = arrays(rng, dtypes)
     inside = RMSProp(start, kernel=kernel, **options)
     opt = RMSProp(start, kernel=kernel, storage=path, **options)
-    assert_same(opt, inside)
+    assert_same_optimizers(opt, inside)
     for step in range(8):
         gradients = [np.asarray(wide(rng, p.shape, p.dtype, -30, 3)) for p in start]
         if step == 2:
@@ -108,7 +96,7 @@ def test_the_bits_are_those_in_memory(case, kernel, path, small_parts, rng):
             opt.close()
             lr = {"lr": options["lr"]} if callable(options.get("lr")) else {}
             opt = RMSProp.reopen(path, kernel=kernel, **lr)
-        assert_same(opt, inside)
+        assert_same_optimizers(opt, inside)
     assert opt.steps == 8 - ("nonfinite" in options)
     opt.close()
 
@@ -122,7 +110,7 @@ def test_a_float64_norm_outside_the_range_of_squares(path, small_parts, rng):
         for optimizer in (inside, opt):
             optimizer.buffers["grads"].gather(gradients)
             optimizer.step()
-        assert_same(opt, inside)
+        assert_same_optimizers(opt, inside)
         opt.close()
 
 
@@ -152,7 +140,7 @@ def test_structure_values_and_options_come_back(structure, path, small_parts):
     with RMSProp.reopen(str(path)) as again:
         given = [group["params"] for group in params] if "group" in structure else params
         assert same_structure(given, again.params)
-        assert_same(again, inside)
+        assert_same_optimizers(again, inside)
         assert repr(again) == repr(inside)
     with RMSProp.reopen(path, lr=0.125) as again:
         assert {group["lr"] for group in again.param_groups} == {0.125}
@@ -231,12 +219,12 @@ def test_options_that_change_and_state_that_is_added_later(path):
     opt.close()
     opt = RMSProp.reopen(path)
     assert (opt.global_clip_norm, opt.nonfinite, opt.skipped_steps) == (0.25, "skip", 1)
-    assert_same(opt, inside)
+    assert_same_optimizers(opt, inside)
     for optimizer in (opt, inside):
         optimizer.param_groups[0]["momentum"] = 0.5
         optimizer.param_groups[0]["centered"] = True
         optimizer.step(gradient)
-    assert_same(opt, inside)
+    assert_same_optimizers(opt, inside)
 
 
 @pytest.mark.skipif(not JIT or not pointers.available(), reason="gradients are copied on this interpreter")
@@ -248,7 +236,7 @@ def test_gradients_in_memory_are_read_where_they_lie(path, rng):
         opt.step(start)
         inside.step(start)
     assert np.isnan(opt.buffers["grads"].flat).all()
-    assert_same(opt, inside)
+    assert_same_optimizers(opt, inside)
 
 
 def test_a_learning_rate_that_is_a_function_has_to_be_given_again(path):
@@ -258,11 +246,6 @@ def test_a_learning_rate_that_is_a_function_has_to_be_given_again(path):
     with RMSProp.reopen(path, lr=lambda step: 0.25 / (step + 1)) as opt:
         opt.step([np.ones(2)])
         assert opt.lr(0) == 0.25
-
-
-def contents(path):
-    """What is in a folder, but for when it was changed."""
-    return {item.name: item.read_bytes() for item in path.iterdir()} if path.is_dir() else None
 
 
 def test_what_cannot_be_made_leaves_nothing(tmp_path):
@@ -499,7 +482,7 @@ def test_a_buffer_that_cannot_be_made_leaves_the_folder_as_it_was(path, monkeypa
         opt.step([np.ones(3)])
         inside.step([np.ones(3)])
         opt.close()
-        assert_same(RMSProp.reopen(path), inside)
+        assert_same_optimizers(RMSProp.reopen(path), inside)
 
 
 def test_what_a_killed_process_left_of_a_buffer_is_made_anew(path):
@@ -670,21 +653,21 @@ def test_checkpoints_between_memory_and_storage(case, ending, tmp_path, small_pa
     for name, array in inside.state_dict()["arrays"].items():
         assert_same_bits(opt.state_dict()["arrays"][name], array)
     elsewhere = RMSProp.from_checkpoint(tmp_path / f"False.{ending}", storage=tmp_path / "b")
-    assert_same(elsewhere, inside)
-    assert_same(RMSProp.from_checkpoint(tmp_path / f"True.{ending}"), inside)
+    assert_same_optimizers(elsewhere, inside)
+    assert_same_optimizers(RMSProp.from_checkpoint(tmp_path / f"True.{ending}"), inside)
     opt.step(gradients)
     views = leaves(opt.params)
     opt.load(tmp_path / f"False.{ending}")
-    assert_same(opt, inside)
+    assert_same_optimizers(opt, inside)
     assert [id(view) for view in leaves(opt.params)] == [id(view) for view in views]
     opt.step(gradients)
     opt.load_state_dict(inside.state_dict())
-    assert_same(opt, inside)
+    assert_same_optimizers(opt, inside)
     opt.close()
     with RMSProp.reopen(tmp_path / "a") as again:
         again.step(gradients)
         inside.step(gradients)
-        assert_same(again, inside)
+        assert_same_optimizers(again, inside)
 
 
 def test_a_damaged_checkpoint_changes_nothing(tmp_path, small_parts):

@@ -8,8 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits
-from test_storage import assert_same, contents
+from helpers import JIT, assert_same_bits, assert_same_optimizers, contents
 
 from fastrms import RMSProp, StorageError
 
@@ -73,11 +72,11 @@ def test_killed_between_steps(crash, path):
     assert contents(path) == before
     with RMSProp.reopen(path, after_crash="use") as opt:
         # Only the process ended; what it wrote to memory was the system's.
-        assert_same(opt, trained(opt.steps))
+        assert_same_optimizers(opt, trained(opt.steps))
         assert f"{opt.steps} steps" in message or opt.steps == 3
         opt.step([opt.params[0] - 0.5])
     with RMSProp.reopen(path) as opt:
-        assert_same(opt, trained(opt.steps))
+        assert_same_optimizers(opt, trained(opt.steps))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal")
@@ -126,7 +125,7 @@ def test_killed_while_it_is_made(path):
 def test_a_program_that_ends_by_itself_closes(end, path):
     run(TRAIN + f"    train(2)\n    {end}\n", path)
     with RMSProp.reopen(path) as opt:
-        assert_same(opt, trained(2))
+        assert_same_optimizers(opt, trained(2))
 
 
 def test_at_exit_all_are_closed_also_where_some_cannot_be(tmp_path):

@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from test_nonfinite import everything
+from helpers import everything
 
 from fastrms import RMSProp, StructureError
 

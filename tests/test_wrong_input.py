@@ -5,8 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_docs import BLOCK
-from test_nonfinite import everything
+from helpers import BLOCK, everything
 
 import fastrms
 

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from cases import OPTIONS
 from helpers import wide
 from simulated.simulator import AS_RELEASED, DTYPES, Theirs, arrays, assert_same_state, cuda, kernels, pair
-from test_contract import OPTIONS
 
 from fastrms.kernels import norms
 
