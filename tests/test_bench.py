@@ -61,6 +61,16 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("my_kernels", None)
 
 
+def test_all_have_the_same_number_of_turns_and_no_more_rounds_than_the_time_allows():
+    def rounds(min_time, **limits):
+        turns = [name for name, _ in measure.take_turns([0, 1, 2], min_time, **limits)]
+        assert all(sorted(turns[k : k + 3]) == [0, 1, 2] for k in range(0, len(turns), 3))
+        return len(turns) // 3
+
+    assert rounds(1e-9, least=4, most=9) == 4
+    assert rounds(1e9, least=4, most=9) == 9
+
+
 def results(folder, stem="fastrms-bench"):
     return json.loads((folder / f"{stem}.json").read_text())
 

@@ -277,6 +277,15 @@ def test_gather_takes_a_dict_in_any_order():
     assert buffer.flat.tolist() == [1, 2, 3]
 
 
+def test_a_dict_that_makes_missing_keys_is_asked_for_none():
+    buffer = FlatBuffer([{"W": np.zeros(2), "b": np.zeros(1)}])
+    given = defaultdict(lambda: np.ones(1), {"W": np.ones(2), "c": np.ones(1)})  # as many as there are
+    with pytest.raises(StructureError, match=r"^arrays\[0\]: missing 'b'"):
+        buffer.gather([given])
+    assert list(given) == ["W", "c"]
+    assert not buffer.flat.any()
+
+
 class Misbehaves:
     def __array__(self, dtype=None, copy=None):
         raise RuntimeError("no array today")

@@ -263,6 +263,20 @@ def test_keys_in_another_order_are_matched_by_path(name, dtypes, kind, storage, 
     assert second.steps == first.steps == 4
 
 
+class SameText:
+    """A key whose repr other keys have too; `state_dict` takes it, as nothing is looked up in another process."""
+
+    def __repr__(self):
+        return "key"
+
+
+def test_keys_of_the_same_text_are_matched_in_their_order():
+    first = RMSProp({SameText(): np.ones(2), SameText(): np.full(3, 2.0), "b": np.full(1, 3.0)})
+    second = RMSProp({"b": np.zeros(1), SameText(): np.zeros(2), SameText(): np.zeros(3)})
+    second.load_state_dict(first.state_dict())
+    assert [view.tolist() for view in second.params.values()] == [[3], [1, 1], [2, 2, 2]]
+
+
 def test_other_keys_are_still_an_error():
     state = RMSProp({"a": np.ones(2), "b": np.ones(2)}).state_dict()
     opt = RMSProp({"b": np.zeros(2), "c": np.zeros(2)})
@@ -692,8 +706,8 @@ def test_another_group_that_cannot_be_kept_gets_no_rights():
         os.chmod(folder, 0o777)
         path = Path(folder, "state.npz")
         path.touch()
-        path.chmod(0o664)
         os.chown(path, 1234, 5678)
+        path.chmod(0o6664)  # the bits that lend the rights of owner and group go too
         subprocess.run([sys.executable, "-c", program, path], check=True)
         about = path.stat()
     assert (about.st_uid, about.st_gid, stat.S_IMODE(about.st_mode)) == (1234, 1235, 0o644)

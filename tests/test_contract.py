@@ -270,3 +270,19 @@ def test_the_variance_is_clamped_where_rounding_makes_it_negative(flush):
         for name, optimizer in optimizers.items():
             assert_same_bits(optimizer.params[0], oracle.params[0], name)
     assert negative > 0 or not JIT
+
+
+def test_a_variance_below_the_normal_numbers_is_flushed(rng):
+    magnitudes = (10.0 ** rng.uniform(-19.0, -18.4, 2000)).astype(np.float32)
+    options = {"centered": True, "epsilon": 1e-30, "decay_rate": 0.5}
+    optimizers = {name: RMSProp([np.ones(2000, np.float32)], **options, **way) for name, way in WAYS.items()}
+    oracle, small = optimizers["numpy"], 0
+    for _ in range(steps(20)):
+        grad = (magnitudes * rng.uniform(0.9, 1.1, 2000)).astype(np.float32)
+        for optimizer in optimizers.values():
+            optimizer.step([grad])
+        variance = oracle.cache[0].astype(float) - oracle.grad_avg[0].astype(float) ** 2
+        small += np.count_nonzero((variance > 0) & (variance < np.finfo(np.float32).tiny))
+        for name, optimizer in optimizers.items():
+            assert_same_bits(optimizer.params[0], oracle.params[0], name)
+    assert small > 0

@@ -56,6 +56,12 @@ def test_labels_of_any_kind(tmp_path, good, labels):
     assert (numbers == (y == max(labels))).all()
 
 
+def test_two_rows_for_each_class_are_enough(tmp_path, rng):
+    np.savez(tmp_path / "own.npz", X=rng.normal(size=(6, 3)), y=np.array([5, 3, 4, 3, 4, 5]))
+    _, numbers = data.load_file(tmp_path / "own.npz")
+    assert numbers.tolist() == [2, 0, 1, 0, 1, 2]
+
+
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint64", "float16", "float32", "longdouble", ">f8"])
 def test_features_of_any_real_dtype(capsys, tmp_path, good, dtype):
     np.savez_compressed(tmp_path / "own.npz", X=good["X"].clip(0).astype(dtype), y=good["y"])

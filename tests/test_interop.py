@@ -573,6 +573,9 @@ def test_groups_that_differ_are_not_for_keras():
     config, variables = interop.to_keras(RMSProp(groups, **dialect("keras")))
     assert len(variables) == 4
     assert config["weight_decay"] is None  # off, as Keras has it
+    groups = [{"params": [np.ones(2)], "momentum": momentum} for momentum in (0.5, 0.9, 0.5)]
+    with pytest.raises(OptionError, match=r"momentum: expected the same in all groups, .*; got \[0.5, 0.9, 0.5\]"):
+        interop.to_keras(RMSProp(groups, **dialect("keras")))
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,22 @@ def test_an_option_whose_buffer_cannot_be_made_is_not_set(code):
     ], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("global_clip_norm", 1.0), ("nonfinite", "skip"), ("kernel", "numpy"), ("num_threads", 1)]
+)
+def test_an_option_of_the_whole_whose_change_fails_stays_as_it_was(name, value, monkeypatch):
+    opt = RMSProp([np.ones(2)], kernel="serial")
+    before = getattr(opt, name)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt.backend, "options_changed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        setattr(opt, name, value)
+    assert getattr(opt, name) == before
+
+
 def test_options_of_all_groups_are_attributes_and_set_whole():
     opt = RMSProp([{"params": [np.ones(2)]}, {"params": [np.ones(3)], "nesterov": True, "momentum": 0.5}])
     for name, value in {"momentum": 0.9, "weight_decay": 0.1, "centered": True, "clip_norm": 1.0}.items():

@@ -200,6 +200,23 @@ def test_momentum_that_begins_later_goes_on_with_what_the_state_has(way):
     assert_same_state(ours, other)
 
 
+def test_momentum_that_is_taken_out_begins_anew(way):
+    """For which PyTorch's step has an error. Nothing of what was there before comes back."""
+    both = []
+    for take_out in (lambda state: state.pop("momentum_buffer"), lambda state: state["momentum_buffer"].zero_()):
+        params = parameters()
+        optimizer = RMSprop(params, momentum=0.9, **way)
+        for step in range(6):
+            if step == 3:
+                take_out(optimizer.state[params[0]])
+            give(params, step)
+            optimizer.step()
+        both.append((params, optimizer))
+    (mine, ours), (theirs, other) = both
+    assert_near(mine, theirs)
+    assert_same_state(ours, other)
+
+
 @PYTORCHS_STEP
 def test_two_optimizers_with_one_state(way):
     both = []

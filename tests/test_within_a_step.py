@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -294,6 +295,33 @@ def test_an_option_that_a_signal_handler_sets_while_another_one_is_set_holds(rng
     assert number > 10
 
 
+def test_ctrl_c_while_an_option_is_set_leaves_nothing_stale(rng):
+    """Steps after it use the options that can be read, be they the old or the new ones."""
+    start, gradients = [rng.standard_normal(5)], [rng.standard_normal(5)]
+
+    def make():
+        opt = RMSProp(start)
+        opt.step(gradients)
+        return opt
+
+    def act(opt):
+        with suppress(KeyboardInterrupt):
+            opt.lr = 0.5
+
+    def handler(opt):
+        raise KeyboardInterrupt
+
+    found = set()
+    for number, opt in at_every_line(make, act, handler, SETTING):
+        found.add(opt.lr)
+        other = RMSProp(start, kernel="numpy")
+        other.load_state_dict(opt.state_dict())
+        for optimizer in (opt, other):
+            optimizer.step(gradients)
+        assert whole(opt) == whole(other), f"line {number}"
+    assert found == {1e-3, 0.5}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_pickle_made_while_another_thread_steps_is_of_one_step(kernel):
     size = 200_000 if JIT else 100
@@ -329,6 +357,8 @@ def test_a_count_of_steps_that_is_set_is_one_that_a_run_can_have(rng, tmp_path):
         with pytest.raises((TypeError, ValueError), match=r"^skipped_steps: expected a whole number"):
             opt.skipped_steps = value
     assert opt.steps == 3
+    opt.steps = opt.skipped_steps = 2**53  # the most that float64 counts
+    assert (opt.steps, opt.skipped_steps) == (2**53, 2**53)
     opt.steps = np.int64(0)  # to begin a schedule again
     opt.save(tmp_path / "state.npz")
     assert RMSProp.from_checkpoint(tmp_path / "state.npz").steps == 0
@@ -469,6 +499,24 @@ def test_a_handler_may_not_step_while_the_state_is_saved_or_loaded(rng, tmp_path
     assert len(seen) >= 6
     assert whole(opt) == whole(RMSProp.from_checkpoint(tmp_path / "state.npz")) == expected
     opt.step(gradients)
+
+
+def test_a_handler_may_look_while_the_state_is_saved(rng, tmp_path, monkeypatch):
+    opt, gradients = make(rng)
+    opt.step(gradients)
+    expected, seen = whole(opt), []
+    backend = type(opt.backend)
+    parts = backend.parts
+
+    def looking(self, array):
+        monkeypatch.undo()  # once, as looking asks for parts too
+        seen.append(whole(opt))
+        return parts(self, array)
+
+    for call in (opt.state_dict, lambda: opt.save(tmp_path / "state.npz")):
+        monkeypatch.setattr(backend, "parts", looking)
+        call()
+    assert seen == [expected, expected]
 
 
 INTERRUPTED = """if True:

@@ -401,6 +401,18 @@ def test_nothing_is_read_beyond_the_end_of_a_gradient(dtype, kernel):
 
 
 @needs_jit
+def test_small_gradients_are_read_as_one_only_where_all_of_them_are_neighbours(rng):
+    """As an adapter hands over their addresses: first and last as in one buffer, and another one between them."""
+    start = [rng.standard_normal(3) for _ in range(3)]
+    together, apart = FlatBuffer([rng.standard_normal(3) for _ in range(3)]), rng.standard_normal(3)
+    opt, other = RMSProp(start), RMSProp(start, kernel="numpy")
+    for gradients in (list(together.leaves), [together.leaves[0], apart, together.leaves[2]]):
+        opt.backend.step_at(np.array([gradient.ctypes.data for gradient in gradients]), None)
+        other.step(gradients)
+        assert state(opt) == state(other)
+
+
+@needs_jit
 def test_it_can_be_switched_off():
     program = "from fastrms.kernels import pointers; print(pointers.available())"
     for value, expected in (("0", "False"), ("1", "True")):
