@@ -347,6 +347,10 @@ class HostBackend:
         """Return the counts."""
         return self.state.counts
 
+    def settle_steps(self) -> Counts:
+        """Return the counts."""
+        return self.state.counts
+
     def counts_changed(self) -> None:
         """Use the counts that were written to `state`: each step reads them."""
 
