@@ -123,7 +123,7 @@ class OptimizerBase(Guarded):
 
     @property
     def stream(self) -> Any:
-        """The stream of all work on a GPU, one of Numba's. It may be set to any stream that the constructor takes."""
+        """The stream of all work on a GPU, one of Numba's, or None on the host. To be set to what `RMSProp` takes."""
         return self._backend.stream
 
     @stream.setter

@@ -77,9 +77,10 @@ class HostBackend:
 
     @stream.setter
     def stream(self, value: Any) -> None:
-        raise OptionError(
-            f'stream: expected an optimizer with kernel="cuda", got a stream for one on the host: {value!r}'
-        )
+        if value is not None:
+            raise OptionError(
+                f'stream: expected an optimizer with kernel="cuda", got a stream for one on the host: {value!r}'
+            )
 
     def synchronize(self) -> None:
         """Do nothing: a step on the host ends when it is done."""
