@@ -50,7 +50,7 @@ class OptimizerBase(Guarded):
     @property
     def steps(self) -> int:
         """The number of steps taken. On a GPU with nonfinite="skip", reading it waits for the device."""
-        return self._backend.settle().steps
+        return self._backend.settle_steps().steps
 
     @steps.setter
     def steps(self, value: int) -> None:
@@ -62,12 +62,12 @@ class OptimizerBase(Guarded):
     @property
     def skipped_steps(self) -> int:
         """The number of steps not taken, with nonfinite="skip"."""
-        return self._backend.settle().skipped_steps
+        return self._backend.settle_steps().skipped_steps
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
         value = check_count("skipped_steps", value)
-        self._backend.settle().skipped_steps = value
+        self._backend.settle_steps().skipped_steps = value
 
     params: PyTree = views("params", "The parameters, in the structure that was given.")
     grads: PyTree = views(
@@ -124,7 +124,7 @@ class OptimizerBase(Guarded):
 
     @property
     def stream(self) -> Any:
-        """The stream of all work on a GPU, one of Numba's. It may be set to any stream that the constructor takes."""
+        """The stream of all work on a GPU, one of Numba's, or None on the host. To be set to what `RMSProp` takes."""
         return self._backend.stream
 
     @stream.setter

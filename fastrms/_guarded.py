@@ -41,7 +41,7 @@ class Guarded:
 
     def _refuse_attribute(self, name: str) -> None:
         known = [key for key in dir(type(self)) if isinstance(getattr(type(self), key), property)]
-        known = sorted({*known, *self._set_once} - {"storage"})
+        known = sorted({*known, *self._set_once} - {"storage", "backend"})
         hint = meant(name, [key for key in known if not key.startswith("_")])
         if _is_ours(type(self)) or not hint.startswith("the "):
             raise AttributeError(f"{name}: {type(self).__name__} has no such attribute; {hint}")

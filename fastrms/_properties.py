@@ -83,8 +83,8 @@ def change(optimizer: _Optimizer, name: str, value: object, changed: str) -> Non
     """Set an option of the optimizer as a whole, and call the backend's method `changed`; undo it after an error."""
     with optimizer._turns.lock:  # a step on another thread ends first
         before = getattr(optimizer._state, name)
-        setattr(optimizer._state, name, value)
         try:
+            setattr(optimizer._state, name, value)
             getattr(optimizer._backend, changed)()
         except BaseException:
             setattr(optimizer._state, name, before)

@@ -271,7 +271,7 @@ class RMSProp(Persistent):
         self._backend.refuse_copy()
         # A copy, since it is written later, when other threads may step.
         with self._turns.between_steps("pickle", changes=False):
-            return copy.deepcopy(self._to_copy())
+            return copy.deepcopy(self._to_copy(), {id(self): self})  # a method of its own may be lr
 
     def _to_copy(self) -> dict[str, Any]:
         kept = {name: value for name, value in vars(self).items() if name not in ("_backend", "_turns")}

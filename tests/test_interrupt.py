@@ -22,12 +22,11 @@ DTYPES = [np.float32, np.float64, np.float64]
 
 def interrupted(function, number):
     """Call a function with Ctrl-C at the line of that number, counted from 0; whether it came that far."""
-    seen = 0
+    seen, entered = 0, set()  # the latter with frames, as that of a generator is entered again
 
     def trace(frame, event, argument):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        entered = set()
 
         def at_line(frame, event, argument):
             nonlocal seen
@@ -35,10 +34,10 @@ def interrupted(function, number):
                 return at_line
             # The line of a with statement comes again ahead of the call of __exit__; no signal handler comes there.
             line = frame.f_lineno
-            if line in entered:
+            if (frame, line) in entered:
                 return at_line
             if linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("with "):
-                entered.add(line)
+                entered.add((frame, line))
             seen += 1
             if seen == number + 1:
                 sys.settrace(None)
@@ -158,6 +157,30 @@ def test_ctrl_c_at_every_line_of_saving(kind, rng, tmp_path):
         assert now in (old, new) or new is None
         found.add(now == old)
     assert found == {True, False}
+
+
+@pytest.mark.parametrize("what", ["load", "an option of all groups", "an option of the whole"])
+def test_after_ctrl_c_at_every_line_of_setting_options_steps_do_what_these_say(what, rng):
+    start, gradients = arrays(rng), arrays(rng)
+    saved = RMSProp(start, lr=0.2, global_clip_norm=0.1)
+    saved.step(gradients)
+    act = {
+        "load": lambda opt: opt.load_state_dict(saved.state_dict()),
+        "an option of all groups": lambda opt: setattr(opt, "lr", 0.2),
+        "an option of the whole": lambda opt: setattr(opt, "global_clip_norm", 0.1),
+    }[what]
+    number, came = 0, True
+    while came:
+        opt, other = RMSProp(start), RMSProp(start)
+        for _ in range(2):
+            opt.step(gradients)
+        came = interrupted(lambda opt=opt: act(opt), number)
+        other.load_state_dict(opt.state_dict())
+        for each in (opt, other):
+            each.step(gradients)
+        assert whole(opt) == whole(other), f"line {number}"
+        number += 1
+    assert number > 10
 
 
 def test_the_short_ways_are_there():

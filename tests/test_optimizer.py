@@ -358,6 +358,27 @@ def test_copies_and_pickles_go_on_alone_with_the_same_bits(again, rng):
     assert state(opt) != state(other)
 
 
+class OwnSchedule(RMSProp):
+    """A method of its own is the learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=self.rate)
+
+    def rate(self, step):
+        return 0.1 / (1 + step)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_whose_lr_is_a_method_of_its_own_has_the_method_of_the_copy(again):
+    opt = OwnSchedule([np.ones(3)])
+    opt.step([np.ones(3)])
+    other = again(opt)
+    assert other.lr.__self__ is other
+    for each in (opt, other):
+        each.step([np.full(3, 0.5)])
+    assert state(opt) == state(other)
+
+
 def test_pure_update_changes_nothing_it_is_given(rng):
     params = {"W": rng.standard_normal((3, 2)), "b": rng.standard_normal(2).astype(np.float32)}
     grads = {"b": rng.standard_normal(2).astype(np.float32), "W": rng.standard_normal((3, 2))}

@@ -424,6 +424,21 @@ def test_what_holds_an_optimizer_together_cannot_be_replaced():
         assert repr(other.param_groups) == "[ParamGroup(lr=0.001)]"
 
 
+def test_an_unknown_attribute_is_compared_with_options_only():
+    opt = RMSProp([np.ones(2)])
+    with pytest.raises(AttributeError, match=r"^anything: .*; the options are bias_correction, buffers, cache, "):
+        opt.anything = 0.5
+
+
+def test_the_stream_of_an_optimizer_on_the_host_is_none():
+    opt = RMSProp([np.ones(2)], stream=None)
+    opt.stream = None
+    with pytest.raises(OptionError, match=r'^stream: expected an optimizer with kernel="cuda", got a stream .*: 1$'):
+        opt.stream = 1
+    assert opt.stream is None
+    opt.synchronize()
+
+
 def test_a_class_of_somebody_elses_may_have_attributes_of_its_own():
     class Logged(RMSProp):
         def __init__(self, params, **options):
@@ -437,6 +452,7 @@ def test_a_class_of_somebody_elses_may_have_attributes_of_its_own():
     opt = Logged([np.ones(2)])
     opt.step()
     assert opt.history == [0]
+    opt.backends = ["nccl"]  # similar to a name that is no option
     with pytest.raises(AttributeError, match="expected 'lr'"):
         opt.learning_rate = 0.5
 

@@ -232,3 +232,13 @@ def test_idle_threads_spin_for_a_moment_only_unless_the_user_says_otherwise(user
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "omp"
     assert expected in run.stderr
+
+
+def test_a_plan_that_ctrl_c_has_ended_begins_anew():
+    tuner = Tuner()
+    tuner.step_done()
+    with pytest.raises(KeyboardInterrupt):
+        tuner._plan.throw(KeyboardInterrupt)
+    for _ in range(3):
+        tuner.step_done()
+    assert tuner.kernel == "serial"

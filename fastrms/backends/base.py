@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._state import OptimizerState
+from fastrms._state import Counts, OptimizerState
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.checkpoints.state import Target
@@ -53,6 +53,9 @@ class Backend(Target, Protocol):
 
         The caller holds the lock of `turns`.
         """
+
+    def settle_steps(self) -> Counts:
+        """Return the counts as `settle` does, except that `absent` may be that of an earlier step."""
 
     def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""

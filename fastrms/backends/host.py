@@ -77,9 +77,9 @@ class HostBackend:
 
     @stream.setter
     def stream(self, value: Any) -> None:
-        raise OptionError(
-            f'stream: expected an optimizer with kernel="cuda", got a stream for one on the host: {value!r}'
-        )
+        if value is not None:
+            message = 'stream: expected an optimizer with kernel="cuda", got a stream for one on the host'
+            raise OptionError(f"{message}: {value!r}")
 
     def synchronize(self) -> None:
         """Do nothing: a step on the host ends when it is done."""
@@ -346,6 +346,8 @@ class HostBackend:
     def settle(self) -> Counts:
         """Return the counts."""
         return self.state.counts
+
+    settle_steps = settle
 
     def counts_changed(self) -> None:
         """Use the counts that were written to `state`: each step reads them."""

@@ -58,15 +58,22 @@ class Tuner:
         self._clock = clock
         self._best = "serial"
         self.reason = f"after {self.FIRST_LOOK:g} s of training parallel is tried too"
-        self._plan = self._make_plan()
-        self.kernel = next(self._plan)
         self._last: float | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        plan = self._make_plan()
+        self.kernel = next(plan)
+        self._plan = plan  # last: Ctrl-C may come at any line
 
     def step_done(self) -> None:
         """Tell the tuner that a step has ended. The time since the last one is that of a whole training step."""
         now = self._clock()
         if self._last is not None:
-            self.kernel = self._plan.send(now - self._last)
+            try:
+                self.kernel = self._plan.send(now - self._last)
+            except StopIteration:  # Ctrl-C came within the plan, which ended it
+                self._begin()
         self._last = now
 
     def _make_plan(self) -> Generator[str, float, None]:

@@ -148,6 +148,7 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
         counts.absent = loaded.arrays[_SKIPPED]
         counts.steps, counts.skipped_steps = head["steps"], head["skipped_steps"]
         target.counts_changed()
+        target.options_changed()  # also ahead of the change, as Ctrl-C may come in between
         state.global_clip_norm = check_option("global_clip_norm", head["global_clip_norm"])
         state.nonfinite = head["nonfinite"]
         for group, options in zip(state.param_groups, loaded.groups, strict=True):

@@ -84,6 +84,16 @@ def test_what_asks_the_device_waits_for_it(rng, no_waiting):
         optimizer.step(arrays(rng))
 
 
+def test_steps_in_which_a_gradient_is_absent_do_not_wait(rng, no_waiting):
+    optimizer = RMSProp(arrays(rng), kernel="cuda", lr=lambda step: 0.1, bias_correction=True)
+    gradients = [None, *(Theirs(g) for g in arrays(rng)[1:])]
+    for _ in range(4):
+        optimizer.step(gradients)
+    assert (optimizer.steps, no_waiting) == (4, [])
+    with pytest.raises(AssertionError, match="waits"):
+        optimizer.state_dict()
+
+
 def test_another_stream_is_asked_for_by_its_number(rng):
     """The simulator has no other streams, and says so where a GPU would wait."""
     optimizer = RMSProp([np.ones(3)], kernel="cuda")
@@ -348,6 +358,20 @@ def test_an_option_that_the_function_given_as_lr_sets_holds_for_this_step_and_th
     for opt in (optimizer, oracle):
         opt.step(gradients)
     assert_same_state(optimizer, oracle)
+
+
+def test_a_function_that_an_array_sets_as_lr_gets_the_number_of_steps_taken():
+    optimizer, seen = RMSProp([np.ones(3)], kernel="cuda", nonfinite="skip"), []
+
+    class Setting(Theirs):
+        def __getattribute__(self, name):
+            if name == "__cuda_array_interface__":
+                optimizer.lr = lambda step: seen.append(step) or 0.1
+            return super().__getattribute__(name)
+
+    for gradient in (np.ones(3), np.full(3, np.nan), np.ones(3), Setting(np.ones(3))):
+        optimizer.step([gradient])
+    assert (seen, optimizer.steps, optimizer.skipped_steps) == ([2], 3, 1)
 
 
 def test_a_step_within_a_step_is_refused_and_nothing_is_counted(rng):

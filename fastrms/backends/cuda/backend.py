@@ -138,16 +138,22 @@ class CudaBackend:
 
     def settle(self) -> Counts:
         """Return the counts, after asking the device about the last steps, which waits for it."""
-        counts, tables = self.state.counts, self._tables
-        if tables is not None and (self._pending or self._absent_changed):
+        counts = self.settle_steps()
+        if self._absent_changed:
             with self.turns.lock:
-                if self._pending:
-                    missed = int(self._params.read(tables.missed)[0])
-                    counts.steps += self._pending - missed
-                    counts.skipped_steps += missed
-                    self._pending = 0
-                    kernels.launch(kernels.fill, 1, 1, self._stream, tables.missed, 0)
                 self._read_absent()
+        return counts
+
+    def settle_steps(self) -> Counts:
+        """Return the counts, of which `absent` may be older. Waits for the device where that decides about steps."""
+        counts, tables = self.state.counts, self._tables
+        if tables is not None and self._pending:
+            with self.turns.lock:
+                missed = int(self._params.read(tables.missed)[0])
+                counts.steps += self._pending - missed
+                counts.skipped_steps += missed
+                self._pending = 0
+                kernels.launch(kernels.fill, 1, 1, self._stream, tables.missed, 0)
         return counts
 
     def _read_absent(self) -> None:
@@ -178,6 +184,8 @@ class CudaBackend:
         from_buffer = gradients is None or gradients is grads.views
         items: tuple[Any, ...] = () if from_buffer else grads.layout.flatten(gradients, "gradients")
         found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
+        if self._computed_from is not self._version and rates is None:  # a rate may be a function only now
+            rates = self._rates()
         if self._computed_from is not self._version:
             self._use_options()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
@@ -219,7 +227,7 @@ class CudaBackend:
             self._use_options()
         if not self._scheduled:
             return None
-        steps = self.settle().steps
+        steps = self.settle_steps().steps
         return [resolve_lr(group, steps) for group in self.state.param_groups]
 
     def _prepare_tables(self) -> Tables:
@@ -232,7 +240,7 @@ class CudaBackend:
             self._clips = self.state.global_clip_norm is not None or any(g["clip_norm"] is not None for g in groups)
             self._corrects = any(group["bias_correction"] for group in groups)
             if self.state.nonfinite != "skip":
-                self.settle()
+                self.settle_steps()
             counts = self._corrects or self.state.nonfinite == "skip"
             if counts and not self._counts_there:
                 tables.absent.copy_to_device(self.state.counts.absent[tables.order], stream=self._stream)
