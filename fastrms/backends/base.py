@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
 from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.checkpoints.state import Target
 from fastrms.errors import NonfiniteError
 from fastrms.kernels.norms import AddUp, SpanNorms
@@ -16,9 +16,8 @@ from fastrms.kernels.norms import AddUp, SpanNorms
 if TYPE_CHECKING:
     from fastrms.backends.host import HostBackend
 
-__all__ = ["Array", "Backend", "Call", "Memory", "Ranks", "RunCalls"]
+__all__ = ["Backend", "Call", "Memory", "Ranks", "RunCalls"]
 
-Array = NDArray[Any]
 
 # A kernel and its arguments.
 Call = tuple[Any, ...]

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from fastrms import kernels
 from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
 from fastrms.backends import plan, tuner
-from fastrms.backends.base import Array, Call, Memory, Ranks
+from fastrms.backends.base import Call, Memory, Ranks
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run
 from fastrms.backends.storage import Storage
 from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.backends import pages
-from fastrms.backends.base import Array
 from fastrms.backends.pages import Pages
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import Array, FlatBuffer
 from fastrms.errors import StorageError
 from fastrms.kernels.norms import CHUNK, SpanNorms
 

@@ -8,8 +8,8 @@ from operator import call
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.base import Array, RunCalls
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends.base import RunCalls
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels.norms import SpanNorms
 
 __all__ = ["Ram"]

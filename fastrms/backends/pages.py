@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.base import Array
+from fastrms.buffers import Array
 
 if TYPE_CHECKING:
     from fastrms.backends.mapped import MappedFile

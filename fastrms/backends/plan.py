@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from fastrms import kernels
 from fastrms._state import Counts
-from fastrms.backends.base import Array, Call, Memory, Ranks
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends.base import Call, Memory, Ranks
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms, combine, scale_to

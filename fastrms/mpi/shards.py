@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
-from fastrms.backends.base import Array, Call, RunCalls
+from fastrms.backends.base import Call, RunCalls
 from fastrms.backends.host import HostBackend
 from fastrms.backends.plan import Located
 from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.buffers.flat import as_arrays, views_of
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError

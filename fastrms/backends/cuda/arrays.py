@@ -7,17 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms.buffers import Array
 from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
-    "Array", "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of",
+    "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of",
     "to_host",
 ]  # fmt: skip
 
-Array = NDArray[Any]
 Interface = Mapping[str, Any]
 
 cuda: Any = kernels.cuda  # with the types of none of its targets

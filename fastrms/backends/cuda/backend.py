@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
-from fastrms.backends.cuda.arrays import Array, as_stream, copy_in, cuda, let_wait, require_gpu, to_host
+from fastrms.backends.cuda.arrays import as_stream, copy_in, cuda, let_wait, require_gpu, to_host
 from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
 from fastrms.backends.cuda.gradients import Finder, Found
 from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
 from fastrms.backends.plan import rate_of, split_runs
 from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import DeviceError, NonfiniteError, OptionError
 from fastrms.kernels import cuda as kernels

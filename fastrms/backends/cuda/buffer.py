@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastrms.backends.cuda.arrays import Array, cuda
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends.cuda.arrays import cuda
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
 
 __all__ = ["DeviceBuffer", "Pinned", "Staged"]
