@@ -1,26 +1,27 @@
-"""What keeps an optimizer beyond a run: states, checkpoints, and folders of mapped files."""
+"""Save, load, reopen and close an optimizer: states, checkpoints, and folders of mapped files."""
 
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
+from typing import Any, Self, TypeVar
 
 from fastrms._base import OptimizerBase
 from fastrms._checks import LearningRate, check_one_of
-from fastrms.backends.folder import HEAD
+from fastrms.backends.folder import METADATA_FILE
 from fastrms.backends.host import HostBackend
 from fastrms.backends.storage import Storage
 from fastrms.checkpoints.formats import opened, reading
-from fastrms.checkpoints.metadata import check_head, get_lr, groups_of, head_of, params_of
+from fastrms.checkpoints.metadata import check_metadata, check_options, get_lr, metadata_of, params_of
 from fastrms.checkpoints.state import load_file, load_state, restore, save_file, state_dict
 from fastrms.errors import CheckpointError, StorageError, call_all
 
 __all__ = ["Persistent"]
 
+_T = TypeVar("_T")
+
+# Optimizers with storage, which are closed when the program ends.
 _open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
 
 
@@ -142,18 +143,13 @@ class Persistent(OptimizerBase):
             As for `RMSProp`, for `lr`, `kernel`, `num_threads` and `storage`.
         """
         with opened(Path(path), None) as source:
+            metadata = source.metadata
             with reading():
-                head = source.head
-                check_head(head)
-                params = params_of(head, source.kinds)
-            new_lr = get_lr(head["param_groups"], lr, "from_checkpoint")
-            options: dict[str, Any] = {"kernel": kernel, "num_threads": num_threads, "storage": storage}
-            if head["grouped"]:
-                params = [{"params": p} | ({"lr": lr} if new else {}) for p, new in zip(params, new_lr, strict=True)]
-            elif lr is not None:
-                options["lr"] = lr
-            make: Callable[..., Self] = cls  # a class that derives from this one takes these arguments
-            opt = make(params, cache_dtype=head["cache_dtype"], **options)
+                check_metadata(metadata)
+                params = params_of(metadata, source.kinds)
+            new_lr = get_lr(metadata["param_groups"], lr, "from_checkpoint")
+            groups: list[dict[str, Any]] = [{"lr": lr} if new else {} for new in new_lr]  # `restore` sets the others
+            opt = _make(cls, params, metadata, groups, kernel=kernel, num_threads=num_threads, storage=storage)
             try:
                 restore(opt._backend, source, new_lr)
             except BaseException:
@@ -209,32 +205,23 @@ class Persistent(OptimizerBase):
         check_one_of("after_crash", after_crash, ("raise", "use"))
         storage = Storage.open(Path(path), after_crash)
         try:
-            head, where = storage.head, storage.path / HEAD
+            metadata, where = storage.metadata, storage.path / METADATA_FILE
+            saved: list[dict[str, Any]] = metadata["param_groups"]
             try:
-                params = params_of(head, None)
-                dtypes = [
-                    {np.dtype(parameter["dtype"]) for parameter in head["parameters"] if parameter.get("group") == k}
-                    for k in range(len(head["param_groups"]))
-                ]
-                # Rates that are missing are the caller's to give, and checked as such.
-                groups_of(head, dtypes, [0.0 if group.get("lr") is None else None for group in head["param_groups"]])
+                params = params_of(metadata, None)
+                check_options(metadata)
             except CheckpointError as error:
                 raise StorageError(f"{where}: cannot be read: {error}") from None
             try:
-                new_lr = get_lr(head["param_groups"], lr, "reopen")
+                new_lr = get_lr(saved, lr, "reopen")
             except CheckpointError as error:
                 raise StorageError(str(error)) from None
-            options = [
-                group | ({"lr": lr} if new else {}) for group, new in zip(head["param_groups"], new_lr, strict=True)
-            ]
-            of_all = {name: head[name] for name in ("global_clip_norm", "nonfinite", "cache_dtype")}
-            if head["grouped"]:
-                params = [{"params": part} | group for part, group in zip(params, options, strict=True)]
-            else:
-                of_all |= options[0]
-            make: Callable[..., Self] = cls  # a class that derives from this one takes these arguments
-            opt = make(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
-            if head_of(opt._state)["parameters"] != head["parameters"]:
+            groups = [group | {"lr": lr} if new else group for group, new in zip(saved, new_lr, strict=True)]
+            of_all = {name: metadata[name] for name in ("global_clip_norm", "nonfinite")}
+            opt = _make(
+                cls, params, metadata, groups, kernel=kernel, num_threads=num_threads, storage=storage, **of_all
+            )
+            if metadata_of(opt._state)["parameters"] != metadata["parameters"]:
                 raise StorageError(f"{where}: structure and parameters do not fit together")
         except BaseException:
             storage.discard()
@@ -290,6 +277,34 @@ class Persistent(OptimizerBase):
 
     def __del__(self) -> None:
         self.close()
+
+
+def _make(
+    cls: Callable[..., _T],
+    params: Any,
+    metadata: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    **options: Any,
+) -> _T:
+    """Return an optimizer made from metadata.
+
+    Parameters
+    ----------
+    cls : callable
+        A class that takes the arguments of `fastrms.RMSProp`.
+    params : structure of arrays
+        From `params_of`.
+    metadata : mapping
+    groups : sequence of mapping
+        Options of each group.
+    **options
+        Options of the whole.
+    """
+    if metadata["grouped"]:
+        params = [{"params": part, **group} for part, group in zip(params, groups, strict=True)]
+    else:
+        options |= groups[0]
+    return cls(params, cache_dtype=metadata["cache_dtype"], **options)
 
 
 @atexit.register

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
 from fastrms.backends.base import Call
-from fastrms.backends.folder import BUFFERS, HEAD, VERSION, make_folder, read_head, real_path
+from fastrms.backends.folder import BUFFERS, METADATA_FILE, VERSION, make_folder, read_metadata, real_path
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.backends.pages import Pages
-from fastrms.buffers import Layout
+from fastrms.buffers import Array, Layout
 from fastrms.checkpoints.formats import replaced
 from fastrms.checkpoints.metadata import (
     MOST_STEPS,
-    check_skipped,
+    check_absent,
     encode,
-    head_of,
+    metadata_of,
 )
 from fastrms.errors import (
     CheckpointError,
@@ -50,7 +50,6 @@ if sys.platform != "win32":
 
 __all__ = ["Storage", "check_storage"]
 
-Array = NDArray[Any]
 
 _COUNTS, _LOCK = "counts.bin", "lock"
 
@@ -69,7 +68,7 @@ class Storage:
         Where it is, whatever becomes of the current folder and of links that lead there.
     reopened : bool
         Whether the buffers were there before.
-    head : dict
+    metadata : dict
         What ``head.json`` said when it was opened.
     """
 
@@ -77,7 +76,7 @@ class Storage:
 
     path: Path
     reopened: bool
-    head: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     _made_folder: bool = False
 
     @classmethod
@@ -109,24 +108,24 @@ class Storage:
         """Open what is there; the buffers are mapped when somebody asks for them."""
         old = cls.__new__(cls)
         path = real_path(path)
-        if not os.path.lexists(path / HEAD):
+        if not os.path.lexists(path / METADATA_FILE):
             files = path.is_dir() and any(path.iterdir())
             rest = "; it was not finished: remove it, and make a new one with RMSProp(params, storage=...)"
-            raise StorageError(f"{path}: expected a folder with {HEAD}, got none{rest if files else ''}")
+            raise StorageError(f"{path}: expected a folder with {METADATA_FILE}, got none{rest if files else ''}")
         old._start(path, True)
         old._take_lock(os.O_CREAT)
         try:
-            old.head = read_head(path / HEAD)
-            old._map_counts(len(old.head["parameters"]))
+            old.metadata = read_metadata(path / METADATA_FILE)
+            old._map_counts(len(old.metadata["parameters"]))
             under_way, steps = old.counts[_UNDER_WAY], old.counts[_STEPS]
-            if old.head["storage"]["clean"]:
+            if old.metadata["storage"]["clean"]:
                 old._check_counts(old.counts[_ABSENT:])
             elif after_crash == "raise":
                 raise StorageError(
                     f"{path}: expected a folder that was closed, got one of a process that ended without: "
                     f"{_WHAT.get(int(under_way), 'it is damaged')}, {steps} steps were finished, "
-                    f"{old.head['steps']} when it was flushed last. Parameters and state may be of different steps; "
-                    'after_crash="use" takes them as they are'
+                    f"{old.metadata['steps']} when it was flushed last. Parameters and state may be of different "
+                    'steps; after_crash="use" takes them as they are'
                 )
             else:
                 # Of what was written by then, some counts can be newer than others.
@@ -144,7 +143,7 @@ class Storage:
         """
         try:
             if len(self.counts) != _ABSENT + len(state.layout.leaves):
-                raise StorageError(f"{self.path / HEAD}: structure and parameters do not fit together")
+                raise StorageError(f"{self.path / METADATA_FILE}: structure and parameters do not fit together")
             yield
             self._state = state
             if self.reopened:
@@ -152,19 +151,19 @@ class Storage:
                 counts.steps, counts.skipped_steps = int(self.counts[_STEPS]), int(self.counts[_SKIPPED_STEPS])
                 counts.absent[...] = np.minimum(self.counts[_ABSENT:], counts.steps)
             else:
-                self._write_head(clean=False)
+                self._write_metadata(clean=False)
         except BaseException:
             self.discard()
             raise
 
     def _start(self, path: Path, reopened: bool) -> None:
-        self.path, self.reopened, self.head = path, reopened, {}
+        self.path, self.reopened, self.metadata = path, reopened, {}
         self._files: dict[str, MappedFile] = {}
         self.pages = Pages(path, self._files)
         self._lock: int | None = None
         self._closed: str | None = None  # why nothing can be done with it any more
         self._interrupted = False  # whether something that began here has not ended
-        self._head_says_open = False  # whether the head on the disk knows all buffers, and that they are in use
+        self._marked_open = False  # whether the metadata on the disk knows all buffers, and that they are in use
 
     def _take_lock(self, flags: int) -> None:
         try:
@@ -201,14 +200,14 @@ class Storage:
                     "is damaged"
                 )
         try:
-            check_skipped(skipped, int(self.counts[_STEPS]))
+            check_absent(skipped, int(self.counts[_STEPS]))
         except CheckpointError as error:
             raise StorageError(f"{where}: {error}: the file is damaged") from None
 
     @property
     def names(self) -> list[str]:
         """The buffers that there are, on the disk or mapped."""
-        found = {*self.head.get("storage", {}).get("buffers", []), *self._files}
+        found = {*self.metadata.get("storage", {}).get("buffers", []), *self._files}
         return [name for name in BUFFERS if name in found]
 
     def new_buffer(self, name: str, layout: Layout) -> StoredBuffer:
@@ -219,7 +218,7 @@ class Storage:
             self._check_place()
         file = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
         self._files[name] = file
-        self._head_says_open = self._head_says_open and not new
+        self._marked_open = self._marked_open and not new
         buffer = StoredBuffer.from_layout(layout, lambda *size_and_dtype: file.memory)
         buffer.pages = self.pages
         return buffer
@@ -253,8 +252,8 @@ class Storage:
     def _begin(self, what: int) -> None:
         """Note, ahead of the first write, that a step or a load is under way."""
         self.check_open()
-        if not self._head_says_open:
-            self._write_head(clean=False)
+        if not self._marked_open:
+            self._write_metadata(clean=False)
         self.counts[_UNDER_WAY] = what
         self._interrupted = True
 
@@ -269,8 +268,8 @@ class Storage:
 
     def step_skipped(self) -> None:
         """Note a step that was not taken, which neither begins nor ends anything."""
-        if not self._head_says_open:
-            self._write_head(clean=False)
+        if not self._marked_open:
+            self._write_metadata(clean=False)
         self.counts[_SKIPPED_STEPS] = self._state.counts.skipped_steps
 
     @contextlib.contextmanager
@@ -279,7 +278,7 @@ class Storage:
         self._begin(_LOAD)
         yield
         self.step_taken()
-        self._write_head(clean=False)  # with the options that were loaded
+        self._write_metadata(clean=False)  # with the options that were loaded
 
     def flush(self) -> None:
         """Write all to the disk, and then that it is there. Gradients are no state, and are left to the system."""
@@ -288,7 +287,7 @@ class Storage:
         if not self._interrupted:
             self.step_taken()
         self._counts_file.map.flush()
-        self._write_head(clean=not self._interrupted)
+        self._write_metadata(clean=not self._interrupted)
 
     def _write_out(self, file: MappedFile) -> None:
         file.map.flush()
@@ -326,19 +325,19 @@ class Storage:
 
     def _remove(self) -> None:
         if not self.reopened:
-            for name in [*(f"{name}.bin" for name in BUFFERS), _COUNTS, HEAD, _LOCK]:
+            for name in [*(f"{name}.bin" for name in BUFFERS), _COUNTS, METADATA_FILE, _LOCK]:
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
             if self._made_folder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
 
-    def _write_head(self, clean: bool) -> None:
+    def _write_metadata(self, clean: bool) -> None:
         self._check_place()
         own = {"version": VERSION, "clean": clean, "buffers": self.names}
-        with replaced(self.path / HEAD) as temporary:
-            temporary.write_text(json.dumps(head_of(self._state) | {"storage": own}), encoding="utf-8")
-        self._head_says_open = not clean
+        with replaced(self.path / METADATA_FILE) as temporary:
+            temporary.write_text(json.dumps(metadata_of(self._state) | {"storage": own}), encoding="utf-8")
+        self._marked_open = not clean
 
     # What a host backend asks of its memory.
 

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms.buffers import Array
 from fastrms.mpi.communicator import Bounds, Communicator
 from fastrms.mpi.waiting import check_timeout
 from fastrms.optimizer import RMSProp
@@ -15,7 +15,6 @@ from fastrms.options import ParamGroup
 
 __all__ = ["Unsharded"]
 
-Array = NDArray[Any]
 _Optimizer = Any  # a ShardedRMSProp, which is an `Unsharded` and imports this file
 
 
@@ -222,16 +221,16 @@ def _segments(opt: _Optimizer, whole: RMSProp | None) -> Iterator[tuple[Array, A
 
 def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
     """Take over everything from an ordinary optimizer that rank 0 has."""
-    head = None
+    metadata = None
     if whole is not None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in whole.param_groups]
         for group in groups:
             group["lr"] = None if callable(group["lr"]) else group["lr"]
         numbers = (whole.global_clip_norm, whole.nonfinite, whole.backend.state.counts)
-        head = groups, numbers, _state_of(whole)
+        metadata = groups, numbers, _state_of(whole)
         for mine, theirs in zip(opt.buffers["params"].segments, whole.buffers["params"].segments, strict=True):
             mine[...] = theirs
-    groups, numbers, names = opt._ranks.control.bcast(head)
+    groups, numbers, names = opt._ranks.control.bcast(metadata)
     opt._broadcast_params()
     for name in names:
         if name not in opt.buffers:
