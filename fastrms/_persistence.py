@@ -10,7 +10,6 @@ from typing import Any, Self, TypeVar
 from fastrms._base import OptimizerBase
 from fastrms._checks import LearningRate, check_one_of
 from fastrms.backends.folder import METADATA_FILE
-from fastrms.backends.host import HostBackend
 from fastrms.backends.storage import Storage
 from fastrms.checkpoints.formats import opened, reading
 from fastrms.checkpoints.metadata import check_metadata, check_options, get_lr, metadata_of, params_of
@@ -29,7 +28,8 @@ class Persistent(OptimizerBase):
     """The methods that save and restore an optimizer."""
 
     def _close_at_exit(self) -> None:
-        if self._folder is not None:
+        """Have the optimizer closed when the program ends, if it has storage."""
+        if self._backend.storage is not None:
             _open.add(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Persistent(OptimizerBase):
     @property
     def storage(self) -> Path | None:
         """The folder that has the buffers, or None where they are in memory."""
-        folder = self._folder
+        folder = self._backend.storage
         return None if folder is None else folder.path
 
     @classmethod
@@ -240,7 +240,7 @@ class Persistent(OptimizerBase):
         OSError
             It cannot be written.
         """
-        folder = self._folder
+        folder = self._backend.storage
         if folder is not None:
             with self._turns.between_steps("flush", changes=False):
                 folder.flush()
@@ -257,17 +257,11 @@ class Persistent(OptimizerBase):
         OSError
             It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
         """
-        folder = self._folder
+        folder = self._backend.storage
         if folder is not None and folder.is_open:
             with self._turns.between_steps("close"):
                 if folder.is_open:  # still, when it is this thread's turn
                     folder.close()
-
-    @property
-    def _folder(self) -> Storage | None:
-        # An optimizer that could not be made has no backend.
-        backend = vars(self).get("_backend")
-        return backend.storage if isinstance(backend, HostBackend) else None
 
     def __enter__(self) -> Self:
         return self
@@ -276,7 +270,8 @@ class Persistent(OptimizerBase):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if "_backend" in vars(self):  # it was made without an error
+            self.close()
 
 
 def _make(

@@ -166,6 +166,21 @@ class OptimizerState:
         """Make those of the named state buffers that do not exist; after an error, none."""
         self.buffers.update({name: new_buffer(name) for name in names if name not in self.buffers})
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the learning rate of a group is a function."""
+        return any(callable(group["lr"]) for group in self.param_groups)
+
+    @property
+    def clips_by_norm(self) -> bool:
+        """Whether gradients are clipped by a norm, of each parameter or of all."""
+        return self.global_clip_norm is not None or any(group["clip_norm"] is not None for group in self.param_groups)
+
+    @property
+    def optional_state_of_groups(self) -> list[list[str]]:
+        """For each group the names of the state buffers beside the cache that it uses."""
+        return [optional_state([group]) for group in self.param_groups]
+
     def state_layout(self, layout: Layout) -> Layout:
         """Return the layout of a state buffer for parameters of `layout`. The elements of bfloat16 state are uint16."""
         return layout if self.cache_dtype is None else layout.with_dtype(np.uint16)
