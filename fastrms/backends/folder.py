@@ -1,4 +1,4 @@
-"""The folder of an optimizer with storage: its place, its metadata, and what it may have in it."""
+"""The folder of an optimizer with storage: its path, its metadata, and checks of its content."""
 
 import errno
 import json
@@ -12,20 +12,20 @@ from fastrms.errors import FastrmsError, StorageError
 
 __all__ = ["BUFFERS", "METADATA_FILE", "VERSION", "make_folder", "read_metadata", "real_path"]
 
-# Of what is in the folder. Head and arrays are those of checkpoints, which have a version of their own.
+# The version of the folder. The metadata is that of checkpoints, which has a version of its own.
 VERSION = 1
 
 METADATA_FILE = "head.json"
-BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three are always there
+BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three always exist
 
 
 def real_path(path: Path) -> Path:
-    """Return the place to which a path leads now; os.chdir(), or a link set to another folder, may change that."""
+    """Return the absolute path without links, which os.chdir() and a changed link leave valid."""
     return Path(os.path.realpath(path))
 
 
 def make_folder(path: Path) -> bool:
-    """Make a folder unless there is an empty one, and return whether it was made."""
+    """Make a folder, or accept an empty one, and return whether it was made."""
     try:
         path.mkdir()
         return True
@@ -50,7 +50,7 @@ def make_folder(path: Path) -> bool:
 
 
 def read_metadata(path: Path) -> Any:
-    """Return the metadata of a folder, after all checks that do not depend on the buffers."""
+    """Return the metadata of a folder, after all checks that do not need the buffers."""
     try:
         with open(open_own(path, os.O_RDONLY), encoding="utf-8") as stream:
             metadata = json.loads(stream.read())
