@@ -25,7 +25,7 @@ _open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
 
 
 class Persistent(OptimizerBase):
-    """The methods that save and restore an optimizer."""
+    """An optimizer that can be saved, loaded, reopened and closed, but not step."""
 
     def _close_at_exit(self) -> None:
         """Have the optimizer closed when the program ends, if it has storage."""
@@ -33,59 +33,59 @@ class Persistent(OptimizerBase):
             _open.add(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of everything that decides the next steps: plain arrays, numbers and text.
+        """Return a copy of everything that determines the next steps: plain arrays, numbers and text.
 
         Returns
         -------
         state : dict
-            Under ``"arrays"`` parameters and state, dense and 1-D, one array for each dtype (``"cache/float32"``);
-            under ``"parameters"`` path, shape, dtype and group of each parameter in the order in which they lie there;
-            the options, ``"steps"``, and the ``"version"`` of all this. A learning rate that is a function is None.
+            Under ``"arrays"`` parameters and state as dense 1-D arrays, one for each dtype (``"cache/float32"``);
+            under ``"parameters"`` path, shape, dtype and group of each parameter, in the order of the arrays; options,
+            ``"steps"``, and ``"version"``, that of the format. A learning rate that is a function is None.
         """
         with self._turns.between_steps("state_dict", changes=False):
             return state_dict(self._backend)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state into this optimizer's own buffers, whose views stay as they are, and take over its options.
+        """Copy a state into this optimizer's buffers, whose views stay the same arrays, and set its options.
 
         Parameters
         ----------
         state : dict
             From `state_dict`, of this or an earlier version. Where it has no learning rate, the present one stays. The
-            keys of dicts may be in another order than here.
+            keys of dicts of parameters may be in another order.
 
         Raises
         ------
         CheckpointError
-            Other paths, shapes, dtypes or groups than this optimizer's, options out of range, or no such state at all.
-            Nothing is changed then.
+            Paths, shapes, dtypes or groups differ from this optimizer's; options are out of range; or `state` is no
+            such state. Nothing is changed then.
         """
         with self._turns.between_steps("load_state_dict"):
             load_state(self._backend, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file, which appears complete or not at all.
+        """Write the state to a file, completely or not at all.
 
         Parameters
         ----------
         path : str or path-like
-            Its name ends in .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). A file of
-            that name is replaced when the new one has reached the disk; the new one has its mode and owner. Where it
-            is a link, its target is replaced.
+            The suffix is .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). An older file
+            is replaced when the new one has reached the disk; its mode and owner are kept. Of a link, the target is
+            replaced.
 
         Raises
         ------
         CheckpointError
-            The name has another ending; or a dict of parameters has keys whose repr is not the same in every process,
-            such as functions.
+            The suffix is another one; or a dict of parameters has keys whose repr differs between processes, such as
+            functions.
         OSError
-            It cannot be written, or is read-only; an older file is as it was.
+            The file cannot be written, or is read-only. An older file is unchanged.
         """
         with self._turns.between_steps("save", changes=False):
             save_file(self._backend, Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read a file of `save` into this optimizer, as `load_state_dict`; it may come from anywhere.
+        """Read a file of `save` into this optimizer, as `load_state_dict` does. The file need not be trusted.
 
         Parameters
         ----------
@@ -95,7 +95,7 @@ class Persistent(OptimizerBase):
         Raises
         ------
         CheckpointError
-            It is damaged, larger than a file of this optimizer can be, no checkpoint, or of another optimizer. Nothing
+            The file is damaged, larger than any file of this optimizer, no checkpoint, or of another optimizer. Nothing
             is changed then.
         OSError
             It cannot be opened.
@@ -113,7 +113,7 @@ class Persistent(OptimizerBase):
         num_threads: int | None = None,
         storage: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Make the optimizer that a file of `save` is of, with its parameters, their structure and all options.
+        """Make the optimizer of a file of `save`: its parameters, their structure, state and options.
 
         Parameters
         ----------
@@ -127,7 +127,7 @@ class Persistent(OptimizerBase):
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
         storage : path of a new or empty folder, or None, default None
-            As for `RMSProp`: where to keep parameters and state, if not in memory.
+            As for `RMSProp`: the folder for parameters and state, instead of memory.
 
         Returns
         -------
@@ -137,10 +137,10 @@ class Persistent(OptimizerBase):
         Raises
         ------
         CheckpointError
-            As for `load`; or a dict of parameters has keys that no file can restore (others than None and Python's own
-            str, int, float and bool); or `lr` is required and missing.
+            As for `load`; or a dict of parameters has keys that no file can restore (other than None, str, int, float
+            and bool); or `lr` is required and missing.
         FastrmsError, OSError
-            As for `RMSProp`, for `lr`, `kernel`, `num_threads` and `storage`.
+            As for `RMSProp`, about `lr`, `kernel`, `num_threads` and `storage`.
         """
         with opened(Path(path), None) as source:
             metadata = source.metadata
@@ -159,7 +159,7 @@ class Persistent(OptimizerBase):
 
     @property
     def storage(self) -> Path | None:
-        """The folder that has the buffers, or None where they are in memory."""
+        """The folder of the buffers, or None where they are in memory."""
         folder = self._backend.storage
         return None if folder is None else folder.path
 
@@ -173,7 +173,7 @@ class Persistent(OptimizerBase):
         num_threads: int | None = None,
         after_crash: str = "raise",
     ) -> Self:
-        """Go on with an optimizer that was made with ``storage=path`` and closed: same bits, options and steps.
+        """Make the optimizer again that was made with ``storage=path`` and closed: same bits, options and steps.
 
         Parameters
         ----------
@@ -187,20 +187,21 @@ class Persistent(OptimizerBase):
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
         after_crash : {"raise", "use"}, default "raise"
-            What to do if the process that had it open ended without closing it, so that parameters and state may be of
-            different steps: raise StorageError, which says what is known, or use what is there.
+            The reaction where a process ended without closing the folder, so that parameters and state may be of
+            different steps: raise StorageError, whose message says what is known, or use them as they are.
 
         Returns
         -------
         optimizer : RMSProp
-            Its buffers are the files; nothing is read until it is used.
+            Its buffers are the mapped files, which are read when they are used.
 
         Raises
         ------
         StorageError
-            There is no optimizer in the folder, it is damaged, open elsewhere, or was not closed; or `lr` is needed.
+            The folder has no optimizer, is damaged, is open elsewhere, or was not closed; or `lr` is required and
+            missing.
         OptionError, OptionTypeError
-            A bad option.
+            An argument is out of range or of the wrong kind.
         """
         check_one_of("after_crash", after_crash, ("raise", "use"))
         storage = Storage.open(Path(path), after_crash)
@@ -229,16 +230,16 @@ class Persistent(OptimizerBase):
         return opt
 
     def flush(self) -> None:
-        """Write parameters, state, counts and options to the disk, if they are in storage; return when they are there.
+        """Write parameters, state, counts and options to the storage, and return when they are on the disk.
 
-        What a crash leaves is what was there then, or newer. In memory there is nothing to do.
+        A later crash leaves these values or newer ones. Without storage it does nothing.
 
         Raises
         ------
         StorageError
-            It was closed.
+            The optimizer was closed.
         OSError
-            It cannot be written.
+            The disk cannot be written.
         """
         folder = self._backend.storage
         if folder is not None:
@@ -246,21 +247,20 @@ class Persistent(OptimizerBase):
                 folder.flush()
 
     def close(self) -> None:
-        """Flush, and let others open the folder; this optimizer takes no step any more. In memory nothing to do.
+        """Flush and unlock the storage. Later steps raise StorageError. Without storage it does nothing.
 
-        Views of parameters and state live on, and can be read, not written. ``with RMSProp(params, storage=path) as
-        opt`` closes at the end, and so do the end of the optimizer's life and that of a program that ends by itself.
-        A second call does nothing.
+        Views of parameters and state become read-only. A second call does nothing. The end of ``with RMSProp(params,
+        storage=path) as opt`` closes too, and so do the end of the optimizer's life and a normal end of the program.
 
         Raises
         ------
         OSError
-            It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
+            The disk cannot be written. The folder is unlocked nevertheless, and `reopen` finds it not closed.
         """
         folder = self._backend.storage
         if folder is not None and folder.is_open:
             with self._turns.between_steps("close"):
-                if folder.is_open:  # still, when it is this thread's turn
+                if folder.is_open:  # another thread may have closed it first
                     folder.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""`RMSProp`: what users make, step and ask; a backend takes the steps."""
+"""`RMSProp`: its constructor, step, explanation, check and copies. A backend takes the steps."""
 
 import copy
 import inspect
@@ -132,7 +132,7 @@ class RMSProp(Persistent):
     """
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Make an optimizer, after a look at the names of the arguments."""
+        """Return a new object, or raise OptionTypeError where the name of an argument is unknown."""
         refuse_unknown(cls, options)
         return super().__new__(cls)
 
@@ -183,8 +183,8 @@ class RMSProp(Persistent):
         gradients : the structure of the parameters, or None
             An array for each parameter, of the same shape and any float or integer dtype (cast to the parameter's);
             never written. Lists and tuples stand for one another; the keys of a dict may come in any order. Where an
-            item is None, its parameter is skipped: neither value nor state changes. Without an argument the step
-            uses what was written to `grads`.
+            item is None, its parameter has no gradient, and neither value nor state changes. Without an argument the
+            step uses the gradients in `grads`.
 
         Returns
         -------
@@ -194,10 +194,10 @@ class RMSProp(Persistent):
         Raises
         ------
         StructureError
-            Wrong count, missing or unknown key, wrong shape; or something was put into `params` or `grads` in the place
-            of a view, as in ``opt.params[0] = array``, which no step would see.
+            Wrong count, missing or unknown key, wrong shape; or a view in `params` or `grads` was replaced, as in
+            ``opt.params[0] = array``, which no step would see.
         DtypeError
-            Something that is no array, or of complex, bool or object dtype.
+            A gradient is no array, or of complex, bool or object dtype.
         OptionError, OptionTypeError
             The function given as lr returned no usable rate.
         NonfiniteError
@@ -220,31 +220,30 @@ class RMSProp(Persistent):
         return self._state.buffers["params"].views
 
     def explain(self) -> list[str]:
-        """Say which kernel updates which parameters, and why.
+        """Return which kernel updates which parameters, and why.
 
         Returns
         -------
         lines : list of str
-            One for each group and dtype.
+            One line for each group and dtype.
         """
         return self._backend.explain()
 
     def check(self, **arrays: Any) -> list[str]:
-        """Say what has happened to the views of parameters, gradients and state that should not: one line for each.
+        """Return problems with the views of parameters, gradients and state: a line for each.
 
         Parameters
         ----------
         **arrays : array, or list, tuple or dict of these
-            What your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must lie in
-            the memory of the optimizer's parameters. An array does not if it was copied (a copy or a pickle of an
-            object that holds views beside the optimizer has arrays of its own), or if its name was bound to a new
-            array, as by ``W1 = W1 * 2``.
+            The arrays that your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must
+            be a view of the optimizer's parameters. It is not if it was copied (a copy or pickle of an object that
+            holds views has arrays of its own), or if its name was bound to a new array, as by ``W1 = W1 * 2``.
 
         Returns
         -------
         problems : list of str
-            Empty if every item of `params`, `grads` and so on is the view that was there at first, and shows its part
-            of the buffer. (A step looks for replaced items of `params`, and of `grads` where it uses them, and raises.)
+            Empty if every item of `params`, `grads` and so on is still the original view of its part of the buffer. (A
+            step itself raises for replaced items of `params`, and of `grads` where it uses them.)
 
         Examples
         --------
@@ -269,23 +268,24 @@ class RMSProp(Persistent):
 
     def __getstate__(self) -> dict[str, Any]:
         self._backend.refuse_copy()
-        # A copy, since it is written later, when other threads may step.
+        # A copy, since pickle writes it later, when other threads may step.
         with self._turns.between_steps("pickle", changes=False):
             return copy.deepcopy(self._to_copy())
 
     def _to_copy(self) -> dict[str, Any]:
+        """Return the attributes that a copy has too, with buffers on the host."""
         kept = {name: value for name, value in vars(self).items() if name not in ("_backend", "_turns")}
         return kept | {"_state": self._backend.state_on_host()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         data: OptimizerState = state["_state"]
-        if data.num_threads is not None:  # no bit depends on it, and a worker process may have fewer
+        if data.num_threads is not None:  # a worker process may have fewer threads, and no bit depends on them
             data.num_threads = min(data.num_threads, threads.max_threads())
         self._start(backend_of(data))
 
     def __copy__(self) -> Self:
-        # A shallow copy would step the same memory with a count of steps of its own.
+        # A shallow copy would update the same memory, but count steps by itself.
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -301,5 +301,5 @@ class RMSProp(Persistent):
         return f"RMSProp({buffer!r}, groups={self.param_groups!r}, kernel={kernel!r}, steps={self.steps})"
 
 
-# help() and the documentation would show the signature of __new__.
+# Otherwise help() and the documentation show the signature of __new__.
 RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ignore[attr-defined]
