@@ -32,8 +32,8 @@ class RMSProp(Persistent):
     ----------
     params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
         Initial values; copied, never written. Any shape (0-d and empty too), strides and byte order. Or parameter
-        groups as in PyTorch: a list of dicts, each with its parameters under ``"params"`` and options that differ
-        from those given here.
+        groups as in PyTorch: a list of dicts, each with its parameters under ``"params"`` and with options that
+        override those given here.
     lr : float or callable, default 0.001
         Learning rate, >= 0. A callable gets the number of steps taken so far (0 at the first) and returns the rate.
     decay_rate : float, default 0.9
@@ -50,47 +50,47 @@ class RMSProp(Persistent):
     weight_decay : float, default 0.0
         Coefficient of weight decay, >= 0. Added to the gradient (L2) unless `decoupled_weight_decay`.
     decoupled_weight_decay : bool, default False
-        Take ``lr * weight_decay * p`` off the parameter itself, ahead of the step.
+        Subtract ``lr * weight_decay * p`` from the parameter itself, before the step.
     maximize : bool, default False
-        Climb instead of descend.
+        Ascend instead of descend.
     eps_in_sqrt : bool, default False
         Divide by sqrt(v + epsilon) instead of sqrt(v) + epsilon.
     initial_scale : float, default 0.0
-        What the cache starts from, >= 0.
+        Initial value of the cache, >= 0.
     bias_correction : bool, default False
-        Divide v (and m) by 1 - d^t at the t-th step of a parameter, which makes up for the start from 0.
+        Divide v (and m) by 1 - d^t at the t-th step of a parameter, which corrects the bias of the start from 0.
     lr_in_momentum : bool, default False
-        Multiply by lr ahead of the momentum buffer, as Keras, TensorFlow and optax do. False is PyTorch's form. They
+        Multiply by lr before the momentum buffer, as Keras, TensorFlow and optax do. False is PyTorch's form. They
         differ only when lr changes.
     clip_value : float or None, default None
         Limit each gradient element to [-clip_value, clip_value].
     clip_norm : float or None, default None
-        Scale the gradient of each parameter down to this Euclidean norm where it is longer.
+        Scale the gradient of each parameter down to this Euclidean norm where its norm is larger.
     global_clip_norm : float or None, default None
-        Scale all gradients together down to this norm; for all groups, after the other two.
+        Scale the gradients of all groups together down to this norm, after the other two.
     flush_subnormals : bool, default True
         Count weighted squares and state below the smallest normal number as 0: subnormal numbers make a vector of
         arithmetic many times slower and arise in ordinary training. Elements in which none arises keep their bits;
         the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
     kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
-        What runs the update. All give the same bits. "auto" begins with serial; in a training of some seconds with
-        many parameters it tries parallel, and keeps what makes whole training steps faster (`explain` says which).
-        "cuda" keeps all buffers on a GPU.
+        Kernel of the update. All give the same bits. "auto" begins with serial. With many parameters it tries parallel
+        after some seconds, and keeps the kernel with the faster training steps (`explain` says which). "cuda" keeps
+        all buffers on a GPU.
     num_threads : int or None, default None
-        Threads of the parallel kernel, up to those that Numba started with; None for all of them.
+        Threads of the parallel kernel, at most those of Numba; None for all of them.
     cache_dtype : {"bfloat16"} or None, default None
         "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
-        bytes move through memory for each parameter. Steps compute in float32; what is stored is rounded to nearest.
-        `cache` then has uint16 arrays, which `from_bfloat16` turns into numbers. decay_rate and momentum must be
-        less than 255/256, as nothing decays any more from there on. ``docs/options.md`` has the arithmetic.
+        bytes move through memory for each parameter. Steps compute in float32, and stored values are rounded to
+        nearest. `cache` then has uint16 arrays, which `from_bfloat16` converts. decay_rate and momentum must be less
+        than 255/256, because from there on rounding stops the decay. ``docs/options.md`` has the arithmetic.
     nonfinite : {"propagate", "raise", "skip"}, default "propagate"
-        What a step does where a gradient has an inf or NaN: use it, which stays in its element; raise NonfiniteError;
-        or do nothing, and count that in `skipped_steps`. The latter two leave parameters, state and `steps` as they
-        were, and cost one reading of the gradients, or none where the norms that clipping needs tell it.
+        Reaction of a step to a gradient with an inf or NaN: use it, which spoils only its element; raise
+        NonfiniteError; or skip the step and count it in `skipped_steps`. The latter two leave parameters, state and
+        `steps` unchanged. They cost one pass over the gradients, or none where clipping computes norms anyway.
     storage : path of a new or empty folder, or None, default None
-        Keep the buffers in files there, mapped into memory, and take steps in parts of some MB: for parameters larger
-        than memory. `reopen` goes on with them later, `flush` and `close` say when all is on the disk. Bits are the
-        same. ``docs/storage.md`` has what happens after a crash.
+        Keep the buffers in memory-mapped files in this folder, and take steps in parts: for parameters larger than
+        memory. `flush` and `close` write all to the disk, and `reopen` continues later. Bits are the same.
+        ``docs/storage.md`` explains the state after a crash.
     stream : stream or int or None, default None
         With kernel="cuda", as for `fastrms.cuda.CudaRMSProp`.
 
@@ -98,15 +98,15 @@ class RMSProp(Persistent):
     ----------
     params, grads, cache : the structure of `params`
         Views of flat buffers, the same arrays for the optimizer's life. With parameter groups a list with the
-        structure of each group. Write gradients straight into `grads` and call `step()`, and nothing is copied.
+        structure of each group. Gradients that are written straight into `grads` before `step()` are not copied.
     momentum_buffer, grad_avg : the structure of `params`, or None
-        State of `momentum` and `centered`, where a group uses them.
+        State of `momentum` and `centered`; None where no group has used them.
     param_groups : list of ParamGroup
         One mapping of options for each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
     buffers : dict of str to FlatBuffer
         The flat buffers behind the views: ``opt.buffers["grads"].flat`` is one dense vector.
     steps, skipped_steps : int
-        Steps taken, and steps not taken, with nonfinite="skip".
+        Steps taken, and steps skipped with nonfinite="skip".
 
     Raises
     ------
