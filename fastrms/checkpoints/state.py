@@ -178,21 +178,9 @@ class _Loaded(NamedTuple):
 
 def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded:
     """Return the state in `source`, or raise CheckpointError where it does not fit the optimizer."""
-    metadata = source.metadata
+    metadata, state = source.metadata, target.state
     check_metadata(metadata)
-    state = target.state
-    own = metadata_of(state)
-    for name in ("parameters", "param_groups"):
-        if len(metadata[name]) != len(own[name]):
-            raise CheckpointError(f"{name}: expected {len(own[name])}, got {len(metadata[name])}")
-    order = _order(own["parameters"], metadata["parameters"])
-    for mine, number in zip(own["parameters"], order, strict=True):
-        theirs = metadata["parameters"][number]
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise CheckpointError(f"params{mine['path']}: expected {key} {value!r}, got {theirs.get(key)!r}")
-    if metadata["cache_dtype"] != own["cache_dtype"]:
-        raise CheckpointError(f"cache_dtype: expected {own['cache_dtype']!r}, got {metadata['cache_dtype']!r}")
+    order = _matched(metadata_of(state), metadata)
     keep = [old or group.get("lr") is None for old, group in zip(keep_lr, metadata["param_groups"], strict=True)]
     rates = [group["lr"] if old else None for old, group in zip(keep, state.param_groups, strict=True)]
     groups = groups_of(metadata, [group.dtypes for group in state.param_groups], rates)
@@ -209,14 +197,7 @@ def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded
         for segment, there in zip(segments, moves_of_segments, strict=True):
             expected[f"{name}/{segment.dtype}"] = segment.dtype, segment.shape
             moves[f"{name}/{segment.dtype}"] = there
-    for name, (dtype, shape) in expected.items():
-        if name not in source.kinds:
-            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got none")
-        if source.kinds[name] != (dtype, shape):
-            found = source.kinds[name]
-            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}")
-    if unknown := source.kinds.keys() - expected.keys():
-        raise CheckpointError(f"arrays: expected {', '.join(expected)}, got also {sorted(unknown)[0]!r}")
+    _check_kinds(source.kinds, expected)
     absent = source.read(_ABSENT)
     check_absent(absent, metadata["steps"])
     arrays = {_ABSENT: absent[order]}
@@ -226,6 +207,40 @@ def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded
         elif name in moves:
             arrays[name] = _arranged(source.read(name), moves[name])
     return _Loaded(names, groups, arrays, moves)
+
+
+def _matched(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[int]:
+    """Return the `_order` of parameters in a file, or raise CheckpointError where they differ from the optimizer's.
+
+    Parameters
+    ----------
+    own, found : mapping
+        The metadata of the optimizer, and of the file.
+    """
+    for name in ("parameters", "param_groups"):
+        if len(found[name]) != len(own[name]):
+            raise CheckpointError(f"{name}: expected {len(own[name])}, got {len(found[name])}")
+    order = _order(own["parameters"], found["parameters"])
+    for mine, number in zip(own["parameters"], order, strict=True):
+        theirs = found["parameters"][number]
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise CheckpointError(f"params{mine['path']}: expected {key} {value!r}, got {theirs.get(key)!r}")
+    if found["cache_dtype"] != own["cache_dtype"]:
+        raise CheckpointError(f"cache_dtype: expected {own['cache_dtype']!r}, got {found['cache_dtype']!r}")
+    return order
+
+
+def _check_kinds(kinds: Mapping[str, Kind], expected: Mapping[str, Kind]) -> None:
+    """Raise CheckpointError unless the arrays of a file have the expected names, dtypes and shapes."""
+    for name, (dtype, shape) in expected.items():
+        if name not in kinds:
+            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got none")
+        if kinds[name] != (dtype, shape):
+            found = kinds[name]
+            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}")
+    if unknown := kinds.keys() - expected.keys():
+        raise CheckpointError(f"arrays: expected {', '.join(expected)}, got also {sorted(unknown)[0]!r}")
 
 
 def _order(own: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[int]:
