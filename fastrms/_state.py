@@ -177,9 +177,9 @@ class OptimizerState:
         return self.global_clip_norm is not None or any(group["clip_norm"] is not None for group in self.param_groups)
 
     @property
-    def optional_state_of_groups(self) -> list[list[str]]:
-        """For each group the names of the state buffers beside the cache that it uses."""
-        return [optional_state([group]) for group in self.param_groups]
+    def state_in_use(self) -> list[tuple[bool, bool]]:
+        """For each group whether it uses the momentum buffer and the mean gradient."""
+        return [(group["momentum"] > 0, group["centered"]) for group in self.param_groups]
 
     def state_layout(self, layout: Layout) -> Layout:
         """Return the layout of a state buffer for parameters of `layout`. The elements of bfloat16 state are uint16."""

@@ -55,7 +55,7 @@ class HostBackend(Backend):
             for k, numbers in plan.split_runs(layout, state.group_of)
         ]
         self._computed_from: object = None  # the version of the options from which `use_options` has computed
-        self._used: list[list[str]] = []  # the state buffers beside the cache that each group uses
+        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use`, as computed last
         self.kernel_changed()
         threads.call_after_fork(self.after_fork)
 
@@ -123,7 +123,7 @@ class HostBackend(Backend):
             return
         self._compiled: set[tuple[bool, str]] = set()
         self._scheduled, self._clips = self.state.scheduled, self.state.clips_by_norm
-        used = self.state.optional_state_of_groups
+        used = self.state.state_in_use
         if used != self._used:
             for run in self._runs:
                 run.use_buffers(self._own)

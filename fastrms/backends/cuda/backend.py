@@ -57,7 +57,7 @@ class CudaBackend(Backend):
         self._device_counts = False  # whether the device, not the host, counts `absent`
         self._pending = 0  # steps that the device has taken or skipped since the host asked last
         self._absent_changed = False  # whether `absent` on the device is newer than on the host
-        self._used: list[list[str]] = []  # the state buffers beside the cache that each group uses
+        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use`, as computed last
         self._computed_from: object = None  # the version of the options from which `_use_options` has computed
         self.options_changed()
         threads.call_after_fork(self.after_fork)
@@ -108,7 +108,7 @@ class CudaBackend(Backend):
         """Compute everything on the host that depends on options only; `_prepare_tables` writes it to the device."""
         version = self._version
         self._scheduled = self.state.scheduled
-        used = self.state.optional_state_of_groups
+        used = self.state.state_in_use
         if used != self._used:
             for run in self._runs:
                 run.use_buffers(self.state.buffers)
