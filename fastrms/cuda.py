@@ -43,7 +43,7 @@ class CudaRMSProp(RMSProp):
     Parameters
     ----------
     params : as for `RMSProp`
-        On the host or on the device (whatever has ``__cuda_array_interface__``); copied.
+        On the host or on the device (any object with ``__cuda_array_interface__``); copied.
     lr, decay_rate, epsilon : float
         As for `RMSProp`.
     stream : stream or int or None, default None

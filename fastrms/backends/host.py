@@ -136,6 +136,7 @@ class HostBackend(Backend):
         return self.state.kernel if self._tuner is None else self._tuner.kernel
 
     def _threads(self) -> int:
+        """Return the number of threads of the parallel kernel."""
         return self.state.num_threads or threads.max_threads()
 
     # Steps.

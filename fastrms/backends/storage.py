@@ -149,6 +149,7 @@ class Storage:
             raise
 
     def _start(self, path: Path, reopened: bool) -> None:
+        """Set the attributes of a folder that is not locked yet."""
         self.path, self.reopened, self.metadata = path, reopened, {}
         self._files: dict[str, MappedFile] = {}
         self.pages = Pages(path, self._files)

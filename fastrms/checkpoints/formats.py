@@ -109,10 +109,12 @@ class _Npz:
         self.kinds.pop(_METADATA)
 
     def _kind(self, info: zipfile.ZipInfo) -> Kind:
+        """Return dtype and shape of the array in an entry."""
         with self._archive.open(info) as stream:
             return _npy_kind(stream)
 
     def _bytes(self, name: str) -> bytes:
+        """Return the elements of an array, after the archive has compared its own checksum."""
         info, (dtype, shape) = self._entries[name]
         size = math.prod(shape) * dtype.itemsize
         if size > info.file_size:

@@ -295,6 +295,7 @@ def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:
 
 
 def _is_count(value: Any) -> bool:
+    """Tell whether a value is an int from 0 to the largest of int64."""
     return type(value) is int and 0 <= value < 2**63
 
 

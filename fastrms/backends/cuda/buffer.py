@@ -172,7 +172,3 @@ class Staged:
         self.array.copy_to_device(memory, stream=stream)
         event.record(stream)
         self._now = values.copy()
-
-    def forget(self) -> None:
-        """Note that somebody else has written it."""
-        self._now = None
