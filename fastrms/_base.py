@@ -1,4 +1,4 @@
-"""The attributes of an optimizer: views of its buffers, its options, and its counts."""
+"""The attributes of an optimizer: views of its buffers, options, and counts."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -19,14 +19,14 @@ __all__ = ["OptimizerBase"]
 
 
 class OptimizerBase(Guarded):
-    """The attributes that every optimizer has."""
+    """An optimizer with all its attributes, but without a step."""
 
     _state: OptimizerState
     _backend: Backend
     _turns: Turns
 
     def _start(self, backend: Backend) -> None:
-        """Connect the optimizer with its backend, and its groups with the optimizer."""
+        """Connect the optimizer with its backend, and its parameter groups with the optimizer."""
         self._state, self._backend, self._turns = backend.state, backend, backend.turns
         views_of = backend.state.buffers["params"].views
         for k, group in enumerate(backend.state.param_groups):
@@ -34,7 +34,7 @@ class OptimizerBase(Guarded):
 
     @property
     def backend(self) -> Backend:
-        """The object that takes the steps, for adapters to other libraries."""
+        """The object that has the buffers and takes the steps, for adapters to other libraries."""
         return self._backend
 
     @property
@@ -44,7 +44,7 @@ class OptimizerBase(Guarded):
 
     @property
     def param_groups(self) -> ParamGroups:
-        """One mapping of options for each group, which may be changed; the list itself cannot."""
+        """One mapping of options for each group. Options may be changed, the list may not."""
         return self._state.param_groups
 
     @property
@@ -56,7 +56,7 @@ class OptimizerBase(Guarded):
     def steps(self, value: int) -> None:
         value = check_count("steps", value)
         counts = self._backend.settle()
-        counts.steps, counts.absent = value, counts.absent.clip(max=value)  # no parameter misses more steps
+        counts.steps, counts.absent = value, counts.absent.clip(max=value)
         self._backend.counts_changed()
 
     @property
@@ -72,29 +72,29 @@ class OptimizerBase(Guarded):
     params: PyTree = views("params", "The parameters, in the structure that was given.")
     grads: PyTree = views(
         "grads",
-        "Where a gradient for each parameter can be written, for `step()` without arguments. `step(gradients)` uses "
-        "this memory for small arrays, and to cast or rearrange: what it holds afterwards is not defined.",
+        "The gradient buffer: write gradients here, and call `step()` without arguments. `step(gradients)` may copy "
+        "gradients here too, so the values are undefined after it.",
     )
     cache: PyTree = views("cache", "The running mean of squared gradients, v in the equations.")
     momentum_buffer: PyTree = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
     grad_avg: PyTree = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
 
-    lr: Any = option_of_all_groups("lr", "Learning rate, or the function that gives it.")
+    lr: Any = option_of_all_groups("lr", "Learning rate, or the function that returns it.")
     decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
     epsilon: Any = option_of_all_groups("epsilon", "Constant added to the denominator.")
     momentum: Any = option_of_all_groups("momentum", "Decay rate of the momentum buffer, or 0.")
     nesterov: Any = option_of_all_groups("nesterov", "Whether a step looks ahead along the momentum buffer.")
-    centered: Any = option_of_all_groups("centered", "Whether the variance takes the place of the mean square.")
+    centered: Any = option_of_all_groups("centered", "Whether the variance is used instead of the mean square.")
     weight_decay: Any = option_of_all_groups("weight_decay", "Coefficient of weight decay.")
     decoupled_weight_decay: Any = option_of_all_groups(
-        "decoupled_weight_decay", "Whether weight decay is taken off the parameter instead of added to the gradient."
+        "decoupled_weight_decay", "Whether weight decay is subtracted from the parameter, not added to the gradient."
     )
-    maximize: Any = option_of_all_groups("maximize", "Whether steps climb.")
+    maximize: Any = option_of_all_groups("maximize", "Whether steps ascend.")
     eps_in_sqrt: Any = option_of_all_groups("eps_in_sqrt", "Whether epsilon is added under the root.")
-    initial_scale: Any = option_of_all_groups("initial_scale", "What the cache started from; it cannot change later.")
-    bias_correction: Any = option_of_all_groups("bias_correction", "Whether the start of the cache is corrected for.")
+    initial_scale: Any = option_of_all_groups("initial_scale", "The initial value of the cache; it cannot change.")
+    bias_correction: Any = option_of_all_groups("bias_correction", "Whether the bias of the first steps is corrected.")
     lr_in_momentum: Any = option_of_all_groups(
-        "lr_in_momentum", "Whether the learning rate is applied ahead of the momentum buffer."
+        "lr_in_momentum", "Whether the learning rate is applied before the momentum buffer."
     )
     clip_value: Any = option_of_all_groups("clip_value", "Bound on each gradient element, or None.")
     clip_norm: Any = option_of_all_groups("clip_norm", "Bound on the norm of each parameter's gradient, or None.")
@@ -110,7 +110,7 @@ class OptimizerBase(Guarded):
         "nonfinite",
         lambda value: check_one_of("nonfinite", value, NONFINITE),
         "options_changed",
-        'What a step does about gradients that are inf or NaN: "propagate", "raise" or "skip".',
+        'The reaction of a step to a gradient with an inf or NaN: "propagate", "raise" or "skip".',
     )
 
     @property
@@ -132,14 +132,14 @@ class OptimizerBase(Guarded):
         self._backend.stream = value
 
     def synchronize(self) -> None:
-        """Wait until a GPU has done all work on this optimizer's stream. On the host there is nothing to wait for."""
+        """Wait until a GPU has done all work on this optimizer's stream. On the host it returns at once."""
         self._backend.synchronize()
 
     num_threads: Any = checked(
         "num_threads",
         lambda value: check_threads(value, threads.max_threads()),
         "kernel_changed",
-        "Threads of the parallel kernel, or None for all that Numba started with.",
+        "Threads of the parallel kernel, or None for all threads of Numba.",
     )
 
     @property
@@ -148,12 +148,12 @@ class OptimizerBase(Guarded):
         return self._state.cache_dtype
 
     def _set_options(self, changes: Iterable[tuple[ParamGroup, Mapping[str, Any]]]) -> None:
-        """Set options of groups, all or, after an error, none."""
+        """Set options of groups: all of them, or none after an error."""
         with self._turns.lock:
             checked_changes = [(group, options, group.with_changes(options)) for group, options in changes]
             self._backend.add_state(values for _, _, values in checked_changes)
-            self._backend.options_changed()  # also ahead of the change, as Ctrl-C may come in between
+            self._backend.options_changed()  # before the change too, since Ctrl-C may come right after it
             for group, options, values in checked_changes:
-                # Not all values: a signal handler may have set another option meanwhile.
+                # Only these options: a signal handler may have set others meanwhile.
                 group.assign({name: values[name] for name in options})
             self._backend.options_changed()  # a signal handler may have taken a step meanwhile

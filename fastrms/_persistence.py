@@ -1,90 +1,91 @@
-"""What keeps an optimizer beyond a run: states, checkpoints, and folders of mapped files."""
+"""Save, load, reopen and close an optimizer: states, checkpoints, and folders of mapped files."""
 
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
+from typing import Any, Self, TypeVar
 
 from fastrms._base import OptimizerBase
 from fastrms._checks import LearningRate, check_one_of
-from fastrms.backends.folder import HEAD
-from fastrms.backends.host import HostBackend
+from fastrms.backends.folder import METADATA_FILE
 from fastrms.backends.storage import Storage
 from fastrms.checkpoints.formats import opened, reading
-from fastrms.checkpoints.metadata import check_head, get_lr, groups_of, head_of, params_of
+from fastrms.checkpoints.metadata import check_metadata, check_options, get_lr, metadata_of, params_of
 from fastrms.checkpoints.state import load_file, load_state, restore, save_file, state_dict
 from fastrms.errors import CheckpointError, StorageError, call_all
 
 __all__ = ["Persistent"]
 
+_T = TypeVar("_T")
+
+# Optimizers with storage, which are closed when the program ends.
 _open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
 
 
 class Persistent(OptimizerBase):
-    """The methods that save and restore an optimizer."""
+    """An optimizer that can be saved, loaded, reopened and closed, but not step."""
 
     def _close_at_exit(self) -> None:
-        if self._folder is not None:
+        """Have the optimizer closed when the program ends, if it has storage."""
+        if self._backend.storage is not None:
             _open.add(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of everything that decides the next steps: plain arrays, numbers and text.
+        """Return a copy of everything that determines the next steps: plain arrays, numbers and text.
 
         Returns
         -------
         state : dict
-            Under ``"arrays"`` parameters and state, dense and 1-D, one array for each dtype (``"cache/float32"``);
-            under ``"parameters"`` path, shape, dtype and group of each parameter in the order in which they lie there;
-            the options, ``"steps"``, and the ``"version"`` of all this. A learning rate that is a function is None.
+            Under ``"arrays"`` parameters and state as dense 1-D arrays, one for each dtype (``"cache/float32"``);
+            under ``"parameters"`` path, shape, dtype and group of each parameter, in the order of the arrays; options,
+            ``"steps"``, and ``"version"``, that of the format. A learning rate that is a function is None.
         """
         with self._turns.between_steps("state_dict", changes=False):
             return state_dict(self._backend)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state into this optimizer's own buffers, whose views stay as they are, and take over its options.
+        """Copy a state into this optimizer's buffers, whose views stay the same arrays, and set its options.
 
         Parameters
         ----------
         state : dict
             From `state_dict`, of this or an earlier version. Where it has no learning rate, the present one stays. The
-            keys of dicts may be in another order than here.
+            keys of dicts of parameters may be in another order.
 
         Raises
         ------
         CheckpointError
-            Other paths, shapes, dtypes or groups than this optimizer's, options out of range, or no such state at all.
-            Nothing is changed then.
+            Paths, shapes, dtypes or groups differ from this optimizer's; options are out of range; or `state` is no
+            such state. Nothing is changed then.
         """
         with self._turns.between_steps("load_state_dict"):
             load_state(self._backend, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file, which appears complete or not at all.
+        """Write the state to a file, completely or not at all.
 
         Parameters
         ----------
         path : str or path-like
-            Its name ends in .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). A file of
-            that name is replaced when the new one has reached the disk; the new one has its mode and owner. Where it
-            is a link, its target is replaced.
+            The suffix is .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). An older file
+            is replaced when the new one has reached the disk; its mode and owner are kept. Of a link, the target is
+            replaced.
 
         Raises
         ------
         CheckpointError
-            The name has another ending; or a dict of parameters has keys whose repr is not the same in every process,
-            such as functions.
+            The suffix is another one; or a dict of parameters has keys whose repr differs between processes, such as
+            functions.
         OSError
-            It cannot be written, or is read-only; an older file is as it was.
+            The file cannot be written, or is read-only. An older file is unchanged.
         """
         with self._turns.between_steps("save", changes=False):
             save_file(self._backend, Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read a file of `save` into this optimizer, as `load_state_dict`; it may come from anywhere.
+        """Read a file of `save` into this optimizer, as `load_state_dict` does. The file need not be trusted.
 
         Parameters
         ----------
@@ -94,7 +95,7 @@ class Persistent(OptimizerBase):
         Raises
         ------
         CheckpointError
-            It is damaged, larger than a file of this optimizer can be, no checkpoint, or of another optimizer. Nothing
+            The file is damaged, larger than any file of this optimizer, no checkpoint, or of another optimizer. Nothing
             is changed then.
         OSError
             It cannot be opened.
@@ -112,7 +113,7 @@ class Persistent(OptimizerBase):
         num_threads: int | None = None,
         storage: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Make the optimizer that a file of `save` is of, with its parameters, their structure and all options.
+        """Make the optimizer of a file of `save`: its parameters, their structure, state and options.
 
         Parameters
         ----------
@@ -126,7 +127,7 @@ class Persistent(OptimizerBase):
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
         storage : path of a new or empty folder, or None, default None
-            As for `RMSProp`: where to keep parameters and state, if not in memory.
+            As for `RMSProp`: the folder for parameters and state, instead of memory.
 
         Returns
         -------
@@ -136,24 +137,19 @@ class Persistent(OptimizerBase):
         Raises
         ------
         CheckpointError
-            As for `load`; or a dict of parameters has keys that no file can restore (others than None and Python's own
-            str, int, float and bool); or `lr` is required and missing.
+            As for `load`; or a dict of parameters has keys that no file can restore (other than None, str, int, float
+            and bool); or `lr` is required and missing.
         FastrmsError, OSError
-            As for `RMSProp`, for `lr`, `kernel`, `num_threads` and `storage`.
+            As for `RMSProp`, about `lr`, `kernel`, `num_threads` and `storage`.
         """
         with opened(Path(path), None) as source:
+            metadata = source.metadata
             with reading():
-                head = source.head
-                check_head(head)
-                params = params_of(head, source.kinds)
-            new_lr = get_lr(head["param_groups"], lr, "from_checkpoint")
-            options: dict[str, Any] = {"kernel": kernel, "num_threads": num_threads, "storage": storage}
-            if head["grouped"]:
-                params = [{"params": p} | ({"lr": lr} if new else {}) for p, new in zip(params, new_lr, strict=True)]
-            elif lr is not None:
-                options["lr"] = lr
-            make: Callable[..., Self] = cls  # a class that derives from this one takes these arguments
-            opt = make(params, cache_dtype=head["cache_dtype"], **options)
+                check_metadata(metadata)
+                params = params_of(metadata, source.kinds)
+            new_lr = get_lr(metadata["param_groups"], lr, "from_checkpoint")
+            groups: list[dict[str, Any]] = [{"lr": lr} if new else {} for new in new_lr]  # `restore` sets the others
+            opt = _make(cls, params, metadata, groups, kernel=kernel, num_threads=num_threads, storage=storage)
             try:
                 restore(opt._backend, source, new_lr)
             except BaseException:
@@ -163,8 +159,8 @@ class Persistent(OptimizerBase):
 
     @property
     def storage(self) -> Path | None:
-        """The folder that has the buffers, or None where they are in memory."""
-        folder = self._folder
+        """The folder of the buffers, or None where they are in memory."""
+        folder = self._backend.storage
         return None if folder is None else folder.path
 
     @classmethod
@@ -177,7 +173,7 @@ class Persistent(OptimizerBase):
         num_threads: int | None = None,
         after_crash: str = "raise",
     ) -> Self:
-        """Go on with an optimizer that was made with ``storage=path`` and closed: same bits, options and steps.
+        """Make the optimizer again that was made with ``storage=path`` and closed: same bits, options and steps.
 
         Parameters
         ----------
@@ -191,50 +187,42 @@ class Persistent(OptimizerBase):
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
         after_crash : {"raise", "use"}, default "raise"
-            What to do if the process that had it open ended without closing it, so that parameters and state may be of
-            different steps: raise StorageError, which says what is known, or use what is there.
+            The reaction where a process ended without closing the folder, so that parameters and state may be of
+            different steps: raise StorageError, whose message says what is known, or use them as they are.
 
         Returns
         -------
         optimizer : RMSProp
-            Its buffers are the files; nothing is read until it is used.
+            Its buffers are the mapped files, which are read when they are used.
 
         Raises
         ------
         StorageError
-            There is no optimizer in the folder, it is damaged, open elsewhere, or was not closed; or `lr` is needed.
+            The folder has no optimizer, is damaged, is open elsewhere, or was not closed; or `lr` is required and
+            missing.
         OptionError, OptionTypeError
-            A bad option.
+            An argument is out of range or of the wrong kind.
         """
         check_one_of("after_crash", after_crash, ("raise", "use"))
         storage = Storage.open(Path(path), after_crash)
         try:
-            head, where = storage.head, storage.path / HEAD
+            metadata, where = storage.metadata, storage.path / METADATA_FILE
+            saved: list[dict[str, Any]] = metadata["param_groups"]
             try:
-                params = params_of(head, None)
-                dtypes = [
-                    {np.dtype(parameter["dtype"]) for parameter in head["parameters"] if parameter.get("group") == k}
-                    for k in range(len(head["param_groups"]))
-                ]
-                # Rates that are missing are the caller's to give, and checked as such.
-                groups_of(head, dtypes, [0.0 if group.get("lr") is None else None for group in head["param_groups"]])
+                params = params_of(metadata, None)
+                check_options(metadata)
             except CheckpointError as error:
                 raise StorageError(f"{where}: cannot be read: {error}") from None
             try:
-                new_lr = get_lr(head["param_groups"], lr, "reopen")
+                new_lr = get_lr(saved, lr, "reopen")
             except CheckpointError as error:
                 raise StorageError(str(error)) from None
-            options = [
-                group | ({"lr": lr} if new else {}) for group, new in zip(head["param_groups"], new_lr, strict=True)
-            ]
-            of_all = {name: head[name] for name in ("global_clip_norm", "nonfinite", "cache_dtype")}
-            if head["grouped"]:
-                params = [{"params": part} | group for part, group in zip(params, options, strict=True)]
-            else:
-                of_all |= options[0]
-            make: Callable[..., Self] = cls  # a class that derives from this one takes these arguments
-            opt = make(params, kernel=kernel, num_threads=num_threads, storage=storage, **of_all)
-            if head_of(opt._state)["parameters"] != head["parameters"]:
+            groups = [group | {"lr": lr} if new else group for group, new in zip(saved, new_lr, strict=True)]
+            of_all = {name: metadata[name] for name in ("global_clip_norm", "nonfinite")}
+            opt = _make(
+                cls, params, metadata, groups, kernel=kernel, num_threads=num_threads, storage=storage, **of_all
+            )
+            if metadata_of(opt._state)["parameters"] != metadata["parameters"]:
                 raise StorageError(f"{where}: structure and parameters do not fit together")
         except BaseException:
             storage.discard()
@@ -242,45 +230,38 @@ class Persistent(OptimizerBase):
         return opt
 
     def flush(self) -> None:
-        """Write parameters, state, counts and options to the disk, if they are in storage; return when they are there.
+        """Write parameters, state, counts and options to the storage, and return when they are on the disk.
 
-        What a crash leaves is what was there then, or newer. In memory there is nothing to do.
+        A later crash leaves these values or newer ones. Without storage it does nothing.
 
         Raises
         ------
         StorageError
-            It was closed.
+            The optimizer was closed.
         OSError
-            It cannot be written.
+            The disk cannot be written.
         """
-        folder = self._folder
+        folder = self._backend.storage
         if folder is not None:
             with self._turns.between_steps("flush", changes=False):
                 folder.flush()
 
     def close(self) -> None:
-        """Flush, and let others open the folder; this optimizer takes no step any more. In memory nothing to do.
+        """Flush and unlock the storage. Later steps raise StorageError. Without storage it does nothing.
 
-        Views of parameters and state live on, and can be read, not written. ``with RMSProp(params, storage=path) as
-        opt`` closes at the end, and so do the end of the optimizer's life and that of a program that ends by itself.
-        A second call does nothing.
+        Views of parameters and state become read-only. A second call does nothing. The end of ``with RMSProp(params,
+        storage=path) as opt`` closes too, and so do the end of the optimizer's life and a normal end of the program.
 
         Raises
         ------
         OSError
-            It cannot be written; it is closed nevertheless, and counts as not closed when it is opened again.
+            The disk cannot be written. The folder is unlocked nevertheless, and `reopen` finds it not closed.
         """
-        folder = self._folder
+        folder = self._backend.storage
         if folder is not None and folder.is_open:
             with self._turns.between_steps("close"):
-                if folder.is_open:  # still, when it is this thread's turn
+                if folder.is_open:  # another thread may have closed it first
                     folder.close()
-
-    @property
-    def _folder(self) -> Storage | None:
-        # An optimizer that could not be made has no backend.
-        backend = vars(self).get("_backend")
-        return backend.storage if isinstance(backend, HostBackend) else None
 
     def __enter__(self) -> Self:
         return self
@@ -289,7 +270,36 @@ class Persistent(OptimizerBase):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if "_backend" in vars(self):  # it was made without an error
+            self.close()
+
+
+def _make(
+    cls: Callable[..., _T],
+    params: Any,
+    metadata: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    **options: Any,
+) -> _T:
+    """Return an optimizer made from metadata.
+
+    Parameters
+    ----------
+    cls : callable
+        A class that takes the arguments of `fastrms.RMSProp`.
+    params : structure of arrays
+        From `params_of`.
+    metadata : mapping
+    groups : sequence of mapping
+        Options of each group.
+    **options
+        Options of the whole.
+    """
+    if metadata["grouped"]:
+        params = [{"params": part, **group} for part, group in zip(params, groups, strict=True)]
+    else:
+        options |= groups[0]
+    return cls(params, cache_dtype=metadata["cache_dtype"], **options)
 
 
 @atexit.register

@@ -1,4 +1,4 @@
-"""Properties of an optimizer that are made alike: views of a buffer, options of all groups, options of the whole."""
+"""Makers of properties of an optimizer: views of a buffer, options of all groups, options of the whole."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ __all__ = ["change", "checked", "option_of_all_groups", "views"]
 
 
 class _Optimizer(Protocol):
-    """A class that has these properties."""
+    """An optimizer with these properties."""
 
     _state: OptimizerState
     _backend: Backend
@@ -30,7 +30,7 @@ class _Optimizer(Protocol):
 
 
 def views(name: str, meaning: str) -> property:
-    """Return a property for the views of buffer `name`, None without the buffer; nothing can be put in their place."""
+    """Return a read-only property for the views of a buffer, or None where the buffer does not exist."""
 
     def get(self: _Optimizer) -> Any:
         buffer = self.buffers.get(name)
@@ -48,12 +48,12 @@ def views(name: str, meaning: str) -> property:
 
 
 def option_of_all_groups(name: str, meaning: str) -> property:
-    """Return a property for option `name`: its value where all groups have the same, and to be set for all groups."""
+    """Return a property for an option of groups. Reading needs equal values in all groups; setting changes all."""
 
     def get(self: _Optimizer) -> Any:
         values = [group[name] for group in self.param_groups]
         if any(value != values[0] for value in values):
-            # The number of one group would be a trap: `opt.lr *= 0.5` would level all groups.
+            # Returning the value of one group would be a trap: `opt.lr *= 0.5` would set it for all groups.
             raise OptionError(f"{name}: differs between groups, {values}; use opt.param_groups[i][{name!r}]")
         return values[0]
 
@@ -64,10 +64,10 @@ def option_of_all_groups(name: str, meaning: str) -> property:
 
 
 def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) -> property:
-    """Return a property for an option of the optimizer as a whole, kept in the data of the optimizer.
+    """Return a property for an option of the whole optimizer, an attribute of its `OptimizerState`.
 
-    Setting it checks the value with `check`, and calls the backend's method named `changed`. An error of either
-    leaves the option as it was.
+    Setting it checks the value with `check`, and calls the method `changed` of the backend. After an error the option
+    is as before.
     """
 
     def get(self: _Optimizer) -> Any:
@@ -80,8 +80,8 @@ def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) 
 
 
 def change(optimizer: _Optimizer, name: str, value: object, changed: str) -> None:
-    """Set an option of the optimizer as a whole, and call the backend's method `changed`; undo it after an error."""
-    with optimizer._turns.lock:  # a step on another thread ends first
+    """Set an option of the whole optimizer, and call the method `changed` of the backend. Undo it after an error."""
+    with optimizer._turns.lock:  # wait for a step on another thread
         before = getattr(optimizer._state, name)
         try:
             setattr(optimizer._state, name, value)

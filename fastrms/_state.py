@@ -1,6 +1,6 @@
-"""The data of an optimizer: parameters and state in buffers, parameter groups, options of all groups, and counts."""
+"""The data of an optimizer: buffers of parameters and state, parameter groups, options of the whole, and counts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,25 +14,31 @@ from fastrms.errors import DtypeError
 from fastrms.kernels import threads
 from fastrms.options import ParamGroup, ParamGroups, parameter_groups
 
-__all__ = ["STATE_OPTIONS", "Counts", "OptimizerState", "Settings"]
+__all__ = ["STATE_OPTIONS", "Counts", "OptimizerState", "Settings", "optional_state"]
 
-# State buffers beside the cache, and the option that asks for each.
+# The state buffers beside the cache, and the option that needs each of them.
 STATE_OPTIONS = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 
 
+def optional_state(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the state buffers beside the cache that groups with these options need."""
+    groups = list(groups)
+    return [name for name, option in STATE_OPTIONS.items() if any(group[option] for group in groups)]
+
+
 class Counts:
-    """The numbers of steps, and whether parameters, state and counts belong to the same step.
+    """The counts of steps, and whether a write is in progress.
 
     Attributes
     ----------
     steps : int
         Steps taken.
     skipped_steps : int
-        Steps not taken because a gradient was not finite.
+        Steps skipped because a gradient was not finite.
     absent : ndarray of int64, shape (parameters,)
         For each parameter the number of steps in which it had no gradient.
     writing : bool
-        Whether parameters, state and counts are of different steps at the moment.
+        Whether parameters, state and counts are being written, and may belong to different steps.
     """
 
     __slots__ = ("absent", "skipped_steps", "steps", "writing")
@@ -43,7 +49,7 @@ class Counts:
         self.writing = False
 
     def take_over(self, other: "Counts") -> None:
-        """Copy the numbers of another optimizer with the same parameters."""
+        """Copy the counts of another optimizer with the same parameters."""
         self.steps, self.skipped_steps, self.absent = other.steps, other.skipped_steps, other.absent.copy()
 
 
@@ -54,7 +60,7 @@ class Settings:
     Attributes
     ----------
     defaults : mapping of str to option
-        Options of the groups that have no value of their own.
+        Options for groups that have no values of their own.
     kernel, num_threads, cache_dtype, nonfinite, global_clip_norm
         As for `fastrms.RMSProp`. `check` checks them.
     """
@@ -68,7 +74,7 @@ class Settings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
-        """Return the settings that arguments of `fastrms.RMSProp` say; the others have their defaults."""
+        """Return settings from keyword arguments of `fastrms.RMSProp`. Missing ones have their defaults."""
         whole = {
             "kernel": "auto", "num_threads": None, "cache_dtype": None, "nonfinite": "propagate",
             "global_clip_norm": None,
@@ -92,9 +98,9 @@ class Settings:
 
 
 class OptimizerState:
-    """Everything that decides the next steps of an optimizer.
+    """Everything that determines the next steps of an optimizer.
 
-    The constructor checks parameters and options. Its `buffers` are empty: a backend makes them where they belong.
+    The constructor checks parameters and options. It makes no buffers: a backend makes them, in its own memory.
 
     Parameters
     ----------
@@ -105,14 +111,14 @@ class OptimizerState:
     Attributes
     ----------
     arrays : the structure of `params`
-        The arrays that were given, without options of groups. `forget_arrays` lets them go.
+        The initial values, without the options of groups; None after `forget_arrays`.
     layout : Layout
         Of all parameters.
     buffers : dict of str to FlatBuffer
-        "params" and "grads", "cache", and where an option asked for it "momentum_buffer" and "grad_avg".
+        "params", "grads", "cache", and where options need them "momentum_buffer" and "grad_avg".
     param_groups : ParamGroups
     grouped : bool
-        Whether groups were given; otherwise there is one, of all parameters.
+        Whether `params` was a list of groups. Otherwise one group has all parameters.
     group_of : ndarray of int, shape (parameters,)
         The number of each parameter's group.
     counts : Counts
@@ -153,9 +159,28 @@ class OptimizerState:
         self.counts = Counts(len(layout.leaves))
 
     def forget_arrays(self) -> None:
-        """Let the arrays go that were given: their values are in the buffers."""
+        """Drop the references to the initial values, which are in the buffers by now."""
         self.arrays = None
 
+    def add_buffers(self, names: Iterable[str], new_buffer: Callable[[str], FlatBuffer]) -> None:
+        """Make those of the named state buffers that do not exist; after an error, none."""
+        self.buffers.update({name: new_buffer(name) for name in names if name not in self.buffers})
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the learning rate of a group is a function."""
+        return any(callable(group["lr"]) for group in self.param_groups)
+
+    @property
+    def clips_by_norm(self) -> bool:
+        """Whether gradients are clipped by a norm, of each parameter or of all."""
+        return self.global_clip_norm is not None or any(group["clip_norm"] is not None for group in self.param_groups)
+
+    @property
+    def state_in_use(self) -> list[tuple[bool, bool]]:
+        """For each group whether it uses the momentum buffer and the mean gradient."""
+        return [(group["momentum"] > 0, group["centered"]) for group in self.param_groups]
+
     def state_layout(self, layout: Layout) -> Layout:
-        """Return the layout of a state buffer for parameters of `layout`: in bfloat16, its elements are uint16."""
+        """Return the layout of a state buffer for parameters of `layout`. The elements of bfloat16 state are uint16."""
         return layout if self.cache_dtype is None else layout.with_dtype(np.uint16)

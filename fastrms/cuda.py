@@ -7,7 +7,7 @@ says how arrays of CuPy, PyTorch and Numba go in and out, and when a step waits.
 from typing import Any
 
 from fastrms._checks import LearningRate
-from fastrms.errors import OptionError
+from fastrms.kernels import check_cuda_kernel
 from fastrms.kernels import cuda as kernels
 from fastrms.optimizer import RMSProp
 
@@ -15,12 +15,12 @@ __all__ = ["CudaRMSProp", "why_not"]
 
 
 def why_not() -> str | None:
-    """Say why ``RMSProp(params, kernel="cuda")`` cannot work here.
+    """Return the reason why ``RMSProp(params, kernel="cuda")`` cannot work here.
 
     Returns
     -------
     reason : str or None
-        What is missing: a package, the driver, or a device. None if nothing is.
+        The missing package, driver or device; None if nothing is missing.
 
     Examples
     --------
@@ -36,34 +36,34 @@ def why_not() -> str | None:
 class CudaRMSProp(RMSProp):
     """RMSProp with all buffers on a GPU: the options, the layout and the bits of `fastrms.RMSProp`.
 
-    ``RMSProp(params, kernel="cuda")`` makes one. A step launches kernels and returns; what it computes is there when
-    its stream has got so far. It waits for nothing, unless nonfinite="raise", or the function given as lr together with
-    nonfinite="skip", asks for an answer from the device.
+    ``RMSProp(params, kernel="cuda")`` does the same. A step launches kernels on a stream and returns before they have
+    ended. It waits for the device only with nonfinite="raise", and where lr is a function together with
+    nonfinite="skip".
 
     Parameters
     ----------
     params : as for `RMSProp`
-        On the host or on the device (whatever has ``__cuda_array_interface__``); copied.
+        On the host or on the device (any object with ``__cuda_array_interface__``); copied.
     lr, decay_rate, epsilon : float
         As for `RMSProp`.
     stream : stream or int or None, default None
-        On which all is done: a stream of Numba, CuPy or PyTorch, or its number. None is the default stream, on which
-        CuPy and PyTorch work too as long as nothing else is asked of them. `stream` can be set later.
+        The stream of all work: of Numba, CuPy or PyTorch, or its number. None is the default stream, which CuPy and
+        PyTorch use too by default. `stream` can be set later.
     kernel : {"cuda", "auto"}, default "cuda"
-        There is just one.
+        There is only one.
     **options
-        The other options of `RMSProp`; not cache_dtype and storage. `num_threads` changes nothing.
+        The other options of `RMSProp`, except cache_dtype and storage. `num_threads` has no effect.
 
     Attributes
     ----------
     params, grads, cache, momentum_buffer, grad_avg : as for `RMSProp`
-        Device arrays of Numba, which are views of flat buffers on the device. CuPy and PyTorch can wrap them without a
-        copy: ``cupy.asarray(view)``, ``torch.as_tensor(view, device="cuda")``. `numpy.asarray` makes a copy.
+        Device arrays of Numba: views of flat buffers on the device. CuPy and PyTorch can wrap them without a copy:
+        ``cupy.asarray(view)``, ``torch.as_tensor(view, device="cuda")``. `numpy.asarray` copies them.
 
     Raises
     ------
     DeviceError
-        There is no GPU that can be used; the message says what is missing.
+        No GPU can be used. The message says what is missing.
     StructureError, DtypeError, OptionError, OptionTypeError
         As for `RMSProp`.
 
@@ -91,9 +91,4 @@ class CudaRMSProp(RMSProp):
         kernel: str = "cuda",
         **options: Any,
     ) -> None:
-        if kernel not in ("cuda", "auto"):
-            raise OptionError(
-                f'kernel: expected "cuda", as all buffers are on the GPU, got {kernel!r}; make a new optimizer for the '
-                "host, RMSProp(params), and let it load_state_dict() of this one"
-            )
-        super().__init__(params, lr, decay_rate, epsilon, kernel="cuda", stream=stream, **options)
+        super().__init__(params, lr, decay_rate, epsilon, kernel=check_cuda_kernel(kernel), stream=stream, **options)

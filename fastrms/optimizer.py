@@ -1,4 +1,4 @@
-"""`RMSProp`: what users make, step and ask; a backend takes the steps."""
+"""`RMSProp`: its constructor, step, explanation, check and copies. A backend takes the steps."""
 
 import copy
 import inspect
@@ -32,8 +32,8 @@ class RMSProp(Persistent):
     ----------
     params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
         Initial values; copied, never written. Any shape (0-d and empty too), strides and byte order. Or parameter
-        groups as in PyTorch: a list of dicts, each with its parameters under ``"params"`` and options that differ
-        from those given here.
+        groups as in PyTorch: a list of dicts, each with its parameters under ``"params"`` and with options that
+        override those given here.
     lr : float or callable, default 0.001
         Learning rate, >= 0. A callable gets the number of steps taken so far (0 at the first) and returns the rate.
     decay_rate : float, default 0.9
@@ -50,47 +50,47 @@ class RMSProp(Persistent):
     weight_decay : float, default 0.0
         Coefficient of weight decay, >= 0. Added to the gradient (L2) unless `decoupled_weight_decay`.
     decoupled_weight_decay : bool, default False
-        Take ``lr * weight_decay * p`` off the parameter itself, ahead of the step.
+        Subtract ``lr * weight_decay * p`` from the parameter itself, before the step.
     maximize : bool, default False
-        Climb instead of descend.
+        Ascend instead of descend.
     eps_in_sqrt : bool, default False
         Divide by sqrt(v + epsilon) instead of sqrt(v) + epsilon.
     initial_scale : float, default 0.0
-        What the cache starts from, >= 0.
+        Initial value of the cache, >= 0.
     bias_correction : bool, default False
-        Divide v (and m) by 1 - d^t at the t-th step of a parameter, which makes up for the start from 0.
+        Divide v (and m) by 1 - d^t at the t-th step of a parameter, which corrects the bias of the start from 0.
     lr_in_momentum : bool, default False
-        Multiply by lr ahead of the momentum buffer, as Keras, TensorFlow and optax do. False is PyTorch's form. They
+        Multiply by lr before the momentum buffer, as Keras, TensorFlow and optax do. False is PyTorch's form. They
         differ only when lr changes.
     clip_value : float or None, default None
         Limit each gradient element to [-clip_value, clip_value].
     clip_norm : float or None, default None
-        Scale the gradient of each parameter down to this Euclidean norm where it is longer.
+        Scale the gradient of each parameter down to this Euclidean norm where its norm is larger.
     global_clip_norm : float or None, default None
-        Scale all gradients together down to this norm; for all groups, after the other two.
+        Scale the gradients of all groups together down to this norm, after the other two.
     flush_subnormals : bool, default True
         Count weighted squares and state below the smallest normal number as 0: subnormal numbers make a vector of
         arithmetic many times slower and arise in ordinary training. Elements in which none arises keep their bits;
         the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
     kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
-        What runs the update. All give the same bits. "auto" begins with serial; in a training of some seconds with
-        many parameters it tries parallel, and keeps what makes whole training steps faster (`explain` says which).
-        "cuda" keeps all buffers on a GPU.
+        Kernel of the update. All give the same bits. "auto" begins with serial. With many parameters it tries parallel
+        after some seconds, and keeps the kernel with the faster training steps (`explain` says which). "cuda" keeps
+        all buffers on a GPU.
     num_threads : int or None, default None
-        Threads of the parallel kernel, up to those that Numba started with; None for all of them.
+        Threads of the parallel kernel, at most those of Numba; None for all of them.
     cache_dtype : {"bfloat16"} or None, default None
         "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
-        bytes move through memory for each parameter. Steps compute in float32; what is stored is rounded to nearest.
-        `cache` then has uint16 arrays, which `from_bfloat16` turns into numbers. decay_rate and momentum must be
-        less than 255/256, as nothing decays any more from there on. ``docs/options.md`` has the arithmetic.
+        bytes move through memory for each parameter. Steps compute in float32, and stored values are rounded to
+        nearest. `cache` then has uint16 arrays, which `from_bfloat16` converts. decay_rate and momentum must be less
+        than 255/256, because from there on rounding stops the decay. ``docs/options.md`` has the arithmetic.
     nonfinite : {"propagate", "raise", "skip"}, default "propagate"
-        What a step does where a gradient has an inf or NaN: use it, which stays in its element; raise NonfiniteError;
-        or do nothing, and count that in `skipped_steps`. The latter two leave parameters, state and `steps` as they
-        were, and cost one reading of the gradients, or none where the norms that clipping needs tell it.
+        Reaction of a step to a gradient with an inf or NaN: use it, which spoils only its element; raise
+        NonfiniteError; or skip the step and count it in `skipped_steps`. The latter two leave parameters, state and
+        `steps` unchanged. They cost one pass over the gradients, or none where clipping computes norms anyway.
     storage : path of a new or empty folder, or None, default None
-        Keep the buffers in files there, mapped into memory, and take steps in parts of some MB: for parameters larger
-        than memory. `reopen` goes on with them later, `flush` and `close` say when all is on the disk. Bits are the
-        same. ``docs/storage.md`` has what happens after a crash.
+        Keep the buffers in memory-mapped files in this folder, and take steps in parts: for parameters larger than
+        memory. `flush` and `close` write all to the disk, and `reopen` continues later. Bits are the same.
+        ``docs/storage.md`` explains the state after a crash.
     stream : stream or int or None, default None
         With kernel="cuda", as for `fastrms.cuda.CudaRMSProp`.
 
@@ -98,15 +98,15 @@ class RMSProp(Persistent):
     ----------
     params, grads, cache : the structure of `params`
         Views of flat buffers, the same arrays for the optimizer's life. With parameter groups a list with the
-        structure of each group. Write gradients straight into `grads` and call `step()`, and nothing is copied.
+        structure of each group. Gradients that are written straight into `grads` before `step()` are not copied.
     momentum_buffer, grad_avg : the structure of `params`, or None
-        State of `momentum` and `centered`, where a group uses them.
+        State of `momentum` and `centered`; None where no group has used them.
     param_groups : list of ParamGroup
         One mapping of options for each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
     buffers : mapping of str to FlatBuffer
         The flat buffers behind the views: ``opt.buffers["grads"].flat`` is one dense vector.
     steps, skipped_steps : int
-        Steps taken, and steps not taken, with nonfinite="skip".
+        Steps taken, and steps skipped with nonfinite="skip".
 
     Raises
     ------
@@ -132,7 +132,7 @@ class RMSProp(Persistent):
     """
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Make an optimizer, after a look at the names of the arguments."""
+        """Return a new object, or raise OptionTypeError where the name of an argument is unknown."""
         refuse_unknown(cls, options)
         return super().__new__(cls)
 
@@ -183,8 +183,8 @@ class RMSProp(Persistent):
         gradients : the structure of the parameters, or None
             An array for each parameter, of the same shape and any float or integer dtype (cast to the parameter's);
             never written. Lists and tuples stand for one another; the keys of a dict may come in any order. Where an
-            item is None, its parameter is skipped: neither value nor state changes. Without an argument the step
-            uses what was written to `grads`.
+            item is None, its parameter has no gradient, and neither value nor state changes. Without an argument the
+            step uses the gradients in `grads`.
 
         Returns
         -------
@@ -194,10 +194,10 @@ class RMSProp(Persistent):
         Raises
         ------
         StructureError
-            Wrong count, missing or unknown key, wrong shape; or something was put into `params` or `grads` in the place
-            of a view, as in ``opt.params[0] = array``, which no step would see.
+            Wrong count, missing or unknown key, wrong shape; or a view in `params` or `grads` was replaced, as in
+            ``opt.params[0] = array``, which no step would see.
         DtypeError
-            Something that is no array, or of complex, bool or object dtype.
+            A gradient is no array, or of complex, bool or object dtype.
         OptionError, OptionTypeError
             The function given as lr returned no usable rate.
         NonfiniteError
@@ -220,31 +220,30 @@ class RMSProp(Persistent):
         return self._state.buffers["params"].views
 
     def explain(self) -> list[str]:
-        """Say which kernel updates which parameters, and why.
+        """Return which kernel updates which parameters, and why.
 
         Returns
         -------
         lines : list of str
-            One for each group and dtype.
+            One line for each group and dtype.
         """
         return self._backend.explain()
 
     def check(self, **arrays: Any) -> list[str]:
-        """Say what has happened to the views of parameters, gradients and state that should not: one line for each.
+        """Return problems with the views of parameters, gradients and state: a line for each.
 
         Parameters
         ----------
         **arrays : array, or list, tuple or dict of these
-            What your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must lie in
-            the memory of the optimizer's parameters. An array does not if it was copied (a copy or a pickle of an
-            object that holds views beside the optimizer has arrays of its own), or if its name was bound to a new
-            array, as by ``W1 = W1 * 2``.
+            The arrays that your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must
+            be a view of the optimizer's parameters. It is not if it was copied (a copy or pickle of an object that
+            holds views has arrays of its own), or if its name was bound to a new array, as by ``W1 = W1 * 2``.
 
         Returns
         -------
         problems : list of str
-            Empty if every item of `params`, `grads` and so on is the view that was there at first, and shows its part
-            of the buffer. (A step looks for replaced items of `params`, and of `grads` where it uses them, and raises.)
+            Empty if every item of `params`, `grads` and so on is still the original view of its part of the buffer. (A
+            step itself raises for replaced items of `params`, and of `grads` where it uses them.)
 
         Examples
         --------
@@ -269,23 +268,24 @@ class RMSProp(Persistent):
 
     def __getstate__(self) -> dict[str, Any]:
         self._backend.refuse_copy()
-        # A copy, since it is written later, when other threads may step.
+        # A copy, since pickle writes it later, when other threads may step.
         with self._turns.between_steps("pickle", changes=False):
             return copy.deepcopy(self._to_copy(), {id(self): self})  # a method of its own may be lr
 
     def _to_copy(self) -> dict[str, Any]:
+        """Return the attributes that a copy has too, with buffers on the host."""
         kept = {name: value for name, value in vars(self).items() if name not in ("_backend", "_turns")}
         return kept | {"_state": self._backend.state_on_host()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         data: OptimizerState = state["_state"]
-        if data.num_threads is not None:  # no bit depends on it, and a worker process may have fewer
+        if data.num_threads is not None:  # a worker process may have fewer threads, and no bit depends on them
             data.num_threads = min(data.num_threads, threads.max_threads())
         self._start(backend_of(data))
 
     def __copy__(self) -> Self:
-        # A shallow copy would step the same memory with a count of steps of its own.
+        # A shallow copy would update the same memory, but count steps by itself.
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -301,5 +301,5 @@ class RMSProp(Persistent):
         return f"RMSProp({buffer!r}, groups={self.param_groups!r}, kernel={kernel!r}, steps={self.steps})"
 
 
-# help() and the documentation would show the signature of __new__.
+# Otherwise help() and the documentation show the signature of __new__.
 RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ignore[attr-defined]

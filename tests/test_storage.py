@@ -540,7 +540,7 @@ def test_what_cannot_be_removed_does_not_hide_the_error(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuses)
         patch.setattr(
-            fastrms.backends.storage.Storage, "_write_head", lambda *a, **k: (_ for _ in ()).throw(KeyError("mine"))
+            fastrms.backends.storage.Storage, "_write_metadata", lambda *a, **k: (_ for _ in ()).throw(KeyError("mine"))
         )
         with pytest.raises(KeyError, match="mine"):
             RMSProp([np.ones(3)], storage=path)

@@ -112,7 +112,7 @@ def test_killed_in_a_step(part, path):
 
 def test_killed_while_it_is_made(path):
     program = TRAIN.replace(
-        "opt = ", "fastrms.backends.storage.Storage._write_head = lambda *a, **k: os._exit(3)\n    opt = "
+        "opt = ", "fastrms.backends.storage.Storage._write_metadata = lambda *a, **k: os._exit(3)\n    opt = "
     )
     run(program, path, status=3)
     with pytest.raises(StorageError, match="it was not finished: remove it"):

@@ -1,24 +1,24 @@
-"""The protocols that parts of an optimizer meet: a backend takes its steps, a memory holds the buffers of the host."""
+"""The interfaces of the parts of an optimizer: a backend takes its steps, a memory holds the buffers of the host."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._state import Counts, OptimizerState
+from fastrms._state import Counts, OptimizerState, optional_state
 from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer, Layout
-from fastrms.checkpoints.state import Target
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.errors import NonfiniteError
 from fastrms.kernels.norms import AddUp, SpanNorms
 
 if TYPE_CHECKING:
     from fastrms.backends.host import HostBackend
+    from fastrms.backends.storage import Storage
 
-__all__ = ["Array", "Backend", "Call", "Memory", "Ranks", "RunCalls"]
-
-Array = NDArray[Any]
+__all__ = ["Backend", "Call", "Memory", "Ranks", "RunCalls"]
 
 # A kernel and its arguments.
 Call = tuple[Any, ...]
@@ -27,27 +27,39 @@ Call = tuple[Any, ...]
 RunCalls = Callable[[Sequence[Call]], Iterable[None]]
 
 
-class Backend(Target, Protocol):
-    """Where an optimizer has its buffers, and how it takes a step."""
+class Backend(ABC):
+    """The part of an optimizer that has its buffers and takes its steps; a `checkpoints.state.Target`.
 
-    @property
-    def turns(self) -> Turns:
-        """The lock of the optimizer."""
+    The methods that are not abstract are right for buffers in the memory of one process, without files.
 
-    @property
-    def thread_limit(self) -> int | None:
-        """The number of threads to which a step is limited, or None where it is not."""
+    Parameters
+    ----------
+    state : OptimizerState
 
-    @property
-    def stream(self) -> Any:
-        """The stream of all work on a GPU; None on the host."""
+    Attributes
+    ----------
+    state : OptimizerState
+        The data of the optimizer.
+    turns : Turns
+        The lock of the optimizer.
+    thread_limit : int or None
+        The number of threads to which a step is limited, or None where it is not.
+    in_parts : bool
+        Whether buffers may be larger than memory, and are read and written part by part.
+    storage : Storage or None
+        The folder with the buffers, or None where they are in memory.
+    """
 
-    @stream.setter
-    def stream(self, value: Any) -> None: ...
+    thread_limit: int | None = None
+    in_parts: bool = False
+    storage: "Storage | None" = None
 
-    def synchronize(self) -> None:
-        """Wait until all work on a GPU is done."""
+    def __init__(self, state: OptimizerState) -> None:
+        self.state, self.turns = state, Turns(state.counts)
 
+    # Steps.
+
+    @abstractmethod
     def step(self, gradients: Any) -> None:
         """Take one step with gradients in the structure of the parameters, or None for the gradient buffer.
 
@@ -56,41 +68,102 @@ class Backend(Target, Protocol):
 
     def settle_steps(self) -> Counts:
         """Return the counts as `settle` does, except that `absent` may be that of an earlier step."""
+        return self.settle()
+
+    @abstractmethod
+    def settle(self) -> Counts:
+        """Return the counts, after the last step has been counted."""
+
+    @abstractmethod
+    def counts_changed(self) -> None:
+        """Use the counts that were written to `state`, from the next step on."""
+
+    @abstractmethod
+    def explain(self) -> list[str]:
+        """Return a line for each group and dtype: which kernel updates it, and why."""
+
+    # Options.
+
+    @abstractmethod
+    def options_changed(self) -> None:
+        """Forget everything that was computed from options. The next step computes it again."""
+
+    @abstractmethod
+    def check_kernel(self, value: Any) -> str:
+        """Return the kernel that `value` names, or raise where the optimizer cannot change to it."""
+
+    @abstractmethod
+    def kernel_changed(self) -> None:
+        """Use the kernel and the number of threads in `state`, from the next step on."""
+
+    @property
+    @abstractmethod
+    def stream(self) -> Any:
+        """The stream of all work on a GPU; None on the host."""
+
+    @stream.setter
+    @abstractmethod
+    def stream(self, value: Any) -> None: ...
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work on a GPU is done."""
+
+    # Buffers.
+
+    @abstractmethod
+    def new_buffer(self, name: str) -> FlatBuffer:
+        """Return a state buffer of zeros."""
 
     def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
+        self.state.add_buffers(optional_state(options), self.new_buffer)
 
-    def check_kernel(self, value: Any) -> str:
-        """Return the kernel that `value` names, if the optimizer can change to it."""
+    @abstractmethod
+    def read(self, segment: Any) -> Array:
+        """Return a segment of a buffer as an array on the host."""
 
-    def kernel_changed(self) -> None:
-        """Follow `state.kernel` and `state.num_threads`."""
+    @abstractmethod
+    def write(self, segment: Any, values: Array | float) -> None:
+        """Set the elements of a segment of a buffer."""
 
-    def discard(self) -> None:
-        """Remove files that the optimizer made, after an error in making it."""
+    def parts(self, array: Array) -> Iterator[slice]:
+        """Iterate over slices of an array, small enough to be in memory: here one slice of the whole."""
+        yield slice(None)
 
-    def refuse_copy(self) -> None:
-        """Raise where the optimizer cannot be copied or pickled."""
+    def loading(self) -> AbstractContextManager[None]:
+        """Return a context for all writes of a load; here it does nothing."""
+        return nullcontext()
 
+    def discard(self) -> None:  # noqa: B027 - a default
+        """Remove files that were made, after an error in making the optimizer; here there are none."""
+
+    # Copies and processes.
+
+    def refuse_copy(self) -> None:  # noqa: B027 - a default
+        """Raise where the optimizer cannot be copied or pickled; here it can."""
+
+    @abstractmethod
     def state_on_host(self) -> OptimizerState:
-        """Return the data of the optimizer with buffers in ordinary memory."""
+        """Return the data of the optimizer with buffers in the memory of the host."""
 
-    def explain(self) -> list[str]:
-        """Say which kernel updates which parameters, and why, a line each."""
+    @abstractmethod
+    def after_fork(self) -> None:
+        """Prepare the optimizer of a child process."""
 
 
 class Memory(Protocol):
-    """Where a host backend has its buffers: in ordinary memory, or in mapped files."""
+    """The memory of a host backend: ordinary memory, or mapped files."""
 
     @property
     def in_parts(self) -> bool:
         """Whether buffers may be larger than memory."""
 
     def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
-        """Return a buffer of this layout, of zeros."""
+        """Return a buffer of zeros with this layout; an opened folder returns the stored one."""
 
     def run(self, calls: Sequence[Call]) -> Iterable[None]:
-        """Make kernel calls while the result is iterated over."""
+        """Return an iterator that makes one kernel call, or all its parts, for each item."""
 
     def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
         """Return an object that computes the norm of each span of the gradient buffer."""
@@ -128,4 +201,4 @@ class Ranks(Protocol):
         """Note that options are about to change, or raise where ranks have compared them already."""
 
     def refuse_copy(self) -> None:
-        """Raise: the other shards are in other processes."""
+        """Raise TypeError: the other shards are in other processes."""

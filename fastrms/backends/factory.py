@@ -1,4 +1,4 @@
-"""Make the backend that the options of an optimizer ask for."""
+"""Choose and make the backend of an optimizer by its options."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,9 @@ def new_backend(params: Any, settings: Settings, storage: Any, stream: Any) -> B
     Parameters
     ----------
     params, storage, stream
-        As for `fastrms.RMSProp`. A Storage was opened by `fastrms.RMSProp.reopen`.
+        As for `fastrms.RMSProp`. `storage` may also be a Storage that `fastrms.RMSProp.reopen` has opened.
     settings : Settings
-        The other arguments.
+        The other arguments, not checked yet.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def new_backend(params: Any, settings: Settings, storage: Any, stream: Any) -> B
 
 
 def backend_of(state: OptimizerState) -> Backend:
-    """Return a backend for data whose buffers are in ordinary memory, as after unpickling."""
+    """Return a backend for data with buffers on the host, as after unpickling."""
     if state.kernel == "cuda":
         backend: Backend = _cuda().CudaBackend(state, None)
         return backend
@@ -55,7 +55,8 @@ def backend_of(state: OptimizerState) -> Backend:
 
 
 def _cuda() -> "ModuleType":
-    try:  # only who asks for it imports CUDA
+    """Import the module that makes backends on a GPU, or raise DeviceError."""
+    try:  # here, because importing CUDA takes long and needs an extra
         from fastrms.backends.cuda import making
     except ImportError as error:
         raise DeviceError(

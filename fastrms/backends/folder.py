@@ -1,4 +1,4 @@
-"""The folder of an optimizer with storage: its place, its head, and what it may have in it."""
+"""The folder of an optimizer with storage: its path, its metadata, and checks of its content."""
 
 import errno
 import json
@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from fastrms.backends.mapped import open_own
-from fastrms.checkpoints.metadata import check_head
+from fastrms.checkpoints.metadata import check_metadata
 from fastrms.errors import FastrmsError, StorageError
 
-__all__ = ["BUFFERS", "HEAD", "VERSION", "make_folder", "read_head", "real_path"]
+__all__ = ["BUFFERS", "METADATA_FILE", "VERSION", "make_folder", "read_metadata", "real_path"]
 
-# Of what is in the folder. Head and arrays are those of checkpoints, which have a version of their own.
+# The version of the folder. The metadata is that of checkpoints, which has a version of its own.
 VERSION = 1
 
-HEAD = "head.json"
-BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three are always there
+METADATA_FILE = "head.json"
+BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three always exist
 
 
 def real_path(path: Path) -> Path:
-    """Return the place to which a path leads now; os.chdir(), or a link set to another folder, may change that."""
+    """Return the absolute path without links, which os.chdir() and a changed link leave valid."""
     return Path(os.path.realpath(path))
 
 
 def make_folder(path: Path) -> bool:
-    """Make a folder unless there is an empty one, and return whether it was made."""
+    """Make a folder, or accept an empty one, and return whether it was made."""
     try:
         path.mkdir()
         return True
@@ -37,7 +37,7 @@ def make_folder(path: Path) -> bool:
         if not path.is_dir():
             raise StorageError(f"storage: expected the path of a folder, got that of a file: {path}") from None
         found = sorted(item.name for item in path.iterdir())
-        if HEAD in found:
+        if METADATA_FILE in found:
             raise StorageError(
                 f"storage: expected a new folder, got one with an optimizer in it: {path}; RMSProp.reopen(path) goes "
                 "on with that one"
@@ -49,13 +49,13 @@ def make_folder(path: Path) -> bool:
         return False
 
 
-def read_head(path: Path) -> Any:
-    """Return the head of a folder, after all checks that do not depend on the buffers."""
+def read_metadata(path: Path) -> Any:
+    """Return the metadata of a folder, after all checks that do not need the buffers."""
     try:
         with open(open_own(path, os.O_RDONLY), encoding="utf-8") as stream:
-            head = json.loads(stream.read())
-        check_head(head)
-        own = head.get("storage")
+            metadata = json.loads(stream.read())
+        check_metadata(metadata)
+        own = metadata.get("storage")
         if not isinstance(own, dict) or type(own.get("clean")) is not bool or not isinstance(own.get("buffers"), list):
             raise StorageError("storage: expected a dict with 'clean' and 'buffers'")
         if own.get("version") != VERSION:
@@ -64,4 +64,4 @@ def read_head(path: Path) -> Any:
             raise StorageError(f"storage: expected the buffers of an optimizer, got {own['buffers']}")
     except (FastrmsError, ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from None
-    return head
+    return metadata

@@ -1,7 +1,7 @@
-"""Take the steps of an optimizer on the host: from gradients and options to kernel calls, and to the counts."""
+"""The backend on the host: locate gradients, compute the kernel calls from options, make the calls, and count steps."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import starmap
 from typing import Any
 
@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
+from fastrms._state import Counts, OptimizerState
 from fastrms.backends import plan, tuner
-from fastrms.backends.base import Array, Call, Memory, Ranks
+from fastrms.backends.base import Backend, Call, Memory, Ranks
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run
 from fastrms.backends.storage import Storage
-from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError
@@ -24,35 +23,25 @@ from fastrms.options import resolve_lr
 
 __all__ = ["HostBackend"]
 
-# The result of the one call of `cpu.serial_from` that is a whole step.
+# The results of a step that is one call of `cpu.serial_from`, where the call has updated the parameters.
 _UPDATED = [cpu.FOUND]
 
 
-class HostBackend:
-    """The steps of an optimizer whose buffers are on the host.
+class HostBackend(Backend):
+    """The backend of an optimizer whose buffers are on the host.
 
     Parameters
     ----------
     state : OptimizerState
-        With buffers for parameters and gradients.
+        With the buffers "params" and "grads".
     memory : Memory
-        Where new buffers are made.
+        Where state buffers are made.
     ranks : Ranks or None, default None
-        The processes that share the optimizer; None for this one alone.
-
-    Attributes
-    ----------
-    in_parts : bool
-        Whether buffers may be larger than memory, and are read and written part by part.
-    storage : Storage or None
-        The folder that has the buffers.
-    thread_limit : int or None
-        The number of threads to which a step is limited.
+        The processes among which the optimizer is divided; None for this one alone.
     """
 
     def __init__(self, state: OptimizerState, memory: Memory, ranks: Ranks | None = None) -> None:
-        self.state = state
-        self.turns = Turns(state.counts)
+        super().__init__(state)
         self._memory, self._ranks = memory, ranks
         self.in_parts = memory.in_parts
         self.storage = memory if isinstance(memory, Storage) else None
@@ -65,14 +54,16 @@ class HostBackend:
             Run(k, state.param_groups[k], layout, numbers, memory)
             for k, numbers in plan.split_runs(layout, state.group_of)
         ]
-        self._computed_from: object = None  # the version of the options from which everything below was computed
-        self._used: list[tuple[bool, bool]] = []  # for each group whether it has a momentum buffer and a mean gradient
+        self._computed_from: object = None  # the version of the options from which `use_options` has computed
+        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use`, as computed last
         self.kernel_changed()
         threads.call_after_fork(self.after_fork)
 
+    # Options.
+
     @property
     def stream(self) -> None:
-        """None: there is no GPU."""
+        """None, as there is no GPU."""
         return None
 
     @stream.setter
@@ -82,32 +73,31 @@ class HostBackend:
             raise OptionError(f"{message}: {value!r}")
 
     def synchronize(self) -> None:
-        """Do nothing: a step on the host ends when it is done."""
+        """Do nothing: a step on the host has ended when it returns."""
 
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros."""
         return self._memory.new_buffer(name, self.state.state_layout(self._own["params"].layout))
 
-    check_kernel = staticmethod(kernels.check_host_kernel)
-
     def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
         if self._ranks is not None:
             self._ranks.options_change()
-        options = list(options)
-        for name, option in STATE_OPTIONS.items():
-            if name not in self.state.buffers and any(values[option] for values in options):
-                self.state.buffers[name] = self.new_buffer(name)
+        super().add_state(options)
+
+    def check_kernel(self, value: Any) -> str:
+        """Return the kernel that `value` names, or raise where it does not run on the host."""
+        return kernels.check_host_kernel(value)
 
     def kernel_changed(self) -> None:
-        """Follow `state.kernel` and `state.num_threads`."""
+        """Use the kernel and the number of threads in `state`, from the next step on."""
         if self._ranks is not None:
             self._ranks.options_change()
         kernel, threads_work = self.state.kernel, threads.threads_work()
         large = any(run.size >= tuner.TRY_PARALLEL_FROM for run in self._runs)
         watch = kernel == "auto" and large and self._threads() > 1 and threads_work
         self._tuner = tuner.Tuner() if watch else None
-        # Where nothing parallel can run, no threads are started for the sake of a limit on them.
+        # Limiting threads starts them, so there is no limit where nothing parallel can run.
         self.thread_limit = self.state.num_threads if watch or kernel == "parallel" else None
         self._zero_copy = kernel != "numpy" and pointers.available()
         self.options_changed()
@@ -115,27 +105,25 @@ class HostBackend:
     def options_changed(self) -> None:
         """Forget everything that was computed from options. The next step computes it again.
 
-        Thousands of groups may change one by one, so nothing is computed here.
+        Nothing is computed here, because thousands of groups may change one by one.
         """
         if self._ranks is not None:
             self._ranks.options_change()
-        # The calls of a step where every step has the same, by whether gradients are read in place, and by kernel. A
-        # step that is making calls writes them to the dict with which it began.
+        # The calls of steady steps, by (whether gradients are read in place, kernel). A step that is in progress writes
+        # its calls to the dict of its beginning, so calls from old options never get into the new dict.
         self._steady_calls: dict[tuple[bool, str], list[Call]] = {}
-        # Where one call of `cpu.serial_from` is the whole step: its arguments after the address of the items.
+        # For steady steps that are one call of `cpu.serial_from`, by kernel: its arguments after the address of items.
         self._whole_step: dict[str, Call] = {}
         self._version = object()
 
     def use_options(self) -> None:
-        """Compute everything that follows from options, unless that was done."""
+        """Compute everything that depends on options only, unless it is up to date."""
         version = self._version
         if self._computed_from is version:
             return
         self._compiled: set[tuple[bool, str]] = set()
-        groups = self.state.param_groups
-        self._scheduled = any(callable(group["lr"]) for group in groups)
-        self._clips = self.state.global_clip_norm is not None or any(group["clip_norm"] is not None for group in groups)
-        used = [(group["momentum"] > 0, group["centered"]) for group in groups]
+        self._scheduled, self._clips = self.state.scheduled, self.state.clips_by_norm
+        used = self.state.state_in_use
         if used != self._used:
             for run in self._runs:
                 run.use_buffers(self._own)
@@ -148,6 +136,7 @@ class HostBackend:
         return self.state.kernel if self._tuner is None else self._tuner.kernel
 
     def _threads(self) -> int:
+        """Return the number of threads of the parallel kernel."""
         return self.state.num_threads or threads.max_threads()
 
     # Steps.
@@ -160,7 +149,7 @@ class HostBackend:
         if self._ranks is not None and self._ranks.exchange:
             self._ranks.step(self, gradients)
             return
-        # First everything that may call the user's functions, which may set options: rates, then items of a mapping.
+        # First everything that may call functions of the user, which may set options: rates, then items of a mapping.
         rates = self.rates() if self._computed_from is not self._version or self._scheduled else None
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
@@ -181,7 +170,7 @@ class HostBackend:
                 address = pointers.items_of(items)
                 arguments = self._whole_step.get(kernel)
                 if arguments is not None:
-                    # As in `take`, except that the call may meet unusual gradients, and then updates nothing.
+                    # As in `take`, but the call returns without updating where a gradient cannot be read in place.
                     counts = self.state.counts
                     steps, work = counts.steps, starmap(cpu.serial_from, ((address, *arguments),))
                     counts.steps = steps + ([*work] == _UPDATED)
@@ -194,9 +183,9 @@ class HostBackend:
         self.take(located, rates, kernel, items if located.in_place else None)
 
     def step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
-        """Take one step with gradients at these addresses, for adapters that have looked at their tensors.
+        """Take one step with gradients at these addresses. Adapters that have checked their tensors call it.
 
-        Not with the NumPy kernel, which cannot read there, and not with another `nonfinite` than "propagate".
+        It is not for the NumPy kernel, which cannot read there, nor for another `nonfinite` than "propagate".
 
         Parameters
         ----------
@@ -210,18 +199,18 @@ class HostBackend:
             kernel = self.large_kernel
             for run in self._runs:
                 run.point_to(addresses)
-                if self._kernel_of(run, kernel) != "serial":  # which copies by itself
+                if self._kernel_of(run, kernel) != "serial":  # the serial kernel copies by itself
                     run.copy_small()
             self.take(IN_PLACE if present is None else Located(True, present), rates, kernel)
 
     def take(
         self, located: Located, rates: list[float] | None, kernel: str, items: tuple[Any, ...] | None = None
     ) -> None:
-        """Update parameters and state with gradients that were located, and count the step.
+        """Update parameters and state with located gradients, and count the step.
 
-        This, and the one call in `step`, are the only places that count. The statement that makes the calls and counts
-        has no call in its own bytecode from the first update on. So a signal handler of Python's finds a step that has
-        not begun or one that was counted, unless a call runs Python itself, as the NumPy kernel does.
+        Steps are counted only here and for the one call in `step`. One statement makes the kernel calls and counts.
+        From the first update on its bytecode has no call, so no Python signal handler runs between update and count.
+        A handler finds either a step that has not begun, or a counted one. Kernels written in Python are the exception.
 
         Parameters
         ----------
@@ -231,7 +220,7 @@ class HostBackend:
         kernel : {"numpy", "serial", "parallel", "auto"}
             For large runs; "auto" stands for serial.
         items : tuple or None, default None
-            The gradients that lie in place, for error messages.
+            The gradients, for error messages; None where they are in the gradient buffer.
         """
         calls = self._steady_calls.get((located.in_place, kernel)) if located.present is None else None
         norms = None
@@ -253,7 +242,10 @@ class HostBackend:
             self._tuner.step_done()
 
     def _locate(self, items: int) -> Located | None:
-        """Locate the gradients in the tuple whose items are at this address, or return None where one is unusual."""
+        """Locate gradients in place, in the tuple whose items start at this address.
+
+        Return None where a gradient cannot be read in place.
+        """
         present = None
         for run in self._runs:
             status = run.locate(items)
@@ -263,14 +255,14 @@ class HostBackend:
                 if present is None:
                     present = np.ones(len(self.state.counts.absent), bool)
                 present[run.numbers] = run.located()
-        for run in self._runs:  # only now, so that nothing is written if any array is a wrong one
+        for run in self._runs:  # in a loop of its own, so that nothing is written where one gradient is refused
             run.copy_small()
         return IN_PLACE if present is None else Located(True, present)
 
     def _copy(self, items: tuple[Any, ...]) -> Located:
-        """Check gradients of any kind, and copy them to the gradient buffer."""
+        """Check gradients of any dtype and strides, and copy them to the gradient buffer."""
         arrays = as_arrays(items, self._grads.layout, "gradients", allow_none=True)
-        self.use_options()  # an array's own `__array__` may do anything
+        self.use_options()  # the `__array__` of a user's class may have set options
         self._grads.store(arrays)
         if any(array is None for array in arrays):
             return Located(False, np.array([array is not None for array in arrays]))
@@ -285,11 +277,11 @@ class HostBackend:
         """Return the learning rate of each group. Calls the functions."""
         return [resolve_lr(group, self.state.counts.steps) for group in self.state.param_groups]
 
-    @np.errstate(all="ignore")  # the settings, which may raise, are for the user's own arithmetic
+    @np.errstate(all="ignore")  # the user's settings may raise, and are for the user's own arithmetic
     def _make_calls(
         self, located: Located, rates: list[float] | None, kernel: str
     ) -> tuple[list[Call], NDArray[np.float64] | None]:
-        """Return the kernel calls of the next step, and the norms of gradients where clipping computed them."""
+        """Return the kernel calls of the next step, and the norms of gradients if clipping computed them."""
         version = self._version
         self.use_options()
         steady_calls, whole_step = self._steady_calls, self._whole_step
@@ -304,12 +296,13 @@ class HostBackend:
             of_runs = [run.gradient_norms(grads, name, ranks) for run, name in zip(self._runs, kernel_of, strict=True)]
             scales, norms = plan.clip_scales(self._runs, of_runs, limit, located.present, len(counts.absent))
         rate_of_run = [plan.rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
-        from_items = located.in_place and self.storage is None  # a folder cuts calls of `UPDATES`
+        from_items = located.in_place and self.storage is None  # storage makes calls of `UPDATES` in parts
         calls, steady = plan.make_plan(self._runs, kernel_of, rate_of_run, located, scales, counts, from_items)
-        if self._version is not version:  # a signal handler has set options meanwhile
+        if self._version is not version:  # a signal handler has set options
             return self._make_calls(located, rates, kernel)
         if (located.in_place, kernel) not in self._compiled:
-            # Without spans they update nothing. So no compiler runs, and may be interrupted, between two updates.
+            # Calls without spans update nothing, but compile. So compilation, which takes long and may be interrupted,
+            # never comes between two updates.
             for update, *rest, spans, factors, extended in calls:
                 update(*rest, spans[:0], factors[:0], extended)
             self._compiled.add((located.in_place, kernel))
@@ -320,7 +313,7 @@ class HostBackend:
         return calls, norms
 
     def _kernel_of(self, run: Run, kernel: str) -> str:
-        """Return the kernel for a run where `kernel` is the one for large runs."""
+        """Return the kernel of a run, where `kernel` is that of large runs."""
         if not threads.threads_work() and kernel == "parallel":
             return "serial"
         if self.state.kernel != "auto":
@@ -330,7 +323,7 @@ class HostBackend:
     def _skips(
         self, located: Located, kernel: str, norms: NDArray[np.float64] | None, items: tuple[Any, ...] | None
     ) -> bool:
-        """Return whether the step is to be skipped, or raise, where a gradient is not finite."""
+        """Return whether a gradient is not finite, so that the step is skipped; or raise NonfiniteError."""
         kernel_of = [self._kernel_of(run, kernel) for run in self._runs]
         nonfinite = plan.find_nonfinite(self._runs, kernel_of, located, norms, self._own["grads"])
         wrong = np.flatnonzero(nonfinite if self._ranks is None else self._ranks.nonfinite_anywhere(nonfinite))
@@ -347,10 +340,8 @@ class HostBackend:
         """Return the counts."""
         return self.state.counts
 
-    settle_steps = settle
-
     def counts_changed(self) -> None:
-        """Use the counts that were written to `state`: each step reads them."""
+        """Do nothing: each step reads the counts in `state`."""
 
     def read(self, segment: Array) -> Array:
         """Return a segment of a buffer, itself."""
@@ -366,15 +357,15 @@ class HostBackend:
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context for all writes of a load."""
-        return nullcontext() if self.storage is None else self.storage.loading()
+        return super().loading() if self.storage is None else self.storage.loading()
 
     def discard(self) -> None:
-        """Remove files that the optimizer made, after an error in making it."""
+        """Remove files that were made, after an error in making the optimizer."""
         if self.storage is not None:
             self.storage.discard()
 
     def refuse_copy(self) -> None:
-        """Raise where the buffers are files, for which a copy in memory may be too large, or shared with ranks."""
+        """Raise where the buffers are in files, or divided among ranks."""
         if self.storage is not None:
             self.storage.refuse_copy()
         if self._ranks is not None:
@@ -385,14 +376,14 @@ class HostBackend:
         return self.state
 
     def after_fork(self) -> None:
-        """Make what a child process needs: locks of its own, kernels that work there, and no use of the folder."""
+        """Prepare the optimizer of a child process: new locks, kernels that work there, and a folder that is closed."""
         self.turns.after_fork()
         if self.storage is not None:
             self.storage.after_fork()
         self.kernel_changed()
 
     def explain(self) -> list[str]:
-        """Say which kernel updates which parameters, and why, a line each."""
+        """Return a line for each group and dtype: which kernel updates it, and why."""
         return [
             f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays: "
             f"{tuner.explain(run.size, self.state.kernel, self._tuner, self._threads())}"

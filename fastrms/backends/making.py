@@ -1,4 +1,4 @@
-"""Make backends on the host, with new buffers or with those of a folder."""
+"""Make backends on the host, with new buffers or with those of an opened folder."""
 
 from os import PathLike
 
@@ -13,14 +13,14 @@ __all__ = ["new_host_backend", "new_sharded_backend"]
 
 
 def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Storage | None = None) -> HostBackend:
-    """Return a backend with new buffers, or with those of a folder that was opened.
+    """Return a backend with new buffers, or with those of an opened folder.
 
     Parameters
     ----------
     state : OptimizerState
-        With the arrays that were given, and without buffers.
+        With initial values, and without buffers.
     storage : path, Storage or None, default None
-        As for `fastrms.RMSProp`; a Storage was opened by `Storage.open`.
+        A path as for `fastrms.RMSProp`, or a Storage that `Storage.open` returned.
     """
     if storage is None:
         backend = _with_new_buffers(state, Ram(), None)
@@ -41,13 +41,14 @@ def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Stora
 
 
 def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:
-    """Return a backend with new buffers in memory, of which this rank updates its shard."""
+    """Return a backend with new buffers in memory, which updates the shard of this rank."""
     backend = _with_new_buffers(state, Ram(), ranks)
     state.forget_arrays()
     return backend
 
 
 def _with_new_buffers(state: OptimizerState, memory: Memory, ranks: Ranks | None) -> HostBackend:
+    """Return a backend with new buffers in `memory` that have the initial values."""
     for name in ("params", "grads"):
         state.buffers[name] = memory.new_buffer(name, state.layout)
     state.buffers["params"].gather(state.arrays, "params")

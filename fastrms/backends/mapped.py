@@ -1,4 +1,4 @@
-"""Buffers and norms of arrays that are files, mapped into memory, whose pages are given back when they were used."""
+"""Buffers in mapped files, and norms of gradients in them. Pages are given back after use."""
 
 import errno
 import mmap
@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.backends import pages
-from fastrms.backends.base import Array
 from fastrms.backends.pages import Pages
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import Array, FlatBuffer
 from fastrms.errors import StorageError
 from fastrms.kernels.norms import CHUNK, SpanNorms
 
@@ -21,23 +20,23 @@ __all__ = ["MappedFile", "PartNorms", "StoredBuffer", "open_own"]
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file of a folder of our own, and return its descriptor.
+    """Open a file of a storage folder, and return its descriptor.
 
     Raises
     ------
     StorageError
-        It is a link, or has another name elsewhere (a hard link), so that another folder could have the same data.
+        It is a symbolic or hard link, so another folder could have the same data.
     OSError
-        It cannot be opened, or is to be written and is read-only.
+        It cannot be opened, or `flags` ask for writing and it is read-only.
     """
     if path.is_symlink():
         raise StorageError(f"{path}: expected a file of this folder, got a link to another place")
-    # Not to wait for the other end of a pipe: O_NONBLOCK, which files do not heed.
+    # O_NONBLOCK: opening a pipe would wait for its other end. It has no effect on files.
     own = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags | own, 0o666)
     except OSError as error:
-        if error.errno == errno.ELOOP:  # it has become a link meanwhile
+        if error.errno == errno.ELOOP:  # it became a link after the check above
             raise StorageError(f"{path}: expected a file of this folder, got a link to another place") from None
         raise
     about = os.fstat(descriptor)
@@ -47,7 +46,7 @@ def open_own(path: Path, flags: int) -> int:
                 f"{path}: expected a file of this folder alone, got one with another name too (a hard link), or no "
                 "regular file; replace it by a copy"
             )
-        # The superuser may write to all files, and means a file without any such bit to stay.
+        # The superuser may write any file, and yet a file that nobody may write is meant to stay.
         if flags & os.O_RDWR and not flags & os.O_EXCL and not about.st_mode & 0o222:
             message = "expected a file that can be written, got one that is read-only"
             raise PermissionError(errno.EACCES, message, str(path))
@@ -58,21 +57,20 @@ def open_own(path: Path, flags: int) -> int:
 
 
 class MappedFile:
-    """A file of a fixed size, mapped into memory. The mapping lives as long as an array that shows it.
+    """A file of fixed size, mapped into memory. The mapping lives as long as any array that aliases it.
 
     Parameters
     ----------
     path : Path
     nbytes : int
-        Its size, if it is to be made; otherwise what it has to be.
+        The size to make, or to find.
     new : bool
-        Whether it is to be made: whole, or after an error not at all. What an earlier process has left half made is
-        replaced.
+        Whether to make the file. After an error it is removed. An unfinished file of an earlier process is replaced.
     """
 
     def __init__(self, path: Path, nbytes: int, new: bool) -> None:
         self.path = path
-        size = max(nbytes, mmap.PAGESIZE)  # nothing cannot be mapped
+        size = max(nbytes, mmap.PAGESIZE)  # an empty file cannot be mapped
         if new:
             path.unlink(missing_ok=True)
         descriptor = open_own(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL) * new)
@@ -92,18 +90,21 @@ class MappedFile:
         self._start = self.memory.ctypes.data
 
     def has(self, array: Array) -> bool:
-        """Whether the array, which is dense, lies in this file."""
+        """Tell whether a dense array lies in this file."""
         return 0 <= array.ctypes.data - self._start < self.memory.nbytes
 
     def advise(self, array: Array, advice: int) -> None:
-        """`madvise` for the pages of an array that lies in here."""
+        """Call `madvise` for the pages of an array that lies in this file."""
         low = array.ctypes.data - self._start
         start = low // mmap.PAGESIZE * mmap.PAGESIZE
         self.map.madvise(advice, start, min(low + array.nbytes, len(self.map)) - start)
 
 
 def _reserve(file: int, size: int, path: Path) -> None:
-    """Give a file its size, and its place on the disk: a write to memory can only say with SIGBUS that it is full."""
+    """Set the size of a file and allocate it on the disk.
+
+    Without disk space a later write to the mapping would end the process with SIGBUS.
+    """
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, size)
@@ -124,7 +125,7 @@ class StoredBuffer(FlatBuffer, set_once=("pages",)):
         return [*super().mappings(), *self.pages.mapped_elsewhere()]
 
     def copy_in(self, arrays: Any) -> None:
-        """As of `FlatBuffer`, and the pages are given back in between."""
+        """As `FlatBuffer.copy_in`, and give pages back after each part."""
         pending = 0
         for array, view in zip(arrays, self.leaves, strict=True):
             if array is not None:
@@ -135,7 +136,13 @@ class StoredBuffer(FlatBuffer, set_once=("pages",)):
                     pending = 0
         self.pages.release(self.block)
 
+    def make_read_only(self) -> None:
+        """Make all arrays of the buffer read-only."""
+        for array in (self._memory, self.block, *self.segments, *self.leaves):
+            array.flags.writeable = False
+
     def _copy(self, view: Array, array: Any) -> None:
+        """Copy an array into a view, in parts of rows."""
         if view.nbytes <= pages.PART_BYTES or not view.ndim:
             view[...] = array
             return
@@ -149,7 +156,7 @@ class StoredBuffer(FlatBuffer, set_once=("pages",)):
 
 
 class PartNorms(SpanNorms):
-    """`SpanNorms` of gradients in a file, which are read in parts; the bits are the same.
+    """`SpanNorms` that read gradients from a file in parts, with the same bits.
 
     Parameters
     ----------
@@ -167,11 +174,10 @@ class PartNorms(SpanNorms):
         return PartNorms(spans, self._pages)
 
     def sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
-        """As `SpanNorms.sum_squares`, in parts of the file."""
-        if self.spans[:, 2].any():  # they are elsewhere in memory
+        """Return the sums of `SpanNorms.sum_squares`, from parts of the file."""
+        if self.spans[:, 2].any():  # the gradients are in arrays of the user
             return super().sum_squares(grads, clip, prescale, kernel)
-        # A span for each chunk: its sum is what the chunk would add to that of its span, which is done here in the
-        # same order.
+        # One piece for each chunk of a span. `SpanNorms` adds up chunks in order, and so does the loop at the end.
         counts = np.diff(self.first_chunk)
         number = np.arange(self.first_chunk[-1]) - np.repeat(self.first_chunk[:-1], counts)
         pieces = np.zeros((len(number), 3), np.int64)
@@ -188,6 +194,6 @@ class PartNorms(SpanNorms):
         sums = np.zeros(len(counts))
         sums[counts > 0] = partials[self.first_chunk[:-1][counts > 0]]
         for k in np.flatnonzero(counts > 1):
-            # One after another, which `sum` does not promise.
+            # Sequentially, which `sum` does not guarantee.
             sums[k] = np.add.accumulate(partials[self.first_chunk[k] : self.first_chunk[k + 1]])[-1]
         return sums

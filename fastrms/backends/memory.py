@@ -1,4 +1,4 @@
-"""Buffers in ordinary memory."""
+"""The memory of an optimizer whose buffers are ordinary arrays."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,23 +8,23 @@ from operator import call
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.base import Array, RunCalls
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends.base import RunCalls
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels.norms import SpanNorms
 
 __all__ = ["Ram"]
 
 
 class Ram:
-    """The memory of an optimizer whose buffers are ordinary arrays."""
+    """A `Memory` of ordinary arrays."""
 
     in_parts = False
 
-    # Without a function of Python's own, since each step calls it.
+    # Not a Python function, since each step calls it.
     run: RunCalls = staticmethod(partial(starmap, call))
 
     def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
-        """Return a buffer of this layout, of zeros."""
+        """Return a buffer of zeros with this layout."""
         return FlatBuffer.from_layout(layout)
 
     def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
@@ -32,5 +32,5 @@ class Ram:
         return SpanNorms(spans)
 
     def parts(self, array: Array) -> Iterator[slice]:
-        """Iterate over one slice, of the whole array."""
+        """Iterate over one slice of the whole array."""
         yield slice(None)

@@ -1,4 +1,4 @@
-"""Pages of mapped files: they are read, used and given back in parts, so that little of a file is in memory."""
+"""Pages of mapped files: read, used and given back in parts, so that a process has few of them in memory."""
 
 import ctypes
 import errno
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.base import Array
+from fastrms.buffers import Array
 
 if TYPE_CHECKING:
     from fastrms.backends.mapped import MappedFile
 
 __all__ = ["PART_BYTES", "Pages"]
 
-# How much of each array a step works on at a time. With 2 GB of data in 512 MB of memory, 1 MB took 1.2 s a step, every
-# time; 4 and 16 MB took up to 2.9 s now and then. Tried and left out: to ask for the next part ahead (MADV_WILLNEED,
-# 2.5 s), to start writing a part when it is done (sync_file_range, POSIX_FADV_DONTNEED, 2.5 s), and to wait until it is
-# written (msync, 1.9 s). The system does both better by itself, unless nothing is given back: 3.5 s.
+# The bytes of each array that a step updates at a time. With 2 GB of data in 512 MB of memory a step took 1.2 s with
+# parts of 1 MB, and up to 2.9 s with 4 or 16 MB. All else was slower: reading the next part ahead (MADV_WILLNEED,
+# 2.5 s), starting to write a finished part (sync_file_range, POSIX_FADV_DONTNEED, 2.5 s), waiting until it is written
+# (msync, 1.9 s), and giving no pages back (3.5 s).
 PART_BYTES = 1 << 20
 
-# Advice that Linux takes from 5.14 on, for which `mmap` has no names: get all pages at once, to be read or written,
-# instead of each when it is touched. 60 ms a step instead of 110 where all is in the page cache (5e7 float32).
+# Advice of Linux 5.14 without a name in `mmap`: map all pages at once, instead of each at its first access. A step
+# takes 60 ms instead of 110 where all is in the page cache (5e7 float32).
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 
 
@@ -37,45 +37,46 @@ class Pages:
     path : Path
         The folder, for error messages.
     files : mapping of str to MappedFile
-        Grows as buffers are made.
+        By name of the buffer. It grows while the optimizer lives.
     """
 
     def __init__(self, path: Path, files: Mapping[str, "MappedFile"]) -> None:
         self._path, self._files = path, files
 
     def mapped_elsewhere(self) -> list[Array]:
-        """Return the memory at which this process has mapped the files once more."""
+        """Return other mappings of the same files in this process, as arrays. Only Linux can find them."""
         return _mapped_elsewhere(self._files.values())
 
     def shows(self, arrays: tuple[Any, ...]) -> bool:
-        """Whether one of the arrays lies in another mapping of these files, and changes when the buffers do."""
+        """Tell whether an array aliases a buffer through another mapping of its file."""
         viewing = [array for array in arrays if isinstance(array, np.ndarray) and not array.flags.owndata]
         places = self.mapped_elsewhere() if viewing else []
         return any(np.may_share_memory(array, place) for array in viewing for place in places)
 
     def release(self, array: Array) -> None:
-        """Give back the pages of a dense array, if it lies in one of the files; what it has is in the page cache."""
-        # Elsewhere it is not there, or is not known to leave changed pages of a file alone.
+        """Give back the pages of a dense array, if it lies in one of the files. The page cache keeps the content."""
+        # Other systems lack this advice, or may discard changed pages.
         if sys.platform == "linux":
             self._advise(array, mmap.MADV_DONTNEED)
 
     def _populate(self, array: Array, advice: int) -> None:
-        """Get the pages of a dense array, if it lies in one of the files, where the system can do so at once."""
+        """Map all pages of a dense array at once, if it lies in one of the files and the system can do so."""
         if sys.platform == "linux":
             try:
                 self._advise(array, advice)
             except OSError as error:
-                # EFAULT: the disk cannot be read or written, for which touching them would end the process.
+                # EFAULT: the disk cannot be read or written. Accessing the pages would end the process with SIGBUS.
                 if error.errno == errno.EFAULT:
                     raise OSError(errno.EIO, "cannot be read or written", str(self._path)) from None
 
     def _advise(self, array: Array, advice: int) -> None:
+        """Call `madvise` for the pages of a dense array, if it lies in one of the files."""
         for file in self._files.values():
             if array.nbytes and file.has(array):
                 file.advise(array, advice)
 
     def parts(self, array: Array) -> Iterator[slice]:
-        """Slices that make up a 1-D array; the pages of each are given back when the next is asked for."""
+        """Iterate over slices of a 1-D array, and give back the pages of each before the next."""
         size = max(1, PART_BYTES // array.itemsize)
         for start in range(0, len(array), size):
             part = slice(start, min(start + size, len(array)))
@@ -95,7 +96,10 @@ class Pages:
         factors: Array,
         extended: bool,
     ) -> None:
-        """One call of a kernel as many on slices of its arrays. Arguments as for `kernels.reference.update`."""
+        """Make a kernel call part by part, as calls on slices of its arrays.
+
+        The arguments are `update` and those of `kernels.reference.update`.
+        """
         starts, stops = (np.ascontiguousarray(spans[:, column]) for column in (0, 1))
         size = PART_BYTES // params.itemsize
         for low in range(0, len(params), size):
@@ -104,9 +108,9 @@ class Pages:
             here = spans[own].copy()
             if not len(here):
                 continue
-            # Of the first and last span what lies in this part; and of the arrays, what these have.
+            # Cut the first and the last span to this part, and the arrays to the spans.
             first, last = max(low, here[0, 0]), min(here[-1, 1], high)
-            if here[0, 2]:  # the address of its gradient, of which the beginning may have been read
+            if here[0, 2]:  # the address of its gradient, of which an earlier part may have read the beginning
                 here[0, 2] += (first - here[0, 0]) * grads.itemsize
             here[0, 0], here[-1, 1] = first, last
             here[:, :2] -= first
@@ -123,16 +127,16 @@ class Pages:
 
 
 def _mapped_elsewhere(files: Iterable["MappedFile"]) -> list[Array]:
-    """Return the memory at which this process has mapped files once more, as arrays; only Linux tells."""
+    """Return other mappings of the files in this process, as arrays; none where the system is not Linux."""
     if sys.platform != "linux":
         return []
-    found = []  # address, end, and what identifies the file
+    found = []  # address, end, and (device, inode) of the file
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         bounds, _, _, device, inode = line.split(maxsplit=5)[:5]
         low, high = (int(bound, 16) for bound in bounds.split("-"))
         found.append((low, high, (device, inode)))
     own = {file.memory.ctypes.data for file in files}
-    # Not by `os.stat`: some file systems have other numbers there.
+    # The identity comes from the maps too, because `os.stat` gives other numbers on some file systems.
     names = {name for low, high, name in found if any(low <= address < high for address in own)}
     return [
         np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))

@@ -1,4 +1,4 @@
-"""The plan of a step on the host: runs of neighbouring parameters, and the kernel call that updates each of them."""
+"""The plan of a step on the host: runs of neighbouring parameters, and one kernel call for each run."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from fastrms import kernels
 from fastrms._state import Counts
-from fastrms.backends.base import Array, Call, Memory, Ranks
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends.base import Call, Memory, Ranks
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms, combine, scale_to
@@ -46,9 +46,9 @@ class Located(NamedTuple):
 
 
 def split_runs(layout: Layout, group_of: NDArray[np.intp]) -> list[tuple[int, NDArray[np.int64]]]:
-    """Return the group number and the leaves of each run: one for each group and dtype."""
+    """Return for each run, one for each group and dtype, the number of its group and those of its leaves."""
     segment_of = np.array([leaf.segment for leaf in layout.leaves])
-    # One group and dtype after the other, without a search for each: there may be thousands of groups.
+    # Sorted once, instead of a search for each group, since there may be thousands.
     order = np.lexsort((group_of, segment_of))
     ends = np.flatnonzero(np.diff(segment_of[order]) | np.diff(group_of[order])) + 1
     return [(int(group_of[numbers[0]]), numbers) for numbers in np.split(order, ends)]
@@ -58,7 +58,7 @@ IN_BUFFER, IN_PLACE = Located(False, None), Located(True, None)
 
 
 class Run:
-    """The parameters of one group and one dtype, neighbours in memory: one kernel call updates them.
+    """The parameters of one group and one dtype, which are neighbours in memory. One kernel call updates them.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class Run:
     Attributes
     ----------
     size : int
-        Elements of all its parameters.
+        The number of elements.
     dtype : numpy.dtype
     """
 
@@ -88,7 +88,7 @@ class Run:
         self._start, self._stop = leaves[0].start, leaves[-1].stop
         self.size = self._stop - self._start
         self.dtype = layout.dtype_of(leaves[0])
-        # Bounds are counted from the start of the run; the third number is the gradient's address, 0 for the buffer.
+        # Bounds count from the start of the run. The third number is the address of the gradient, 0 for the buffer.
         self._spans = np.array([(leaf.start - self._start, leaf.stop - self._start, 0) for leaf in leaves], np.int64)
         self._whole = np.array([(0, self.size, 0)], np.int64)
         self._shapes = np.zeros((len(leaves), 2 + max(len(leaf.shape) for leaf in leaves)), np.int64)
@@ -96,9 +96,9 @@ class Run:
             row[0], row[1] = number, len(leaf.shape)
             row[2 : 2 + len(leaf.shape)] = leaf.shape
         self._memory = memory
-        # It is faster to copy small gradients together and to update them as one span, where the copy is in memory.
+        # Copying small gradients and updating them as one span is faster than many spans, if the copy is in memory.
         self._copies = self.size < pointers.GATHER_BELOW * len(leaves) and not memory.in_parts
-        # Kernels read these arrays. They are written in place, so that a step without changes makes no array.
+        # The calls of steady steps hold these arrays, so they are written in place.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(leaves), 2), self.dtype)
         self._whole_factors = np.empty((1, 2), self.dtype)
@@ -109,7 +109,7 @@ class Run:
         return self._memory.norms(self._spans)
 
     def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
-        """Keep the parts of the buffers that belong to the run, and those of the state that its options ask for."""
+        """Use the parts of these buffers that belong to the run, with the state that its options need."""
         written = [(buffer.block.ctypes.data, buffer.block.nbytes) for buffer in buffers.values()]
         bounds = [bound for address, nbytes in written for bound in (address, address + nbytes)]
         expected = np.array([*pointers.identity(self.dtype), *bounds], np.int64)
@@ -125,37 +125,37 @@ class Run:
         self._no_update = (*self._arrays, self._whole[:0], self._whole_factors[:0], False)
 
     def locate(self, items: int) -> int:
-        """Write the addresses of gradients to the spans, and return the status that `cpu.serial_from` returns.
+        """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
-        `items` is the address of the items of the tuple that has the gradients of all parameters.
+        `items` is the address of the first item in the tuple of all gradients.
         """
         return int(cpu.serial_from(items, *self._sources, False, *self._no_update))
 
     def located(self) -> NDArray[np.bool_]:
-        """Return which gradients `locate` found; the others are None. Ask before `copy_small`."""
+        """Return which gradients `locate` found; the others are None. Call it before `copy_small`."""
         located: NDArray[np.bool_] = self._spans[:, 2] != 0
         return located
 
     def copy_small(self) -> None:
-        """Copy the gradients that were located to the gradient buffer, if this run is faster so."""
+        """Copy located gradients to the gradient buffer, if they are small."""
         if self._copies:
             cpu.serial_from(0, *self._sources, True, *self._no_update)
 
     def with_sources(self, arguments: Call) -> Call:
-        """Return the arguments of `cpu.serial_from` after the address of the items, from those of `cpu.serial`."""
+        """Return the arguments of `cpu.serial_from` after the address of items, from those of `cpu.serial`."""
         return (*self._sources, self._copies, *arguments)
 
     def point_to_buffer(self) -> None:
-        """Take the gradients from the gradient buffer."""
+        """Read gradients from the gradient buffer in the next calls."""
         self._spans[:, 2] = self._whole[:, 2] = 0
 
     def point_to(self, addresses: NDArray[np.int64]) -> None:
-        """Take the gradients from these addresses, one for each parameter of the optimizer."""
+        """Read gradients at these addresses in the next calls: one for each parameter of the optimizer."""
         own = addresses[self.numbers]
         starts = own - self.dtype.itemsize * self._spans[:, 0]
         self.point_to_buffer()
         if self._copies and bool(np.all(starts == starts[0])):
-            self._whole[:, 2] = starts[0]  # neighbours, as parts of one array are: nothing has to be copied
+            self._whole[:, 2] = starts[0]  # they are parts of one array, so nothing has to be copied
         else:
             self._spans[:, 2] = own
 
@@ -165,7 +165,7 @@ class Run:
         return part
 
     def gradient_norms(self, grads: FlatBuffer, kernel: str, ranks: Ranks | None) -> NDArray[np.float64]:
-        """Return the norm of each parameter's gradient, after clipping by value; with ranks, that of all shards."""
+        """Return the norm of each parameter's gradient after clipping by value, over the shards of all ranks."""
         clip_value = self.group["clip_value"]
         bound = np.inf if clip_value is None else clip_value
         return self.norms(self.part_of(grads), bound, kernel, None if ranks is None else ranks.add_up(self.numbers))
@@ -210,7 +210,7 @@ def make_plan(
     counts: Counts,
     from_items: bool,
 ) -> tuple[list[Call], bool]:
-    """Return the kernel calls of the next step, and whether the calls of later steps are the same.
+    """Return the kernel calls of the next step, and whether the step is steady: later steps make the same calls.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def make_plan(
     counts : Counts
         Before the step.
     from_items : bool
-        Whether serial kernels find gradients in a tuple by themselves: then a first step compiles one function only.
+        Whether the serial kernel is called through `cpu.serial_from`. So a first step compiles one function only.
     """
     steady = scales is None and located.present is None
     calls: list[Call] = []
@@ -238,7 +238,7 @@ def make_plan(
         steady = steady and not callable(options["lr"]) and corrections is None
         arguments = run.arguments(lr, located, None if scales is None else scales[run.numbers], corrections)
         if from_items and name == "serial":
-            calls.append((cpu.serial_from, 0, *run.with_sources(arguments)))  # 0: they are located already
+            calls.append((cpu.serial_from, 0, *run.with_sources(arguments)))  # 0: the gradients are located already
         else:
             update = kernels.UPDATES[name]
             calls.append((threads.one_at_a_time(update) if name == "parallel" else update, *arguments))
@@ -252,9 +252,9 @@ def clip_scales(
     present: NDArray[np.bool_] | None,
     parameters: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the factor on each parameter's gradient that clipping by norm asks for, and the norms of gradients.
+    """Return the factors of clipping by norm, and the norms of unclipped gradients, for each parameter.
 
-    A norm is NaN where clipping by value hides an inf.
+    A norm is NaN where gradients are clipped by value, because that hides an inf.
 
     Parameters
     ----------
@@ -278,14 +278,16 @@ def clip_scales(
         norms[run.numbers] = own
     if global_clip_norm is not None:
         if present is not None:
-            norms[~present] = 0.0  # the buffer has a gradient of an earlier step in their place
+            norms[~present] = 0.0  # the buffer still has the gradient of an earlier step
         scales *= scale_to(global_clip_norm, np.array(combine(norms)))
     return scales, unclipped
 
 
 def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps: int) -> float:
-    """Return the learning rate of a group, of `rates` where its rate was a function at the beginning of the step."""
-    # A function may have put a number in its own place, and that is what `opt.lr` says from then on.
+    """Return the learning rate of a group: from `rates` where it is a function.
+
+    `rates` has the results of the functions. A function that has replaced itself by a number counts as that number.
+    """
     return rates[number] if rates and callable(group["lr"]) else resolve_lr(group, steps)
 
 
@@ -305,7 +307,7 @@ def find_nonfinite(
         The kernel of each run.
     located : Located
     norms : ndarray of float64, shape (parameters,), or None
-        Norms that clipping computed, NaN where it did not; None for none.
+        From `clip_scales`; None where nothing is clipped by norm.
     grads : FlatBuffer
         The gradient buffer.
     """
@@ -313,7 +315,7 @@ def find_nonfinite(
     finite = np.zeros(len(grads.leaves), bool) if norms is None else np.isfinite(norms)
     if present is not None:
         finite |= ~present
-    # A norm can be inf though no value is, and where there is none it is NaN: read the gradients.
+    # A norm can overflow although all values are finite, and is NaN where it is unknown. So read the gradients.
     if not finite.all():
         for run, kernel in zip(runs, kernel_of, strict=True):
             if not located.in_place:

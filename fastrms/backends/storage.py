@@ -1,12 +1,11 @@
-"""A folder that has the buffers of an optimizer in memory-mapped files, larger than memory if need be.
+"""A folder with the buffers of an optimizer in memory-mapped files, which may be larger than memory.
 
-The folder has one file for each buffer, ``head.json`` with structure, dtypes and options as checkpoints have them,
-``counts.bin`` with the counts of steps, and ``lock``, which a process holds while it has the folder open.
+The folder has one file for each buffer, ``head.json`` with the metadata of checkpoints, ``counts.bin`` with the counts
+of steps, and ``lock``, which a process holds while it has the folder open.
 
-The system keeps mapped pages in its page cache and writes them to the disk when it thinks fit. Only the pages that a
-process has touched are memory of that process. So a step goes through the arrays in parts of some MB, and gives the
-pages of each part back when it is done: one kernel call becomes many, on slices. No bit depends on where arrays are
-cut, which is part of the kernels' contract.
+The system keeps mapped pages in its page cache, and writes them to the disk at a time of its choice. Only pages that a
+process has accessed count as its memory. So a step updates the arrays in parts, and gives the pages of each part back:
+one kernel call becomes many, on slices. Kernels guarantee that no bit depends on where arrays are cut.
 """
 
 import contextlib
@@ -24,25 +23,13 @@ from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
 from fastrms.backends.base import Call
-from fastrms.backends.folder import BUFFERS, HEAD, VERSION, make_folder, read_head, real_path
+from fastrms.backends.folder import BUFFERS, METADATA_FILE, VERSION, make_folder, read_metadata, real_path
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.backends.pages import Pages
-from fastrms.buffers import Layout
+from fastrms.buffers import Array, Layout
 from fastrms.checkpoints.formats import replaced
-from fastrms.checkpoints.metadata import (
-    MOST_STEPS,
-    check_skipped,
-    encode,
-    head_of,
-)
-from fastrms.errors import (
-    CheckpointError,
-    OptionError,
-    OptionTypeError,
-    StorageError,
-    StructureError,
-    call_all,
-)
+from fastrms.checkpoints.metadata import MOST_STEPS, check_absent, encode, metadata_of
+from fastrms.errors import CheckpointError, OptionError, OptionTypeError, StorageError, StructureError, call_all
 from fastrms.kernels.norms import SpanNorms
 
 if sys.platform != "win32":
@@ -50,44 +37,47 @@ if sys.platform != "win32":
 
 __all__ = ["Storage", "check_storage"]
 
-Array = NDArray[Any]
 
 _COUNTS, _LOCK = "counts.bin", "lock"
 
-# The numbers in `counts.bin`, before those of the steps in which each parameter had no gradient.
+# The places of the numbers in `counts.bin`. Those of `Counts.absent` begin at the last one.
 _UNDER_WAY, _STEPS, _SKIPPED_STEPS, _ABSENT = range(4)
 _NOTHING, _STEP, _LOAD = range(3)
 _WHAT = {_NOTHING: "nothing was under way", _STEP: "a step was under way", _LOAD: "a load was under way"}
 
 
 class Storage:
-    """A folder with the buffers of an optimizer; `create` and `open` make the object.
+    """A folder with the buffers of an optimizer, and a `Memory`. `create` and `open` return one.
 
     Attributes
     ----------
     path : Path
-        Where it is, whatever becomes of the current folder and of links that lead there.
+        Absolute and without links.
     reopened : bool
-        Whether the buffers were there before.
-    head : dict
-        What ``head.json`` said when it was opened.
+        Whether the folder had buffers before.
+    metadata : dict
+        The content of ``head.json`` when the folder was opened; empty for a new folder.
+    counts : ndarray of int64
+        The content of ``counts.bin``.
+    pages : Pages
+        The pages of all files.
     """
 
-    _state: OptimizerState  # from the end of `making` on
+    _state: OptimizerState  # set at the end of `making`
 
     path: Path
     reopened: bool
-    head: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     _made_folder: bool = False
 
     @classmethod
     def of(cls, storage: Any, layout: Layout) -> "Storage":
-        """Return `storage` if it was opened by `open`, or a new folder at this path for arrays of this layout."""
+        """Return `storage` itself if it is a Storage, or a new folder at this path for arrays of this layout."""
         return storage if isinstance(storage, Storage) else cls.create(Path(storage), layout)
 
     @classmethod
     def create(cls, path: Path, layout: Layout) -> "Storage":
-        """Make the folder, and take it into possession."""
+        """Make the folder and lock it."""
         path = real_path(path)
         try:
             encode(layout.structure(range(len(layout.leaves))))
@@ -106,30 +96,30 @@ class Storage:
 
     @classmethod
     def open(cls, path: Path, after_crash: str) -> "Storage":
-        """Open what is there; the buffers are mapped when somebody asks for them."""
+        """Open and lock a folder of an earlier optimizer. `new_buffer` maps its buffers later."""
         old = cls.__new__(cls)
         path = real_path(path)
-        if not os.path.lexists(path / HEAD):
+        if not os.path.lexists(path / METADATA_FILE):
             files = path.is_dir() and any(path.iterdir())
             rest = "; it was not finished: remove it, and make a new one with RMSProp(params, storage=...)"
-            raise StorageError(f"{path}: expected a folder with {HEAD}, got none{rest if files else ''}")
+            raise StorageError(f"{path}: expected a folder with {METADATA_FILE}, got none{rest if files else ''}")
         old._start(path, True)
         old._take_lock(os.O_CREAT)
         try:
-            old.head = read_head(path / HEAD)
-            old._map_counts(len(old.head["parameters"]))
+            old.metadata = read_metadata(path / METADATA_FILE)
+            old._map_counts(len(old.metadata["parameters"]))
             under_way, steps = old.counts[_UNDER_WAY], old.counts[_STEPS]
-            if old.head["storage"]["clean"]:
+            if old.metadata["storage"]["clean"]:
                 old._check_counts(old.counts[_ABSENT:])
             elif after_crash == "raise":
                 raise StorageError(
                     f"{path}: expected a folder that was closed, got one of a process that ended without: "
                     f"{_WHAT.get(int(under_way), 'it is damaged')}, {steps} steps were finished, "
-                    f"{old.head['steps']} when it was flushed last. Parameters and state may be of different steps; "
-                    'after_crash="use" takes them as they are'
+                    f"{old.metadata['steps']} when it was flushed last. Parameters and state may be of different "
+                    'steps; after_crash="use" takes them as they are'
                 )
             else:
-                # Of what was written by then, some counts can be newer than others.
+                # Some of these counts may have reached the disk without the others.
                 old._check_counts(np.minimum(old.counts[_ABSENT:], steps))
         except BaseException:
             old._unlock()
@@ -138,13 +128,14 @@ class Storage:
 
     @contextlib.contextmanager
     def making(self, state: OptimizerState) -> Iterator[None]:
-        """Return a context in which the buffers of an optimizer are made, or found if the folder was opened.
+        """Return a context in which the buffers of an optimizer are made, or mapped if the folder was opened.
 
-        Where it ends with an error, files that were made are removed.
+        At its end the folder takes its counts from `state`, or `state` from the folder. After an error, new files are
+        removed.
         """
         try:
             if len(self.counts) != _ABSENT + len(state.layout.leaves):
-                raise StorageError(f"{self.path / HEAD}: structure and parameters do not fit together")
+                raise StorageError(f"{self.path / METADATA_FILE}: structure and parameters do not fit together")
             yield
             self._state = state
             if self.reopened:
@@ -152,21 +143,23 @@ class Storage:
                 counts.steps, counts.skipped_steps = int(self.counts[_STEPS]), int(self.counts[_SKIPPED_STEPS])
                 counts.absent[...] = np.minimum(self.counts[_ABSENT:], counts.steps)
             else:
-                self._write_head(clean=False)
+                self._write_metadata(clean=False)
         except BaseException:
             self.discard()
             raise
 
     def _start(self, path: Path, reopened: bool) -> None:
-        self.path, self.reopened, self.head = path, reopened, {}
+        """Set the attributes of a folder that is not locked yet."""
+        self.path, self.reopened, self.metadata = path, reopened, {}
         self._files: dict[str, MappedFile] = {}
         self.pages = Pages(path, self._files)
         self._lock: int | None = None
-        self._closed: str | None = None  # why nothing can be done with it any more
-        self._interrupted = False  # whether something that began here has not ended
-        self._head_says_open = False  # whether the head on the disk knows all buffers, and that they are in use
+        self._closed: str | None = None  # the reason why the folder can no longer be used
+        self._interrupted = False  # whether a step or load has begun and not ended
+        self._marked_open = False  # whether the metadata on the disk lists all buffers and says that they are in use
 
     def _take_lock(self, flags: int) -> None:
+        """Lock the folder, or raise StorageError where another optimizer holds the lock."""
         try:
             self._lock = open_own(self.path / _LOCK, os.O_RDWR | flags)
             if sys.platform != "win32":
@@ -179,20 +172,21 @@ class Storage:
             ) from None
         except OSError as error:
             if self._lock is None or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise  # otherwise a file system without locks: nobody can tell
+                raise  # otherwise the file system has no locks
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)  # which unlocks; children of fork have closed theirs
+            os.close(self._lock)  # unlocks, as child processes have closed their copies
             self._lock = None
 
     def _map_counts(self, parameters: int) -> None:
+        """Make or map the file of counts."""
         nbytes = 8 * (_ABSENT + parameters)
         self._counts_file = MappedFile(self.path / _COUNTS, nbytes, not self.reopened)
         self.counts: NDArray[np.int64] = self._counts_file.memory[:nbytes].view(np.int64)
 
-    def _check_counts(self, skipped: NDArray[np.int64]) -> None:
-        """Raise StorageError where the file has counts that no run can have."""
+    def _check_counts(self, absent: NDArray[np.int64]) -> None:
+        """Raise StorageError where counts are impossible."""
         where = self.path / _COUNTS
         for name, count in (("steps", self.counts[_STEPS]), ("skipped_steps", self.counts[_SKIPPED_STEPS])):
             if not 0 <= count <= MOST_STEPS:
@@ -201,25 +195,25 @@ class Storage:
                     "is damaged"
                 )
         try:
-            check_skipped(skipped, int(self.counts[_STEPS]))
+            check_absent(absent, int(self.counts[_STEPS]))
         except CheckpointError as error:
             raise StorageError(f"{where}: {error}: the file is damaged") from None
 
     @property
     def names(self) -> list[str]:
-        """The buffers that there are, on the disk or mapped."""
-        found = {*self.head.get("storage", {}).get("buffers", []), *self._files}
+        """The names of all buffers, on the disk or mapped."""
+        found = {*self.metadata.get("storage", {}).get("buffers", []), *self._files}
         return [name for name in BUFFERS if name in found]
 
     def new_buffer(self, name: str, layout: Layout) -> StoredBuffer:
-        """Return a buffer of this layout in a file: one that is there, or a new one of zeros."""
+        """Return the buffer `name` in a mapped file: the stored one, or a new one of zeros."""
         self.check_open()
         new = name not in self.names
         if new:
             self._check_place()
         file = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
         self._files[name] = file
-        self._head_says_open = self._head_says_open and not new
+        self._marked_open = self._marked_open and not new
         buffer = StoredBuffer.from_layout(layout, lambda *size_and_dtype: file.memory)
         buffer.pages = self.pages
         return buffer
@@ -230,12 +224,12 @@ class Storage:
         return self._closed is None
 
     def check_open(self) -> None:
-        """Raise StorageError if it was closed, or is the parent's."""
+        """Raise StorageError if the folder was closed, or belongs to the parent process."""
         if self._closed is not None:
             raise StorageError(f"{self.path}: {self._closed}")
 
     def _check_place(self) -> None:
-        """Raise StorageError if another folder, or none, is where this one was: what is mapped is elsewhere now."""
+        """Raise StorageError if the folder was moved or replaced, since writes would go to another place."""
         if self._lock is None:
             return
         try:
@@ -248,18 +242,18 @@ class Storage:
                 "written there"
             )
 
-    # Notes of the work in progress.
+    # The work in progress, on the disk.
 
     def _begin(self, what: int) -> None:
-        """Note, ahead of the first write, that a step or a load is under way."""
+        """Record ahead of the first write that a step or a load is in progress."""
         self.check_open()
-        if not self._head_says_open:
-            self._write_head(clean=False)
+        if not self._marked_open:
+            self._write_metadata(clean=False)
         self.counts[_UNDER_WAY] = what
         self._interrupted = True
 
     def step_taken(self) -> None:
-        """Note that nothing is under way any more, and how many steps there are now."""
+        """Record the counts, and that nothing is in progress any more."""
         counts = self._state.counts
         self.counts[_ABSENT:] = counts.absent
         self.counts[_SKIPPED_STEPS] = counts.skipped_steps
@@ -268,9 +262,9 @@ class Storage:
         self._interrupted = False
 
     def step_skipped(self) -> None:
-        """Note a step that was not taken, which neither begins nor ends anything."""
-        if not self._head_says_open:
-            self._write_head(clean=False)
+        """Record the count of skipped steps."""
+        if not self._marked_open:
+            self._write_metadata(clean=False)
         self.counts[_SKIPPED_STEPS] = self._state.counts.skipped_steps
 
     @contextlib.contextmanager
@@ -279,37 +273,39 @@ class Storage:
         self._begin(_LOAD)
         yield
         self.step_taken()
-        self._write_head(clean=False)  # with the options that were loaded
+        self._write_metadata(clean=False)  # with the options that were loaded
 
     def flush(self) -> None:
-        """Write all to the disk, and then that it is there. Gradients are no state, and are left to the system."""
+        """Write all but gradients to the disk, and then record that the folder is complete."""
         self.check_open()
         call_all([partial(self._write_out, file) for name, file in self._files.items() if name != "grads"])
         if not self._interrupted:
             self.step_taken()
         self._counts_file.map.flush()
-        self._write_head(clean=not self._interrupted)
+        self._write_metadata(clean=not self._interrupted)
 
     def _write_out(self, file: MappedFile) -> None:
+        """Write a file to the disk, and give its pages back."""
         file.map.flush()
         self.pages.release(file.memory)
 
     def close(self) -> None:
-        """Flush, and let others have the folder; views live on, and can be read."""
+        """Flush, unlock the folder, and make all views read-only."""
         try:
             self.flush()
         finally:
-            self._let_go("expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) goes on")
+            self._end("expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) goes on")
             for buffer in self._state.buffers.values():
-                for array in (buffer._memory, buffer.block, *buffer.segments, *buffer.leaves):
-                    array.flags.writeable = False
+                assert isinstance(buffer, StoredBuffer)
+                buffer.make_read_only()
 
-    def _let_go(self, reason: str) -> None:
+    def _end(self, reason: str) -> None:
+        """Unlock the folder. `reason` is the error of later calls."""
         self._unlock()
         self._closed = reason
 
     def after_fork(self) -> None:
-        """Let a child process do nothing with the folder: memory and lock are its parent's as well."""
+        """Close the folder for a child process, which shares memory and lock with its parent."""
         if self._closed is None:
             self._closed = (
                 "expected the process that opened it, got a child of fork(), whose steps would be steps of its "
@@ -318,41 +314,43 @@ class Storage:
             self._unlock()
 
     def discard(self) -> None:
-        """Remove what was made, after an error; what cannot be removed is left, and does not hide that error."""
+        """Remove new files after an error. Errors of removing them are ignored, so that the first error is seen."""
         with contextlib.suppress(StorageError):
             self._check_place()
             self._remove()
-        self._let_go("it was not made")
+        self._end("it was not made")
 
     def _remove(self) -> None:
+        """Remove a new folder, or its files where the folder was there before."""
         if not self.reopened:
-            for name in [*(f"{name}.bin" for name in BUFFERS), _COUNTS, HEAD, _LOCK]:
+            for name in [*(f"{name}.bin" for name in BUFFERS), _COUNTS, METADATA_FILE, _LOCK]:
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
             if self._made_folder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
 
-    def _write_head(self, clean: bool) -> None:
+    def _write_metadata(self, clean: bool) -> None:
+        """Write ``head.json``; `clean` says that the files on the disk are complete and belong together."""
         self._check_place()
         own = {"version": VERSION, "clean": clean, "buffers": self.names}
-        with replaced(self.path / HEAD) as temporary:
-            temporary.write_text(json.dumps(head_of(self._state) | {"storage": own}), encoding="utf-8")
-        self._head_says_open = not clean
+        with replaced(self.path / METADATA_FILE) as temporary:
+            temporary.write_text(json.dumps(metadata_of(self._state) | {"storage": own}), encoding="utf-8")
+        self._marked_open = not clean
 
-    # What a host backend asks of its memory.
+    # The memory of a host backend.
 
     in_parts = True
 
     def run(self, calls: Sequence[Call]) -> Iterator[None]:
-        """Make the kernel calls of a step, in parts, one for each item. `step_taken` follows when it was counted."""
+        """Return an iterator that makes one kernel call for each item, in parts. `step_taken` follows the last."""
         self._begin(_STEP)
         for call in calls:
             self.pages.call_in_parts(*call)
             yield
 
     def refuse_copy(self) -> None:
-        """Raise StorageError: a copy would be in memory, for which the buffers may be too large."""
+        """Raise StorageError: a copy would be in memory, and the buffers may be larger."""
         raise StorageError(
             f"{self.path}: an optimizer with storage cannot be copied or pickled; use save() and "
             "RMSProp.from_checkpoint(), or close() and RMSProp.reopen()"
@@ -363,13 +361,13 @@ class Storage:
         return PartNorms(spans, self.pages)
 
     def parts(self, array: Array) -> Iterator[slice]:
-        """Iterate over slices of a 1-D array; the pages of each are given back when the next one is asked for."""
+        """Iterate over slices of a 1-D array, and give back the pages of each before the next."""
         return self.pages.parts(array)
 
 
 def check_storage(storage: Any) -> None:
-    """Raise OptionTypeError if this is nothing that RMSProp takes as `storage`."""
+    """Raise OptionTypeError or OptionError unless RMSProp takes this value as `storage`."""
     if storage is not None and not isinstance(storage, str | os.PathLike | Storage):
         raise OptionTypeError(f"storage: expected the path of a folder or None, got {type(storage).__name__} object")
-    if storage == "":  # which is the current folder for pathlib
+    if storage == "":  # pathlib would take it for the current folder
         raise OptionError("storage: expected the path of a folder or None, got ''")

@@ -1,10 +1,10 @@
-"""Choose the kernel of large runs while a program trains: the one that makes whole training steps fastest.
+"""Choose the kernel of large runs in the course of training: the one that makes whole training steps faster.
 
-An isolated kernel time misleads. In a training loop the threads of the matrix products (OpenBLAS) still spin when the
-optimizer's turn comes, and threads of an OpenMP region spin when the next product begins: each starves the other, and
-the second cost is outside the optimizer's own time. So "auto" measures what counts, the time from the end of one step
-to the end of the next, over real steps, first with the serial and then with the parallel kernel, and keeps the faster.
-Bits do not depend on the kernel, so trying is harmless.
+The time of a kernel alone misleads. In a training loop the threads of matrix products (OpenBLAS) still spin when the
+optimizer begins its step, and the threads of its OpenMP region still spin when the next product begins. Each slows the
+other, and the second cost lies outside the optimizer's own time. So "auto" measures the time from the end of one step
+to the end of the next, with the serial and with the parallel kernel, and keeps the faster one. Bits do not depend on
+the kernel, so trying is harmless.
 """
 
 import time
@@ -17,41 +17,41 @@ from fastrms.kernels import threads
 
 __all__ = ["TRY_PARALLEL_FROM", "Tuner", "explain"]
 
-# Below this many elements of one dtype and group nothing is tried: the serial pass takes some 25 us, and a second
-# thread saves less than the two take to meet when both cores are busy.
+# Runs with fewer elements stay serial: one pass takes some 25 us, and on busy cores a second thread saves less than the
+# synchronization of the two costs.
 TRY_PARALLEL_FROM = 65_536
 
 
 class Tuner:
-    """Finds out in the course of training whether the serial or the parallel kernel makes whole steps faster.
+    """The choice between the serial and the parallel kernel, from times of training steps.
 
     Parameters
     ----------
     clock : callable, default time.perf_counter
-        Seconds.
+        Returns seconds.
 
     Attributes
     ----------
     kernel : {"serial", "parallel"}
-        What to use for the next step.
+        The kernel of the next step.
     reason : str
-        Why.
+        The reason for it, for users.
     """
 
-    # The first look comes after this many seconds of training, so that a short one never pays for compiling the
-    # parallel kernel; each later one after twice as long, as the machine may have become busier or less so.
+    # Seconds of training until the first trial, so that a short training never compiles the parallel kernel. The time
+    # to each later trial doubles, up to the second number: the load of the machine may have changed.
     FIRST_LOOK, LAST_LOOK = 2.0, 600.0
-    # A trial: rounds of steps with the one and the other, at least so many and for so many seconds. The first of them
-    # are dropped: they show what was before, and threads that have to be put on two cores again.
+    # A trial has so many rounds. In each round both kernels take at least so many steps, for so many seconds. The first
+    # steps after a change of kernel are dropped, until the system has distributed the threads among cores.
     ROUNDS, STEPS, DROPPED = 3, 8, 3
     TURN_SECONDS, DROPPED_SECONDS = 0.03, 0.01
-    # How much faster parallel has to be to be kept, and how much slower to stop a trial after its first round.
+    # Ratios of parallel to serial time: below the first, parallel is kept; above the second, the trial stops early.
     GAIN, GIVE_UP = 0.97, 1.15
-    # So many steps in a row, over so many seconds, that are so much slower than those of the trial mean that things
-    # have changed: another program on one of the cores makes parallel ten times slower, for instance. (After a pause it
-    # takes the system some milliseconds to put two threads on two cores again: a look just then would mislead.)
+    # So many steps in a row, over so many seconds, so much slower than in the trial: the load of the machine has
+    # changed, and a trial begins at once. (Another program on a core can make parallel ten times slower. A few slow
+    # steps mean nothing: after a pause the system takes some milliseconds to put two threads on two cores.)
     SLOW_STEPS, SLOW_SECONDS, SLOWER = 12, 0.1, 1.5
-    # What is longer than so many steps is a pause between two of them, not training: it brings no look nearer.
+    # At most so many usual steps count of the time of one step. The rest is a pause, not training.
     PAUSE = 10
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -67,7 +67,7 @@ class Tuner:
         self._plan = plan  # last: Ctrl-C may come at any line
 
     def step_done(self) -> None:
-        """Tell the tuner that a step has ended. The time since the last one is that of a whole training step."""
+        """Record the end of a step. The time since the last call is that of a whole training step."""
         now = self._clock()
         if self._last is not None:
             try:
@@ -77,9 +77,9 @@ class Tuner:
         self._last = now
 
     def _make_plan(self) -> Generator[str, float, None]:
-        """Yield the kernel for the next step; the seconds of the training step that it ended are sent back."""
+        """Yield the kernel of the next step, and receive the seconds of that training step."""
         patience, expected = self.FIRST_LOOK, float("inf")
-        last: deque[float] = deque(maxlen=5)  # whose median stands for what is expected, until there was a trial
+        last: deque[float] = deque(maxlen=5)  # before the first trial their median is the usual time
         while True:
             spent = slow_seconds = 0.0
             slow_steps = 0
@@ -111,21 +111,21 @@ class Tuner:
                 "parallel one"
             )
             expected = min(serial, parallel)
-            # After a change, not the old patience: what is found now holds only since then.
+            # After a change of load, start again with short times between trials.
             patience = self.FIRST_LOOK if changed else min(2 * patience, self.LAST_LOOK)
 
 
 def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> str:
-    """Say which kernel updates a run of parameters, and why.
+    """Return which kernel updates a run of parameters, and why.
 
     Parameters
     ----------
     size : int
-        Elements of the run.
+        The number of elements.
     kernel : {"auto", "numpy", "serial", "parallel"}
         The option.
     tuner : Tuner or None
-        Of the optimizer; None where nothing is tried.
+        That of the optimizer, or None where nothing is tried.
     num_threads : int
         Threads of the parallel kernel.
     """

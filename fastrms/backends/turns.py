@@ -1,4 +1,4 @@
-"""Let steps, saves and loads of one optimizer take turns: between threads, and within one thread."""
+"""The lock of an optimizer: one step, save or load at a time, between threads and within one thread."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Turns:
     Parameters
     ----------
     counts : Counts
-        Says whether the call in progress is writing.
+        Its `writing` tells whether the call in progress is writing.
 
     Attributes
     ----------
@@ -36,12 +36,12 @@ class Turns:
 
     @contextmanager
     def between_steps(self, name: str, *, changes: bool = True) -> Iterator[None]:
-        """Keep all steps out, those of other threads and those of this one.
+        """Return a context in which no step runs, on other threads or on this one.
 
         Parameters
         ----------
         name : str
-            The call, for error messages.
+            The name of the call, for error messages.
         changes : bool, default True
             Whether the call writes parameters, state or counts.
         """
@@ -58,12 +58,13 @@ class Turns:
     def admit(self, name: str, changes: bool) -> None:
         """Raise where a call in progress on this very thread does not allow `name` now.
 
-        A signal handler may ask for anything in the midst of a step, and so may a user's function that the step calls.
-        Before the first write of a step, and after its last, the state can be read. Nothing else is allowed.
+        A signal handler, or a user's function that a step calls, may call any method in the midst of the step. Reading
+        the state is allowed before the first write of the step and after the last. All else is refused.
 
         Raises
         ------
         StepInProgressError
+            The call is refused.
         """
         if not self.in_progress.locked():
             self._counts.writing = False  # a step was broken off, as by Ctrl-C
@@ -75,6 +76,6 @@ class Turns:
             )
 
     def after_fork(self) -> None:
-        """Make new locks in a child process: a thread that held them is not there."""
+        """Make new locks in a child process, where the thread that held the old ones does not exist."""
         self.lock, self.in_progress = threading.RLock(), threading.Lock()
         self._counts.writing = False

@@ -12,7 +12,7 @@ from fastrms.buffers.layout import ALIGNMENT, Layout
 from fastrms.buffers.pytree import PyTree, describe
 from fastrms.errors import DtypeError, StructureError
 
-__all__ = ["FlatBuffer", "as_arrays", "views_of"]
+__all__ = ["Array", "FlatBuffer", "as_arrays", "views_of"]
 
 Array = NDArray[Any]
 

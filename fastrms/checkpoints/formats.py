@@ -1,9 +1,10 @@
-"""Files that hold 1-D arrays and a text: NumPy's .npz and safetensors, written whole or not at all.
+"""File formats of checkpoints, .npz and .safetensors: 1-D arrays and metadata, written completely or not at all.
 
-A file may come from elsewhere, or be damaged. So nothing in it is run (no pickle), what it says of sizes is compared
-with its own size before memory is taken for it, and each array has a checksum, in the text. What is written goes to a
-temporary file beside the old one, which it replaces when it has reached the disk: whenever a process ends, there is the
-old file or the new one. As editors do, a link is followed to its target, and mode and owner of the old file are kept.
+A file may be damaged, or come from an untrusted place. So nothing in it is run (no pickle). Sizes are compared with the
+size of the file before memory is allocated. Each array has a checksum in the metadata.
+
+A new file is written under a temporary name, and replaces the old one when it has reached the disk. So at any time
+there is a complete file, old or new. A link is followed to its target, and mode and owner of the old file are kept.
 """
 
 import contextlib
@@ -21,54 +22,63 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms.buffers import Array
 from fastrms.errors import CheckpointError
 
 __all__ = ["Kind", "Source", "checksum", "compare_checksum", "opened", "reading", "replaced", "write"]
 
-Array = NDArray[Any]
 Kind = tuple[np.dtype[Any], tuple[int, ...]]
 
-# The entry that has the text.
-_HEAD = "head"
+# The entry with the metadata, as JSON.
+_METADATA = "head"
 
 
 class Source(Protocol):
-    """Where a state comes from."""
+    """A saved state: metadata and arrays, in a file or in memory."""
 
     @property
-    def head(self) -> Mapping[str, Any]:
-        """All but the arrays."""
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata."""
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
-        """Dtype and shape of each array."""
+        """The dtype and shape of each array."""
 
     def read(self, name: str) -> Array:
-        """Return an array, after a comparison of its checksum."""
+        """Return an array whose checksum is right, or raise CheckpointError."""
 
     def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
-        """Iterate over slices of an array, without a look at its checksum."""
+        """Iterate over slices of an array, without comparing its checksum."""
 
 
-def write(path: Path, arrays: Mapping[str, Array], head: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:
-    """Make a file of 1-D arrays and the text `head`, in the format that its name says; `in_parts` cuts arrays."""
+def write(path: Path, arrays: Mapping[str, Array], metadata: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:
+    """Write 1-D arrays and metadata to a file, in the format of its suffix.
+
+    Parameters
+    ----------
+    path : Path
+    arrays : mapping of str to ndarray
+    metadata : str
+        JSON.
+    in_parts : callable
+        Cuts an array into slices, which are written one after another.
+    """
     as_safetensors = is_safetensors(path)
     with replaced(path) as temporary:
         if as_safetensors:
             try:
-                _safetensors("numpy").save_file(dict(arrays), temporary, metadata={_HEAD: head})
-            except Exception as error:  # an error of its own, for a full disk too
+                _safetensors("numpy").save_file(dict(arrays), temporary, metadata={_METADATA: metadata})
+            except Exception as error:  # its own error type, even for a full disk
                 if isinstance(error, OSError | ImportError | MemoryError):
                     raise
                 raise OSError(f"{path}: cannot be written: {error}") from None
             return
-        entries: dict[str, Array] = {**arrays, _HEAD: np.frombuffer(head.encode(), np.uint8)}
-        with zipfile.ZipFile(temporary, "w") as archive:  # as np.savez does, and in parts
+        entries: dict[str, Array] = {**arrays, _METADATA: np.frombuffer(metadata.encode(), np.uint8)}
+        with zipfile.ZipFile(temporary, "w") as archive:  # as np.savez, but in parts
             for name, array in entries.items():
-                # Entered twice: Ctrl-C on the way out of the inner one must not leave the entry open, for then the
-                # archive raises an error of its own in place of KeyboardInterrupt.
+                # Entered twice: Ctrl-C in the inner exit must not leave the entry open, because then the archive
+                # raises an error of its own instead of KeyboardInterrupt.
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry, entry:
                     header = np.lib.format.header_data_from_array_1_0(array)
                     np.lib.format.write_array_header_1_0(entry, header)
@@ -77,7 +87,7 @@ def write(path: Path, arrays: Mapping[str, Array], head: str, in_parts: Callable
 
 
 class _Npz:
-    """A file of `np.savez`: a zip archive of arrays, not compressed."""
+    """A file as `np.savez` writes it: a zip archive of uncompressed arrays."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._archive = zipfile.ZipFile(stream)
@@ -91,18 +101,20 @@ class _Npz:
             if info.header_offset + info.file_size > size:
                 raise CheckpointError(f"{name}: expected an entry inside the file, got one of {info.file_size} bytes")
             self._entries[name] = info, self._kind(info)
-        dtype, shape = self._entries.get(_HEAD, (None, (None, ())))[1]
+        dtype, shape = self._entries.get(_METADATA, (None, (None, ())))[1]
         if dtype != np.uint8 or len(shape) != 1:
-            raise CheckpointError(f"expected a file of RMSProp.save(), got one without the entry {_HEAD!r}")
-        self.head = _parse(self._bytes(_HEAD))
+            raise CheckpointError(f"expected a file of RMSProp.save(), got one without the entry {_METADATA!r}")
+        self.metadata = _parse(self._bytes(_METADATA))
         self.kinds = {name: (kind[0].newbyteorder("="), kind[1]) for name, (_, kind) in self._entries.items()}
-        self.kinds.pop(_HEAD)
+        self.kinds.pop(_METADATA)
 
     def _kind(self, info: zipfile.ZipInfo) -> Kind:
+        """Return dtype and shape of the array in an entry."""
         with self._archive.open(info) as stream:
             return _npy_kind(stream)
 
     def _bytes(self, name: str) -> bytes:
+        """Return the elements of an array, after the archive has compared its own checksum."""
         info, (dtype, shape) = self._entries[name]
         size = math.prod(shape) * dtype.itemsize
         if size > info.file_size:
@@ -110,14 +122,14 @@ class _Npz:
         with self._archive.open(info) as stream:
             _npy_kind(stream)
             found = stream.read(size)
-            # The archive's own checksum is looked at when an entry has been read to its end.
+            # The archive compares its own checksum when an entry is read to its end.
             if len(found) != size or stream.read(1):
                 raise CheckpointError(f"{name}: expected {size} bytes, got another number")
         return found
 
     def read(self, name: str) -> Array:
         array = np.frombuffer(self._bytes(name), self._entries[name][1][0])
-        compare_checksum(self.head, name, [array])
+        compare_checksum(self.metadata, name, [array])
         return array
 
     def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
@@ -126,18 +138,21 @@ class _Npz:
             _npy_kind(stream)
             for part in slices:
                 yield part, np.frombuffer(stream.read((part.stop - part.start) * dtype.itemsize), dtype)
-            if stream.read(1):  # which looks at the archive's own checksum, too
+            if stream.read(1):  # at the end the archive compares its own checksum, too
                 raise CheckpointError(f"{name}: expected {size} numbers, got more")
 
 
 def _npy_kind(stream: Any) -> Kind:
-    """Read the head of an array in NumPy's format, version 1.0, which is what `np.savez` writes for plain numbers."""
+    """Read the header of an array in NumPy's format, and return dtype and shape.
+
+    The version must be 1.0, as `np.savez` writes it for plain numbers.
+    """
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise CheckpointError(f"expected an array in version 1.0 of NumPy's format, got {version}")
     try:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    except MemoryError as error:  # what Python's parser raises for an expression that is nested too deeply
+    except MemoryError as error:  # Python's parser raises it for an expression that is nested too deeply
         raise CheckpointError(f"expected a header of NumPy's, got one that cannot be read: {error}") from None
     if dtype.kind not in "fiu" or len(shape) != 1:
         raise CheckpointError(f"expected a one-dimensional array of numbers, got {dtype} of shape {shape}")
@@ -149,13 +164,13 @@ class _Safetensors:
 
     def __init__(self, path: Path) -> None:
         self._file = _safetensors().safe_open(path, framework="np")
-        metadata = self._file.metadata() or {}
-        if _HEAD not in metadata:
-            raise CheckpointError(f"expected a file of RMSProp.save(), got one without metadata called {_HEAD!r}")
-        self.head = _parse(metadata[_HEAD].encode())
+        entries = self._file.metadata() or {}
+        if _METADATA not in entries:
+            raise CheckpointError(f"expected a file of RMSProp.save(), got one without metadata called {_METADATA!r}")
+        self.metadata = _parse(entries[_METADATA].encode())
         names = {"F32": np.float32, "F64": np.float64, "U16": np.uint16, "I64": np.int64}
         self.kinds = {}
-        for name in self._file.keys():  # noqa: SIM118 - it is no dict
+        for name in self._file.keys():  # noqa: SIM118 - not a dict
             part = self._file.get_slice(name)
             if part.get_dtype() not in names:
                 raise CheckpointError(f"{name}: expected {', '.join(names)}, got {part.get_dtype()}")
@@ -163,7 +178,7 @@ class _Safetensors:
 
     def read(self, name: str) -> Array:
         array: Array = self._file.get_tensor(name)
-        compare_checksum(self.head, name, [array])
+        compare_checksum(self.metadata, name, [array])
         return array
 
     def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
@@ -174,8 +189,16 @@ class _Safetensors:
 
 @contextlib.contextmanager
 def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
-    """Open the file at `path`; a CheckpointError that is raised meanwhile names it, others come out as they are."""
-    path_now = path.absolute()  # safetensors opens it a second time
+    """Return a context with the source that reads the file. A CheckpointError within it is prefixed with `path`.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, has another suffix, or is larger than `most_bytes`.
+    OSError
+        It cannot be opened.
+    """
+    absolute = path.absolute()  # safetensors opens the file a second time
     as_safetensors = is_safetensors(path)
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -183,7 +206,7 @@ def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
             raise CheckpointError(f"{path}: expected at most {most_bytes} bytes for this optimizer, got {size}")
         try:
             with reading():
-                source: Source = _Safetensors(path_now) if as_safetensors else _Npz(stream, size)
+                source: Source = _Safetensors(absolute) if as_safetensors else _Npz(stream, size)
             yield source
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -191,15 +214,15 @@ def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Make a CheckpointError of whatever is raised for damaged content; only around what reads, and calls nothing else.
+    """Return a context that turns errors of reading a damaged file into a CheckpointError.
 
-    What is wrong with the machine and not with the file keeps its type: no memory, a disk that cannot be read.
+    Nothing but reading belongs in it. Errors of the machine keep their type: no memory, an unreadable disk.
     """
     try:
         yield
     except (CheckpointError, ImportError, MemoryError):
         raise
-    # Whatever the readers of those formats raise, for what nobody has written on purpose.
+    # Readers of the formats raise errors of any type for damaged content.
     except (Exception, RecursionError) as error:
         # A damaged archive can name places before its beginning (EINVAL).
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
@@ -210,14 +233,15 @@ def reading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Make a file beside `path`, which replaces it when all of it is on the disk, or is removed after an error.
+    """Return a context with a temporary file, which replaces the file at `path` when it is on the disk.
 
-    Where `path` is a link, its target is replaced. Mode, owner and further attributes of an older file are kept.
+    After an error the temporary file is removed. Where `path` is a link, its target is replaced. Mode, owner and
+    extended attributes of an older file are kept.
 
     Raises
     ------
     OSError
-        There is no such folder; or what is there is not an ordinary file, or must not be written.
+        There is no such folder; or at `path` is something else than an ordinary file that may be written.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -226,7 +250,7 @@ def replaced(path: Path) -> Iterator[Path]:
     old = _old(target, path)
     temporary = target.with_name(_temporary_name(target.name))
     try:
-        # Nobody else can read what is to replace a private file, from the first byte on.
+        # The replacement of a private file is private from its first byte on.
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if old is None else 0o600))
         except PermissionError as error:
@@ -236,7 +260,7 @@ def replaced(path: Path) -> Iterator[Path]:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         if old is None:
-            temporary.chmod(mode)  # safetensors makes files for their owner only
+            temporary.chmod(mode)  # safetensors makes files that only their owner can read
         else:
             _make_alike(temporary, target, old)
         with temporary.open("rb+") as stream:
@@ -245,7 +269,7 @@ def replaced(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # so that the new name is on the disk; not every system lets folders be opened
+    with contextlib.suppress(OSError):  # the new name reaches the disk too, where the system lets folders be opened
         descriptor = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -254,7 +278,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def _old(target: Path, path: Path) -> os.stat_result | None:
-    """Return the status of the file to be replaced, or None if there is none; raise if it must not be replaced."""
+    """Return the status of the file to replace, or None if there is none; raise OSError if it must not be replaced."""
     try:
         old = target.lstat()
     except FileNotFoundError:
@@ -265,7 +289,7 @@ def _old(target: Path, path: Path) -> os.stat_result | None:
         raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))
     if not stat.S_ISREG(old.st_mode):
         raise OSError(errno.EINVAL, "expected an ordinary file, got a device or something else", str(path))
-    # The superuser may write to all files, and means a file without any such bit to stay, too.
+    # The superuser may write any file, and yet a file that nobody may write is meant to stay.
     effective = os.access in os.supports_effective_ids
     if not old.st_mode & 0o222 or not os.access(target, os.W_OK, effective_ids=effective):
         raise PermissionError(errno.EACCES, "expected a file that can be written, got one that is read-only", str(path))
@@ -273,7 +297,7 @@ def _old(target: Path, path: Path) -> os.stat_result | None:
 
 
 def _temporary_name(name: str) -> str:
-    """Return a unique file name that is no longer than `name`, or than 64 bytes."""
+    """Return a unique file name, no longer than `name` or 64 bytes."""
     end = f".{secrets.token_hex(8)}.tmp"
     beginning, room = f".{name}", max(64, len(os.fsencode(name))) - len(end)
     while len(os.fsencode(beginning)) > room:
@@ -282,7 +306,7 @@ def _temporary_name(name: str) -> str:
 
 
 def _make_alike(temporary: Path, target: Path, old: os.stat_result) -> None:
-    """Give a file owner, mode and further attributes of the one that it is to replace, as far as is allowed."""
+    """Copy owner, mode and extended attributes of `target` to the file that replaces it, as far as allowed."""
     mode = stat.S_IMODE(old.st_mode)
     new = temporary.stat()
     if hasattr(os, "chown") and (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
@@ -290,9 +314,9 @@ def _make_alike(temporary: Path, target: Path, old: os.stat_result) -> None:
             os.chown(temporary, old.st_uid, old.st_gid)
         except OSError:
             try:
-                os.chown(temporary, -1, old.st_gid)  # one's own groups can be given without being the superuser
+                os.chown(temporary, -1, old.st_gid)  # users may give a file to a group of their own
             except OSError:
-                # Another group than before can do no more than everybody.
+                # The group is another one, so it gets the permissions of everybody.
                 mode = mode & ~0o070 | (mode & 0o007) << 3
             mode &= ~(stat.S_ISUID | stat.S_ISGID)
     temporary.chmod(mode)
@@ -304,12 +328,14 @@ def _make_alike(temporary: Path, target: Path, old: os.stat_result) -> None:
 
 
 def is_safetensors(path: Path) -> bool:
+    """Tell whether a path has the suffix .safetensors, and raise CheckpointError where it has neither that nor .npz."""
     if path.suffix not in (".npz", ".safetensors"):
         raise CheckpointError(f"{path}: expected a name that ends in .npz or .safetensors")
     return path.suffix == ".safetensors"
 
 
 def _safetensors(module: str = "") -> Any:
+    """Import a module of the optional package safetensors."""
     try:
         return importlib.import_module(f"safetensors.{module}".rstrip("."))
     except ImportError:
@@ -323,16 +349,16 @@ def _parse(text: bytes) -> Any:
 
 
 def checksum(parts: Iterable[Array]) -> str:
-    """Of an array that consists of these parts."""
+    """Return the checksum of an array that consists of these parts."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def compare_checksum(head: Any, name: str, parts: Iterable[Array]) -> None:
-    """Raise CheckpointError unless an array that consists of these parts has the checksum that the head says."""
-    checksums = head.get("checksums")
+def compare_checksum(metadata: Any, name: str, parts: Iterable[Array]) -> None:
+    """Raise CheckpointError unless the array of these parts has the checksum in `metadata`."""
+    checksums = metadata.get("checksums")
     expected = checksums.get(name) if isinstance(checksums, Mapping) else None
     if (found := checksum(parts)) != expected:
         raise CheckpointError(f"{name}: expected the checksum {expected!r}, got {found!r}: it is damaged")

@@ -1,4 +1,4 @@
-"""What a checkpoint or a storage says of an optimizer beside its arrays: structure, dtypes, options, counts."""
+"""The metadata of an optimizer: all but the arrays of a checkpoint, that is structure, dtypes, options and counts."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastrms._checks import NONFINITE, check_cache_dtype, check_one_of, check_option
 from fastrms._state import OptimizerState
-from fastrms.buffers import Layout
+from fastrms.buffers import Array, Layout
 from fastrms.checkpoints.formats import Kind
 from fastrms.errors import CheckpointError, FastrmsError, StructureError
 from fastrms.options import ParamGroup, parameter_groups
@@ -18,36 +18,36 @@ from fastrms.options import ParamGroup, parameter_groups
 __all__ = [
     "MOST_STEPS",
     "VERSION",
-    "check_head",
+    "check_absent",
     "check_keys",
-    "check_skipped",
+    "check_metadata",
+    "check_options",
     "encode",
     "get_lr",
     "groups_of",
-    "head_of",
     "kind_of",
+    "metadata_of",
     "params_of",
 ]
 
-Array = NDArray[Any]
 
-# Of what `state_dict` returns. This one and all older ones can be loaded; tests/checkpoints has a file of each.
+# The version of the metadata. This and all older ones can be loaded; tests/checkpoints has a file of each.
 VERSION = 1
 
 _FORMAT = "fastrms.RMSProp"
 _MOST_DIMENSIONS = 64  # of NumPy
 
-# No run takes more steps: at one a microsecond it would take 285 years. float64, as which others count, has them all.
+# No run takes more steps: at one a microsecond it would take 285 years. float64 has all these integers.
 MOST_STEPS = 2**53
 
 
-def head_of(state: OptimizerState) -> dict[str, Any]:
-    """Return everything but the arrays of an optimizer, in types that JSON has."""
+def metadata_of(state: OptimizerState) -> dict[str, Any]:
+    """Return the metadata of an optimizer, in types that JSON has."""
     layout, counts = state.layout, state.counts
     try:
         structure = encode(layout.structure(range(len(layout.leaves))))
     except StructureError:
-        structure = None  # `load` does without
+        structure = None  # `load` works without it
     return {
         "format": _FORMAT,
         "version": VERSION,
@@ -57,7 +57,7 @@ def head_of(state: OptimizerState) -> dict[str, Any]:
         "nonfinite": state.nonfinite,
         "cache_dtype": state.cache_dtype,
         "param_groups": [
-            # A function cannot be stored; whoever loads has it.
+            # A function cannot be stored. The caller of `load` has it.
             {name: None if callable(value) else value for name, value in group.items() if name != "params"}
             for group in state.param_groups
         ],
@@ -70,83 +70,88 @@ def head_of(state: OptimizerState) -> dict[str, Any]:
     }
 
 
-def check_head(head: Any) -> None:
-    """Check what does not depend on the optimizer that it is for."""
-    if not isinstance(head, Mapping) or head.get("format") != _FORMAT:
+def check_metadata(metadata: Any) -> None:
+    """Raise CheckpointError where metadata is wrong for any optimizer."""
+    if not isinstance(metadata, Mapping) or metadata.get("format") != _FORMAT:
         raise CheckpointError(
-            f"expected what RMSProp.state_dict() returns, or a file of RMSProp.save(), got {kind_of(head)}"
+            f"expected what RMSProp.state_dict() returns, or a file of RMSProp.save(), got {kind_of(metadata)}"
         )
-    version = head.get("version")
+    version = metadata.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         newer = "; it needs a newer fastrms" if type(version) is int and version > VERSION else ""
         raise CheckpointError(f"version: expected 1 to {VERSION}, got {version!r}{newer}")
     for name in ("steps", "skipped_steps"):
-        if not _is_count(head.get(name)) or head[name] > MOST_STEPS:
+        if not _is_count(metadata.get(name)) or metadata[name] > MOST_STEPS:
             raise CheckpointError(
-                f"{name}: expected a number of steps, got {head.get(name)!r}, which is not a whole number from 0 to "
-                "2**53"
+                f"{name}: expected a number of steps, got {metadata.get(name)!r}, which is not a whole number from "
+                "0 to 2**53"
             )
     for name in ("parameters", "param_groups"):
-        items = head.get(name)
+        items = metadata.get(name)
         if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
             raise CheckpointError(f"{name}: expected a list of dicts, got {kind_of(items)}")
-    if not isinstance(head.get("grouped"), bool):
-        raise CheckpointError(f"grouped: expected True or False, got {head.get('grouped')!r}")
+    if not isinstance(metadata.get("grouped"), bool):
+        raise CheckpointError(f"grouped: expected True or False, got {metadata.get('grouped')!r}")
     for name in ("global_clip_norm", "nonfinite", "cache_dtype", "structure"):
-        if name not in head:
+        if name not in metadata:
             raise CheckpointError(f"{name}: expected in a state, got none")
     try:
-        check_option("global_clip_norm", head["global_clip_norm"])
-        check_one_of("nonfinite", head["nonfinite"], NONFINITE)
-        check_cache_dtype(head["cache_dtype"], {np.dtype(np.float32)})
+        check_option("global_clip_norm", metadata["global_clip_norm"])
+        check_one_of("nonfinite", metadata["nonfinite"], NONFINITE)
+        check_cache_dtype(metadata["cache_dtype"], {np.dtype(np.float32)})
     except FastrmsError as error:
         raise CheckpointError(str(error)) from None
 
 
-def check_skipped(skipped: NDArray[np.int64], steps: int) -> None:
-    """Raise CheckpointError unless each parameter can have sat out so many of `steps` steps."""
-    wrong = np.flatnonzero((skipped < 0) | (skipped > steps))
+def check_absent(absent: NDArray[np.int64], steps: int) -> None:
+    """Raise CheckpointError unless each count of steps without a gradient is from 0 to `steps`."""
+    wrong = np.flatnonzero((absent < 0) | (absent > steps))
     if len(wrong):
         k = wrong[0]
         raise CheckpointError(
-            f"skipped[{k}]: expected 0 to {steps}, as no parameter can miss more steps than were taken; got "
-            f"{skipped[k]}"
+            f"skipped[{k}]: expected 0 to {steps}, as no parameter can miss more steps than were taken; got {absent[k]}"
         )
 
 
-def params_of(head: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> Any:
-    """Parameters of the structure, shapes and dtypes that a head has, which take no memory, without values.
+def params_of(metadata: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> Any:
+    """Return parameters with the structure, shapes and dtypes of `metadata`, all zeros that take no memory.
 
-    An optimizer can be made of them: what it would refuse is a CheckpointError here.
+    An optimizer can be made from them: parameters that its constructor would refuse are a CheckpointError here.
+
+    Parameters
+    ----------
+    metadata : mapping
+    kinds : mapping of str to Kind, or None
+        Dtypes and shapes of the arrays in the file, whose sizes must agree with `metadata`; None to compare nothing.
     """
-    arrays = _empty_arrays(head["parameters"], kinds)
+    arrays = _empty_arrays(metadata["parameters"], kinds)
     try:
-        params = _decode(head["structure"], enumerate(arrays))
-        grouped = isinstance(params, list) if head["grouped"] else parameter_groups(params) is not None
-        if grouped != head["grouped"]:
+        params = _decode(metadata["structure"], enumerate(arrays))
+        grouped = isinstance(params, list) if metadata["grouped"] else parameter_groups(params) is not None
+        if grouped != metadata["grouped"]:
             raise ValueError("a list of groups where none is expected, or none where one is")
         paths = [leaf.path for leaf in Layout(params, "params").leaves]
-        check_cache_dtype(head["cache_dtype"], {array.dtype for array in arrays})
+        check_cache_dtype(metadata["cache_dtype"], {array.dtype for array in arrays})
     except (FastrmsError, KeyError, IndexError, TypeError, ValueError, RecursionError):
         raise CheckpointError("structure: cannot be rebuilt; make an RMSProp and use load()") from None
-    if paths != [parameter.get("path") for parameter in head["parameters"]]:
+    if paths != [parameter.get("path") for parameter in metadata["parameters"]]:
         raise CheckpointError("structure and parameters do not fit together; make an RMSProp and use load()")
-    if (count := len(params) if grouped else 1) != len(head["param_groups"]):
-        raise CheckpointError(f"param_groups: expected {count}, got {len(head['param_groups'])}")
+    if (count := len(params) if grouped else 1) != len(metadata["param_groups"]):
+        raise CheckpointError(f"param_groups: expected {count}, got {len(metadata['param_groups'])}")
     return params
 
 
 def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool]:
-    """Which groups of a head get the rate `lr`: those whose own could not be saved, or all where all could.
+    """Return which groups get the learning rate `lr`: those whose rate is not in the metadata, or else all.
 
     Parameters
     ----------
     groups : sequence of mapping
-        The options of each.
+        The saved options of each group.
     lr : float, callable or None
-        None for none.
+        The caller's rate, or None.
     call : str
-        What an error message says to call.
+        The call that an error message recommends.
 
     Raises
     ------
@@ -162,8 +167,16 @@ def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool
     return missing if any(missing) else [lr is not None] * len(groups)
 
 
-def groups_of(head: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]], lr: Sequence[Any]) -> list[ParamGroup]:
-    """Return the groups of a head, of parameters of these dtypes, with checked options, and the rate `lr` if not None.
+def groups_of(metadata: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]], lr: Sequence[Any]) -> list[ParamGroup]:
+    """Return the groups of `metadata` with checked options.
+
+    Parameters
+    ----------
+    metadata : mapping
+    dtypes : sequence of set of dtype
+        The dtypes of each group's parameters.
+    lr : sequence of float, callable or None
+        For each group a rate to use instead of the saved one; None for the saved one.
 
     Raises
     ------
@@ -171,17 +184,27 @@ def groups_of(head: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]], lr:
         An option is unknown or out of range.
     """
     groups = []
-    for number, options in enumerate(head["param_groups"]):
+    for number, options in enumerate(metadata["param_groups"]):
         values = dict(options) | ({} if lr[number] is None else {"lr": lr[number]})
         try:
-            groups.append(ParamGroup(values, f"param_groups[{number}]", dtypes[number], head["cache_dtype"]))
+            groups.append(ParamGroup(values, f"param_groups[{number}]", dtypes[number], metadata["cache_dtype"]))
         except (FastrmsError, TypeError) as error:
             raise CheckpointError(str(error)) from None
     return groups
 
 
+def check_options(metadata: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a saved option is unknown or out of range. A learning rate may be missing."""
+    groups = metadata["param_groups"]
+    dtypes: list[set[np.dtype[Any]]] = [set() for _ in groups]
+    for parameter in metadata["parameters"]:
+        if parameter.get("group") in range(len(groups)):
+            dtypes[int(parameter["group"])].add(np.dtype(parameter["dtype"]))
+    groups_of(metadata, dtypes, [0.0 if group.get("lr") is None else None for group in groups])
+
+
 def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind] | None) -> list[Array]:
-    """Return an array without memory for each parameter, after a check that the file, if any, has as many numbers."""
+    """Return an array of zeros for each parameter, which takes no memory. The sizes in `kinds` must agree."""
     sizes: dict[str, int] = {}
     for number, parameter in enumerate(parameters):
         shape, dtype = parameter.get("shape"), parameter.get("dtype")
@@ -201,13 +224,15 @@ def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind]
 
 
 def encode(tree: Any) -> Any:
-    """Return a nesting of dicts, lists and tuples as one of lists that JSON has; a namedtuple comes back as a tuple.
+    """Return a nesting of dicts, lists and tuples as nested lists, which JSON has.
+
+    `_decode` restores it. A namedtuple becomes a tuple.
 
     Raises
     ------
     StructureError
-        A dict has a key that would come back as another: only None and Python's own types of text and numbers come
-        back, and NaN does not, as two of it are not the same key.
+        A dict has a key that JSON cannot restore: anything but None, str, int, float or bool; or NaN, which is not
+        equal to itself.
     """
     if isinstance(tree, dict):
         for key in tree:
@@ -221,10 +246,10 @@ def encode(tree: Any) -> Any:
 
 
 def check_keys(tree: Any) -> None:
-    """Raise CheckpointError if a dict has a key whose text, by which a file knows it, is no name for it.
+    """Raise CheckpointError where the repr of a key does not identify it in a file.
 
-    The text is another one in each process if it has an address in it, or several items of a set; and two keys may have
-    the same.
+    The repr differs between processes where it contains an address, or a set of several items. Two keys may also have
+    the same repr.
     """
     if isinstance(tree, dict):
         texts = set()
@@ -247,13 +272,14 @@ def check_keys(tree: Any) -> None:
 
 
 def _has_set(key: Any) -> bool:
+    """Tell whether a key contains a set of several items."""
     if isinstance(key, frozenset) and len(key) > 1:
         return True
     return isinstance(key, tuple | frozenset) and any(map(_has_set, key))
 
 
 def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:
-    """Return the nesting that `encode` was given, with `leaves` in the place of their numbers."""
+    """Return the nesting that `encode` was given, with each number replaced by its leaf."""
     if type(code) is int:
         number, leaf = next(leaves, (None, None))
         if number != code:
@@ -269,9 +295,10 @@ def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:
 
 
 def _is_count(value: Any) -> bool:
+    """Tell whether a value is an int from 0 to the largest of int64."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def kind_of(thing: Any) -> str:
-    """Describe an object, for a message."""
+    """Return the kind of an object, for error messages."""
     return f"{thing.dtype} of shape {thing.shape}" if type(thing) is np.ndarray else f"a {type(thing).__name__}"

@@ -1,9 +1,7 @@
-"""Save and restore an optimizer: its parameters, state, options and counts as plain arrays, numbers and text.
+"""Save and restore an optimizer: its parameters, state, options and counts as plain arrays and metadata.
 
-A state to load may come from elsewhere, or be damaged. So nothing in it is run (no pickle). Every count, shape and
-dtype is compared with the expected one before memory is taken for it, and each array has a checksum. The optimizer is
-changed only when all of it was read and found right. A new file is written beside the old one, which it replaces when
-it has reached the disk: whenever a process ends, there is the old file or the new one.
+A state to load may be damaged, or come from an untrusted place. So every count, shape and dtype is compared with the
+expected one before memory is allocated, and the optimizer is changed only after all of the state was checked.
 """
 
 import json
@@ -13,28 +11,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastrms._checks import check_option
-from fastrms._state import Counts, OptimizerState
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms._state import STATE_OPTIONS, Counts, OptimizerState, optional_state
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.checkpoints.formats import Kind, Source, checksum, compare_checksum, opened, reading, write
-from fastrms.checkpoints.metadata import check_head, check_keys, check_skipped, groups_of, head_of, kind_of
+from fastrms.checkpoints.metadata import check_absent, check_keys, check_metadata, groups_of, kind_of, metadata_of
 from fastrms.errors import CheckpointError
 from fastrms.options import ParamGroup
 
 __all__ = ["Target", "load_file", "load_state", "restore", "save_file", "state_dict"]
 
-Array = NDArray[Any]
 
-_SKIPPED = "skipped"  # the array of steps in which each parameter had no gradient
-# The bytes of a file beside the expected numbers: in all, and for each array of parameters.
-_BESIDES, _BESIDES_EACH = 1 << 16, 1 << 11
-_PART = 1 << 18  # numbers that are read at a time where not all can be in memory
+_ABSENT = "skipped"  # the array with the number of steps in which each parameter had no gradient
+# An upper bound on the bytes of a file that are not elements: in all, and for each parameter.
+_EXTRA, _EXTRA_EACH = 1 << 16, 1 << 11
+_PART = 1 << 18  # elements that are read at a time where an array may be larger than memory
 
 
 class Target(Protocol):
-    """An optimizer to save or to restore: every backend is one."""
+    """The access to an optimizer that saving and restoring need. Every backend has it."""
 
     @property
     def state(self) -> OptimizerState:
@@ -63,46 +59,47 @@ class Target(Protocol):
         """Return the counts, after the last step has been counted."""
 
     def counts_changed(self) -> None:
-        """Use the counts that were written to `state`."""
+        """Use the counts that were written to `state`, from the next step on."""
 
     def options_changed(self) -> None:
-        """Use the options that were written to `state`."""
+        """Use the options that were written to `state`, from the next step on."""
 
 
 def state_dict(target: Target) -> dict[str, Any]:
     """Return a copy of everything that decides the next steps of an optimizer."""
     counts = target.settle()
-    head = head_of(target.state)  # first: a signal handler may set an option that brings a buffer, which is not in it
-    arrays = {_SKIPPED: counts.absent.copy()}
+    # First, because a signal handler may set an option later, which makes a buffer that this metadata knows nothing of.
+    metadata = metadata_of(target.state)
+    arrays = {_ABSENT: counts.absent.copy()}
     for name, segment in _segments(target):
         there = target.read(segment)
         arrays[name] = np.empty_like(there)
         for part in target.parts(there):
             arrays[name][part] = there[part]
-    return head | {"arrays": arrays}
+    return metadata | {"arrays": arrays}
 
 
 def save_file(target: Target, path: Path) -> None:
-    """Write the state of an optimizer to a file, which appears complete or not at all."""
+    """Write the state of an optimizer to a file, completely or not at all."""
     check_keys(target.state.buffers["params"].views)
     counts = target.settle()
-    head = head_of(target.state)  # first, as in `state_dict`
-    arrays = {name: target.read(segment) for name, segment in _segments(target)} | {_SKIPPED: counts.absent}
+    metadata = metadata_of(target.state)  # first, as in `state_dict`
+    arrays = {name: target.read(segment) for name, segment in _segments(target)} | {_ABSENT: counts.absent}
     checksums = {name: checksum(array[part] for part in target.parts(array)) for name, array in arrays.items()}
-    write(path, arrays, json.dumps(head | {"checksums": checksums}), target.parts)
+    write(path, arrays, json.dumps(metadata | {"checksums": checksums}), target.parts)
 
 
 def load_file(target: Target, path: Path) -> None:
     """Read a file of `save_file` into an optimizer."""
     layout = target.state.layout
-    expected = 4 * layout.nbytes + (_BESIDES_EACH + 8) * len(layout.leaves) + _BESIDES
+    expected = 4 * layout.nbytes + (_EXTRA_EACH + 8) * len(layout.leaves) + _EXTRA
     with opened(path, expected) as source:
         restore(target, source)
 
 
 def load_state(target: Target, state: Any) -> None:
     """Read a state of `state_dict` into an optimizer."""
-    restore(target, _Memory(state, target.state.buffers.values()))
+    restore(target, _StateDict(state, target.state.buffers.values()))
 
 
 def _segments(target: Target) -> Iterator[tuple[str, Any]]:
@@ -126,15 +123,15 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
     Raises
     ------
     CheckpointError
-        Something in `source` does not fit. Nothing is changed then.
+        `source` is damaged, or of another optimizer. Nothing is changed then.
     """
     state = target.state
     with reading():
         loaded = _checked(target, source, keep_lr or [False] * len(state.param_groups))
-    # Whole or not at all: everything for which memory or room may lack comes first.
-    state.buffers.update({name: target.new_buffer(name) for name in loaded.names if name not in state.buffers})
-    counts, head = target.settle(), source.head
-    # From here on nothing can fail, except reading again for storage, which is marked as torn then.
+    # First everything that may fail for lack of memory or disk space.
+    state.add_buffers(loaded.names, target.new_buffer)
+    counts, metadata = target.settle(), source.metadata
+    # From here on only a second reading, for storage, can fail. The folder is marked as broken off then.
     with target.loading():
         for name, segment in _segments(target):
             if not target.in_parts:
@@ -145,57 +142,55 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
             else:
                 for part in target.parts(segment):
                     segment[part] = 0
-        counts.absent = loaded.arrays[_SKIPPED]
-        counts.steps, counts.skipped_steps = head["steps"], head["skipped_steps"]
+        counts.absent = loaded.arrays[_ABSENT]
+        counts.steps, counts.skipped_steps = metadata["steps"], metadata["skipped_steps"]
         target.counts_changed()
         target.options_changed()  # also ahead of the change, as Ctrl-C may come in between
-        state.global_clip_norm = check_option("global_clip_norm", head["global_clip_norm"])
-        state.nonfinite = head["nonfinite"]
+        state.global_clip_norm = check_option("global_clip_norm", metadata["global_clip_norm"])
+        state.nonfinite = metadata["nonfinite"]
         for group, options in zip(state.param_groups, loaded.groups, strict=True):
             group.assign(options)
         target.options_changed()
 
 
-# Elements of an array in a file, and where they belong in the segment of that name.
+# Pairs of slices: elements of an array in a file, and their place in the segment of that name.
 _Moves = list[tuple[slice, slice]]
 
 
 class _Loaded(NamedTuple):
-    """What was checked, and can be taken over."""
+    """A state that was checked, in the order of the optimizer's parameters.
 
-    names: list[str]  # of buffers
+    Attributes
+    ----------
+    names : list of str
+        The names of the buffers.
+    groups : list of ParamGroup
+    arrays : dict of str to ndarray
+        By name; only `_ABSENT` where the target works in parts.
+    moves : dict of str to list of (slice, slice)
+        For each array of the file, which elements belong where in its segment.
+    """
+
+    names: list[str]
     groups: list[ParamGroup]
-    arrays: dict[str, Array]  # in the order of the optimizer; where that has storage, only `_SKIPPED`
+    arrays: dict[str, Array]
     moves: dict[str, _Moves]
 
 
 def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded:
-    """Look whether all of `source` fits the optimizer, of which nothing is changed."""
-    head = source.head
-    check_head(head)
-    state = target.state
-    own = head_of(state)
-    for name in ("parameters", "param_groups"):
-        if len(head[name]) != len(own[name]):
-            raise CheckpointError(f"{name}: expected {len(own[name])}, got {len(head[name])}")
-    order = _order(own["parameters"], head["parameters"])
-    for mine, number in zip(own["parameters"], order, strict=True):
-        theirs = head["parameters"][number]
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise CheckpointError(f"params{mine['path']}: expected {key} {value!r}, got {theirs.get(key)!r}")
-    if head["cache_dtype"] != own["cache_dtype"]:
-        raise CheckpointError(f"cache_dtype: expected {own['cache_dtype']!r}, got {head['cache_dtype']!r}")
-    keep = [old or group.get("lr") is None for old, group in zip(keep_lr, head["param_groups"], strict=True)]
+    """Return the state in `source`, or raise CheckpointError where it does not fit the optimizer."""
+    metadata, state = source.metadata, target.state
+    check_metadata(metadata)
+    order = _matched(metadata_of(state), metadata)
+    keep = [old or group.get("lr") is None for old, group in zip(keep_lr, metadata["param_groups"], strict=True)]
     rates = [group["lr"] if old else None for old, group in zip(keep, state.param_groups, strict=True)]
-    groups = groups_of(head, [group.dtypes for group in state.param_groups], rates)
+    groups = groups_of(metadata, [group.dtypes for group in state.param_groups], rates)
 
-    names = ["params", "cache"]
-    names += ["momentum_buffer"] if any(group["momentum"] for group in groups) else []
-    names += ["grad_avg"] if any(group["centered"] for group in groups) else []
-    # State that no option asks for any more is kept: an option may come back.
-    names += [name for name in ("momentum_buffer", "grad_avg") if name not in names and _has(source.kinds, name)]
-    expected: dict[str, Kind] = {_SKIPPED: (np.dtype(np.int64), state.counts.absent.shape)}
+    needed = optional_state(groups)
+    # State that no option asks for any more is kept: an option may be set again.
+    kept = [name for name in STATE_OPTIONS if name not in needed and _has(source.kinds, name)]
+    names = ["params", "cache", *needed, *kept]
+    expected: dict[str, Kind] = {_ABSENT: (np.dtype(np.int64), state.counts.absent.shape)}
     moves: dict[str, _Moves] = {}
     moves_of_segments = _moves(state.layout, order)
     for name in names:
@@ -203,27 +198,57 @@ def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded
         for segment, there in zip(segments, moves_of_segments, strict=True):
             expected[f"{name}/{segment.dtype}"] = segment.dtype, segment.shape
             moves[f"{name}/{segment.dtype}"] = there
-    for name, (dtype, shape) in expected.items():
-        if name not in source.kinds:
-            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got none")
-        if source.kinds[name] != (dtype, shape):
-            found = source.kinds[name]
-            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}")
-    if unknown := source.kinds.keys() - expected.keys():
-        raise CheckpointError(f"arrays: expected {', '.join(expected)}, got also {sorted(unknown)[0]!r}")
-    skipped = source.read(_SKIPPED)
-    check_skipped(skipped, head["steps"])
-    arrays = {_SKIPPED: skipped[order]}
+    _check_kinds(source.kinds, expected)
+    absent = source.read(_ABSENT)
+    check_absent(absent, metadata["steps"])
+    arrays = {_ABSENT: absent[order]}
     for name, (_, (size,)) in expected.items():
-        if target.in_parts:  # read twice: first to see whether it is right
+        if target.in_parts:  # read once to check, and a second time to copy
             _verify(source, name, size)
         elif name in moves:
             arrays[name] = _arranged(source.read(name), moves[name])
     return _Loaded(names, groups, arrays, moves)
 
 
+def _matched(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[int]:
+    """Return the `_order` of parameters in a file, or raise CheckpointError where they differ from the optimizer's.
+
+    Parameters
+    ----------
+    own, found : mapping
+        The metadata of the optimizer, and of the file.
+    """
+    for name in ("parameters", "param_groups"):
+        if len(found[name]) != len(own[name]):
+            raise CheckpointError(f"{name}: expected {len(own[name])}, got {len(found[name])}")
+    order = _order(own["parameters"], found["parameters"])
+    for mine, number in zip(own["parameters"], order, strict=True):
+        theirs = found["parameters"][number]
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise CheckpointError(f"params{mine['path']}: expected {key} {value!r}, got {theirs.get(key)!r}")
+    if found["cache_dtype"] != own["cache_dtype"]:
+        raise CheckpointError(f"cache_dtype: expected {own['cache_dtype']!r}, got {found['cache_dtype']!r}")
+    return order
+
+
+def _check_kinds(kinds: Mapping[str, Kind], expected: Mapping[str, Kind]) -> None:
+    """Raise CheckpointError unless the arrays of a file have the expected names, dtypes and shapes."""
+    for name, (dtype, shape) in expected.items():
+        if name not in kinds:
+            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got none")
+        if kinds[name] != (dtype, shape):
+            found = kinds[name]
+            raise CheckpointError(f"arrays[{name!r}]: expected {dtype} of shape {shape}, got {found[0]} of {found[1]}")
+    if unknown := kinds.keys() - expected.keys():
+        raise CheckpointError(f"arrays: expected {', '.join(expected)}, got also {sorted(unknown)[0]!r}")
+
+
 def _order(own: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[int]:
-    """For each of our own parameters, which of those that were found has its path: keys of dicts have no order."""
+    """Return for each parameter of the optimizer the number of the one with its path in the file.
+
+    The order may differ, because the keys of a dict may come in any order.
+    """
     paths, ours = [parameter.get("path") for parameter in found], [parameter["path"] for parameter in own]
     if paths == ours:
         return list(range(len(ours)))
@@ -241,7 +266,7 @@ def _order(own: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]])
 
 
 def _moves(layout: Layout, order: Sequence[int]) -> list[_Moves]:
-    """Where elements of the arrays of a file belong, for each segment; of neighbours that stay so as one slice."""
+    """Return for each segment where the elements of the file belong. Parameters that stay neighbours share a slice."""
     moves: list[_Moves] = [[] for _ in layout.segments]
     start = [0] * len(layout.segments)
     for number in np.argsort(order):  # in the order of the file
@@ -256,6 +281,7 @@ def _moves(layout: Layout, order: Sequence[int]) -> list[_Moves]:
 
 
 def _arranged(array: Array, moves: _Moves) -> Array:
+    """Return an array of the file with its elements in the order of the optimizer."""
     if len(moves) <= 1:
         return array
     arranged = np.empty_like(array)
@@ -265,6 +291,7 @@ def _arranged(array: Array, moves: _Moves) -> Array:
 
 
 def _read_in_parts(target: Target, source: Source, name: str, segment: Array, moves: _Moves) -> None:
+    """Copy an array of the file into a segment, part by part."""
     destination = segment
 
     def slices() -> Iterator[slice]:
@@ -278,12 +305,12 @@ def _read_in_parts(target: Target, source: Source, name: str, segment: Array, mo
         destination[...] = numbers
 
 
-class _Memory:
-    """What `state_dict` returned; arrays that alias `buffers`, which are written in turn, are copied."""
+class _StateDict:
+    """A source of what `state_dict` returned. Arrays that alias `buffers` are copied, since `restore` writes there."""
 
     def __init__(self, state: Any, buffers: Iterable[FlatBuffer]) -> None:
-        check_head(state)
-        self.head = state
+        check_metadata(state)
+        self.metadata = state
         arrays = state.get("arrays")
         if not isinstance(arrays, Mapping):
             raise CheckpointError(f"arrays: expected a dict, got {kind_of(arrays)}")
@@ -306,11 +333,12 @@ class _Memory:
 
 
 def _verify(source: Source, name: str, size: int) -> None:
-    """Compare an array with its checksum, as `source.read` does, without having all of it in memory."""
-    if not isinstance(source, _Memory):
+    """Compare the checksum of an array as `source.read` does, without having all of it in memory."""
+    if not isinstance(source, _StateDict):  # which has no checksums
         slices = (slice(start, min(start + _PART, size)) for start in range(0, size, _PART))
-        compare_checksum(source.head, name, (values for _, values in source.parts(name, slices)))
+        compare_checksum(source.metadata, name, (values for _, values in source.parts(name, slices)))
 
 
 def _has(kinds: Mapping[str, Kind], name: str) -> bool:
+    """Tell whether there are arrays of the buffer `name`."""
     return any(isinstance(key, str) and key.startswith(f"{name}/") for key in kinds)

@@ -10,7 +10,7 @@ from fastrms._checks import check_one_of
 from fastrms.errors import OptionError
 from fastrms.kernels import cpu, reference
 
-__all__ = ["KERNELS", "UPDATES", "Kernel", "check_host_kernel"]
+__all__ = ["KERNELS", "UPDATES", "Kernel", "check_cuda_kernel", "check_host_kernel"]
 
 Kernel = Callable[..., None]
 
@@ -29,3 +29,13 @@ def check_host_kernel(value: Any) -> str:
             "load_state_dict() of this one"
         )
     return check_one_of("kernel", value, KERNELS)
+
+
+def check_cuda_kernel(value: Any) -> str:
+    """Return "cuda" if `value` is a kernel of an optimizer on a GPU, "cuda" or "auto", or raise OptionError."""
+    if value not in ("cuda", "auto"):
+        raise OptionError(
+            f'kernel: expected "cuda", as all buffers are on the GPU, got {value!r}; make a new optimizer for the '
+            "host, RMSProp(params), and let it load_state_dict() of this one"
+        )
+    return "cuda"

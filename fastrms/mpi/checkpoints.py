@@ -1,4 +1,4 @@
-"""Checkpoints of an optimizer that is divided among ranks: those of `fastrms.RMSProp`, which know nothing of ranks."""
+"""Checkpoints of an optimizer that is divided among ranks, in the format of `fastrms.RMSProp`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms.buffers import Array
 from fastrms.mpi.communicator import Bounds, Communicator
 from fastrms.mpi.waiting import check_timeout
 from fastrms.optimizer import RMSProp
@@ -15,25 +15,22 @@ from fastrms.options import ParamGroup
 
 __all__ = ["Unsharded"]
 
-Array = NDArray[Any]
 _Optimizer = Any  # a ShardedRMSProp, which is an `Unsharded` and imports this file
 
 
 class Unsharded:
-    """The methods of `fastrms.mpi.ShardedRMSProp` that store and restore it."""
+    """The methods of `fastrms.mpi.ShardedRMSProp` that save and restore it. All ranks call each together."""
 
     _ranks: Communicator
     _together: Callable[[str], AbstractContextManager[bool]]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that makes the next steps what they would have been, of all ranks, as from `RMSProp.state_dict`.
-
-        All ranks call it, and each gets all of it.
+        """Return the state of all ranks on each rank, as `RMSProp.state_dict` does. All ranks call it.
 
         Returns
         -------
         state : dict
-            Which an `RMSProp`, or this class with any number of ranks, can load.
+            `RMSProp`, and this class with any number of ranks, can load it.
         """
         with self._together("state_dict"):
             whole = _whole(self, on_all=True)
@@ -44,13 +41,13 @@ class Unsharded:
             return whole.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
-        """Take over a state of rank 0: parameters, each rank's part of the state, and options. All ranks call it.
+        """Load a state from rank 0 into all ranks: parameters, the state of each shard, options. All ranks call it.
 
         Parameters
         ----------
         state : dict
-            From `state_dict`, of `RMSProp` or of this class with any number of ranks. Only that of rank 0 is looked
-            at; others may give None.
+            From `state_dict`, of `RMSProp` or of this class with any number of ranks. Ranks other than 0 may give
+            None.
 
         Raises
         ------
@@ -65,7 +62,7 @@ class Unsharded:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state of all ranks to one file, as `RMSProp.save` does. All ranks call it, and rank 0 writes.
 
-        Rank 0 needs memory for all of the state meanwhile.
+        Rank 0 needs memory for all of the state.
 
         Parameters
         ----------
@@ -113,7 +110,7 @@ class Unsharded:
         reduction: str = "mean",
         timeout: float | str | None = "auto",
     ) -> Any:
-        """Make the optimizer that a file is of, with its parameters, their structure and all options.
+        """Make the optimizer of a file: its parameters, their structure, state and options.
 
         All ranks call it, and rank 0 reads the file, of this class or of `RMSProp`.
 
@@ -138,7 +135,7 @@ class Unsharded:
         Returns
         -------
         optimizer : ShardedRMSProp
-            With parameters of its own, and this rank's part of the state.
+            With parameters of its own, and the state of this rank's shard.
 
         Raises
         ------
@@ -173,69 +170,70 @@ class Unsharded:
 
 
 def _on_first(ranks: Communicator, act: Callable[[], None]) -> None:
-    """Do something on rank 0, and raise on all ranks what it raises."""
+    """Call a function on rank 0, and raise its error on all ranks."""
     error: BaseException | None = None
     try:
         if ranks.rank == 0:
             act()
-    except BaseException as caught:  # Ctrl-C and sys.exit() too, as the others wait here
+    except BaseException as caught:  # Ctrl-C and sys.exit() too, since the other ranks wait
         error = caught
     ranks.broadcast_error(error)
 
 
 def _whole(opt: _Optimizer, on_all: bool = False) -> RMSProp | None:
-    """Return an ordinary optimizer like `opt`, without the state of other ranks; on rank 0, or on all."""
+    """Return an `RMSProp` like `opt`, on rank 0 or on all ranks; None elsewhere. Its state is still to be filled."""
     whole, error = None, None
     try:
         if on_all or opt.rank == 0:
             whole = _new_whole(opt)
-    except Exception as caught:  # for want of memory
+    except Exception as caught:  # lack of memory
         error = caught
     opt._ranks.agree(error)
     return whole
 
 
 def _new_whole(opt: _Optimizer) -> RMSProp:
+    """Return an `RMSProp` with the parameters, options and counts of `opt`, and with all its state buffers."""
     options = {"global_clip_norm": opt.global_clip_norm, "nonfinite": opt.nonfinite, "cache_dtype": opt.cache_dtype}
     if opt.backend.state.grouped:
         whole = RMSProp([dict(group) for group in opt.param_groups], kernel="numpy", **options)
     else:
         own = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
         whole = RMSProp(opt.params, kernel="numpy", **own, **options)
-    for name in _state_of(opt):
-        if name not in whole.buffers:  # of an option that was on before
-            whole.backend.state.buffers[name] = whole.backend.new_buffer(name)
+    whole.backend.state.add_buffers(_state_of(opt), whole.backend.new_buffer)  # also those of options that are off now
     whole.backend.state.counts.take_over(opt.backend.state.counts)
     return whole
 
 
 def _state_of(opt: RMSProp) -> list[str]:
+    """Return the names of the state buffers, in the same order on all ranks."""
     return sorted(name for name in opt.buffers if name not in ("params", "grads"))
 
 
 def _segments(opt: _Optimizer, whole: RMSProp | None) -> Iterator[tuple[Array, Any, Bounds]]:
-    """Each segment of the state: this rank's part, that of the whole (None where it is not), and where parts begin."""
+    """Iterate over the segments of the state.
+
+    Yield the segment of this rank's shard, the whole segment (None on ranks without `whole`), and the bounds of shards.
+    """
     for name in _state_of(opt):
         for number, own in enumerate(opt.buffers[name].segments):
             yield own, None if whole is None else whole.buffers[name].segments[number], opt._shards.bounds[number]
 
 
 def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
-    """Take over everything from an ordinary optimizer that rank 0 has."""
-    head = None
+    """Copy parameters, state, options and counts of an `RMSProp` on rank 0 to all ranks."""
+    sent = None
     if whole is not None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in whole.param_groups]
         for group in groups:
             group["lr"] = None if callable(group["lr"]) else group["lr"]
         numbers = (whole.global_clip_norm, whole.nonfinite, whole.backend.state.counts)
-        head = groups, numbers, _state_of(whole)
+        sent = groups, numbers, _state_of(whole)
         for mine, theirs in zip(opt.buffers["params"].segments, whole.buffers["params"].segments, strict=True):
             mine[...] = theirs
-    groups, numbers, names = opt._ranks.control.bcast(head)
+    groups, numbers, names = opt._ranks.control.bcast(sent)
     opt._broadcast_params()
-    for name in names:
-        if name not in opt.buffers:
-            opt.backend.state.buffers[name] = opt.backend.new_buffer(name)
+    opt.backend.state.add_buffers(names, opt.backend.new_buffer)
     for own, all_, bounds in _segments(opt, whole):
         opt._ranks.scatter(all_, own, bounds)
     state = opt.backend.state

@@ -1,4 +1,4 @@
-"""`ShardedRMSProp`: `fastrms.RMSProp` over the ranks of an MPI program."""
+"""`ShardedRMSProp`: `fastrms.RMSProp` divided among the ranks of an MPI program."""
 
 import hashlib
 import math
@@ -25,10 +25,10 @@ _CHECKS = ("broadcast", "raise")
 
 
 class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoint has no storage
-    """RMSProp over the ranks of an MPI program, each of which has 1/P of the state and does 1/P of the update.
+    """RMSProp divided among P ranks of an MPI program: each has 1/P of the state and does 1/P of the update.
 
-    As `fastrms.RMSProp`, with the same options, kernels and bits; ``docs/mpi.md`` has what is different. All ranks
-    make the optimizer, step, load and save at the same time.
+    Options, kernels and bits are those of `fastrms.RMSProp`; ``docs/mpi.md`` lists the differences. All ranks make the
+    optimizer, step, load and save together.
 
     Parameters
     ----------
@@ -43,18 +43,17 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     comm : mpi4py.MPI.Intracomm or None, default None
         The ranks that train together; None for MPI.COMM_WORLD. Messages go through copies of it.
     reduction : {"mean", "sum"}, default "mean"
-        How the ranks' gradients are combined. The mean is right if each rank's loss is a mean over the same number of
-        rows. If ranks have different numbers of rows, use the sum, and scale each gradient by the rank's share of the
-        batch.
+        The reduction of the ranks' gradients. The mean is right if the loss of each rank is a mean over equally many
+        rows. Otherwise use the sum, and scale each gradient by the rank's share of the batch.
     check_params : {"broadcast", "raise"}, default "broadcast"
         Whether all ranks start from the values of rank 0, or values have to be the same.
     timeout : float, None or "auto", default "auto"
-        Seconds that a rank waits for the others to come to the same call (`step`, `save` and so on). Then each rank
-        that waits writes where it waits and for which ranks, and all ranks are ended. 0 or None: they wait for ever.
-        "auto": as the environment variable FASTRMS_MPI_TIMEOUT says, or 600.
+        Seconds that a rank waits for the others to make the same call (`step`, `save` and so on). After that each
+        waiting rank writes where it waits and for which ranks, and all ranks are ended. 0 or None: no limit. "auto":
+        the environment variable FASTRMS_MPI_TIMEOUT, or 600.
     **options
-        All others of `RMSProp`: momentum, clipping, `kernel`, `nonfinite` and so on. `num_threads` is by default what
-        this rank may use: its cores, shared with the other ranks that may run on them.
+        The other options of `RMSProp`: momentum, clipping, `kernel`, `nonfinite` and so on. The default of
+        `num_threads` is the number of cores of this rank, divided by the ranks that share them.
 
     Attributes
     ----------
@@ -65,17 +64,17 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     buffers : mapping of str to FlatBuffer
         The flat buffers behind the views; those of the state are of this rank's shard.
     rank, size : int
-        The number of this rank, and how many there are.
+        The number of this rank, and the number of ranks.
     shard : list of slice
-        Which elements of each segment of the flat buffers are this rank's.
+        The elements of each segment of the flat buffers in this rank's shard.
     timeout : float or None
         Seconds that this rank waits for the others; may be set.
 
     Raises
     ------
     RankError
-        Another rank could not make its optimizer. There the error is one of those of `RMSProp`. Or this rank makes the
-        optimizer, and another one calls `from_checkpoint`.
+        Another rank could not make its optimizer, for an error of `RMSProp` there. Or another rank calls
+        `from_checkpoint` at the same time.
     StructureError
         Ranks have parameters of different structure, shapes or dtypes, or with ``check_params="raise"`` values.
 
@@ -106,7 +105,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         error: Exception | None = None
         try:
             seconds = check_timeout(timeout)
-        except Exception as caught:  # which the others are told, as of all errors
+        except Exception as caught:  # `agree` raises it on all ranks
             error, seconds = caught, check_timeout(None)
         self._ranks = Communicator(comm, "ShardedRMSProp", seconds)
         self._reduction = reduction
@@ -137,7 +136,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                     "params: expected the same structure, shapes, dtypes and check_params on all ranks, got others "
                     f"than on rank 0 on {named(others)}"
                 ))  # fmt: skip
-            # Functions are not called yet: steps compare what they return.
+            # Learning rates that are functions are compared by each step.
             facts_of_step = self._shards.facts("step", self._shards.fixed_rates())
             self._shards.check_facts(facts_of_step)
             self._ranks.prepare_meet(2 + len(leaves) + 2 * len(facts_of_step))
@@ -147,6 +146,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 self._broadcast_params()
 
     def _make(self, params: Any, options: dict[str, Any]) -> None:
+        """Make state, shards and backend."""
         settings = Settings.of(options)
         settings.check()
         check_host_kernel(settings.kernel)
@@ -166,12 +166,12 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
 
     @property
     def reduction(self) -> str:
-        """What becomes of the gradients of the ranks: their "sum" or "mean"."""
+        """The reduction of the gradients of all ranks, "sum" or "mean"."""
         return self._reduction
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that this rank waits for the others to come to the same call, or None for no end; may be set."""
+        """Seconds that this rank waits for the others to make the same call, or None for no limit; may be set."""
         return None if math.isinf(self._ranks.timeout) else self._ranks.timeout
 
     @timeout.setter
@@ -180,7 +180,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
 
     @property
     def shard(self) -> list[slice]:
-        """Which elements of each segment of the flat buffers this rank updates and has the state of."""
+        """The elements of each segment of the flat buffers that this rank updates and has the state of."""
         return self._shards.slices
 
     def step(self, gradients: Any = None) -> Any:
@@ -189,9 +189,9 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         Parameters
         ----------
         gradients : the structure of the parameters, or None
-            Those of this rank, as for `RMSProp.step`. Where an item is None on all ranks, its parameter is skipped;
-            on some, it counts as zeros there. Without an argument the step uses what was handed over to `ready`, and
-            if nothing was, what was written to `grads`.
+            The gradients of this rank, as for `RMSProp.step`. A parameter whose item is None on all ranks has no
+            gradient; None on some ranks counts as zeros. Without an argument the step uses the gradients that were
+            handed over to `ready`, or, where none were, those in `grads`.
 
         Returns
         -------
@@ -201,39 +201,39 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         Raises
         ------
         StructureError, DtypeError, OptionError, OptionTypeError
-            As from `RMSProp.step`; or gradients were handed over to `ready` and are given here too, or some of them
-            were not handed over; or options, learning rates or the number of steps differ between ranks.
+            As from `RMSProp.step`; or only some gradients were handed over to `ready`, or `gradients` came as well; or
+            options, learning rates or numbers of steps differ between ranks.
         RankError
-            One of these on another rank.
+            Another rank has one of these errors.
         NonfiniteError
             On all ranks: the sum of the gradients has an inf or NaN, and `nonfinite` is "raise".
 
         Notes
         -----
-        All ranks raise or none. All errors come before the first write to parameters and state. Gradients that were
-        handed over are forgotten then.
+        All ranks raise or none. All errors come before the first write to parameters and state. After an error,
+        gradients that were handed over are forgotten.
         """
         return super().step(gradients)
 
     def ready(self, key: Any, grad: Any) -> None:
-        """Hand over one gradient, while the others are still computed; `step()` follows when all were handed over.
+        """Hand over one gradient while others are still being computed. `step()` follows after the last.
 
-        What a rank adds up with the others begins as soon as all gradients of a piece of the buffer are there, the
-        last parameter first, as back-propagation finds them. The order of the calls may differ between ranks.
+        The reduction of a piece of the gradient buffer begins when all gradients in it were handed over. Pieces come
+        in the order of back-propagation, the last parameter first. The order of calls may differ between ranks.
 
         Parameters
         ----------
         key : int, str or other key, or tuple of these
-            The place in the list or dict of parameters; for nestings and groups a tuple, from the outermost key to
-            the innermost. ``()`` where `params` is a single array.
+            The key of the parameter in the list or dict; for nestings and groups a tuple of keys, outermost first.
+            ``()`` where `params` is a single array.
         grad : array or None
-            As an item of what `step` takes; copied, unless it is the view in `grads`. None for a parameter without a
-            gradient on this rank, in this step.
+            As an item of `gradients` in `step`; copied, unless it is the view in `grads`. None for a parameter without
+            a gradient on this rank in this step.
 
         Raises
         ------
         StructureError
-            There is no such parameter, its gradient was handed over already, or has another shape.
+            `key` is unknown, its gradient was handed over already, or the shape is wrong.
         DtypeError
             As from `step`.
         """
@@ -241,30 +241,33 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             self._shards.hand_over(key, grad)
 
     def discard(self) -> None:
-        """Forget the gradients that were handed over since the last step; all ranks do so at the same time."""
+        """Forget the gradients that were handed over since the last step. All ranks call it together."""
         with self._together("discard") as begun:
             if begun:
                 self._shards.discard()
 
     @contextmanager
     def _together(self, call: str) -> Iterator[bool]:
+        """Return a context for a call that all ranks make together, as `Shards.together`."""
         with self._shards.together(self._turns, call) as begun:
             yield begun
 
     def _compare_params(self) -> None:
+        """Raise StructureError on all ranks where parameters differ from those of rank 0."""
         own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in self.buffers["params"].leaves]
         first = self._ranks.control.bcast(own)
         different = [k for k, (a, b) in enumerate(zip(own, first, strict=True)) if a != b]
-        told = self._ranks.control.allgather(different[:1])
-        others = [rank for rank, numbers in enumerate(told) if numbers]
+        first_different = self._ranks.control.allgather(different[:1])
+        others = [rank for rank, numbers in enumerate(first_different) if numbers]
         if others:
-            path = self.buffers["params"].layout.leaves[told[others[0]][0]].path
+            path = self.buffers["params"].layout.leaves[first_different[others[0]][0]].path
             raise self._ranks.all_raise(StructureError(
                 f"params{path}: expected the same values on all ranks, got others than on rank 0 on {named(others)}; "
                 'check_params="broadcast" starts all ranks from those of rank 0'
             ))  # fmt: skip
 
     def _broadcast_params(self) -> None:
+        """Copy the parameters of rank 0 to all ranks."""
         for segment in self.buffers["params"].segments:
             self._ranks.broadcast(segment)
 

@@ -1,4 +1,4 @@
-"""The shards of an optimizer on the ranks of an MPI program, and the exchange of gradients in each step."""
+"""The shards of an optimizer on the ranks of an MPI program, and the exchange of gradients and parameters."""
 
 import zlib
 from collections import ChainMap
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
-from fastrms.backends.base import Array, Call, RunCalls
+from fastrms.backends.base import Call, RunCalls
 from fastrms.backends.host import HostBackend
 from fastrms.backends.plan import Located
 from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.buffers.flat import as_arrays, views_of
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
@@ -31,9 +31,7 @@ _CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load")
 
 
 class Shards:
-    """The shards of an optimizer: each rank updates its own elements, and has their state.
-
-    A host backend has it as its ranks.
+    """The shards of an optimizer: each rank has the state of its shard, and updates it. The `Ranks` of a host backend.
 
     Parameters
     ----------
@@ -44,9 +42,9 @@ class Shards:
     Attributes
     ----------
     bounds : list of ndarray of int64, shape (ranks + 1,)
-        For each segment of the buffers, where the shards begin, and the end of the last one.
+        For each segment of the buffers the start of each shard, and the end of the last.
     slices : list of slice
-        For each segment, the elements of this rank.
+        For each segment the elements of this rank.
     """
 
     def __init__(self, communicator: Communicator, state: OptimizerState, reduction: str) -> None:
@@ -56,12 +54,12 @@ class Shards:
         rank = communicator.rank
         self.slices = [slice(*bounds[rank : rank + 2].tolist()) for bounds in self.bounds]
         self._digest: int | None = None
-        # Whether a step is in progress for which the ranks compare, or have compared, their options.
+        # Whether a step is in progress in which ranks compare options, or have compared them.
         self._options_fixed = False
         self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
         self._leaves: dict[int, _Part] = {}
 
-    # The ranks of a host backend.
+    # The methods of `Ranks`, without `step`.
 
     def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
         """Return the buffers of this rank's shard: its parameters, the sum of their gradients, and the state."""
@@ -76,7 +74,7 @@ class Shards:
         return self._own
 
     def _shard_layout(self) -> Layout:
-        """Return the layout of this rank's shard: of each leaf, the elements that lie there."""
+        """Return the layout of this rank's shard, whose leaves are the pieces of leaves in the shard."""
         layout = self._state.layout
         pieces = []
         for leaf in layout.leaves:
@@ -86,7 +84,7 @@ class Shards:
         return Layout(layout.structure(pieces))
 
     def run_with(self, run: RunCalls) -> RunCalls:
-        """Return a function that runs kernel calls, and then sends the new parameters to all ranks."""
+        """Return a function that makes kernel calls, and then all-gathers the parameters."""
         if self.communicator.size == 1:
             return run
 
@@ -99,7 +97,7 @@ class Shards:
         return run_and_gather
 
     def add_up(self, numbers: NDArray[np.int64]) -> AddUp | None:
-        """Return a function that adds up sums of squares of these parameters over ranks, or None on one rank."""
+        """Return a function that sums the squared norms of these parameters across ranks, or None on one rank."""
         if self.communicator.size == 1:
             return None
         counts, order = self._pieces_of(numbers)
@@ -107,17 +105,17 @@ class Shards:
         mine = order[first : first + counts[self.communicator.rank]]
 
         def add_up(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-            told = np.empty(len(order))
-            self.communicator.control.Allgatherv(sums[mine], [told, counts])
-            # In the order of ranks, and one after another, so that all ranks have the same bits.
+            gathered = np.empty(len(order))
+            self.communicator.control.Allgatherv(sums[mine], [gathered, counts])
+            # Sequentially, in the order of ranks, so that all ranks get the same bits.
             whole = np.zeros(len(sums))
-            np.add.at(whole, order, told)
+            np.add.at(whole, order, gathered)
             return whole
 
         return add_up
 
     def _pieces_of(self, numbers: NDArray[np.int64]) -> tuple[list[int], NDArray[np.intp]]:
-        """Return how many of these parameters each rank has a piece of, and which, counted among them."""
+        """Return how many of these parameters lie partly on each rank, and their places in `numbers`, rank by rank."""
         key = int(numbers[0])
         if key not in self._pieces:
             leaves = [self._state.layout.leaves[k] for k in numbers]
@@ -136,7 +134,7 @@ class Shards:
         return found > 0
 
     def nonfinite_error(self, numbers: NDArray[np.intp]) -> NonfiniteError:
-        """Return the error about the gradients of these parameters, with counts of all ranks."""
+        """Return the error about the gradients of these parameters, with the counts of all ranks."""
         own = self._own["grads"].leaves
         counts = np.array([(np.isnan(own[k]).sum(), np.isinf(own[k]).sum()) for k in numbers], np.int64)
         self.communicator.allreduce_sum(counts)
@@ -148,7 +146,7 @@ class Shards:
         return error
 
     def options_change(self) -> None:
-        """Note that options are about to change, or raise where ranks have compared them already."""
+        """Record that options are about to change, or raise where ranks have compared them already."""
         self._digest = None
         if self._options_fixed:
             raise StepInProgressError(
@@ -164,10 +162,10 @@ class Shards:
             "use state_dict() or save()"
         )
 
-    # Comparing what has to be the same on all ranks.
+    # Facts: numbers that must be equal on all ranks.
 
     def facts(self, call: str, rates: list[float]) -> NDArray[np.float64]:
-        """Numbers that have to be the same on all ranks; the first says which call this is, the last are the rates."""
+        """Return the numbers that must be equal on all ranks: call, digest of options, steps, learning rates."""
         if self._digest is None:
             groups = [
                 {k: v for k, v in group.items() if k not in ("params", "lr")} for group in self._state.param_groups
@@ -183,20 +181,20 @@ class Shards:
         return np.array([_CALLS.index(call), self._digest, self._state.counts.steps, *rates])
 
     def fixed_rates(self) -> list[float]:
-        """Return the learning rate of each group, or 0 where it is a function, which is not called."""
+        """Return the learning rate of each group, 0 where it is a function."""
         return [0.0 if callable(group["lr"]) else group["lr"] for group in self._state.param_groups]
 
     def check_facts(self, facts: NDArray[np.float64]) -> None:
-        """Raise on all ranks where facts differ."""
-        told = self.communicator.control.allgather(facts)
-        if others := [rank for rank, theirs in enumerate(told) if not np.array_equal(theirs, told[0])]:
+        """Raise OptionError on all ranks where their facts differ."""
+        gathered = self.communicator.control.allgather(facts)
+        if others := [rank for rank, theirs in enumerate(gathered) if not np.array_equal(theirs, gathered[0])]:
             parts = {
                 "options" if facts[0] == 0 else "options or kinds of state": slice(1, 2),
                 "steps": slice(2, 3),
                 "lr": slice(3, None),
             }
             differ = [name for name, part in parts.items() if any(
-                not np.array_equal(told[rank][part], told[0][part]) for rank in others
+                not np.array_equal(gathered[rank][part], gathered[0][part]) for rank in others
             )]  # fmt: skip
             raise self.communicator.all_raise(OptionError(
                 f"{' and '.join(differ)}: expected the same on all ranks, got others than on rank 0 on "
@@ -206,43 +204,48 @@ class Shards:
     def _meet(
         self, call: str, facts: NDArray[np.float64], present: NDArray[np.bool_], error: Exception | None = None
     ) -> tuple[bool, NDArray[np.bool_]]:
-        """Tell all ranks, in one message, what each has to know of the others before it goes on; or raise on all.
+        """Begin a call on all ranks: compare errors and facts in one reduction, and raise on all ranks or none.
 
-        Returns whether any rank has begun to hand over gradients, and for which parameters any has a gradient.
+        `present` says which parameters have a gradient on this rank. Return whether any rank has handed over gradients,
+        and which parameters have a gradient on any rank.
         """
-        # Facts are told with both signs: they are the same everywhere if the largest and the smallest are.
-        told, count = self.communicator.message, len(facts)
-        told[0], told[1] = error is not None, self._buckets.begun
-        told[2 : -2 * count], told[-2 * count : -count], told[-count:] = present, facts, -facts
+        # The reduction is a maximum. Facts are sent with both signs, which gives maximum and minimum: they are equal
+        # where all ranks agree.
+        message, count = self.communicator.message, len(facts)
+        message[0], message[1] = error is not None, self._buckets.begun
+        message[2 : -2 * count], message[-2 * count : -count], message[-count:] = present, facts, -facts
         self.communicator.meet(call, self._state.counts.steps)
-        failed, begun = told[:2]
-        largest, smallest = told[-2 * count : -count], -told[-count:]
+        failed, begun = message[:2]
+        largest, smallest = message[-2 * count : -count], -message[-count:]
         if largest[0] != smallest[0]:
             self.communicator.refuse_different(call)
         if failed or (largest != smallest).any():
-            if begun:  # what one rank has begun, all have to
+            if begun:  # all ranks take part in reductions that one has begun
                 self._buckets.finish()
             self.communicator.agree(error)
             self.check_facts(facts)
             raise AssertionError("ranks found that they differ, and then that they do not")
-        return bool(begun), told[2 : -2 * count] > 0
+        return bool(begun), message[2 : -2 * count] > 0
 
     @contextmanager
     def together(self, turns: Turns, call: str) -> Iterator[bool]:
-        """Return a context for a call other than `step` that all ranks make together."""
-        # Nobody may come in between, not even to read, as that is an exchange of its own.
+        """Return a context for a call other than `step` that all ranks make together.
+
+        Its value is whether any rank has handed over gradients.
+        """
+        # Not even a read may come in between, since it exchanges messages too.
         with turns.between_steps(call), self.communicator.leaving():
             facts = self.facts(call, self.fixed_rates())
-            if call in ("discard", "load", "load_state_dict"):  # which may well be there to mend what differs
+            if call in ("discard", "load", "load_state_dict"):  # they may be called to make ranks equal again
                 facts[1:] = 0
-            # Whoever had an option on has its state, which all send or receive.
+            # All ranks send or receive the same state buffers, also those of options that are off by now.
             facts[1] = zlib.crc32(repr((facts[1], sorted(self._state.buffers))).encode())
             yield self._meet(call, facts, np.zeros(len(self._whole.leaves), bool))[0]
 
-    # Gradients that are handed over one by one.
+    # Gradients that are handed over one by one (`ShardedRMSProp.ready`).
 
     def hand_over(self, key: Any, grad: Any) -> None:
-        """Store one gradient, and begin the reductions that are complete with it (see `ShardedRMSProp.ready`)."""
+        """Store one gradient, and begin the reductions that now have all their gradients."""
         try:
             k = self._numbers[key]
         except (KeyError, TypeError):
@@ -264,7 +267,7 @@ class Shards:
         self._buckets.finish()
 
     def _leaf(self, k: int) -> "_Part":
-        """Return the gradient of one parameter, as a buffer."""
+        """Return a buffer that aliases the gradient of one parameter."""
         if k not in self._leaves:
             whole = self._whole
             leaf = whole.layout.leaves[k]
@@ -274,7 +277,7 @@ class Shards:
 
     @cached_property
     def _numbers(self) -> dict[Any, int]:
-        """The number of each leaf by its keys, from the outermost to its own; a single one stands for itself."""
+        """The number of each leaf by its tuple of keys, outermost first. A single key works without a tuple too."""
         layout = self._state.layout
         numbers: dict[Any, int] = {}
 
@@ -292,15 +295,15 @@ class Shards:
 
     @property
     def exchange(self) -> bool:
-        """Whether the next step exchanges gradients with other ranks, or uses gradients that were handed over."""
+        """Whether the next step is that of `Shards`: there are other ranks, or gradients were handed over."""
         return self.communicator.size > 1 or self._buckets.begun
 
     def step(self, backend: HostBackend, gradients: Any) -> None:
         """Exchange gradients with the other ranks, and let `backend` take the step."""
         self._options_fixed = False
-        rates, present, error = self._look_at(backend, gradients)
+        rates, present, error = self._prepare(backend, gradients)
         counts = self._state.counts
-        try:  # not `leaving()`, which a step would notice
+        try:  # not `leaving()`, whose cost a step would show
             counts.writing = self._options_fixed = True
             backend.take(Located(False, self._exchange(rates, present, error)), rates, backend.large_kernel)
         except BaseException as caught:
@@ -309,32 +312,32 @@ class Shards:
         finally:
             counts.writing = self._options_fixed = False
 
-    def _look_at(self, backend: HostBackend, gradients: Any) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
-        """Store this rank's gradients, unless something is wrong with them.
+    def _prepare(self, backend: HostBackend, gradients: Any) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
+        """Compute learning rates, and copy the gradients of this rank to the gradient buffer.
 
-        Returns the learning rates, for which parameters there are gradients, and what is wrong.
+        Return the rates, which parameters have a gradient, and the error of this rank, which `_meet` raises on all.
         """
         handover, grads = self._buckets, self._whole
         present = np.ones(len(grads.leaves), bool)
         rates = [0.0] * len(self._state.param_groups)
         from_buffer = gradients is None or gradients is grads.views
         try:
-            # First what may call functions of the user's.
+            # First everything that may call functions of the user.
             found = backend.all_rates()
             arrays = None
             if handover.begun:
-                self._refuse_half(from_buffer)
+                self._check_handed_over(from_buffer)
                 present = np.array(handover.present)
             elif not from_buffer:
                 arrays = as_arrays(
                     grads.layout.flatten(gradients, "gradients"), grads.layout, "gradients", allow_none=True
                 )
                 present = np.array([array is not None for array in arrays])
-            # From here on no other call may come in between, and no option may be set: ranks compare them.
+            # From here on other calls and changes of options are refused, since ranks compare their options.
             self._state.counts.writing = self._options_fixed = True
             backend.use_options()
             refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
-            # A function may have put a number in its own place.
+            # A function may have replaced itself by a number.
             rates = [each if callable(group["lr"]) else group["lr"]
                      for group, each in zip(self._state.param_groups, found, strict=True)]  # fmt: skip
             if arrays is not None:
@@ -346,7 +349,10 @@ class Shards:
     def _exchange(
         self, rates: list[float], present: NDArray[np.bool_], error: Exception | None
     ) -> NDArray[np.bool_] | None:
-        """Add up the gradients of all ranks, or raise on all; return which parameters have one anywhere (None: all)."""
+        """Reduce the gradients of all ranks, or raise on all ranks.
+
+        Return which parameters have a gradient on any rank, or None where all have one.
+        """
         handover, grads = self._buckets, self._whole
         begun, anywhere = self._meet("step", self.facts("step", rates), present, error)
         for k in np.flatnonzero(anywhere & ~present):
@@ -361,8 +367,8 @@ class Shards:
                     own /= own.dtype.type(self.communicator.size)
         return None if anywhere.all() else anywhere
 
-    def _refuse_half(self, from_buffer: bool) -> None:
-        """Raise where gradients were handed over, but not all of them, or others come with the step."""
+    def _check_handed_over(self, from_buffer: bool) -> None:
+        """Raise StructureError unless all gradients were handed over, and `step` got none."""
         leaves = self._whole.layout.leaves
         if not from_buffer:
             raise StructureError(
@@ -379,7 +385,7 @@ class Shards:
 
 
 class _Part(FlatBuffer):
-    """A buffer whose segments lie in those of another one."""
+    """A buffer whose segments are parts of those of another buffer."""
 
     def __init__(self, whole: FlatBuffer, layout: Layout, segments: Sequence[Array]) -> None:
         self.layout, self.segments = layout, tuple(segments)

@@ -1,4 +1,4 @@
-"""Arrays on a GPU, of Numba and of other libraries: their streams, and copies in and out."""
+"""Arrays on a GPU, of Numba and other libraries: streams, and copies from and to the host."""
 
 import math
 import sys
@@ -7,34 +7,33 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms.buffers import Array
 from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
-    "Array", "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of",
+    "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of",
     "to_host",
 ]  # fmt: skip
 
-Array = NDArray[Any]
 Interface = Mapping[str, Any]
 
-cuda: Any = kernels.cuda  # with the types of none of its targets
+cuda: Any = kernels.cuda  # untyped, as the GPU and the simulator have different types
 
 
 def as_stream(value: Any) -> Any:
-    """Return a stream of Numba's for None, a number, or a stream of another library.
+    """Return a stream of Numba for None, a number, or a stream of another library.
 
     Raises
     ------
     OptionTypeError
-        It is something else.
+        `value` is none of these.
     """
     given = value
     if value is None:
         return _default_stream()
-    if hasattr(value, "auto_synchronize"):  # Numba's; 0 is its default stream, which others know by another number
+    if hasattr(value, "auto_synchronize"):  # Numba's; its default stream is 0, but 1 in other libraries
         return value if kernels.handle_of(value) != kernels.LEGACY_STREAM else _default_stream()
     for name in ("cuda_stream", "ptr"):  # PyTorch's and CuPy's
         value = getattr(value, name, value)
@@ -48,25 +47,27 @@ def as_stream(value: Any) -> Any:
     if value <= kernels.LEGACY_STREAM:
         return _default_stream()
     stream = cuda.external_stream(int(value))
-    stream.given = given  # which ends its stream when nobody has it any more
+    stream.given = given  # keeps the stream of the other library alive
     return stream
 
 
 def _default_stream() -> Any:
-    # The simulator of Numba's own target has no name for it.
+    """Return the default stream."""
+    # The simulator has no `legacy_default_stream`.
     return getattr(cuda, "legacy_default_stream", cuda.stream)()
 
 
 def let_wait(waiting: Any, handle: int, for_it: bool) -> None:
-    """Let the work that is yet to come on a stream wait for that on another, which is known by its number.
+    """Make future work on one stream wait for the present work on another.
 
     Parameters
     ----------
     waiting : stream of Numba's
+        The stream that waits.
     handle : int
-        Of the other one.
+        The number of the other stream; 0 for none.
     for_it : bool
-        False for the other way round.
+        True if `waiting` waits for the other stream; False if the other stream waits for it.
     """
     if handle in (kernels.handle_of(waiting), 0):
         return
@@ -82,17 +83,17 @@ def dense_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ..
 
 
 def stream_of(item: Any, interface: Interface) -> int:
-    """Return the number of the stream on which an array was computed, or 0 where there is nothing to wait for."""
+    """Return the number of the stream that computes an array, or 0 where there is nothing to wait for."""
     if interface.get("stream") is not None:
         return int(interface["stream"])
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(item, torch.Tensor):  # whose interface is an older one that has no streams
+    if torch is not None and isinstance(item, torch.Tensor):  # its interface is of an older version without streams
         return torch.cuda.current_stream(item.device).cuda_stream or kernels.LEGACY_STREAM
     return 0
 
 
 def copy_in(target: Any, interface: Interface, stream: Any) -> None:
-    """Copy an array on the device, of any dtype and strides, into a 1-D array there."""
+    """Copy an array on the device, of any dtype and strides, into a 1-D array on the device."""
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
     strides = interface.get("strides") or dense_strides(shape, dtype)
     if not shape:
@@ -105,9 +106,9 @@ def copy_in(target: Any, interface: Interface, stream: Any) -> None:
 
 
 def to_host(tree: Any, stream: Any) -> Any:
-    """Return a copy of a nesting of lists, tuples and dicts with all arrays in ordinary memory.
+    """Return a copy of a nesting of lists, tuples and dicts with all arrays on the host.
 
-    Those of dtypes other than float32 and float64, which no optimizer takes, come without their values.
+    Arrays of other dtypes than float32 and float64, which an optimizer refuses, become zeros.
     """
 
     def copied(item: Any, interface: Interface) -> Array:
@@ -125,7 +126,7 @@ def to_host(tree: Any, stream: Any) -> Any:
 
 
 def shadows(tree: Any) -> Any:
-    """Return a copy of a nesting with arrays that have the addresses of those on the device, and cannot be read."""
+    """Return a copy of a nesting with NumPy arrays at the device addresses, for comparing addresses only."""
 
     def shadow(item: Any, interface: Interface) -> Array:
         return np.asarray(SimpleNamespace(__array_interface__={**interface, "version": 3}))
@@ -134,6 +135,7 @@ def shadows(tree: Any) -> Any:
 
 
 def _mapped(tree: Any, change: Callable[[Any, Interface], Any]) -> Any:
+    """Return a copy of a nesting with `change` applied to each array on the device."""
     if isinstance(tree, Mapping):
         return {key: _mapped(item, change) for key, item in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,50 +1,45 @@
-"""Take the steps of an optimizer on a GPU: launch kernels, and wait for none of them."""
+"""The backend on a GPU: launch the kernels of a step without waiting for them."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
 import numpy as np
 
-from fastrms._state import STATE_OPTIONS, Counts, OptimizerState
-from fastrms.backends.cuda.arrays import Array, as_stream, copy_in, cuda, let_wait, require_gpu, to_host
+from fastrms._state import Counts, OptimizerState
+from fastrms.backends.base import Backend
+from fastrms.backends.cuda.arrays import as_stream, copy_in, cuda, let_wait, require_gpu, to_host
 from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
 from fastrms.backends.cuda.gradients import Finder, Found
 from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
 from fastrms.backends.plan import rate_of, split_runs
-from fastrms.backends.turns import Turns
-from fastrms.buffers import FlatBuffer
+from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.replaced import Watch, refuse_replaced
-from fastrms.errors import DeviceError, NonfiniteError, OptionError
+from fastrms.errors import DeviceError, NonfiniteError
+from fastrms.kernels import check_cuda_kernel, threads
 from fastrms.kernels import cuda as kernels
-from fastrms.kernels import threads
 from fastrms.kernels.hyper import needs_extended_rule
 from fastrms.options import resolve_lr
 
 __all__ = ["CudaBackend"]
 
 
-class CudaBackend:
-    """The steps of an optimizer whose buffers are on a GPU.
+class CudaBackend(Backend):
+    """The backend of an optimizer whose buffers are on a GPU.
 
-    The host knows the counts, except for the decisions of the device since it was asked last: whether it took a step,
-    with nonfinite="skip", and which parameters had no gradient in it.
+    The counts on the host may be behind those of the device: with nonfinite="skip" the device decides whether a step
+    is taken or skipped, and counts for each parameter the steps without a gradient. `settle` brings the counts up to
+    date.
 
     Parameters
     ----------
     state : OptimizerState
-        With buffers in ordinary memory. They are moved to the device.
+        With buffers on the host, which are copied to the device and replaced.
     stream : as for `fastrms.cuda.CudaRMSProp`
     """
 
-    thread_limit = None
-    in_parts = False
-
     def __init__(self, state: OptimizerState, stream: Any) -> None:
         require_gpu()
-        self.state = state
-        self.turns = Turns(state.counts)
+        super().__init__(state)
         self._stream = as_stream(stream)
         state.kernel = "cuda"
         for name, buffer in state.buffers.items():
@@ -59,11 +54,11 @@ class CudaBackend:
         ]
         self._tables: Tables | None = None
         self._forked = False
-        self._counts_there = False  # whether the device counts steps, or the host
-        self._pending = 0  # steps of which the host does not know yet whether they were taken
-        self._absent_changed = False
-        self._used: list[tuple[bool, bool]] = []  # for each group whether it has a momentum buffer and a mean gradient
-        self._computed_from: object = None  # the version of the options from which everything else was computed
+        self._device_counts = False  # whether the device, not the host, counts `absent`
+        self._pending = 0  # steps that the device has taken or skipped since the host asked last
+        self._absent_changed = False  # whether `absent` on the device is newer than on the host
+        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use`, as computed last
+        self._computed_from: object = None  # the version of the options from which `_use_options` has computed
         self.options_changed()
         threads.call_after_fork(self.after_fork)
 
@@ -98,34 +93,22 @@ class CudaBackend:
         """Return a state buffer of zeros on the device."""
         return self._params.like()
 
-    def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
-        """Make the state buffers that groups with these options need and that do not exist."""
-        options = list(options)
-        for name, option in STATE_OPTIONS.items():
-            if name not in self.state.buffers and any(values[option] for values in options):
-                self.state.buffers[name] = self.new_buffer(name)
-
     def check_kernel(self, value: Any) -> str:
-        """Return "cuda" if `value` is a kernel to which an optimizer on a GPU can change: there is one only."""
-        if value not in ("cuda", "auto"):
-            raise OptionError(
-                f'kernel: expected "cuda", as all buffers are on the GPU, got {value!r}; make a new optimizer for the '
-                "host, RMSProp(params), and let it load_state_dict() of this one"
-            )
-        return "cuda"
+        """Return "cuda" where `value` names the only kernel on a GPU, or raise OptionError."""
+        return check_cuda_kernel(value)
 
     def kernel_changed(self) -> None:
-        """Do nothing: there is one kernel, and no thread of the host takes part."""
+        """Do nothing: there is one kernel, and it uses no threads of the host."""
 
     def options_changed(self) -> None:
         """Forget everything that was computed from options. The next step computes it again."""
         self._version = object()
 
     def _use_options(self) -> None:
+        """Compute everything on the host that depends on options only; `_prepare_tables` writes it to the device."""
         version = self._version
-        groups = self.state.param_groups
-        self._scheduled = any(callable(group["lr"]) for group in groups)
-        used = [(group["momentum"] > 0, group["centered"]) for group in groups]
+        self._scheduled = self.state.scheduled
+        used = self.state.state_in_use
         if used != self._used:
             for run in self._runs:
                 run.use_buffers(self.state.buffers)
@@ -157,13 +140,14 @@ class CudaBackend:
         return counts
 
     def _read_absent(self) -> None:
+        """Copy `absent` from the device, where it has changed."""
         if self._absent_changed and self._tables is not None:
             self.state.counts.absent[self._tables.order] = self._params.read(self._tables.absent)
             self._absent_changed = False
 
     def counts_changed(self) -> None:
-        """Use the counts that were written to `state`: the device gets them anew."""
-        self._counts_there = False
+        """Use the counts that were written to `state`: the next step copies them to the device."""
+        self._device_counts = False
         self.options_changed()
 
     # Steps.
@@ -178,7 +162,7 @@ class CudaBackend:
                 "step: this process was forked from one that used the GPU, which CUDA does not allow; start processes "
                 'with the method "spawn", and load a checkpoint there'
             )
-        # First everything that may call the user's functions, which may set options: rates, mappings, arrays.
+        # First everything that may call functions of the user, which may set options: rates, mappings, arrays.
         rates = self._rates()
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
@@ -199,7 +183,7 @@ class CudaBackend:
 
         for handle in found.streams:
             let_wait(self._stream, handle, True)
-        self._bring(found)
+        self._copy(found)
         tables.sources.write(found.sources[tables.order], self._stream)
         if self._clips or self.state.nonfinite != "propagate":
             self._measure(tables)
@@ -207,11 +191,11 @@ class CudaBackend:
             self._raise_if_nonfinite(tables, found, items)
         counts.writing = True  # until the step was counted
         self._update(tables, found)
-        for handle in found.streams:  # whose memory may be written again, but not before it has been read
+        for handle in found.streams:  # which may write their gradients again after the step has read them
             let_wait(self._stream, handle, False)
 
         absent = found.sources == kernels.ABSENT
-        if self._counts_there:
+        if self._device_counts:
             self._absent_changed |= bool(absent.any())
         elif absent.any():
             counts.absent[absent] += 1
@@ -231,32 +215,31 @@ class CudaBackend:
         return [resolve_lr(group, steps) for group in self.state.param_groups]
 
     def _prepare_tables(self) -> Tables:
-        """Return the tables, after writing to them what options ask for."""
+        """Return the tables of the device, after writing to them the numbers that depend on options."""
         if self._tables is None:
             self._tables = Tables(self._runs, self._stream)
         tables = self._tables
         if self._changed:
-            groups = self.state.param_groups
-            self._clips = self.state.global_clip_norm is not None or any(g["clip_norm"] is not None for g in groups)
-            self._corrects = any(group["bias_correction"] for group in groups)
+            self._clips = self.state.clips_by_norm
+            self._corrects = any(group["bias_correction"] for group in self.state.param_groups)
             if self.state.nonfinite != "skip":
                 self.settle_steps()
-            counts = self._corrects or self.state.nonfinite == "skip"
-            if counts and not self._counts_there:
+            device_counts = self._corrects or self.state.nonfinite == "skip"
+            if device_counts and not self._device_counts:
                 tables.absent.copy_to_device(self.state.counts.absent[tables.order], stream=self._stream)
-            elif self._counts_there and not counts:
+            elif self._device_counts and not device_counts:
                 self._read_absent()
-            self._counts_there = counts
+            self._device_counts = device_counts
             tables.set_options(self._runs, self._stream)
         return tables
 
-    def _bring(self, found: Found) -> None:
-        """Copy gradients that cannot be read where they lie to the gradient buffer."""
+    def _copy(self, found: Found) -> None:
+        """Copy gradients that cannot be read in place to the gradient buffer."""
         grads = self._grads
         sources: list[tuple[Any, Any, Any]] = []
         for k, interface, ours in found.others:
             leaf = grads.layout.leaves[k]
-            if ours:  # perhaps where another one is about to be copied to
+            if ours:  # another gradient may be copied there first, so save this one
                 apart = cuda.device_array(leaf.stop - leaf.start, np.dtype(interface["typestr"]))
                 copy_in(apart, interface, self._stream)
                 sources.append((k, kernels.interface_of(apart), apart))
@@ -268,7 +251,8 @@ class CudaBackend:
             copy_in(grads.part(k), source, self._stream)
 
     def _upload(self, found: Found, grads: DeviceBuffer) -> None:
-        if len(self._pinned) < 2:  # one is filled while the other is on its way
+        """Copy gradients from the host to the gradient buffer, through pinned memory."""
+        if len(self._pinned) < 2:  # one is filled while the other is being copied
             self._pinned.append((Pinned(grads.layout), cuda.event()))
         else:
             self._pinned.reverse()
@@ -286,7 +270,7 @@ class CudaBackend:
         event.record(self._stream)
 
     def _measure(self, tables: Tables) -> None:
-        """Find out the norms of gradients, and whether they are finite, as far as the options ask."""
+        """Compute the norms of gradients, and whether they are finite, as options need it."""
         for run in self._runs:
             bound = NO_BOUND if run.group["clip_value"] is None else run.group["clip_value"]
             passes = []
@@ -296,9 +280,9 @@ class CudaBackend:
                     passes.append((kernels.TOO_SMALL, kernels.PRESCALE, bound))
                     passes.append((kernels.TOO_LARGE, 1 / kernels.PRESCALE, bound))
             if self.state.nonfinite != "propagate":
-                # A norm that is finite tells it, if nothing was clipped; otherwise the values do.
-                told = self._clips and bound == NO_BOUND
-                passes.append((kernels.DOUBTFUL if told else kernels.EVERY, 0.0, NO_BOUND))
+                # A finite norm proves a finite gradient, unless values were clipped. Otherwise read the values.
+                by_norm = self._clips and bound == NO_BOUND
+                passes.append((kernels.DOUBTFUL if by_norm else kernels.EVERY, 0.0, NO_BOUND))
             sources, sums, norms, finite, _ = run.tables
             bounds, first_chunk = run.each
             for which, prescale, limit in passes:
@@ -313,8 +297,9 @@ class CudaBackend:
                 )  # fmt: skip
 
     def _raise_if_nonfinite(self, tables: Tables, found: Found, items: tuple[Any, ...]) -> None:
+        """Wait for the device, and raise NonfiniteError where a gradient is not finite."""
         grads = self._grads
-        wrong = sorted(tables.order[self._grads.read(tables.finite) == 0].tolist())
+        wrong = sorted(tables.order[grads.read(tables.finite) == 0].tolist())
         if wrong:
             values = {}
             for k in wrong:
@@ -324,6 +309,7 @@ class CudaBackend:
             raise NonfiniteError.of(values)
 
     def _update(self, tables: Tables, found: Found) -> None:
+        """Launch the kernels that update parameters and state."""
         factored, guarded = self._clips or self._corrects, self.state.nonfinite == "skip"
         if factored or guarded:
             limit = NO_BOUND if self.state.global_clip_norm is None else self.state.global_clip_norm
@@ -359,22 +345,8 @@ class CudaBackend:
         """Set the elements of a segment of a buffer."""
         self._params.write(segment, values)
 
-    def parts(self, array: Array) -> Iterator[slice]:
-        """Iterate over one slice, of the whole array."""
-        yield slice(None)
-
-    def loading(self) -> AbstractContextManager[None]:
-        """Return a context that does nothing."""
-        return nullcontext()
-
-    def discard(self) -> None:
-        """Do nothing: there are no files."""
-
-    def refuse_copy(self) -> None:
-        """Do nothing: the buffers can be copied."""
-
     def state_on_host(self) -> OptimizerState:
-        """Return a copy of the data whose buffers are in ordinary memory."""
+        """Return a copy of the data with buffers on the host."""
         self.settle()
         state = copy(self.state)
         state.buffers = {name: self._on_device(name).to_host() for name in self.state.buffers}
@@ -386,7 +358,7 @@ class CudaBackend:
         self._forked = True
 
     def explain(self) -> list[str]:
-        """Say which kernel updates which parameters, a line each."""
+        """Return a line for each group and dtype: the kernel that updates it."""
         return [
             f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays: cuda, as asked for"
             for run in self._runs

@@ -1,4 +1,4 @@
-"""Buffers on a GPU, and memory through which the host writes to them."""
+"""Buffers on a GPU, and pinned memory of the host for copies to them."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastrms.backends.cuda.arrays import Array, cuda
-from fastrms.buffers import FlatBuffer, Layout
+from fastrms.backends.cuda.arrays import cuda
+from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
 
 __all__ = ["DeviceBuffer", "Pinned", "Staged"]
 
-# How many copies of a table can be on their way to the device. The host waits only if it is further ahead than that.
-_ON_THEIR_WAY = 16
+# The number of copies of a table that can be in flight to the device. With more the host waits.
+_IN_FLIGHT = 16
 
 
 class DeviceBuffer(FlatBuffer):
@@ -24,7 +24,7 @@ class DeviceBuffer(FlatBuffer):
     ----------
     layout : Layout
     stream : stream of Numba's
-        On which all is done, and which the arrays tell others of.
+        The stream of all work, which other libraries see in the arrays.
     """
 
     def __init__(self, layout: Layout, stream: Any) -> None:
@@ -40,20 +40,21 @@ class DeviceBuffer(FlatBuffer):
         self.use(stream)
 
     def _part(self, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Any:
+        """Return a view of the block."""
         size = math.prod(shape)
-        if size == 0:  # there is no address for it
+        if size == 0:  # an empty array has no address
             return cuda.device_array(shape, dtype)
         return self.block[offset : offset + size * dtype.itemsize].view(dtype).reshape(shape)
 
     def use(self, stream: Any) -> None:
-        """Do everything on another stream from now on."""
+        """Use another stream from now on."""
         self._stream = stream
         for array in (self.block, *self.segments, *self.leaves):
             array.stream = stream
 
     @property
     def span(self) -> tuple[int, int]:
-        """The first address of the block, and the first one after it."""
+        """The first address of the block, and the first address after it."""
         interface = kernels.interface_of(self.block)
         assert interface is not None
         low = interface["data"][0]
@@ -77,7 +78,7 @@ class DeviceBuffer(FlatBuffer):
             kernels.launch(kernels.fill, blocks, kernels.THREADS, self._stream, segment, segment.dtype.type(values))
 
     def read(self, array: Any) -> Array:
-        """Return a copy of one of `segments` or `leaves`, after all work on the stream."""
+        """Return a copy of one of `segments` or `leaves` on the host, after all work on the stream."""
         copied: Array = np.zeros(array.shape, array.dtype)
         if array.size:
             copied = array.copy_to_host(stream=self._stream)
@@ -90,19 +91,19 @@ class DeviceBuffer(FlatBuffer):
         return self.segments[leaf.segment][leaf.start : leaf.stop]
 
     def store(self, arrays: Sequence[Any]) -> None:
-        """Copy what `check` returned to the device."""
+        """Copy arrays on the host to the device; None leaves a leaf as it is."""
         for k, (array, view) in enumerate(zip(arrays, self.leaves, strict=True)):
             if array is not None and view.size:
-                with np.errstate(all="ignore"):  # as on the device, a number that is too large becomes inf
+                with np.errstate(all="ignore"):  # values that are too large become inf, as on the device
                     dense = np.array(array, view.dtype, order="C")
                 self.part(k).copy_to_device(dense.reshape(-1), stream=self._stream)
 
     def aliases(self, arrays: Sequence[Any]) -> list[bool]:
-        """As `FlatBuffer.aliases`, of arrays in ordinary memory."""
+        """Return False for each array, as arrays on the host share no memory with the device."""
         return [False] * len(arrays)
 
     def to_host(self) -> FlatBuffer:
-        """Return a copy in ordinary memory."""
+        """Return a copy on the host."""
         host = FlatBuffer.from_layout(self.layout)
         for segment, ours in zip(host.segments, self.segments, strict=True):
             segment[...] = self.read(ours)
@@ -117,7 +118,7 @@ class DeviceBuffer(FlatBuffer):
         return buffer
 
     def contains(self, item: object) -> bool:
-        """As `FlatBuffer.contains`, of arrays on the device."""
+        """Tell whether an array on the device lies in the buffer, as `FlatBuffer.contains`."""
         interface = kernels.interface_of(item)
         if interface is None or not math.prod(interface["shape"]):
             return interface is not None
@@ -132,21 +133,21 @@ class DeviceBuffer(FlatBuffer):
 
 
 class Pinned(FlatBuffer):
-    """A `FlatBuffer` in memory of the host that the device can read by itself, while the host does something else."""
+    """A `FlatBuffer` in pinned memory of the host, from which copies to the device are asynchronous."""
 
     def __init__(self, layout: Layout) -> None:
         self._allocate(layout, cuda.pinned_array)
 
 
 class Staged:
-    """A 1-D array on the device that the host writes, without waiting: through pinned memory, as often as it likes.
+    """A 1-D array on the device that the host writes asynchronously, through pinned memory.
 
     Parameters
     ----------
     values : ndarray, shape (n,)
-        What it has at first.
+        The initial values.
     stream : stream of Numba's
-        On which it is written now.
+        The stream that copies them.
     """
 
     def __init__(self, values: Array, stream: Any) -> None:
@@ -157,21 +158,17 @@ class Staged:
         self.write(values, stream)
 
     def write(self, values: Array, stream: Any) -> None:
-        """Write `values`, unless the array has them already."""
+        """Write values, unless the array has them already."""
         if not values.size or (self._now is not None and np.array_equal(values, self._now)):
             return
-        if len(self._pinned) < _ON_THEIR_WAY:
+        if len(self._pinned) < _IN_FLIGHT:
             self._pinned.append((cuda.pinned_array(values.size, values.dtype), cuda.event()))
             self._turn = -1
         else:
-            self._turn = (self._turn + 1) % _ON_THEIR_WAY
+            self._turn = (self._turn + 1) % _IN_FLIGHT
             self._pinned[self._turn][1].synchronize()
         memory, event = self._pinned[self._turn]
         memory[...] = values
         self.array.copy_to_device(memory, stream=stream)
         event.record(stream)
         self._now = values.copy()
-
-    def forget(self) -> None:
-        """Note that somebody else has written it."""
-        self._now = None

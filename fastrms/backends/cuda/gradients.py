@@ -1,4 +1,4 @@
-"""Where the gradients of a step lie: on the device, in ordinary memory, or nowhere."""
+"""The location of the gradients of a step: on the device, on the host, or none."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,21 @@ __all__ = ["Finder", "Found"]
 
 
 class Found:
-    """Where the gradients of a step are.
+    """The location of the gradients of a step.
 
     Attributes
     ----------
     sources : ndarray of int64
-        For each parameter an address, `IN_BUFFER` or `ABSENT`.
+        For each parameter the address of its gradient, or `IN_BUFFER`, or `ABSENT`.
     arrays : list of ndarray or None
-        Those in ordinary memory, or an empty list.
+        The gradients on the host, and None for all others; empty where there are none on the host.
     others : list of (int, interface, bool)
-        Number and description of those on the device that have to be copied to the gradient buffer first, and whether
-        they lie in the optimizer's own memory.
+        The gradients on the device that must be copied to the gradient buffer: number of the parameter, interface, and
+        whether the gradient lies in memory that the step writes.
     streams : set of int
-        Of those who made them.
+        The streams that compute gradients.
     kept : list
-        What has to live until the step has been asked for.
+        Objects that must live until the step is launched.
     """
 
     def __init__(self, count: int) -> None:
@@ -47,7 +47,7 @@ class Found:
 
 
 class Finder:
-    """Finds out where gradients are, and checks them; nothing is written.
+    """The search for gradients, with all checks. It writes nothing to buffers.
 
     Parameters
     ----------
@@ -60,7 +60,8 @@ class Finder:
         layout = grads.layout
         self._leaves = layout.leaves
         self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
-        self._known: dict[tuple[str, np.dtype[Any]], np.dtype[Any]] = {}  # which dtypes can be stored as which
+        # (typestr of a gradient, dtype of its parameter): dtype of the gradient, where it can be cast.
+        self._known: dict[tuple[str, np.dtype[Any]], np.dtype[Any]] = {}
         # For `dlpack.locate`.
         self._expected = np.zeros((len(self._leaves), 2 + max(len(leaf.shape) for leaf in self._leaves)), np.int64)
         for row, leaf, dtype in zip(self._expected, self._leaves, self._dtypes, strict=True):
@@ -69,17 +70,17 @@ class Finder:
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places = np.zeros((2, len(self._leaves)), np.int64)
         self._device = dlpack.CUDA | getattr(getattr(cuda.current_context(), "device", None), "id", 0) << 32
-        # Negative views of PyTorch's are parts of complex tensors, and dense only if they have one element.
+        # Negative views of PyTorch are parts of complex tensors. Only those of one element are dense.
         self._singles = [k for k, leaf in enumerate(self._leaves) if leaf.stop - leaf.start == 1]
 
     def find(self, items: tuple[Any, ...], written: NDArray[np.int64]) -> Found:
-        """Find the gradients `items`, one for each parameter, or None.
+        """Return the location of gradients, one for each parameter, or None.
 
         Parameters
         ----------
         items : tuple
         written : ndarray of int64, shape (m, 2)
-            Pieces of memory [low, high) that the step writes: what lies there is copied first.
+            Pieces of memory [low, high) that the step writes. Gradients in them are copied first.
 
         Raises
         ------
@@ -101,11 +102,11 @@ class Finder:
                 if interface is None:
                     on_host.append(k)
                     continue
-                if getattr(item, "is_neg", bool)():  # a view of PyTorch's, of which memory has the positive numbers
+                if getattr(item, "is_neg", bool)():  # a view of PyTorch whose memory has the opposite sign
                     item = item.resolve_neg()
                     found.kept.append(item)
                     interface = kernels.interface_of(item) or interface
-                self._look_at(k, item, interface, spans, found)
+                self._locate_one(k, item, interface, spans, found)
         if on_host:
             wanted = set(on_host)
             chosen = [item if k in wanted else None for k, item in enumerate(items)]
@@ -113,7 +114,7 @@ class Finder:
         return found
 
     def _locate(self, items: tuple[Any, ...], written: NDArray[np.int64], found: Found) -> list[int]:
-        """Find those that can be found by compiled code, and return the numbers of the others."""
+        """Locate gradients by compiled code, and return the numbers of those that it leaves."""
         kind = type(items[0])
         addresses, states = self._places
         dlpack.locate(
@@ -128,8 +129,9 @@ class Finder:
             found.streams.add(dlpack.current_stream(kind, self._device) or kernels.LEGACY_STREAM)
         return np.flatnonzero(~ordinary).tolist()
 
-    def _look_at(self, k: int, item: Any, interface: Interface, spans: list[list[int]], found: Found) -> None:
-        # 1,000 arrays come here one by one: texts are made where they are needed.
+    def _locate_one(self, k: int, item: Any, interface: Interface, spans: list[list[int]], found: Found) -> None:
+        """Check one gradient on the device, and locate it."""
+        # It runs for each of 1,000 arrays, so texts are made only for errors.
         leaf, dtype, shape = self._leaves[k], self._dtypes[k], interface["shape"]
         if interface.get("mask") is not None:
             raise DtypeError(

@@ -1,4 +1,4 @@
-"""Make a backend on a GPU."""
+"""Make backends on a GPU."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def new_cuda_backend(params: Any, settings: Settings, stream: Any) -> CudaBacken
     stream = as_stream(stream)
     try:
         on_host, places = to_host(params, stream), shadows(params)
-    except RecursionError:  # for which Layout has a better message
+    except RecursionError:  # Layout raises an error with a better message
         on_host = places = params
     state = OptimizerState(on_host, settings)
     if on_host is not places:

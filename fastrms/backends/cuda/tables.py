@@ -1,4 +1,4 @@
-"""The data that kernels of a step read and write on the device, beside the buffers."""
+"""The data on the device that a step uses beside the buffers: runs, and tables with a row for each parameter."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ NO_BOUND = math.inf
 
 
 class DeviceRun:
-    """The parameters of one group and one dtype, neighbours on the device: one launch updates them.
+    """The parameters of one group and one dtype, which are neighbours on the device. One launch updates them.
 
     Parameters
     ----------
@@ -41,39 +41,47 @@ class DeviceRun:
         first_chunk = np.concatenate([[0], np.cumsum(-(-(bounds[:, 1] - bounds[:, 0]) // kernels.CHUNK))])
         self.chunks = int(first_chunk[-1])
         self.whole_chunks = -(-self.size // kernels.CHUNK)
-        # Bounds and first chunks of each parameter, and of all as one span, whose gradient is in the buffer.
+        # Bounds and first chunks of each parameter; and of all as one span, whose gradient is in the gradient buffer.
         self.each = tuple(map(cuda.to_device, (bounds, first_chunk)))
         whole = np.array([[0, self.size]]), np.array([0, self.whole_chunks]), np.array([kernels.IN_BUFFER])
         self.whole = tuple(map(cuda.to_device, whole))
-        self.slots = slice(0, 0)  # its parameters among those of all runs, one run after the other
-        self.tables: tuple[Any, ...] = ()  # its items of `sources`, `sums`, `norms`, `finite` and `factors`
+        self.slots = slice(0, 0)  # its rows in the tables
+        self.tables: tuple[Any, ...] = ()  # its rows of `sources`, `sums`, `norms`, `finite` and `factors`
         self.hyper: tuple[Any, ...] = ()
         self.arrays: tuple[Any, ...] = ()
 
     def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
-        """Keep the parts of the buffers that belong to the run, and those of the state that its options ask for."""
+        """Use the parts of these buffers that belong to the run, with the state that its options need."""
         params = self._part_of(buffers["params"])
         self.arrays = (
             params,
             self._part_of(buffers["grads"]),
             self._part_of(buffers["cache"]),
-            # A kernel that uses no such state needs some array in its place.
+            # A kernel that does not use this state still needs an array as argument.
             self._part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else params,
             self._part_of(buffers["grad_avg"]) if self.group["centered"] else params,
         )
 
     def _part_of(self, buffer: FlatBuffer) -> Any:
+        """Return the elements of this run in `buffer`, 1-D."""
         segment = buffer.segments[self._segment]
         return segment[self._part] if self.size else segment
 
     def set_hyper(self, lr: float) -> None:
-        """Compute the numbers that the kernel gets for the options."""
+        """Compute the numbers that the kernel takes for options and learning rate."""
         with np.errstate(all="ignore"):
             self.hyper = tuple(np.array(hyper_values(self.group, lr, self.dtype), self.dtype))
 
 
 class Tables:
-    """What a step reads and writes on the device beside the buffers: one item for each parameter, run after run."""
+    """Arrays on the device with a row for each parameter, in the order of the runs.
+
+    Parameters
+    ----------
+    runs : sequence of DeviceRun
+        Each gets its slots and tables.
+    stream : stream of Numba's
+    """
 
     def __init__(self, runs: Sequence[DeviceRun], stream: Any) -> None:
         self.order = np.concatenate([run.numbers for run in runs])
@@ -91,18 +99,18 @@ class Tables:
         self.factors = cuda.to_device(np.zeros((count, 2)))
         self.limits, self.signs = (Staged(np.zeros(count), stream) for _ in range(2))
         self.rows = Staged(np.full(count, -1), stream)
-        for run in runs:  # slices take Numba longer than a launch
+        for run in runs:  # now, since slicing takes Numba longer than a launch
             run.tables = tuple(
                 array[run.slots]
                 for array in (self.sources.array, self.sums, self.norms, self.finite, self.factors)
             )  # fmt: skip
-        # For correcting bias: a row for each decay rate, a column for each number of steps.
+        # Factors of bias correction: a row for each decay rate, a column for each number of steps.
         self.decay_rates: list[float] = []
         self.corrections = np.ones((1, 1))
         self.corrections_there = cuda.to_device(self.corrections)
 
     def set_options(self, runs: Sequence[DeviceRun], stream: Any) -> None:
-        """Write what the options say of each parameter."""
+        """Write the numbers of each parameter that depend on options."""
         limits, signs, rows = np.zeros(len(self.order)), np.zeros(len(self.order)), np.full(len(self.order), -1)
         rates = sorted({run.group["decay_rate"] for run in runs if run.group["bias_correction"]})
         for run in runs:
@@ -119,7 +127,7 @@ class Tables:
             self.corrections = np.zeros((max(1, len(rates)), 0))
 
     def correct_up_to(self, steps: int, stream: Any) -> None:
-        """Have the corrections up to so many steps; they come to 1, and then there need be no more."""
+        """Extend the factors of bias correction to so many steps, unless the last ones are all 1."""
         known = self.corrections.shape[1]
         if known >= steps or (known and bool((self.corrections[:, -1] == 1).all())):
             return
