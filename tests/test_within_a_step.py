@@ -246,7 +246,7 @@ def at_every_line(make, act, handler, names):
 
 
 STEPPING = {"step", "take", "_make_calls", "make_plan", "use_options", "_locate", "_copy", "refuse_replaced"}
-SETTING = {"_set_options", "assign", "with_changes", "add_state", "options_changed", "update"}
+SETTING = {"_set_options", "assign", "with_changes", "add_state", "add_buffers", "options_changed", "update"}
 
 
 @pytest.mark.skipif(not JIT, reason="where compiled code is the interpreter's, a step has lines between updates")
