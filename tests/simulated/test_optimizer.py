@@ -321,8 +321,8 @@ def test_a_step_is_measured_beside_a_copy():
     rows = []
     device.measure_device(Case(2, (3, 2), "float32"), 0.01, rows)
     assert [row["kernel"] for row in rows] == ["device copy", "cuda"]
-    assert rows[0]["percent_of_limit"] == 100
-    assert rows[1]["percent_of_limit"] == 100 * rows[0]["seconds"] / rows[1]["seconds"]
+    assert rows[0]["percent_of_limit"] == pytest.approx(100)
+    assert rows[1]["percent_of_limit"] == pytest.approx(100 * rows[0]["seconds"] / rows[1]["seconds"])
     assert [row["check"] for row in rows] == ["", "equal"]
     assert [row["threads"] for row in rows] == [0, 0]
     assert not device.can_measure()
