@@ -47,6 +47,7 @@ def test_in_the_simulator(target, chosen):
         program if target == "built in" else ["-m", "pytest", *options],
         NUMBA_ENABLE_CUDASIM="1",
         FASTRMS_NO_SKIPS="1",
+        PYTEST_ADDOPTS="",  # two at a time, and a report, are for the tests around this one
         NUMBA_NUM_THREADS="2",
     )
     assert status == 0, output

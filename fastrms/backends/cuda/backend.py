@@ -57,6 +57,7 @@ class CudaBackend(Backend):
         self._device_counts = False  # whether the device, not the host, counts `absent`
         self._pending = 0  # steps that the device has taken or skipped since the host asked last
         self._absent_changed = False  # whether `absent` on the device is newer than on the host
+        self._written = np.zeros((0, 2), np.int64)  # bounds of the memory that a step writes
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use`, as computed last
         self._computed_from: object = None  # the version of the options from which `_use_options` has computed
         self.options_changed()
