@@ -63,7 +63,7 @@ def test_step_over_1e5_is_three_times_faster_than_the_reference_class(capsys):
 def test_what_a_step_adds_to_the_compiled_call(capsys):
     opt = RMSProp([np.ones(1_000, np.float32)], kernel="serial")
     opt.step()
-    ((kernel, *arguments),) = opt._make_calls(None, "serial", None, False)
+    ((kernel, *arguments),) = opt.backend._steady_calls[False, "serial"]
     calls = {"opt.step()": opt.step, "compiled call": lambda: kernel(*arguments)}
     times = {name: [] for name in calls}
     for _ in range(200):

@@ -70,7 +70,7 @@ def child(case: str, size: int, rounds: int, folder: str, group: str) -> None:
     opt = RMSProp(np.broadcast_to(np.float32(1), size), storage=path, **options)
     made = time.perf_counter() - start
     grads = opt.buffers["grads"].flat
-    for part in opt._in_parts(grads):
+    for part in opt.backend.parts(grads):
         low = part.start % PERIOD
         grads[part] = period[low : low + part.stop - part.start]
     norm = np.sqrt(np.sum(np.square(grads[:PERIOD], dtype=float)) * size / PERIOD)  # for the oracle, roughly
@@ -91,7 +91,7 @@ def child(case: str, size: int, rounds: int, folder: str, group: str) -> None:
         oracle.cache[...] = opt.cache[:PERIOD]
     for name in ("params", "cache"):
         flat, expected = opt.buffers[name].flat, oracle.buffers[name].flat
-        for part in opt._in_parts(flat):
+        for part in opt.backend.parts(flat):
             low = part.start % PERIOD
             same = same and flat[part].tobytes() == expected[low : low + part.stop - part.start].tobytes()
     nbytes = sum(buffer.nbytes for buffer in opt.buffers.values())
