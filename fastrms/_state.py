@@ -55,7 +55,7 @@ class Counts:
 
 @dataclass
 class Settings:
-    """The arguments of an optimizer beside its parameters.
+    """All arguments of an optimizer except its parameters.
 
     Attributes
     ----------
