@@ -295,10 +295,12 @@ def test_closed_streams(tmp_path):
         ("NUMBA_THREADING_LAYER", "rust", " info: error: Numba's threads cannot be started: The threading layer"),
         ("FASTRMS_ZERO_COPY", "off", ": error: FASTRMS_ZERO_COPY: expected 0 or 1, got 'off'"),
         ("MPLBACKEND", "paper", " path: error: matplotlib cannot be imported (MPLBACKEND=paper): "),
+        ("MPLBACKEND", "paper", " demo: error: matplotlib cannot be imported (MPLBACKEND=paper): "),
     ],
 )
 def test_settings_of_the_environment_that_cannot_be_used(tmp_path, name, value, expected):
-    arguments = ["path", "--steps", "1"] if name == "MPLBACKEND" else STEP
+    # Without a word ahead of the error: a picture that cannot be drawn is noticed ahead of the work.
+    arguments = {" path": ["path", "--steps", "1"], " demo": ["demo", *TINY]}.get(expected.split(":")[0], STEP)
     status, out, err = python("-m", "fastrms", *arguments, cwd=tmp_path, **{name: value})
     assert (status, out, err.count(b"\n")) == (1, b"", 1)
     assert err.decode().startswith(f"fastrms{expected}")

@@ -284,13 +284,14 @@ def test_no_room_for_state_that_is_added_later(tmp_path):
     opt = RMSProp([np.ones(12_000)], storage=sys.argv[1])
     resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 100_000))
     """
-    program = FULL.format(before=before, code="opt.param_groups[0]['momentum'] = 0.5") + "    opt.step()\n"
-    # The option is set, and there is nowhere to keep its state: each step says so, and nothing is changed.
-    assert "room" in run(program.replace("    opt.step()\n", ""), tmp_path / "new")
+    program = FULL.format(before=before, code="opt.param_groups[0]['momentum'] = 0.5")
+    program += "    opt.step([np.ones(12_000)])\n"
+    assert "room" in run(program, tmp_path / "new")
     with RMSProp.reopen(tmp_path / "new") as opt:
-        assert opt.steps == 0
-        opt.step([np.ones(12_000)])
-        assert opt.momentum_buffer is None or opt.param_groups[0]["momentum"] == 0.5
+        assert (opt.steps, opt.param_groups[0]["momentum"], opt.momentum_buffer) == (1, 0, None)
+        inside = RMSProp([np.ones(12_000)])
+        inside.step([np.ones(12_000)])
+        assert_same_optimizers(opt, inside)
 
 
 # Memory.

@@ -211,6 +211,26 @@ def test_other_threads_that_set_options_leave_nothing_stale(name, rng):
         assert whole(opt) == whole(other)
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum", "centered", "clip_norm", "nonfinite", "kernel", "num_threads"])
+def test_an_option_that_another_thread_sets_waits_for_the_end_of_the_step(name, rng):
+    opt, gradients = make(rng, kernel="parallel" if name == "num_threads" else "serial")
+    value = {"lr": 0.5, "momentum": 0.9, "centered": True, "clip_norm": 0.1, "nonfinite": "skip", "kernel": "numpy",
+             "num_threads": 1}[name]  # fmt: skip
+    setter = threading.Thread(target=setattr, args=(opt, name, value))
+    seen = []
+
+    def rate(step):
+        setter.start()
+        setter.join(0.1)
+        seen.append(setter.is_alive())
+        return 1e-3
+
+    opt.lr = rate
+    opt.step(gradients)
+    setter.join()
+    assert (seen, getattr(opt, name)) == ([True], value)
+
+
 def at_every_line(make, act, handler, names):
     """Let `handler` come to what `make` makes while `act` is under way, at each line of functions of these names.
 
