@@ -17,7 +17,6 @@ from fastrms.kernels.compiled import inner, jit
 
 __all__ = [
     "ABSENT", "CPU", "CUDA", "ORDINARY", "UNUSUAL", "WORDS", "current_stream", "exchange_function", "kind_of", "locate",
-    "look_up",
 ]  # fmt: skip
 
 # The states of a tensor that `locate` writes.
@@ -80,39 +79,6 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
     return types.boolean(types.int64, types.int64, words), codegen
 
 
-@intrinsic
-def _item(typingctx: Any, dictionary: Any, key: Any) -> Any:
-    """Return the address of an item of the dict at address `dictionary`, which holds the item; 0 without it."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        get = cgutils.get_or_insert_function(builder.module, ir.FunctionType(byte, [byte, byte]), "PyDict_GetItem")
-        item = builder.call(get, [builder.inttoptr(argument, byte) for argument in arguments])
-        return builder.ptrtoint(item, ir.IntType(64))
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@jit()
-def look_up(dicts, kind, key, items):
-    """Look up one key in many dicts.
-
-    Parameters
-    ----------
-    dicts : int
-        Address of the items of a tuple, which the caller holds. An item that is no dict has no items.
-    kind : int
-        ``id(dict)``; a subclass does not count as a dict.
-    key : int
-        Address of a str.
-    items : ndarray of int64, shape (k,)
-        Written: the address of each item, which its dict holds, or 0.
-    """
-    for k in range(items.size):
-        dictionary = int64_at(dicts + 8 * k)
-        items[k] = _item(dictionary, key) if int64_at(dictionary + 8) == kind else 0
-
-
 @inner
 def _elements(words, expected, k, device):
     """Return the size of a described tensor, or -1 unless it is contiguous, on `device`, of this dtype and shape."""
@@ -141,11 +107,11 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
     function : int
         From `exchange_function`.
     tensors : int
-        Address of the items of a tuple of tensors, which the caller holds, or of an array of their addresses.
+        Address of the items of a tuple of tensors, which the caller holds.
     kinds : ndarray of int64, shape (m,)
         The ``id`` of each type that the function is for, without subclasses.
     none : int
-        ``id(None)``. The address of None, or 0, stands for an absent tensor.
+        ``id(None)``; None stands for an absent tensor.
     expected : ndarray of int64, shape (k, 2 + most dimensions)
         For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
     excluded : ndarray of int64, shape (m, 2)
@@ -169,7 +135,7 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
         tensor = int64_at(tensors + 8 * k)
         state = UNUSUAL
         addresses[k] = 0
-        if tensor == none or tensor == 0:
+        if tensor == none:
             state = ABSENT
         else:
             kind = int64_at(tensor + 8)

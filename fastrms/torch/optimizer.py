@@ -133,7 +133,8 @@ class RMSprop(torch.optim.RMSprop):
         # Around the `step` of a subclass that has its own, PyTorch has already put hooks.
         if (any(hooks) or torch.autograd._profiler_enabled()) and type(self).step is RMSprop.step:
             return _step_with_hooks(self, *args, **kwargs)
-        return self._step(*args, **kwargs)
+        # The mark that stops PyTorch's compiler is a wrapper, which takes 10 us at each call.
+        return (self._step if torch.compiler.is_dynamo_compiling() else self._step_uncompiled)(*args, **kwargs)
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -162,8 +163,7 @@ class RMSprop(torch.optim.RMSprop):
     # profiles, which takes 50 us for 1,000 parameters, longer than the whole step of a small model.
     step.hooked = True  # type: ignore[attr-defined]
 
-    @torch.compiler.disable  # PyTorch's compiler cannot trace Numba's functions
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step_uncompiled(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,8 +181,9 @@ class RMSprop(torch.optim.RMSprop):
                     self._fallback_step(pack.group, fallback)
                 if pack.moved is not None and gradients is not None:
                     pack.moved.step(gradients)
-        self._follower.end_step(self.state)
         return loss
+
+    _step = torch.compiler.disable(_step_uncompiled)  # PyTorch's compiler cannot trace Numba's functions
 
     # The step without hooks, as PyTorch's own optimizers have it; PyTorch's tests, among others, call it.
     step.__wrapped__ = _step  # type: ignore[attr-defined]
@@ -232,7 +233,7 @@ class RMSprop(torch.optim.RMSprop):
                 f"fastrms.torch.RMSprop: PyTorch's own step is taken for {left:,} of {total:,} elements, mainly "
                 f"because {elements.most_common(1)[0][0]}; optimizer.explain() says more",
                 RuntimeWarning,
-                stacklevel=5,  # `_step`, PyTorch's wrapper around it, `step`, and who called that
+                stacklevel=4,  # `_step_uncompiled`, `step`, and who called that
             )
 
     def _moved(self) -> list[MovedParameters]:

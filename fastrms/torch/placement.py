@@ -181,7 +181,12 @@ class Locator:
         `excluded` has ranges of memory [low, high), shape (m, 2): a tensor with a byte there is unusual.
         """
         if self.compiled:
-            return self.locate_at(pointers.items_of(tensors), excluded)
+            addresses, kinds = places = np.empty((2, len(self._parts)), np.int64)
+            all_ordinary = dlpack.locate(
+                self._function, pointers.items_of(tensors), self._types, id(None), self._expected,
+                self._nothing if excluded is None else excluded, self._words, addresses, kinds, dlpack.CPU,
+            )  # fmt: skip
+            return Located(places, bool(all_ordinary))
         addresses, kinds = places = np.zeros((2, len(tensors)), np.int64)
         ranges = () if excluded is None else excluded.tolist()
         for k, (tensor, part) in enumerate(zip(tensors, self._parts, strict=True)):
@@ -191,12 +196,3 @@ class Locator:
                 if not any(address < high and address + tensor.nbytes > low for low, high in ranges):
                     kinds[k], addresses[k] = dlpack.ORDINARY, address
         return Located(places, not kinds.any())
-
-    def locate_at(self, items: int, excluded: NDArray[np.int64] | None = None) -> Located:
-        """Find the tensors whose addresses are in an array at address `items`, by compiled code; 0 stands for None."""
-        addresses, kinds = places = np.empty((2, len(self._parts)), np.int64)
-        all_ordinary = dlpack.locate(
-            self._function, items, self._types, id(None), self._expected,
-            self._nothing if excluded is None else excluded, self._words, addresses, kinds, dlpack.CPU,
-        )  # fmt: skip
-        return Located(places, bool(all_ordinary))

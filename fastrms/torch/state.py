@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastrms.dialects import DIALECTS
 from fastrms.errors import StructureError
-from fastrms.kernels import dlpack, pointers
+from fastrms.kernels.dicts import Record
 from fastrms.torch.placement import (
     Array,
     Locator,
@@ -59,10 +59,11 @@ class BoundState:
         # For each parameter its dict in `optimizer.state`, and the tensors there that are views of the buffers.
         self._dicts: tuple[Any, ...] = (None,) * count
         self._views: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
-        self._stale = True  # whether the dicts and the buffers may differ, whatever the fingerprints say
-        self._recorded: dict[str, object] = {}  # for each name the fingerprint at the end of the last step
-        self._items = np.zeros(count, np.int64)  # for `dlpack.look_up`
-        self._items_at = self._items.ctypes.data
+        self._stale = True  # whether the dicts may have other tensors than the record below
+        # For each name its tensors in the dicts, at the end of the last search, and their places.
+        self._found: dict[str, tuple[Any, ...]] = {}
+        self._places: dict[str, bytes] = {}
+        self.grown = False  # whether a step has added to the dicts since then
 
     def use(self, parts: Mapping[str, Sequence[Array]], ranges: NDArray[np.int64]) -> None:
         """Set the buffers of the state: their `parts` by PyTorch's names, and the memory [low, high) of each buffer."""
@@ -71,31 +72,30 @@ class BoundState:
         self._ranges = ranges
 
     def find(self, state: State) -> None:
-        """Look up the dict of each parameter."""
+        """Look up the dict of each parameter, and its tensors."""
         self._dicts = tuple(map(state.get, self._params))
-        self._stale = self._stale or list(map(bool, self._dicts)) != self.begun.tolist()
+        self.grown = False
+        if list(map(bool, self._dicts)) != self.begun.tolist() or any(
+            identities(self._tensors(name)) != identities(known) for name, known in self._found.items()
+        ):
+            self._stale = True
 
     def has_changed(self) -> bool:
         """Return whether the dicts have other tensors than were recorded, or tensors that lie elsewhere."""
-        return self._stale or any(self._fingerprint(name) != known for name, known in self._recorded.items())
+        return self._stale or any(self._places_of(name) != places for name, places in self._places.items())
 
     def _record(self) -> None:
-        self._recorded = {name: self._fingerprint(name) for name in self._parts}
+        self._found = {name: self._tensors(name) for name in self._parts}
+        # No kernel reads step counts, which may lie anywhere.
+        self._places = {name: self._places_of(name) for name in self._parts if name != "step"}
         self._held = held_in_cpp([view for views in self._views for name, view in views.items() if name != "step"])
         self._stale = False
 
-    def _fingerprint(self, name: str) -> object:
-        """Return a value that stays equal while the dicts have the same tensors, in the same places, under this name.
+    def _tensors(self, name: str) -> tuple[Any, ...]:
+        return tuple(given.get(name) if type(given) is dict else None for given in self._dicts)
 
-        Step counts, which no kernel reads, only need to be the same objects.
-        """
-        if self._locator.compiled:
-            dlpack.look_up(pointers.items_of(self._dicts), id(dict), id(name), self._items)
-            if name == "step":
-                return self._items.tobytes()
-            return self._locator.locate_at(self._items_at).places.tobytes()
-        tensors = tuple(given.get(name) if type(given) is dict else None for given in self._dicts)
-        return identities(tensors) if name == "step" else self._locator.locate(tensors).places.tobytes()
+    def _places_of(self, name: str) -> bytes:
+        return self._locator.locate(self._found[name]).places.tobytes()
 
     def release(self) -> None:
         """Give tensors that are no longer in the dicts memory of their own, as other objects may hold them."""
@@ -183,6 +183,7 @@ class BoundState:
         if new:
             self.find(state)
             self._record()
+            self.grown = True
 
     def count(self, present: NDArray[np.bool_] | None) -> None:
         """Add 1 to the step counts of the parameters that are present, or of all if `present` is None."""
@@ -208,29 +209,26 @@ class StateFollower:
 
     def forget(self) -> None:
         """Forget the state of the last step, so that `follow` looks up all of it."""
-        self._known: tuple[object, ...] = ()
-        self._keys: tuple[Any, ...] = ()
-        self._values: tuple[Any, ...] = ()
+        self._record: Record | None = None
 
     def follow(self, state: State, bound: Sequence[BoundState]) -> None:
         """Bring the buffers of all packs, whose state is `bound`, up to date with `state`."""
-        keys, values = tuple(state), tuple(state.values())
-        known = identities(keys), identities(values)
-        if known != self._known:
-            # No new object gets one of their ids as long as these are kept.
-            self._known, self._keys, self._values = known, keys, values
+        # Somebody may have taken out what a step has added: the record of the time before would not show it.
+        grown = any(each.grown for each in bound)
+        same = not grown and self._record is not None and self._record.is_of(state)
+        if not same:
+            self.forget()
             for each in bound:
                 each.find(state)
-        if not any(each.has_changed() for each in bound):
-            return
-        for each in bound:
-            each.release()
-        times = Counter(id(tensor) for given in values if isinstance(given, dict) for tensor in given.values())
-        shared = {number for number, count in times.items() if count > 1}
-        for each in bound:
-            each.adopt(shared)
-
-    def end_step(self, state: State) -> None:
-        """Forget the state if the step added to it: `follow` would not notice that somebody takes the additions out."""
-        if len(state) != len(self._keys):
-            self.forget()
+        if any(each.has_changed() for each in bound):
+            for each in bound:
+                each.release()
+            times = Counter(
+                id(tensor) for given in state.values() if isinstance(given, dict) for tensor in given.values()
+            )
+            shared = {number for number, count in times.items() if count > 1}
+            for each in bound:
+                each.adopt(shared)
+            same = False
+        if not same:
+            self._record = Record(state)
