@@ -116,6 +116,9 @@ CHANGES = {
         params[0], OrderedDict(optimizer.state[params[0]])
     ),
     "more": lambda optimizer, params, kept: optimizer.state[params[0]].update(note="mine"),
+    "around the methods": lambda optimizer, params, kept: dict.__setitem__(
+        optimizer.state[params[0]], "square_avg", torch.full_like(params[0], 0.25)
+    ),
     "another key": lambda optimizer, params, kept: optimizer.state.__setitem__("mine", {"note": 1}),
 }
 
@@ -488,14 +491,19 @@ def test_options_whose_memory_cannot_be_had_are_tried_again(monkeypatch):
     assert_near(mine, theirs)
 
 
-@pytest.mark.parametrize("take_out", ["clear", "del", "new", "pop"])
+@pytest.mark.parametrize("take_out", ["clear", "del", "new", "pop", "empty"])
 def test_state_that_is_taken_out_right_after_it_was_made(take_out):
     def train(cls):
         p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
         optimizer = cls([p, q], lr=0.01)
         for step in range(5):
+            if step == 0 and take_out == "empty":
+                optimizer.state[p]
+                optimizer.step()
             if step in (1, 3):
-                if take_out == "clear":
+                if take_out == "empty":
+                    optimizer.state[p].clear()
+                elif take_out == "clear":
                     optimizer.state.clear()
                 elif take_out == "del":
                     del optimizer.state[p]
@@ -511,3 +519,24 @@ def test_state_that_is_taken_out_right_after_it_was_made(take_out):
     for one, other in zip(ours[:2], theirs[:2], strict=True):
         torch.testing.assert_close(one, other)
     assert len(ours[2].state_dict()["state"]) == len(theirs[2].state_dict()["state"])
+
+
+def test_a_state_dict_has_only_plain_dicts_tensors_and_numbers(way):
+    """Which ``torch.load`` takes with ``weights_only``, and every process without fastrms."""
+    params = parameters()
+    optimizer = RMSprop(params, momentum=0.9, centered=True, **way)
+    for step in range(3):
+        give(params, step)
+        optimizer.step()
+    for _ in range(2):
+        saved = optimizer.state_dict()
+        assert type(optimizer.state) is defaultdict
+        assert type(saved) is type(saved["state"]) is dict
+        for k, p in enumerate(params):
+            assert type(saved["state"][k]) is type(optimizer.state[p]) is dict
+            assert {type(value) for value in saved["state"][k].values()} == {torch.Tensor}
+        for group in saved["param_groups"]:
+            assert type(group) is dict
+            assert {type(value) for value in group.values()} <= {float, int, bool, type(None), list}
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        optimizer.step()

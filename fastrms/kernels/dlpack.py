@@ -100,7 +100,7 @@ def _elements(words, expected, k, device):
 
 @jit()
 def locate(function, tensors, kinds, none, expected, excluded, words, addresses, states, device):
-    """Write the addresses of tensors; tell whether all are ordinary.
+    """Write the addresses of tensors; tell whether all are ordinary, and whether nothing has changed.
 
     Parameters
     ----------
@@ -129,12 +129,13 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
     -------
     ordinary : bool
         Whether all states are `ORDINARY`.
+    unchanged : bool
+        Whether all addresses and states had been there before.
     """
-    ordinary = True
+    ordinary = unchanged = True
     for k in range(addresses.size):
         tensor = int64_at(tensors + 8 * k)
-        state = UNUSUAL
-        addresses[k] = 0
+        state, address = UNUSUAL, 0
         if tensor == none:
             state = ABSENT
         else:
@@ -143,16 +144,16 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
                 if kind == kinds[i]:
                     size = _elements(words, expected, k, device) if _describe(function, tensor, words) else -1
                     if size >= 0:
-                        state = ORDINARY
-                        addresses[k] = words[0] + words[5]
+                        state, address = ORDINARY, words[0] + words[5]
                         # The dtype is in the upper half of its word: code, bits, lanes.
-                        end = addresses[k] + size * (expected[k, 0] >> 8 & 0xFF) // 8
+                        end = address + size * (expected[k, 0] >> 8 & 0xFF) // 8
                         for j in range(excluded.shape[0]):
-                            if addresses[k] < excluded[j, 1] and end > excluded[j, 0]:
+                            if address < excluded[j, 1] and end > excluded[j, 0]:
                                 state = UNUSUAL
                         if state == UNUSUAL:
-                            addresses[k] = 0
+                            address = 0
                     break
-        states[k] = state
         ordinary = ordinary and state == ORDINARY
-    return ordinary
+        unchanged = unchanged and state == states[k] and address == addresses[k]
+        addresses[k], states[k] = address, state
+    return ordinary, unchanged

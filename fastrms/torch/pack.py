@@ -1,6 +1,5 @@
 """The parameters of a group: the ones in the buffers of an `RMSProp`, and the ones left to PyTorch's step."""
 
-import operator
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +11,7 @@ from fastrms.backends.host import HostBackend
 from fastrms.dialects import DIALECTS
 from fastrms.errors import OptionError
 from fastrms.kernels import dlpack, pointers
+from fastrms.kernels.objects import attributes
 from fastrms.optimizer import RMSProp
 from fastrms.torch.placement import (
     Locator,
@@ -39,8 +39,6 @@ Group = dict[str, Any]
 OPTIONS = DIALECTS["torch"].names
 
 ASKED_FOR = "differentiable=True or capturable=True asks for it"
-
-_gradient_of = operator.attrgetter("grad")
 
 
 class Gradients(NamedTuple):
@@ -224,7 +222,7 @@ class MovedParameters:
 
     def plan(self, state: State) -> tuple[list[torch.Tensor], Gradients | None]:
         """Do for these parameters what `Pack.plan` does for all."""
-        gradients = tuple(map(_gradient_of, self._params))
+        gradients = attributes(self._params, "grad")
         self.move_back()
         places, all_ordinary = self.locator.locate(gradients, self._ranges)
         addresses, kinds = places
@@ -234,7 +232,7 @@ class MovedParameters:
         for k in excluded:
             if kinds[k] == dlpack.ORDINARY:
                 kinds[k], addresses[k], all_ordinary = dlpack.UNUSUAL, 0, False
-        if not self.state.begun.all():
+        if not self.state.all_begun:
             present = kinds != dlpack.ABSENT
             present[list(self._displaced)] = False
             self.state.begin(present, state)
@@ -261,7 +259,7 @@ class MovedParameters:
 
     def zero_gradients(self) -> list[torch.Tensor]:
         """Set gradients that are views of one buffer, or can become one, to 0, and return the others."""
-        gradients = tuple(map(_gradient_of, self._params))
+        gradients = attributes(self._params, "grad")
         addresses, kinds = self.locator.locate(gradients, self._ranges).places
         others, moved = [], []
         for k, (gradient, address, kind) in enumerate(zip(gradients, addresses.tolist(), kinds.tolist(), strict=True)):

@@ -180,19 +180,32 @@ class Locator:
 
         `excluded` has ranges of memory [low, high), shape (m, 2): a tensor with a byte there is unusual.
         """
+        places = np.zeros((2, len(self._parts)), np.int64)
+        all_ordinary, _ = self._locate(tensors, excluded, places)
+        return Located(places, all_ordinary)
+
+    def have_moved(self, tensors: tuple[Any, ...], places: NDArray[np.int64]) -> bool:
+        """Find tensors, write where they lie to `places`, as in `Located`, and return whether that changes it."""
+        _, unchanged = self._locate(tensors, None, places)
+        return not unchanged
+
+    def _locate(
+        self, tensors: tuple[Any, ...], excluded: NDArray[np.int64] | None, places: NDArray[np.int64]
+    ) -> tuple[bool, bool]:
+        """Write `places`; return whether all tensors are ordinary, and whether nothing has changed."""
+        addresses, kinds = places
+        ranges = self._nothing if excluded is None else excluded
         if self.compiled:
-            addresses, kinds = places = np.empty((2, len(self._parts)), np.int64)
-            all_ordinary = dlpack.locate(
-                self._function, pointers.items_of(tensors), self._types, id(None), self._expected,
-                self._nothing if excluded is None else excluded, self._words, addresses, kinds, dlpack.CPU,
+            all_ordinary, unchanged = dlpack.locate(
+                self._function, pointers.items_of(tensors), self._types, id(None), self._expected, ranges, self._words,
+                addresses, kinds, dlpack.CPU,
             )  # fmt: skip
-            return Located(places, bool(all_ordinary))
-        addresses, kinds = places = np.zeros((2, len(tensors)), np.int64)
-        ranges = () if excluded is None else excluded.tolist()
+            return all_ordinary, unchanged
+        before = places.tobytes()
         for k, (tensor, part) in enumerate(zip(tensors, self._parts, strict=True)):
-            kinds[k] = dlpack.ABSENT if tensor is None else dlpack.UNUSUAL
+            addresses[k], kinds[k] = 0, dlpack.ABSENT if tensor is None else dlpack.UNUSUAL
             if fits(tensor, part):
                 address = tensor.data_ptr()
-                if not any(address < high and address + tensor.nbytes > low for low, high in ranges):
+                if not any(address < high and address + tensor.nbytes > low for low, high in ranges.tolist()):
                     kinds[k], addresses[k] = dlpack.ORDINARY, address
-        return Located(places, not kinds.any())
+        return not kinds.any(), places.tobytes() == before

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastrms.dialects import DIALECTS
 from fastrms.errors import StructureError
-from fastrms.kernels.dicts import Record
+from fastrms.kernels.objects import Record
 from fastrms.torch.placement import (
     Array,
     Locator,
@@ -40,15 +40,19 @@ class BoundState:
     ----------
     begun : ndarray of bool
         The parameters that have state.
+    all_begun : bool
+        Whether all have.
     left_outside : set of int
         The numbers of the parameters whose state cannot be moved to the buffers.
+    grown : bool
+        Whether a step has added to the dicts since they were looked up.
     """
 
     def __init__(self, params: tuple[torch.Tensor, ...], locator: Locator) -> None:
         count = len(params)
         self._params = params
         self._locator = locator
-        self.begun = np.zeros(count, bool)
+        self.begun, self.all_begun = np.zeros(count, bool), False
         self.left_outside: set[int] = set()
         # One step count for each parameter, of PyTorch's dtype, and its parts, of shape ().
         self._steps = np.zeros(count, "f8" if torch.get_default_dtype() == torch.float64 else "f4")
@@ -62,8 +66,8 @@ class BoundState:
         self._stale = True  # whether the dicts may have other tensors than the record below
         # For each name its tensors in the dicts, at the end of the last search, and their places.
         self._found: dict[str, tuple[Any, ...]] = {}
-        self._places: dict[str, bytes] = {}
-        self.grown = False  # whether a step has added to the dicts since then
+        self._places: dict[str, NDArray[np.int64]] = {}
+        self.grown = False
 
     def use(self, parts: Mapping[str, Sequence[Array]], ranges: NDArray[np.int64]) -> None:
         """Set the buffers of the state: their `parts` by PyTorch's names, and the memory [low, high) of each buffer."""
@@ -82,20 +86,23 @@ class BoundState:
 
     def has_changed(self) -> bool:
         """Return whether the dicts have other tensors than were recorded, or tensors that lie elsewhere."""
-        return self._stale or any(self._places_of(name) != places for name, places in self._places.items())
+        for name, places in self._places.items():
+            if self._locator.have_moved(self._found[name], places):
+                self._stale = True
+        return self._stale
 
     def _record(self) -> None:
         self._found = {name: self._tensors(name) for name in self._parts}
         # No kernel reads step counts, which may lie anywhere.
-        self._places = {name: self._places_of(name) for name in self._parts if name != "step"}
+        self._places = {
+            name: self._locator.locate(tensors).places for name, tensors in self._found.items() if name != "step"
+        }
         self._held = held_in_cpp([view for views in self._views for name, view in views.items() if name != "step"])
+        self.all_begun = bool(self.begun.all())
         self._stale = False
 
     def _tensors(self, name: str) -> tuple[Any, ...]:
         return tuple(given.get(name) if type(given) is dict else None for given in self._dicts)
-
-    def _places_of(self, name: str) -> bytes:
-        return self._locator.locate(self._found[name]).places.tobytes()
 
     def release(self) -> None:
         """Give tensors that are no longer in the dicts memory of their own, as other objects may hold them."""
