@@ -2,23 +2,54 @@
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeAlias
 
-from fastrms._checks import NONFINITE, check_count, check_one_of, check_option, check_threads
+from fastrms._checks import (
+    NONFINITE,
+    CacheDType,
+    Kernel,
+    LearningRate,
+    NonFinite,
+    check_count,
+    check_one_of,
+    check_option,
+    check_threads,
+)
 from fastrms._guarded import Guarded
-from fastrms._properties import change, checked, option_of_all_groups, views
+from fastrms._properties import Attribute, change, checked, option_of_all_groups, views
 from fastrms._state import OptimizerState
 from fastrms.backends.base import Backend
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
-from fastrms.buffers.pytree import PyTree
+from fastrms.buffers.pytree import P
 from fastrms.kernels import threads
 from fastrms.options import ParamGroup, ParamGroups
 
 __all__ = ["OptimizerBase"]
 
 
-class OptimizerBase(Guarded):
+_Number: TypeAlias = Attribute[float, float]
+_Flag: TypeAlias = Attribute[bool, bool]
+_Bound: TypeAlias = Attribute[float | None, float | None]
+
+
+class _Views(Protocol):
+    """The type of a property with arrays in the structure of the parameters."""
+
+    def __get__(self, instance: "OptimizerBase[P]", owner: type | None = None, /) -> P: ...
+
+    def __set__(self, instance: "OptimizerBase[P]", value: P, /) -> None: ...
+
+
+class _StateViews(Protocol):
+    """The type of a property with such arrays, or None where no option needs them."""
+
+    def __get__(self, instance: "OptimizerBase[P]", owner: type | None = None, /) -> P | None: ...
+
+    def __set__(self, instance: "OptimizerBase[P]", value: P | None, /) -> None: ...
+
+
+class OptimizerBase(Guarded, Generic[P]):
     """An optimizer with all its attributes, but without a step."""
 
     _state: OptimizerState
@@ -69,44 +100,51 @@ class OptimizerBase(Guarded):
         value = check_count("skipped_steps", value)
         self._backend.settle_steps().skipped_steps = value
 
-    params: PyTree = views("params", "The parameters, in the structure that was given.")
-    grads: PyTree = views(
+    params: _Views = views("params", "The parameters, in the structure that was given.")
+    grads: _Views = views(
         "grads",
         "The gradient buffer: write gradients here, and call `step()` without arguments. `step(gradients)` may copy "
         "gradients here too, so the values are undefined after it.",
     )
-    cache: PyTree = views("cache", "The running mean of squared gradients, v in the equations.")
-    momentum_buffer: PyTree = views("momentum_buffer", "The momentum buffer, or None where no group uses momentum.")
-    grad_avg: PyTree = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
+    cache: _Views = views("cache", "The running mean of squared gradients, v in the equations.")
+    momentum_buffer: _StateViews = views(
+        "momentum_buffer", "The momentum buffer, or None where no group uses momentum."
+    )
+    grad_avg: _StateViews = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
 
-    lr: Any = option_of_all_groups("lr", "Learning rate, or the function that returns it.")
-    decay_rate: Any = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
-    epsilon: Any = option_of_all_groups("epsilon", "Constant added to the denominator.")
-    momentum: Any = option_of_all_groups("momentum", "Decay rate of the momentum buffer, or 0.")
-    nesterov: Any = option_of_all_groups("nesterov", "Whether a step looks ahead along the momentum buffer.")
-    centered: Any = option_of_all_groups("centered", "Whether the variance is used instead of the mean square.")
-    weight_decay: Any = option_of_all_groups("weight_decay", "Coefficient of weight decay.")
-    decoupled_weight_decay: Any = option_of_all_groups(
+    # A function can be read, too. Its exact type would make an error of `opt.lr *= 0.5`.
+    lr: Attribute[float | Any, LearningRate] = option_of_all_groups(
+        "lr", "Learning rate, or the function that returns it."
+    )
+    decay_rate: _Number = option_of_all_groups("decay_rate", "Decay rate of the mean square.")
+    epsilon: _Number = option_of_all_groups("epsilon", "Constant added to the denominator.")
+    momentum: _Number = option_of_all_groups("momentum", "Decay rate of the momentum buffer, or 0.")
+    nesterov: _Flag = option_of_all_groups("nesterov", "Whether a step looks ahead along the momentum buffer.")
+    centered: _Flag = option_of_all_groups("centered", "Whether the variance is used instead of the mean square.")
+    weight_decay: _Number = option_of_all_groups("weight_decay", "Coefficient of weight decay.")
+    decoupled_weight_decay: _Flag = option_of_all_groups(
         "decoupled_weight_decay", "Whether weight decay is subtracted from the parameter, not added to the gradient."
     )
-    maximize: Any = option_of_all_groups("maximize", "Whether steps ascend.")
-    eps_in_sqrt: Any = option_of_all_groups("eps_in_sqrt", "Whether epsilon is added under the root.")
-    initial_scale: Any = option_of_all_groups("initial_scale", "The initial value of the cache; it cannot change.")
-    bias_correction: Any = option_of_all_groups("bias_correction", "Whether the bias of the first steps is corrected.")
-    lr_in_momentum: Any = option_of_all_groups(
+    maximize: _Flag = option_of_all_groups("maximize", "Whether steps ascend.")
+    eps_in_sqrt: _Flag = option_of_all_groups("eps_in_sqrt", "Whether epsilon is added under the root.")
+    initial_scale: _Number = option_of_all_groups("initial_scale", "The initial value of the cache; it cannot change.")
+    bias_correction: _Flag = option_of_all_groups(
+        "bias_correction", "Whether the bias of the first steps is corrected."
+    )
+    lr_in_momentum: _Flag = option_of_all_groups(
         "lr_in_momentum", "Whether the learning rate is applied before the momentum buffer."
     )
-    clip_value: Any = option_of_all_groups("clip_value", "Bound on each gradient element, or None.")
-    clip_norm: Any = option_of_all_groups("clip_norm", "Bound on the norm of each parameter's gradient, or None.")
-    flush_subnormals: Any = option_of_all_groups("flush_subnormals", "Whether subnormal numbers count as 0.")
+    clip_value: _Bound = option_of_all_groups("clip_value", "Bound on each gradient element, or None.")
+    clip_norm: _Bound = option_of_all_groups("clip_norm", "Bound on the norm of each parameter's gradient, or None.")
+    flush_subnormals: _Flag = option_of_all_groups("flush_subnormals", "Whether subnormal numbers count as 0.")
 
-    global_clip_norm: Any = checked(
+    global_clip_norm: _Bound = checked(
         "global_clip_norm",
         lambda value: check_option("global_clip_norm", value),
         "options_changed",
         "Bound on the Euclidean norm of all gradients together, or None.",
     )
-    nonfinite: Any = checked(
+    nonfinite: Attribute[NonFinite, NonFinite] = checked(
         "nonfinite",
         lambda value: check_one_of("nonfinite", value, NONFINITE),
         "options_changed",
@@ -114,12 +152,12 @@ class OptimizerBase(Guarded):
     )
 
     @property
-    def kernel(self) -> str:
+    def kernel(self) -> Kernel:
         """The kernel of the update: "auto", "numpy", "serial", "parallel" or "cuda"."""
         return self._state.kernel
 
     @kernel.setter
-    def kernel(self, value: str) -> None:
+    def kernel(self, value: Kernel) -> None:
         change(self, "kernel", self._backend.check_kernel(value), "kernel_changed")
 
     @property
@@ -135,7 +173,7 @@ class OptimizerBase(Guarded):
         """Wait until a GPU has done all work on this optimizer's stream. On the host it returns at once."""
         self._backend.synchronize()
 
-    num_threads: Any = checked(
+    num_threads: Attribute[int | None, int | None] = checked(
         "num_threads",
         lambda value: check_threads(value, threads.max_threads()),
         "kernel_changed",
@@ -143,7 +181,7 @@ class OptimizerBase(Guarded):
     )
 
     @property
-    def cache_dtype(self) -> str | None:
+    def cache_dtype(self) -> CacheDType | None:
         """The dtype of the state: "bfloat16", or None for that of the parameters."""
         return self._state.cache_dtype
 

@@ -2,18 +2,38 @@
 
 import math
 from collections.abc import Callable, Set
-from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias
+from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
 from fastrms.errors import OptionError, OptionTypeError
 
 __all__ = [
-    "BFLOAT16_STEP", "GROUP_DEFAULTS", "NONFINITE", "LearningRate", "check_cache_dtype", "check_count",
-    "check_for_dtype", "check_one_of", "check_option", "check_threads", "shown",
+    "AFTER_CRASH", "BFLOAT16_STEP", "GROUP_DEFAULTS", "HOST_KERNELS", "KERNELS", "NONFINITE", "PARAMS_CHECKS",
+    "REDUCTIONS", "AfterCrash", "CacheDType", "HostKernel", "Kernel", "LearningRate", "NonFinite",
+    "ParamsCheck", "Reduction", "check_cache_dtype", "check_count", "check_for_dtype", "check_one_of", "check_option",
+    "check_threads", "shown",
 ]  # fmt: skip
 
 LearningRate: TypeAlias = SupportsFloat | Callable[[int], SupportsFloat]
+
+# The words that arguments may be: for type checkers, and below each as the tuple for the check at run time.
+HostKernel: TypeAlias = Literal["auto", "numpy", "serial", "parallel"]
+Kernel: TypeAlias = Literal[HostKernel, "cuda"]
+NonFinite: TypeAlias = Literal["propagate", "raise", "skip"]
+CacheDType: TypeAlias = Literal["bfloat16"]
+AfterCrash: TypeAlias = Literal["raise", "use"]
+Reduction: TypeAlias = Literal["mean", "sum"]
+ParamsCheck: TypeAlias = Literal["broadcast", "raise"]
+
+HOST_KERNELS: tuple[HostKernel, ...] = get_args(HostKernel)
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
+AFTER_CRASH: tuple[AfterCrash, ...] = get_args(AfterCrash)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+PARAMS_CHECKS: tuple[ParamsCheck, ...] = get_args(ParamsCheck)
+
+_Word = TypeVar("_Word", bound=str)
 
 
 class _Range(NamedTuple):
@@ -53,9 +73,6 @@ GROUP_DEFAULTS: dict[str, Any] = {name: number.default for name, number in _NUMB
 # The options of the optimizer as a whole: one norm over all groups.
 _GLOBAL_NUMBERS = {"global_clip_norm": _Range(None, 0.0, math.inf, False, or_none=True)}
 
-# The words that `nonfinite` may be.
-NONFINITE = ("propagate", "raise", "skip")
-
 # bfloat16 keeps 8 bits of a number, so that a change by less than 2**-8 of it can round back to the same number.
 BFLOAT16_STEP = 2.0**-8
 
@@ -85,7 +102,7 @@ def check_option(name: str, value: Any) -> Any:
     try:
         with np.errstate(all="ignore"):  # a longdouble that is too large
             # PyTorch warns where a gradient of the number would be lost.
-            number = float(value.detach() if hasattr(value, "detach") else value)
+            number = float(getattr(value, "detach", lambda: value)())
     except Exception as error:  # an int too large for a float, or any error of a type of the user's own
         kind = OptionTypeError if isinstance(error, TypeError) else OptionError
         raise kind(f"{name}: expected {kinds}, got {shown(value)}: {error}") from None
@@ -100,7 +117,7 @@ def check_option(name: str, value: Any) -> Any:
 _NO_REAL_NUMBER = ("bool", "complex", "datetime", "timedelta", "str", "<U", ">U", "|S", "|V")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """Tell whether `value` is one real number: of Python, or a scalar or 0-d array of any library."""
     if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == object:
         value = value[()]
@@ -123,7 +140,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def check_threads(value: Any, available: int) -> int | None:
+def check_threads(value: object, available: int) -> int | None:
     """Return `value` if it is None or a number of threads from 1 to `available`, and raise otherwise."""
     if value is None:
         return None
@@ -137,7 +154,7 @@ def check_threads(value: Any, available: int) -> int | None:
     return int(value)
 
 
-def check_count(name: str, value: Any) -> int:
+def check_count(name: str, value: object) -> int:
     """Return `value` as an int if it is a number of steps, from 0 to 2**53, and raise otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise OptionTypeError(f"{name}: expected a whole number, got {shown(value)} ({type(value).__name__})")
@@ -146,16 +163,16 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def check_one_of(name: str, value: object, choices: tuple[_Word, ...]) -> _Word:
     """Return `value` if it is one of the words `choices`, and raise otherwise."""
     if not isinstance(value, str):
         raise OptionTypeError(f"{name}: expected one of {choices}, got {shown(value)} ({type(value).__name__})")
     if value not in choices:
         raise OptionError(f"{name}: expected one of {choices}, got {shown(value)}")
-    return value
+    return choices[choices.index(value)]
 
 
-def check_cache_dtype(value: Any, dtypes: Set[np.dtype[Any]]) -> Literal["bfloat16"] | None:
+def check_cache_dtype(value: object, dtypes: Set[np.dtype[Any]]) -> CacheDType | None:
     """Return `value` if it is None or "bfloat16" and parameters of `dtypes` can have such state; raise otherwise."""
     if value is None:
         return None

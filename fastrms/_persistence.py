@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from fastrms._base import OptimizerBase
-from fastrms._checks import LearningRate, check_one_of
+from fastrms._checks import AFTER_CRASH, AfterCrash, HostKernel, Kernel, LearningRate, check_one_of
 from fastrms.backends.folder import METADATA_FILE
 from fastrms.backends.storage import Storage
+from fastrms.buffers.pytree import P
 from fastrms.checkpoints.formats import opened, reading
 from fastrms.checkpoints.metadata import check_metadata, check_options, get_lr, metadata_of, params_of
 from fastrms.checkpoints.state import load_file, load_state, restore, save_file, state_dict
@@ -24,7 +25,7 @@ _T = TypeVar("_T")
 _open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
 
 
-class Persistent(OptimizerBase):
+class Persistent(OptimizerBase[P]):
     """An optimizer that can be saved, loaded, reopened and closed, but not step."""
 
     def _close_at_exit(self) -> None:
@@ -109,7 +110,7 @@ class Persistent(OptimizerBase):
         path: str | os.PathLike[str],
         *,
         lr: LearningRate | None = None,
-        kernel: str = "auto",
+        kernel: Kernel = "auto",
         num_threads: int | None = None,
         storage: str | os.PathLike[str] | None = None,
     ) -> Self:
@@ -169,9 +170,9 @@ class Persistent(OptimizerBase):
         path: str | os.PathLike[str],
         *,
         lr: LearningRate | None = None,
-        kernel: str = "auto",
+        kernel: HostKernel = "auto",
         num_threads: int | None = None,
-        after_crash: str = "raise",
+        after_crash: AfterCrash = "raise",
     ) -> Self:
         """Make the optimizer again that was made with ``storage=path`` and closed: same bits, options and steps.
 
@@ -203,7 +204,7 @@ class Persistent(OptimizerBase):
         OptionError, OptionTypeError
             An argument is out of range or of the wrong kind.
         """
-        check_one_of("after_crash", after_crash, ("raise", "use"))
+        check_one_of("after_crash", after_crash, AFTER_CRASH)
         storage = Storage.open(Path(path), after_crash)
         try:
             metadata, where = storage.metadata, storage.path / METADATA_FILE

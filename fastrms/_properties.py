@@ -1,7 +1,7 @@
 """Makers of properties of an optimizer: views of a buffer, options of all groups, options of the whole."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastrms._state import OptimizerState
 from fastrms.backends.base import Backend
@@ -10,7 +10,19 @@ from fastrms.buffers import FlatBuffer
 from fastrms.errors import OptionError
 from fastrms.options import ParamGroup, ParamGroups
 
-__all__ = ["change", "checked", "option_of_all_groups", "views"]
+__all__ = ["Attribute", "change", "checked", "option_of_all_groups", "views"]
+
+
+_Value = TypeVar("_Value", covariant=True)
+_Taken = TypeVar("_Taken", contravariant=True)
+
+
+class Attribute(Protocol[_Value, _Taken]):
+    """The type of a property that has values of one type, and takes those of another."""
+
+    def __get__(self, instance: object, owner: type | None = None, /) -> _Value: ...
+
+    def __set__(self, instance: object, value: _Taken, /) -> None: ...
 
 
 class _Optimizer(Protocol):

@@ -7,7 +7,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray  # noqa: TC002 # a dataclass has its annotations at run time
 
-from fastrms._checks import GROUP_DEFAULTS, NONFINITE, check_cache_dtype, check_one_of, check_option, check_threads
+from fastrms._checks import (
+    GROUP_DEFAULTS,
+    NONFINITE,
+    CacheDType,
+    Kernel,
+    NonFinite,
+    check_cache_dtype,
+    check_one_of,
+    check_option,
+    check_threads,
+)
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.aliasing import refuse_overlap
 from fastrms.errors import DtypeError
@@ -66,10 +76,10 @@ class Settings:
     """
 
     defaults: Mapping[str, Any]
-    kernel: str
+    kernel: Kernel
     num_threads: int | None
-    cache_dtype: str | None
-    nonfinite: str
+    cache_dtype: CacheDType | None
+    nonfinite: NonFinite
     global_clip_norm: float | None
 
     @classmethod

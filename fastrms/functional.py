@@ -1,17 +1,26 @@
 """Functions over `RMSProp`: one step as a pure function, and compilation ahead of time."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastrms.buffers.pytree import PyTree
+from fastrms._checks import Kernel
+from fastrms.buffers.pytree import P, PyTree
 from fastrms.optimizer import RMSProp
 
 __all__ = ["rmsprop_update", "warmup"]
 
 
+@overload
+def rmsprop_update(
+    params: P, gradients: PyTree, cache: PyTree, lr: float = ..., decay_rate: float = ..., epsilon: float = ...
+) -> tuple[P, P]: ...
+@overload
+def rmsprop_update(
+    params: PyTree, gradients: PyTree, cache: PyTree, lr: float = ..., decay_rate: float = ..., epsilon: float = ...
+) -> tuple[Any, Any]: ...
 def rmsprop_update(
     params: PyTree,
     gradients: PyTree,
@@ -19,7 +28,7 @@ def rmsprop_update(
     lr: float = 1e-3,
     decay_rate: float = 0.9,
     epsilon: float = 1e-8,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[Any, Any]:
     """Return parameters and cache after one step of RMSProp; the arguments are not changed.
 
     ``cache = decay_rate * cache + (1 - decay_rate) * gradients**2`` and
@@ -66,7 +75,7 @@ def rmsprop_update(
 
 def warmup(
     dtypes: Sequence[DTypeLike] = (np.float32, np.float64),
-    kernels: Sequence[str] = ("serial", "parallel"),
+    kernels: Sequence[Kernel] = ("serial", "parallel"),
     **options: Any,
 ) -> None:
     """Compile the kernels of steps, or load them from disk, so that the first step of a training need not wait.

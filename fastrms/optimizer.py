@@ -3,21 +3,23 @@
 import copy
 import inspect
 import os
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, Unpack, overload
 
-from fastrms._checks import LearningRate
+from fastrms._checks import CacheDType, Kernel, LearningRate, NonFinite
 from fastrms._guarded import refuse_unknown
 from fastrms._persistence import Persistent
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.factory import backend_of, new_backend
-from fastrms.buffers.pytree import PyTree
+from fastrms.buffers.pytree import P, PyTree
 from fastrms.buffers.replaced import changed_views, paths_outside
 from fastrms.kernels import threads
+from fastrms.options import Group, Keywords
 
 __all__ = ["RMSProp"]
 
 
-class RMSProp(Persistent):
+class RMSProp(Persistent[P]):
     """RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
 
     With default options each step computes, element by element of a parameter p with gradient g and cache v, ::
@@ -136,9 +138,76 @@ class RMSProp(Persistent):
         refuse_unknown(cls, options)
         return super().__new__(cls)
 
+    # For type checkers: where arrays stay NumPy's, in the dtypes and the structure that were given, `params` and so on
+    # have the type of the argument. In all other cases nothing is promised.
+    @overload
+    def __init__(
+        self: "RMSProp[Any]",
+        params: PyTree | Sequence[Group],
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        kernel: Literal["cuda"],
+        stream: Any = ...,
+        **options: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RMSProp[Any]",
+        params: PyTree | Sequence[Group],
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: Literal["bfloat16"],
+        kernel: Kernel = ...,
+        storage: str | os.PathLike[str] | None = ...,
+        **options: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RMSProp[list[Any]]",
+        params: Sequence[Group],
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: CacheDType | None = ...,
+        kernel: Kernel = ...,
+        storage: str | os.PathLike[str] | None = ...,
+        **options: Unpack[Keywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
-        params: PyTree,
+        params: P,
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: CacheDType | None = ...,
+        kernel: Kernel = ...,
+        storage: str | os.PathLike[str] | None = ...,
+        **options: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RMSProp[Any]",
+        params: PyTree | Sequence[Mapping[str, Any]],
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: CacheDType | None = ...,
+        kernel: Kernel = ...,
+        storage: str | os.PathLike[str] | None = ...,
+        stream: Any = ...,
+        **options: Unpack[Keywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        params: PyTree | Sequence[Mapping[str, Any]],
         lr: LearningRate = 1e-3,
         decay_rate: float = 0.9,
         epsilon: float = 1e-8,
@@ -157,10 +226,10 @@ class RMSProp(Persistent):
         clip_norm: float | None = None,
         global_clip_norm: float | None = None,
         flush_subnormals: bool = True,
-        kernel: str = "auto",
+        kernel: Kernel = "auto",
         num_threads: int | None = None,
-        cache_dtype: str | None = None,
-        nonfinite: str = "propagate",
+        cache_dtype: CacheDType | None = None,
+        nonfinite: NonFinite = "propagate",
         storage: str | os.PathLike[str] | None = None,
         stream: Any = None,
     ) -> None:
@@ -175,7 +244,7 @@ class RMSProp(Persistent):
         self._start(new_backend(params, settings, storage, stream))
         self._close_at_exit()
 
-    def step(self, gradients: PyTree | None = None) -> PyTree:
+    def step(self, gradients: PyTree = None) -> P:
         """Take one step and return the updated parameters, which are the same views as before.
 
         Parameters
@@ -217,7 +286,8 @@ class RMSProp(Persistent):
                 else:
                     with threads.limit_threads(backend.thread_limit):
                         backend.step(gradients)
-        return self._state.buffers["params"].views
+        views: P = self._state.buffers["params"].views
+        return views
 
     def explain(self) -> list[str]:
         """Return which kernel updates which parameters, and why.
@@ -229,7 +299,7 @@ class RMSProp(Persistent):
         """
         return self._backend.explain()
 
-    def check(self, **arrays: Any) -> list[str]:
+    def check(self, **arrays: PyTree) -> list[str]:
         """Return problems with the views of parameters, gradients and state: a line for each.
 
         Parameters

@@ -1,19 +1,63 @@
 """`ParamGroup`: the options of the parameters of one group, as users read and set them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Set
-from typing import Any, NoReturn, Self, TypeAlias
+from typing import Any, NoReturn, Required, Self, SupportsIndex, TypeAlias, TypedDict
 from weakref import WeakMethod
 
 import numpy as np
 
-from fastrms._checks import BFLOAT16_STEP, GROUP_DEFAULTS, check_for_dtype, check_option, shown
+from fastrms._checks import (
+    BFLOAT16_STEP,
+    GROUP_DEFAULTS,
+    CacheDType,
+    LearningRate,
+    NonFinite,
+    check_for_dtype,
+    check_option,
+    shown,
+)
 from fastrms.dialects import meant
 from fastrms.errors import OptionError, OptionTypeError, StructureError
 
-__all__ = ["ParamGroup", "ParamGroups", "parameter_groups", "resolve_lr"]
+__all__ = ["Group", "Keywords", "ParamGroup", "ParamGroups", "parameter_groups", "resolve_lr"]
 
 # Sets options of several groups, all or none.
 SetOptions: TypeAlias = Callable[[Iterable[tuple["ParamGroup", Mapping[str, Any]]]], None]
+
+
+class _Extensions(TypedDict, total=False):
+    """The options of a group that the reference does not have."""
+
+    momentum: float
+    nesterov: bool
+    centered: bool
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+    eps_in_sqrt: bool
+    initial_scale: float
+    bias_correction: bool
+    lr_in_momentum: bool
+    clip_value: float | None
+    clip_norm: float | None
+    flush_subnormals: bool
+
+
+class Group(_Extensions, total=False):
+    """A parameter group as users give it to `fastrms.RMSProp`, for type checkers."""
+
+    params: Required[Any]
+    lr: LearningRate
+    decay_rate: float
+    epsilon: float
+
+
+class Keywords(_Extensions, total=False):
+    """Keyword arguments that `fastrms.RMSProp` and the classes derived from it share, for type checkers."""
+
+    global_clip_norm: float | None
+    nonfinite: NonFinite
+    num_threads: int | None
 
 
 class ParamGroup(MutableMapping[str, Any]):
@@ -52,12 +96,12 @@ class ParamGroup(MutableMapping[str, Any]):
     """
 
     def __init__(
-        self, options: Mapping[str, Any], label: str, dtypes: Set[np.dtype[Any]], cache_dtype: str | None = None
+        self, options: Mapping[str, Any], label: str, dtypes: Set[np.dtype[Any]], cache_dtype: CacheDType | None = None
     ) -> None:
         self._label = label
         self._cache_dtype = cache_dtype
         self.dtypes = dtypes
-        self._params: Any = None
+        self._params: object = None
         self._set_options: Callable[[], SetOptions | None] = _none
         self._values: dict[str, Any] = {}
         self.assign(self.with_changes(GROUP_DEFAULTS | dict(options)))
@@ -122,7 +166,7 @@ class ParamGroup(MutableMapping[str, Any]):
         """
         self._values.update(values._values if isinstance(values, ParamGroup) else values)
 
-    def bind(self, params: Any, set_options: SetOptions) -> None:
+    def bind(self, params: object, set_options: SetOptions) -> None:
         """Connect the group with its optimizer, which calls this itself.
 
         Parameters
@@ -199,28 +243,28 @@ class ParamGroup(MutableMapping[str, Any]):
 class ParamGroups(list[ParamGroup]):
     """The groups of an optimizer, of a fixed number: no step would update a group that was put in later."""
 
-    def _refuse(self, *arguments: Any, **options: Any) -> NoReturn:
+    def _refuse(self, *arguments: object, **options: object) -> NoReturn:
         raise StructureError(
             "param_groups: expected the groups that the optimizer was made with, got a change of the list; set options "
             "with param_groups[k][name] = value, and give all groups to the constructor"
         )
 
-    def __setitem__(self, index: Any, group: Any) -> None:
+    def __setitem__(self, index: object, group: object) -> None:
         if not isinstance(index, int) or self[index] is not group:  # as in groups[0] |= options
             self._refuse()
 
     __delitem__ = __iadd__ = __imul__ = append = extend = insert = _refuse
     remove = pop = clear = reverse = sort = _refuse
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return ParamGroups, (list(self),)  # by default an empty list, which is appended to
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[Self], tuple[list[ParamGroup]]]:
+        return type(self), (list(self),)  # by default an empty list, which is appended to
 
 
 def _none() -> None:
     return None
 
 
-def parameter_groups(params: Any) -> list[Mapping[str, Any]] | None:
+def parameter_groups(params: object) -> list[Mapping[str, Any]] | None:
     """Return `params` as a list of groups if it is a list of dicts with "params", and None otherwise.
 
     A list of dicts without that key is a list of layers.

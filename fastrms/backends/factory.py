@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastrms import kernels
-from fastrms._checks import check_one_of
+from fastrms._checks import KERNELS, check_one_of
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.base import Backend
 from fastrms.backends.host import HostBackend
@@ -34,7 +33,7 @@ def new_backend(params: Any, settings: Settings, storage: Any, stream: Any) -> B
         As for `fastrms.RMSProp`.
     """
     settings.check()
-    check_one_of("kernel", settings.kernel, (*kernels.KERNELS, "cuda"))
+    check_one_of("kernel", settings.kernel, KERNELS)
     check_storage(storage)
     if settings.kernel == "cuda":
         if storage is not None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from fastrms._checks import CacheDType, Kernel
 from fastrms.bench import peers, roofline
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array
 from fastrms.bench.problem import Problem, Runner, to_float
@@ -27,7 +28,7 @@ class Implementation:
     exact: bool = True  # the bits have to be the reference's
     in_quick: bool = True  # timed by default with --quick
     for_one: bool = True  # timed by default on one array
-    cache_dtype: str | None = None  # of the optimizer: 16-bit state, compared with the NumPy kernel's
+    cache_dtype: CacheDType | None = None  # of the optimizer: 16-bit state, compared with the NumPy kernel's
 
     def takes(self, dtype: str) -> bool:
         """Return whether parameters can have this dtype."""
@@ -43,7 +44,7 @@ class Implementation:
         return [name for name in self.modules if importlib.util.find_spec(name) is None]
 
 
-def _shared(kernel: str) -> Callable[[Problem], Runner]:
+def _shared(kernel: Kernel) -> Callable[[Problem], Runner]:
     """Run a kernel of fastrms on the problem's shared optimizer."""
 
     def make(problem: Problem) -> Runner:
@@ -57,7 +58,7 @@ def _shared(kernel: str) -> Callable[[Problem], Runner]:
     return make
 
 
-def _own(kernel: str, cache_dtype: str | None = None) -> Callable[[Problem], Runner]:
+def _own(kernel: Kernel, cache_dtype: CacheDType | None = None) -> Callable[[Problem], Runner]:
     """Run a kernel on an optimizer of its own: "auto" keeps its choice, and bfloat16 state has other memory."""
 
     def make(problem: Problem) -> Runner:

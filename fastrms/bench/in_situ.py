@@ -12,6 +12,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import HostKernel
 from fastrms.bench.cases import BATCH_SIZE, LR, Array, Network
 from fastrms.bench.errors import BenchmarkError
 from fastrms.bench.measure import Progress, quartiles, take_turns
@@ -23,7 +24,7 @@ from fastrms.optimizer import RMSProp
 
 __all__ = ["KERNELS", "TrainingRow", "measure_training", "train_with_auto"]
 
-KERNELS = ("auto", "serial", "parallel")
+KERNELS: tuple[HostKernel, ...] = ("auto", "serial", "parallel")
 
 # Steps in a turn, of which the first are dropped.
 TURN, DROPPED = 12, 3
@@ -87,7 +88,7 @@ class _Trainer:
 
 def measure_training(
     network: Network,
-    kernels: Sequence[str],
+    kernels: Sequence[HostKernel],
     threads: int | None,
     min_time: float,
     *,
@@ -108,10 +109,10 @@ def measure_training(
     start, x, y = _start(network, BATCHES)
     trainers = {("reference", "list"): _Trainer(Training(ReferenceRMSProp(start, lr=LR)), (x, y))}
     for gradients in ("list", "buffer"):
-        for kernel in kernels:
-            optimizer = RMSProp(start, lr=LR, kernel=kernel, num_threads=threads)
+        for of_fastrms in kernels:
+            optimizer = RMSProp(start, lr=LR, kernel=of_fastrms, num_threads=threads)
             training = Training(optimizer, optimizer.grads if gradients == "buffer" else None)
-            trainers[kernel, gradients] = _Trainer(training, (x, y))
+            trainers[of_fastrms, gradients] = _Trainer(training, (x, y))
     expected = trainers["reference", "list"].training.losses
     for k, ((kernel, gradients), trainer) in enumerate(trainers.items()):
         on_progress(0.3 * k / len(trainers), f"{network.name}: checking {kernel}, {gradients}")

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import CacheDType, Kernel
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array, Case, make_arrays
 from fastrms.bench.errors import BenchmarkError
 from fastrms.kernels import threads
@@ -50,7 +51,7 @@ class Problem:
         self._optimizer.buffers["cache"].flat[...] = 0
         return self._optimizer
 
-    def new_optimizer(self, kernel: str, cache_dtype: str | None = None) -> RMSProp:
+    def new_optimizer(self, kernel: Kernel, cache_dtype: CacheDType | None = None) -> RMSProp:
         """Return a new optimizer of the case's parameters."""
         # A limit on threads costs time in each step; without one, all threads run.
         threads.start_threads()
@@ -63,7 +64,7 @@ class Problem:
         """Return copies of the parameters to update in place, and a cache of zeros."""
         return [param.copy() for param in self.params], [np.zeros_like(param) for param in self.params]
 
-    def expected(self, cache_dtype: str | None = None) -> State:
+    def expected(self, cache_dtype: CacheDType | None = None) -> State:
         """Return parameters and cache after `CHECKED_STEPS` steps of the reference class.
 
         With 16-bit state the NumPy kernel takes its place.
@@ -93,7 +94,7 @@ def to_float(cache: Sequence[NDArray[Any]]) -> list[Array]:
     return [from_bfloat16(array) if array.dtype == np.uint16 else array for array in cache]
 
 
-def check(runner: Runner, problem: Problem, exact: bool, cache_dtype: str | None = None) -> str:
+def check(runner: Runner, problem: Problem, exact: bool, cache_dtype: CacheDType | None = None) -> str:
     """Take `CHECKED_STEPS` steps and compare the arrays with `Problem.expected`.
 
     Returns

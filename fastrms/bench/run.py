@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from fastrms._checks import HostKernel
 from fastrms.bench import device, machine
 from fastrms.bench.cases import Case, Network
 from fastrms.bench.errors import BenchmarkError
@@ -120,7 +121,7 @@ def run_steps(
 
 
 def run_training(
-    networks: Sequence[Network], kernels: Sequence[str], threads: int | None, min_time: float,
+    networks: Sequence[Network], kernels: Sequence[HostKernel], threads: int | None, min_time: float,
     output: Output[TrainingRow],
 ) -> Results[TrainingRow]:  # fmt: skip
     """Train all networks with all kernels, as `measure_training` does; Ctrl-C ends the run and keeps its rows."""

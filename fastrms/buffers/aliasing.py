@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms.buffers.layout import Layout
-from fastrms.buffers.pytree import PyTree
 from fastrms.errors import StructureError
 
 __all__ = ["refuse_overlap"]
@@ -15,7 +14,7 @@ __all__ = ["refuse_overlap"]
 _Span = tuple[int, int, str, NDArray[Any]]  # the bounds of an array in memory, its path, and the array
 
 
-def refuse_overlap(layout: Layout, arrays: PyTree) -> None:
+def refuse_overlap(layout: Layout, arrays: object) -> None:
     """Raise StructureError if two parameters share memory.
 
     Parameters
@@ -37,7 +36,7 @@ def refuse_overlap(layout: Layout, arrays: PyTree) -> None:
         )
 
 
-def _find_overlap(layout: Layout, arrays: PyTree) -> tuple[str, str] | None:
+def _find_overlap(layout: Layout, arrays: object) -> tuple[str, str] | None:
     """Return the paths of two arrays that share an element, or None.
 
     Two views whose bounds overlap without a shared element, such as ``a[::2]`` and ``a[1::2]``, do not count.

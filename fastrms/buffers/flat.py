@@ -1,15 +1,15 @@
 """`FlatBuffer`: arrays in one block of memory, with views of it in their structure."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Generic, Self, overload
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastrms._guarded import Guarded
 from fastrms.buffers.conversion import as_array, can_store, castable_to
 from fastrms.buffers.layout import ALIGNMENT, Layout
-from fastrms.buffers.pytree import PyTree, describe
+from fastrms.buffers.pytree import P, PyTree, describe
 from fastrms.errors import DtypeError, StructureError
 
 __all__ = ["Array", "FlatBuffer", "as_arrays", "views_of"]
@@ -62,7 +62,7 @@ def views_of(segments: Sequence[Array], layout: Layout) -> list[Array]:
     return [segments[leaf.segment][leaf.start : leaf.stop].reshape(leaf.shape) for leaf in layout.leaves]
 
 
-class FlatBuffer(Guarded, set_once=("block", "layout", "leaves", "segments", "views")):
+class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "segments", "views")):
     """Arrays in one contiguous block of memory, and views of the block in the structure of those arrays.
 
     Writing to a view writes to the block, and the other way round; nothing is ever reallocated. One loop, one
@@ -114,6 +114,10 @@ class FlatBuffer(Guarded, set_once=("block", "layout", "leaves", "segments", "vi
            [3., 3.]])
     """
 
+    @overload
+    def __init__(self, arrays: P, name: str = "arrays") -> None: ...
+    @overload
+    def __init__(self: "FlatBuffer[Any]", arrays: PyTree, name: str = "arrays") -> None: ...
     def __init__(self, arrays: PyTree, name: str = "arrays") -> None:
         self._allocate(Layout(arrays, name))
         self.gather(arrays, name)
@@ -160,10 +164,10 @@ class FlatBuffer(Guarded, set_once=("block", "layout", "leaves", "segments", "vi
             self.block[s.offset : s.offset + s.size * s.dtype.itemsize].view(s.dtype) for s in layout.segments
         )
         self.leaves: tuple[Array, ...] = tuple(views_of(self.segments, layout))
-        self.views: PyTree = layout.structure(self.leaves)
+        self.views: P = layout.structure(self.leaves)
 
     @property
-    def flat(self) -> Any:
+    def flat(self) -> Array | Any:
         """The dense 1-D array behind all views, or a tuple of one for each dtype where there are several.
 
         Assigning to it copies in, so that ``buffer.flat *= 2`` and ``buffer.flat = vector`` write to the block.
@@ -171,7 +175,7 @@ class FlatBuffer(Guarded, set_once=("block", "layout", "leaves", "segments", "vi
         return self.segments[0] if len(self.segments) == 1 else self.segments
 
     @flat.setter
-    def flat(self, value: Any) -> None:
+    def flat(self, value: ArrayLike) -> None:
         if value is self.flat:
             return
         if len(self.segments) > 1:
@@ -213,7 +217,7 @@ class FlatBuffer(Guarded, set_once=("block", "layout", "leaves", "segments", "vi
                 segment[...] = fill
         return other
 
-    def unflatten(self, vector: Any) -> PyTree:
+    def unflatten(self, vector: Array | Sequence[Array]) -> Any:
         """Return views of `vector` in this structure, as `views` are of `flat`; nothing is copied.
 
         Parameters
@@ -233,7 +237,7 @@ class FlatBuffer(Guarded, set_once=("block", "layout", "leaves", "segments", "vi
         DtypeError
             A vector is no ndarray, and so has no views.
         """
-        vectors = [vector] if len(self.segments) == 1 else list(vector)
+        vectors: list[Any] = [vector] if len(self.segments) == 1 else list(vector)
         if len(vectors) != len(self.segments):
             raise StructureError(f"vector: expected {len(self.segments)} vectors, one a dtype, got {len(vectors)}")
         for one, segment in zip(vectors, self.segments, strict=True):

@@ -178,7 +178,7 @@ class Layout:
         """
         return [1] if self._root is None else [count_items(child) for child in self._root.children]
 
-    def structure(self, items: Iterable[Any]) -> PyTree:
+    def structure(self, items: Iterable[object]) -> Any:
         """Arrange one item for each array in the structure of this layout.
 
         Parameters
@@ -193,7 +193,7 @@ class Layout:
         """
         return build(self._root, iter(items))
 
-    def flatten(self, tree: PyTree, name: str) -> tuple[Any, ...]:
+    def flatten(self, tree: Any, name: str) -> tuple[Any, ...]:
         """Return the items of `tree`, a nesting of this structure, in the order of `leaves`.
 
         Parameters
@@ -226,7 +226,7 @@ class Layout:
             )
         return tuple(items) if self._order is None else self._order(items)
 
-    def _by_level(self, tree: PyTree) -> list[Any] | None:
+    def _by_level(self, tree: object) -> list[Any] | None:
         """Return the items of `tree`, the outermost container's first, or None for another structure."""
         if self._root is None:
             return [tree]

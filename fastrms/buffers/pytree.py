@@ -5,17 +5,48 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress
 from operator import call, itemgetter
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastrms.errors import StructureError
 
-__all__ = ["Level", "Node", "PyTree", "build", "count_items", "describe", "refuse_structure", "take_apart"]
+if TYPE_CHECKING:  # part of `typing` from Python 3.13 on; type checkers know it for all versions
+    from typing_extensions import TypeVar
+else:
+    from typing import TypeVar
 
-# An array, or lists, tuples and dicts of these, nested at will. The exact type would make an error of every
-# `views["W"]`, and items may be anything that NumPy makes an array of.
-PyTree: TypeAlias = Any
+__all__ = [
+    "ArrayTree", "Level", "Node", "P", "PyTree", "build", "count_items", "describe", "refuse_structure", "take_apart",
+]  # fmt: skip
+
+
+class _OnHost(Protocol):
+    """Something that NumPy takes for an array."""
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
+class _OnDevice(Protocol):
+    """An array on a GPU."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+# Arrays in lists, tuples and dicts, nested at will. Lists are invariant for type checkers, and so are the keys of a
+# Mapping.
+ArrayTree: TypeAlias = NDArray[Any] | Sequence["ArrayTree"] | Mapping[Any, "ArrayTree"]
+
+# The same of everything that is taken for an array, with None for an array that is missing.
+PyTree: TypeAlias = _OnHost | _OnDevice | complex | Sequence["PyTree"] | Mapping[Any, "PyTree"] | None
+
+# The structure of an optimizer's parameters. Any where it is not known.
+if TYPE_CHECKING:
+    P = TypeVar("P", bound=ArrayTree, default=Any)
+else:
+    P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -26,7 +57,7 @@ class Node:
     keys: tuple[Any, ...] | None  # of a dict, else None
     children: tuple["Node | None", ...]
 
-    def make(self, items: list[Any]) -> PyTree:
+    def make(self, items: list[Any]) -> Any:
         """Return a container of this kind with `items`."""
         if self.keys is not None:
             return dict(zip(self.keys, items, strict=True))
@@ -34,13 +65,13 @@ class Node:
         return self.kind(*items) if hasattr(self.kind, "_fields") else self.kind(items)
 
 
-def take_apart(tree: PyTree, path: str = "") -> tuple[Node | None, list[tuple[str, Any]]]:
+def take_apart(tree: object, path: str = "") -> tuple[Node | None, list[tuple[str, Any]]]:
     """Return the structure of `tree`, and its items with their paths, which begin with `path`."""
     items: list[tuple[str, Any]] = []
     return _node_of(tree, path, items), items
 
 
-def _node_of(tree: PyTree, path: str, items: list[tuple[str, Any]]) -> Node | None:
+def _node_of(tree: object, path: str, items: list[tuple[str, Any]]) -> Node | None:
     """Return the structure of `tree`, and append its items to `items`."""
     if isinstance(tree, Mapping):
         keys = tuple(tree)
@@ -52,7 +83,7 @@ def _node_of(tree: PyTree, path: str, items: list[tuple[str, Any]]) -> Node | No
     return None
 
 
-def build(node: Node | None, items: Iterator[Any]) -> PyTree:
+def build(node: Node | None, items: Iterator[Any]) -> Any:
     """Arrange `items` in the structure of `node`."""
     if node is None:
         return next(items)
@@ -88,7 +119,7 @@ class Level:
         self._is_leaf = [child is None for child in children]
         self._is_node = [child is not None for child in children]
 
-    def split(self, trees: Sequence[PyTree], leaves: list[Any]) -> list[PyTree] | None:
+    def split(self, trees: Sequence[Any], leaves: list[Any]) -> list[Any] | None:
         """Add the leaves in `trees` to `leaves` and return the containers in `trees`; None for another structure."""
         if [*map(type, trees)] != self._kinds and not all(map(_can_be, trees, self._nodes)):
             return None
@@ -118,7 +149,7 @@ def _only_item(key: Any, tree: Any) -> tuple[Any]:
     return (tree[key],)
 
 
-def _can_be(tree: PyTree, node: Node) -> bool:
+def _can_be(tree: object, node: Node) -> bool:
     """Tell whether a container may stand for that of `node`: a sequence for a sequence, a mapping with the keys."""
     if node.keys is None:
         return isinstance(tree, list | tuple)
@@ -126,7 +157,7 @@ def _can_be(tree: PyTree, node: Node) -> bool:
     return isinstance(tree, Mapping) and all(key in tree for key in node.keys)
 
 
-def refuse_structure(node: Node | None, tree: PyTree, name: str) -> None:
+def refuse_structure(node: Node | None, tree: Any, name: str) -> None:
     """Raise StructureError at the first difference between the structures of `tree` and `node`.
 
     Parameters
@@ -178,6 +209,6 @@ def describe(thing: object) -> str:
     return f"{type(thing).__name__} object"
 
 
-def _list(keys: Iterable[Any]) -> str:
+def _list(keys: Iterable[object]) -> str:
     keys = list(keys)
     return ", ".join(repr(key) for key in keys[:10]) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")

@@ -1,11 +1,12 @@
 """Views that were replaced or changed: what a step compares, and what `RMSProp.check` reports."""
 
 from operator import is_, itemgetter
+from typing import Any
 
 import numpy as np
 
 from fastrms.buffers.flat import FlatBuffer, views_of
-from fastrms.buffers.pytree import PyTree, describe, take_apart
+from fastrms.buffers.pytree import describe, take_apart
 from fastrms.errors import StructureError
 
 __all__ = ["Watch", "changed_views", "paths_outside", "refuse_replaced"]
@@ -38,8 +39,8 @@ class Watch:
     def __init__(self, buffer: FlatBuffer) -> None:
         self.buffer = buffer
         single = buffer.views is buffer.leaves[0]
-        self.views: PyTree = None if single else buffer.views
-        self.kept: PyTree = None if single else buffer.layout.structure(buffer.leaves)
+        self.views: Any = None if single else buffer.views
+        self.kept: Any = None if single else buffer.layout.structure(buffer.leaves)
         ones = [k for k, leaf in enumerate(buffer.layout.leaves) if leaf.stop - leaf.start == 1]
         self.has_scalars = bool(ones) and not single
         # The first one twice, so that the answer is a tuple also for one array.
@@ -118,7 +119,7 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
     return found
 
 
-def paths_outside(buffer: FlatBuffer, tree: PyTree, name: str) -> list[str]:
+def paths_outside(buffer: FlatBuffer, tree: object, name: str) -> list[str]:
     """Return the paths of all items of `tree` that do not lie in the block.
 
     Parameters

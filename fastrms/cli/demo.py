@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import fastrms
-from fastrms import kernels
+from fastrms._checks import HOST_KERNELS
 from fastrms.cli.common import (
     CommandError,
     is_plain,
@@ -70,7 +70,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help=
         f"of the split, the start and the batches {default}")  # fmt: skip
     add("--dtype", choices=("float32", "float64"), default="float32", help=f"of parameters and data {default}")
-    add("--kernel", choices=kernels.KERNELS, default="auto", help=f"what runs the update of fastrms {default}")
+    add("--kernel", choices=HOST_KERNELS, default="auto", help=f"what runs the update of fastrms {default}")
     what = "hand fastrms a list of new arrays, as the reference gets, or write them into its buffer"
     add("--gradients", choices=("list", "buffer"), default="list", help=f"{what} {default}")
     add("--data", type=Path, metavar="FILE.npz", help=

@@ -7,6 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
+from fastrms._checks import HostKernel
 from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.demo.training import Batch, Batches, Training, train_in_turns
 from fastrms.mpi import MPI, ShardedRMSProp
@@ -76,7 +77,7 @@ def train_one_and_all(
     batches: Batches,
     *,
     lr: float,
-    kernel: str,
+    kernel: HostKernel,
     into_buffer: bool,
     on_step: Callable[[Training], None] = lambda training: None,
 ) -> tuple[Training, Training]:

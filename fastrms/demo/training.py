@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import HostKernel
 from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
@@ -100,7 +101,7 @@ def train_both(
     batches: Batches,
     *,
     lr: float,
-    kernel: str,
+    kernel: HostKernel,
     into_buffer: bool,
     on_step: Callable[[Training], None] = lambda training: None,
 ) -> tuple[Training, Training]:

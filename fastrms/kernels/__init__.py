@@ -4,23 +4,20 @@ Every kernel has the signature of `reference.update` and gives the same bits. `f
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal, TypeAlias
 
-from fastrms._checks import check_one_of
+from fastrms._checks import HOST_KERNELS, HostKernel, check_one_of
 from fastrms.errors import OptionError
 from fastrms.kernels import cpu, reference
 
-__all__ = ["KERNELS", "UPDATES", "Kernel", "check_cuda_kernel", "check_host_kernel"]
+__all__ = ["UPDATES", "Update", "check_cuda_kernel", "check_host_kernel"]
 
-Kernel = Callable[..., None]
+Update: TypeAlias = Callable[..., None]
 
-UPDATES: dict[str, Kernel] = {"numpy": reference.update, "serial": cpu.serial, "parallel": cpu.parallel}
-
-# The names that an optimizer on the host takes.
-KERNELS = ("auto", *UPDATES)
+UPDATES: dict[str, Update] = {"numpy": reference.update, "serial": cpu.serial, "parallel": cpu.parallel}
 
 
-def check_host_kernel(value: Any) -> str:
+def check_host_kernel(value: object) -> HostKernel:
     """Return `value` if it is a kernel that runs on the host, or raise OptionError or OptionTypeError."""
     if isinstance(value, str) and value == "cuda":
         raise OptionError(
@@ -28,10 +25,10 @@ def check_host_kernel(value: Any) -> str:
             'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
             "load_state_dict() of this one"
         )
-    return check_one_of("kernel", value, KERNELS)
+    return check_one_of("kernel", value, HOST_KERNELS)
 
 
-def check_cuda_kernel(value: Any) -> str:
+def check_cuda_kernel(value: object) -> Literal["cuda"]:
     """Return "cuda" if `value` is a kernel of an optimizer on a GPU, "cuda" or "auto", or raise OptionError."""
     if value not in ("cuda", "auto"):
         raise OptionError(

@@ -90,7 +90,7 @@ METHODS = MappingProxyType(
 )
 
 
-def rmsprop_rate(optimizer: RMSProp) -> Array:
+def rmsprop_rate(optimizer: RMSProp[Array]) -> Array:
     """Return the factor of each element of the last gradient, from the state and options of an optimizer.
 
     The optimizer has one array of float64 and has taken a step. The factor is lr/D in the equations of
@@ -110,6 +110,7 @@ def rmsprop_rate(optimizer: RMSProp) -> Array:
     correction = 1 / (1 - decay**optimizer.steps) if group["bias_correction"] else 1.0
     square = optimizer.cache * correction
     if group["centered"]:
+        assert optimizer.grad_avg is not None
         square = np.maximum(square - (optimizer.grad_avg * correction) ** 2, 0)
     root = np.sqrt(square + epsilon) if group["eps_in_sqrt"] else np.sqrt(square) + epsilon
     rate: Array = resolve_lr(group, optimizer.steps - 1) / root

@@ -9,10 +9,9 @@ import torch
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.rmsprop import rmsprop
 
-from fastrms._checks import check_one_of
+from fastrms._checks import HOST_KERNELS, HostKernel, check_one_of
 from fastrms.dialects import DIALECTS
 from fastrms.errors import StructureError
-from fastrms.kernels import KERNELS
 from fastrms.torch.pack import ASKED_FOR, OPTIONS, Group, MovedParameters, Pack
 from fastrms.torch.state import StateFollower
 
@@ -92,9 +91,9 @@ class RMSprop(torch.optim.RMSprop):
         maximize: bool = False,
         differentiable: bool = False,
         *,
-        kernel: str = "auto",
+        kernel: HostKernel = "auto",
     ) -> None:
-        self._kernel = check_one_of("kernel", kernel, KERNELS)
+        self._kernel = check_one_of("kernel", kernel, HOST_KERNELS)
         self._start_following()
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable

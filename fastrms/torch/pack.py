@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastrms._checks import HostKernel
 from fastrms.backends.host import HostBackend
 from fastrms.dialects import DIALECTS
 from fastrms.errors import OptionError
@@ -62,7 +63,7 @@ class Pack:
         The others, if there are any.
     """
 
-    def __init__(self, group: Group, kernel: str) -> None:
+    def __init__(self, group: Group, kernel: HostKernel) -> None:
         self.group = group
         self._listed = tuple(group["params"])
         self._listed_ids = identities(self._listed)
@@ -131,7 +132,7 @@ class MovedParameters:
         Whether steps read gradients where they lie.
     """
 
-    def __init__(self, params: tuple[torch.Tensor, ...], group: Group, kernel: str) -> None:
+    def __init__(self, params: tuple[torch.Tensor, ...], group: Group, kernel: HostKernel) -> None:
         self._params = params
         self.optimizer = RMSProp([p.detach().numpy() for p in params], kernel=kernel)
         backend = self.optimizer.backend
