@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Set
-from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias, TypeGuard, TypeVar, get_args
 
 import numpy as np
 
@@ -77,7 +77,7 @@ _GLOBAL_NUMBERS = {"global_clip_norm": _Range(None, 0.0, math.inf, False, or_non
 BFLOAT16_STEP = 2.0**-8
 
 
-def check_option(name: str, value: Any) -> Any:
+def check_option(name: str, value: object) -> Any:
     """Return `value` as a plain float, bool, None or callable, if option `name` may have it.
 
     Raises
@@ -117,7 +117,7 @@ def check_option(name: str, value: Any) -> Any:
 _NO_REAL_NUMBER = ("bool", "complex", "datetime", "timedelta", "str", "<U", ">U", "|S", "|V")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[SupportsFloat]:
     """Tell whether `value` is one real number: of Python, or a scalar or 0-d array of any library."""
     if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == object:
         value = value[()]

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastrms.dialects import meant
 from fastrms.errors import OptionTypeError
@@ -29,15 +29,17 @@ class Guarded:
         super().__init_subclass__(**options)
         cls._set_once = cls._set_once | frozenset(set_once)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and not hasattr(type(self), name):
-            if name not in self._set_once:
-                self._refuse_attribute(name)
-            elif vars(self).get(name, value) is not value:
-                raise AttributeError(f"{name}: cannot be replaced; write into it: {name}[...] = value")
-        elif not callable(value) and inspect.isfunction(getattr(type(self), name, None)):
-            raise AttributeError(f"{name}: expected a function in the place of a method, got {value!r}")
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # a type checker that sees the method takes any name for an attribute
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if not name.startswith("_") and not hasattr(type(self), name):
+                if name not in self._set_once:
+                    self._refuse_attribute(name)
+                elif vars(self).get(name, value) is not value:
+                    raise AttributeError(f"{name}: cannot be replaced; write into it: {name}[...] = value")
+            elif not callable(value) and inspect.isfunction(getattr(type(self), name, None)):
+                raise AttributeError(f"{name}: expected a function in the place of a method, got {value!r}")
+            super().__setattr__(name, value)
 
     def _refuse_attribute(self, name: str) -> None:
         known = [key for key in dir(type(self)) if isinstance(getattr(type(self), key), property)]
@@ -52,7 +54,7 @@ def _is_ours(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def refuse_unknown(cls: type, options: Mapping[str, Any]) -> None:
+def refuse_unknown(cls: type, options: Mapping[str, object]) -> None:
     """Raise if a class of this package is called with names that its constructor does not take.
 
     Parameters

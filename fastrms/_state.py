@@ -20,6 +20,7 @@ from fastrms._checks import (
 )
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.buffers.pytree import Params
 from fastrms.errors import DtypeError
 from fastrms.kernels import threads
 from fastrms.options import ParamGroup, ParamGroups, parameter_groups
@@ -141,7 +142,11 @@ class OptimizerState:
         As for `fastrms.RMSProp`.
     """
 
-    def __init__(self, params: Any, settings: Settings) -> None:
+    kernel: Kernel
+    nonfinite: NonFinite
+    cache_dtype: CacheDType | None
+
+    def __init__(self, params: Params, settings: Settings) -> None:
         self.kernel, self.num_threads = settings.kernel, settings.num_threads
         self.nonfinite, self.global_clip_norm = settings.nonfinite, settings.global_clip_norm
         groups = parameter_groups(params)

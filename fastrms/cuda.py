@@ -4,12 +4,14 @@ Options, layout and bits are those of `fastrms.RMSProp`. Parameters, gradients a
 says how arrays of CuPy, PyTorch and Numba go in and out, and when a step waits.
 """
 
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from fastrms._checks import LearningRate
+from fastrms.buffers.pytree import Params
 from fastrms.kernels import check_cuda_kernel
 from fastrms.kernels import cuda as kernels
 from fastrms.optimizer import RMSProp
+from fastrms.options import Keywords
 
 __all__ = ["CudaRMSProp", "why_not"]
 
@@ -33,7 +35,7 @@ def why_not() -> str | None:
     return kernels.missing()
 
 
-class CudaRMSProp(RMSProp):
+class CudaRMSProp(RMSProp[Any]):
     """RMSProp with all buffers on a GPU: the options, the layout and the bits of `fastrms.RMSProp`.
 
     ``RMSProp(params, kernel="cuda")`` does the same. A step launches kernels on a stream and returns before they have
@@ -82,13 +84,13 @@ class CudaRMSProp(RMSProp):
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         lr: LearningRate = 1e-3,
         decay_rate: float = 0.9,
         epsilon: float = 1e-8,
         *,
         stream: Any = None,
-        kernel: str = "cuda",
-        **options: Any,
+        kernel: Literal["cuda", "auto"] = "cuda",
+        **options: Unpack[Keywords],
     ) -> None:
         super().__init__(params, lr, decay_rate, epsilon, kernel=check_cuda_kernel(kernel), stream=stream, **options)

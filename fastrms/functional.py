@@ -101,6 +101,7 @@ def warmup(
     """
     for dtype in dtypes:
         for kernel in kernels:
-            optimizer = RMSProp([np.zeros(1, dtype)], **(options | {"kernel": kernel}))
+            with_kernel: dict[str, Any] = options | {"kernel": kernel}
+            optimizer = RMSProp([np.zeros(1, dtype)], **with_kernel)
             optimizer.step()  # first, with zeros in `grads`: its contents are not defined after step(gradients)
             optimizer.step([np.zeros(1, dtype)])

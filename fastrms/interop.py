@@ -245,7 +245,7 @@ def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[
         packed, state = state_dict["param_groups"], state_dict["state"]
         groups = [{name: _number(name, g[name]) for name in DIALECTS["torch"].names if name in g} for g in packed]
         for group in groups:
-            group["lr"], group["alpha"], group["eps"]  # no other optimizer of torch has all three
+            _ = group["lr"], group["alpha"], group["eps"]  # no other optimizer of torch has all three
         entries: list[Mapping[str, Any]] = [state.get(number, {}) for group in packed for number in group["params"]]
         steps = [_count("step", entry["step"]) if entry else 0 for entry in entries]  # no state before a gradient
         for entry in entries:

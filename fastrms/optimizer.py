@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self, Unpack, overload
 
 from fastrms._checks import CacheDType, Kernel, LearningRate, NonFinite
@@ -11,7 +11,7 @@ from fastrms._guarded import refuse_unknown
 from fastrms._persistence import Persistent
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.factory import backend_of, new_backend
-from fastrms.buffers.pytree import P, PyTree
+from fastrms.buffers.pytree import P, Params, PyTree
 from fastrms.buffers.replaced import changed_views, paths_outside
 from fastrms.kernels import threads
 from fastrms.options import Group, Keywords
@@ -194,7 +194,7 @@ class RMSProp(Persistent[P]):
     @overload
     def __init__(
         self: "RMSProp[Any]",
-        params: PyTree | Sequence[Mapping[str, Any]],
+        params: Params,
         lr: LearningRate = ...,
         decay_rate: float = ...,
         epsilon: float = ...,
@@ -207,7 +207,7 @@ class RMSProp(Persistent[P]):
     ) -> None: ...
     def __init__(
         self,
-        params: PyTree | Sequence[Mapping[str, Any]],
+        params: Params,
         lr: LearningRate = 1e-3,
         decay_rate: float = 0.9,
         epsilon: float = 1e-8,
@@ -372,4 +372,4 @@ class RMSProp(Persistent[P]):
 
 
 # Otherwise help() and the documentation show the signature of __new__.
-RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ignore[attr-defined]
+RMSProp.__new__.__signature__ = inspect.signature(RMSProp.__init__)  # type: ignore[attr-defined] # functions may have it

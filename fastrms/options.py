@@ -1,7 +1,7 @@
 """`ParamGroup`: the options of the parameters of one group, as users read and set them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Set
-from typing import Any, NoReturn, Required, Self, SupportsIndex, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, Required, Self, SupportsIndex, TypeAlias, TypedDict
 from weakref import WeakMethod
 
 import numpy as np
@@ -212,10 +212,12 @@ class ParamGroup(MutableMapping[str, Any]):
         self.update(other)
         return self
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._ATTRIBUTES:
-            raise AttributeError(f"{name}: a parameter group has no such attribute; write group[{name!r}] = value")
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # as in `Guarded`
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name not in self._ATTRIBUTES:
+                raise AttributeError(f"{name}: a parameter group has no such attribute; write group[{name!r}] = value")
+            super().__setattr__(name, value)
 
     _ATTRIBUTES = frozenset({"_label", "_cache_dtype", "dtypes", "_params", "_set_options", "_values"})
 
@@ -243,7 +245,7 @@ class ParamGroup(MutableMapping[str, Any]):
 class ParamGroups(list[ParamGroup]):
     """The groups of an optimizer, of a fixed number: no step would update a group that was put in later."""
 
-    def _refuse(self, *arguments: object, **options: object) -> NoReturn:
+    def _refuse(self: Any, *arguments: object, **options: object) -> NoReturn:
         raise StructureError(
             "param_groups: expected the groups that the optimizer was made with, got a change of the list; set options "
             "with param_groups[k][name] = value, and give all groups to the constructor"

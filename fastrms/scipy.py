@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -145,8 +145,8 @@ def rmsprop(
         raise OptionError("constraints: expected none, which RMSProp cannot handle; it takes bounds")
     if options.get("maximize"):
         raise OptionError("maximize: expected False for minimize(), got True; give the negative of fun and jac")
-    gtol = _at_least_0("gtol", next((value for value in (gtol, tol) if value is not None), 1e-5))
-    maxiter = _at_least_0("maxiter", 15_000 if maxiter is None else maxiter)
+    tolerance: float = _at_least_0("gtol", next((value for value in (gtol, tol) if value is not None), 1e-5))
+    most: float = _at_least_0("maxiter", 15_000 if maxiter is None else maxiter)
 
     start = np.atleast_1d(_real("x0", x0))
     if start.ndim != 1:
@@ -155,7 +155,7 @@ def rmsprop(
     objective = _Objective(fun, jac, args, box, finite_diff, finite_diff_rel_step)
     opt = RMSProp(np.clip(start, *box), **{name: options[name] for name in options if name in _OPTIONS})
     report = None if callback is None else _with_result_or_x(callback)
-    result = _iterate(opt, objective, box, gtol, maxiter, report, return_all)
+    result = _iterate(opt, objective, box, tolerance, most, report, return_all)
     if disp:
         if result.success:
             print(result.message)
@@ -262,9 +262,10 @@ class _Objective:
 
         gradient = np.zeros_like(x)
         if self._free.any():
-            gradient[self._free] = approx_derivative(
+            found: Any = approx_derivative(
                 of_free, x[self._free], self._scheme, rel_step=self._rel_step, f0=value, bounds=self._bounds
             )
+            gradient[self._free] = found
         return gradient
 
 
@@ -310,10 +311,12 @@ def _box(bounds: Any, size: int) -> Box:
     if bounds is None:
         bounds = Bounds()
     try:
-        if not isinstance(bounds, Bounds):
+        if isinstance(bounds, Bounds):
+            ends: Iterable[ArrayLike] = bounds.lb, bounds.ub
+        else:
             pairs = [(-np.inf if low is None else low, np.inf if high is None else high) for low, high in bounds]
-            bounds = Bounds(*np.array(pairs, float).reshape(size, 2).T)
-        lower, upper = (np.broadcast_to(end, (size,)).astype(float) for end in (bounds.lb, bounds.ub))
+            ends = np.array(pairs, float).reshape(size, 2).T
+        lower, upper = (np.broadcast_to(end, (size,)).astype(float) for end in ends)
     except (TypeError, ValueError):
         raise StructureError(
             f"bounds: expected scipy.optimize.Bounds or a pair (low, high) for each of {size} variables, with None for "
@@ -336,6 +339,6 @@ def _at_least_0(name: str, value: Any) -> Any:
     number = value[()] if isinstance(value, np.ndarray) else value  # an array of 0 dimensions becomes a scalar
     if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
         raise OptionTypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
-    if not number >= 0:  # type: ignore[operator]
+    if not number >= 0:  # type: ignore[operator] # pyright: ignore[reportOperatorIssue] # the type is for all numbers
         raise OptionError(f"{name}: expected a number >= 0, got {value!r}")
     return number

@@ -158,18 +158,23 @@ class Memory(Protocol):
     @property
     def in_parts(self) -> bool:
         """Whether buffers may be larger than memory."""
+        ...
 
     def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
         """Return a buffer of zeros with this layout; an opened folder returns the stored one."""
+        ...
 
-    def run(self, calls: Sequence[Call]) -> Iterable[None]:
+    def run(self, calls: Sequence[Call], /) -> Iterable[None]:
         """Return an iterator that makes one kernel call, or all its parts, for each item."""
+        ...
 
     def norms(self, spans: NDArray[np.int64]) -> SpanNorms:
         """Return an object that computes the norm of each span of the gradient buffer."""
+        ...
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of an array, small enough to be in memory."""
+        ...
 
 
 class Ranks(Protocol):
@@ -178,27 +183,36 @@ class Ranks(Protocol):
     @property
     def exchange(self) -> bool:
         """Whether the next step exchanges gradients with other ranks."""
+        ...
 
     def step(self, backend: "HostBackend", gradients: Any) -> None:
         """Exchange gradients with the other ranks, and let `backend` take the step."""
+        ...
 
     def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
         """Return the buffers of which this process updates every element."""
+        ...
 
     def run_with(self, run: RunCalls) -> RunCalls:
         """Return a function that runs kernel calls, and then sends the new parameters to all ranks."""
+        ...
 
     def add_up(self, numbers: NDArray[np.int64]) -> AddUp | None:
         """Return a function that adds up sums of squares of these parameters over ranks, or None on one rank."""
+        ...
 
     def nonfinite_anywhere(self, nonfinite: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return which parameters have a gradient that is not finite on any rank."""
+        ...
 
     def nonfinite_error(self, numbers: NDArray[np.intp]) -> NonfiniteError:
         """Return the error about the gradients of these parameters, with counts of all ranks."""
+        ...
 
     def options_change(self) -> None:
         """Note that options are about to change, or raise where ranks have compared them already."""
+        ...
 
     def refuse_copy(self) -> None:
         """Raise TypeError: the other shards are in other processes."""
+        ...

@@ -1,6 +1,7 @@
 """Choose and make the backend of an optimizer by its options."""
 
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import TYPE_CHECKING
 
 from fastrms._checks import KERNELS, check_one_of
 from fastrms._state import OptimizerState, Settings
@@ -8,7 +9,8 @@ from fastrms.backends.base import Backend
 from fastrms.backends.host import HostBackend
 from fastrms.backends.making import new_host_backend
 from fastrms.backends.memory import Ram
-from fastrms.backends.storage import check_storage
+from fastrms.backends.storage import Storage, check_storage
+from fastrms.buffers.pytree import Params
 from fastrms.errors import DeviceError, OptionError
 
 if TYPE_CHECKING:
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["backend_of", "new_backend"]
 
 
-def new_backend(params: Any, settings: Settings, storage: Any, stream: Any) -> Backend:
+def new_backend(
+    params: Params, settings: Settings, storage: str | PathLike[str] | Storage | None, stream: object
+) -> Backend:
     """Return the backend of a new optimizer.
 
     Parameters

@@ -1,18 +1,23 @@
 """The memory of an optimizer whose buffers are ordinary arrays."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import starmap
 from operator import call
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.base import RunCalls
 from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels.norms import SpanNorms
 
+if TYPE_CHECKING:
+    from fastrms.backends.base import RunCalls
+
 __all__ = ["Ram"]
+
+_call = cast("Callable[..., None]", call)  # kernels return None
 
 
 class Ram:
@@ -20,8 +25,9 @@ class Ram:
 
     in_parts = False
 
-    # Not a Python function, since each step calls it.
-    run: RunCalls = staticmethod(partial(starmap, call))
+    def __init__(self) -> None:
+        # Not a Python function, since each step calls it.
+        self.run: RunCalls = partial(starmap, _call)
 
     def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
         """Return a buffer of zeros with this layout."""

@@ -7,6 +7,7 @@ to the end of the next, with the serial and with the parallel kernel, and keeps 
 the kernel, so trying is harmless.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -93,6 +94,7 @@ class Tuner:
                 slow_steps, slow_seconds = (slow_steps + 1, slow_seconds + counted) if slow else (0, 0.0)
             changed = spent < patience
             times: dict[str, list[float]] = {"serial": [], "parallel": []}
+            serial = parallel = math.nan
             for _ in range(self.ROUNDS):
                 for kernel, taken in times.items():
                     steps, turn = 0, 0.0

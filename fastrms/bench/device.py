@@ -93,7 +93,7 @@ def measure_device(case: Case, min_time: float, rows: list[StepRow]) -> None:
     BenchmarkError
         The step has other bits than the reference.
     """
-    from fastrms.kernels.cuda import cuda
+    from fastrms.backends.cuda.arrays import cuda
 
     params, gradients = make_arrays(case)
     reference = ReferenceRMSProp(params, LR, DECAY_RATE, EPSILON)

@@ -42,7 +42,7 @@ def threading_layer() -> str:
     """Return Numba's threading layer, which is known after a parallel kernel has run."""
     RMSProp([np.zeros(1)], kernel="parallel").step()
     try:
-        return str(numba.threading_layer())  # type: ignore[attr-defined]
+        return str(numba.threading_layer())  # type: ignore[attr-defined] # pyright: ignore[reportPrivateImportUsage] # numba has no types
     except ValueError:  # nothing is compiled
         return "none, the JIT is off"
 

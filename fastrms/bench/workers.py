@@ -39,12 +39,15 @@ class Worker(Protocol):
 
     def open(self, name: str, case: Case) -> str:
         """Make an implementation ready for a case, and return how its result compares with the reference's."""
+        ...
 
     def time(self, name: str, calls: int) -> float:
         """Return the mean seconds of a step, over `calls` steps."""
+        ...
 
     def close(self) -> None:
         """Free the memory of the case."""
+        ...
 
 
 class LocalWorker:

@@ -11,6 +11,8 @@ from fastrms.errors import StructureError
 
 __all__ = ["refuse_overlap"]
 
+_shares_memory: Any = np.shares_memory  # any number is right for `max_work`, which its type does not know
+
 _Span = tuple[int, int, str, NDArray[Any]]  # the bounds of an array in memory, its path, and the array
 
 
@@ -104,7 +106,7 @@ def _compare(cluster: list[_Span]) -> tuple[str, str] | None:
     for k, span in enumerate(cluster):
         for other in cluster[:k]:
             try:
-                shared = other[1] > span[0] and np.shares_memory(other[3], span[3], max_work=100_000)  # type: ignore[arg-type]
+                shared = other[1] > span[0] and _shares_memory(other[3], span[3], max_work=100_000)
             except np.exceptions.TooHardError:
                 shared = True
             if shared:

@@ -178,7 +178,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
     def flat(self, value: ArrayLike) -> None:
         if value is self.flat:
             return
-        if len(self.segments) > 1:
+        if len(self.segments) != 1:
             raise StructureError(f"flat: there are {len(self.segments)} dtypes; write to each of buffer.segments")
         if np.shape(value) not in ((), self.segments[0].shape):
             raise StructureError(f"flat: expected shape {self.segments[0].shape}, got {np.shape(value)}")
@@ -194,7 +194,11 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         """The number of bytes of the block, padding between segments included."""
         return self.layout.nbytes
 
-    def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "FlatBuffer":
+    @overload
+    def like(self, fill: float = 0, dtype: None = None) -> "FlatBuffer[P]": ...
+    @overload
+    def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "FlatBuffer[Any]": ...
+    def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "FlatBuffer[Any]":
         """Return a new buffer of the same structure and shapes in new memory.
 
         Parameters

@@ -217,7 +217,8 @@ class Layout:
             return tuple(tree)
         if self._values is not None and type(tree) is dict and len(tree) == len(self.leaves):
             with suppress(KeyError):  # refused below, by name
-                return self._values(tree)  # type: ignore[no-any-return]
+                values: tuple[Any, ...] = self._values(tree)
+                return values
         items = self._by_level(tree)
         if items is None:
             refuse_structure(self._root, tree, name)

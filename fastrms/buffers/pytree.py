@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress
 from operator import call, itemgetter
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ else:
     from typing import TypeVar
 
 __all__ = [
-    "ArrayTree", "Level", "Node", "P", "PyTree", "build", "count_items", "describe", "refuse_structure", "take_apart",
+    "ArrayTree", "Level", "Node", "P", "Params", "PyTree", "build", "count_items", "describe", "refuse_structure",
+    "take_apart",
 ]  # fmt: skip
 
 
@@ -41,6 +42,9 @@ ArrayTree: TypeAlias = NDArray[Any] | Sequence["ArrayTree"] | Mapping[Any, "Arra
 
 # The same of everything that is taken for an array, with None for an array that is missing.
 PyTree: TypeAlias = _OnHost | _OnDevice | complex | Sequence["PyTree"] | Mapping[Any, "PyTree"] | None
+
+# The parameters of an optimizer as users give them: arrays, or groups of them with options.
+Params: TypeAlias = PyTree | Sequence[Mapping[str, Any]]
 
 # The structure of an optimizer's parameters. Any where it is not known.
 if TYPE_CHECKING:
@@ -126,7 +130,7 @@ class Level:
         if [*map(len, trees)] != self._sizes:
             return None
         try:
-            items = [*chain.from_iterable(map(call, self._getters, trees))]
+            items = [*chain.from_iterable(map(_items, self._getters, trees))]
         except KeyError:
             return None
         if len(items) != len(self._is_leaf):  # a list of the user's own class
@@ -138,11 +142,15 @@ class Level:
         return [*compress(items, self._is_node)]
 
 
-def _getter(keys: tuple[Any, ...] | None) -> Callable[[Any], Iterable[Any]]:
+_Getter: TypeAlias = Callable[[Any], Iterable[Any]]
+_items = cast("Callable[[_Getter, Any], Iterable[Any]]", call)  # calls its first argument
+
+
+def _getter(keys: tuple[Any, ...] | None) -> _Getter:
     """Return a function that gives the items of a list or tuple, or the items of a dict in the order of `keys`."""
     if not keys:
         return iter
-    return itemgetter(*keys) if len(keys) > 1 else partial(_only_item, keys[0])
+    return partial(_only_item, keys[0]) if len(keys) == 1 else itemgetter(*keys)
 
 
 def _only_item(key: Any, tree: Any) -> tuple[Any]:

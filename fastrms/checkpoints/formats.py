@@ -40,16 +40,20 @@ class Source(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """The metadata."""
+        ...
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
         """The dtype and shape of each array."""
+        ...
 
     def read(self, name: str) -> Array:
         """Return an array whose checksum is right, or raise CheckpointError."""
+        ...
 
     def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
         """Iterate over slices of an array, without comparing its checksum."""
+        ...
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:

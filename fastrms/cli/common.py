@@ -85,7 +85,9 @@ def load_numba() -> None:
         if text.startswith("Environment variable"):
             raise CommandError(text.splitlines()[0])
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    threads = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    threads = int(
+        numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined] # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue] # no types
+    )
     if not 1 <= threads <= MAX_THREADS:
         raise CommandError(f"NUMBA_NUM_THREADS: expected a whole number from 1 to {MAX_THREADS}, got {threads}")
 

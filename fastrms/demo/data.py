@@ -76,7 +76,8 @@ def split(x: Array, y: Labels, dtype: DTypeLike, seed: int, name: str) -> Datase
     """
     from sklearn.model_selection import train_test_split
 
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=TEST_SHARE, random_state=seed)
+    parts = train_test_split(x, y, test_size=TEST_SHARE, random_state=seed)
+    train_x, test_x, train_y, test_y = map(np.asarray, parts)
     # A comparison, because the mean of equal numbers can be one rounding off, and the deviation above 0.
     varies = train_x.min(axis=0) < train_x.max(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):

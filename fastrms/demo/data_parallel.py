@@ -39,10 +39,9 @@ class OneProcessTraining(Training):
 class RankTraining(Training):
     """One rank's part of a training on all ranks: its rows of each batch."""
 
-    optimizer: ShardedRMSProp
-
     def step(self, x: Array, y: Labels) -> None:
         """Train on this rank's rows of a batch, and record the loss of the whole batch."""
+        assert isinstance(self.optimizer, ShardedRMSProp)
         rows = slice(len(y) * comm.rank // comm.size, len(y) * (comm.rank + 1) // comm.size)
         share = (rows.stop - rows.start) / len(y)
         loss = 0.0
@@ -67,6 +66,7 @@ class RankTraining(Training):
         """Train on all ranks, with the cores shared out among them."""
         from threadpoolctl import threadpool_limits
 
+        assert isinstance(self.optimizer, ShardedRMSProp)
         # By default the matrix products of each rank use all cores.
         with threadpool_limits(self.optimizer.num_threads, user_api="blas"):
             super().epoch(batches, on_step)

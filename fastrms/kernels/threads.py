@@ -19,9 +19,12 @@ __all__ = [
 ]  # fmt: skip
 
 
+_numba: Any = numba  # its types lack the settings, and the functions that it passes on
+
+
 def max_threads() -> int:
     """Return the number of threads that Numba started with: NUMBA_NUM_THREADS, or the processor's cores."""
-    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    return int(_numba.config.NUMBA_NUM_THREADS)
 
 
 @contextmanager
@@ -106,7 +109,7 @@ def one_at_a_time(kernel: Callable[..., None]) -> Callable[..., None]:
 def _layer() -> str | None:
     """Return the name of Numba's threading layer, or None before its threads are started."""
     try:
-        return str(numba.threading_layer())  # type: ignore[attr-defined]
+        return str(_numba.threading_layer())
     except ValueError:
         return None
 

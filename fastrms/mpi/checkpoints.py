@@ -3,26 +3,36 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from fastrms._checks import HostKernel, LearningRate, Reduction
 from fastrms.buffers import Array
+from fastrms.buffers.pytree import P
 from fastrms.mpi.communicator import Bounds, Communicator
+from fastrms.mpi.shards import Shards
 from fastrms.mpi.waiting import check_timeout
 from fastrms.optimizer import RMSProp
 from fastrms.options import ParamGroup
 
 __all__ = ["Unsharded"]
 
-_Optimizer = Any  # a ShardedRMSProp, which is an `Unsharded` and imports this file
 
-
-class Unsharded:
+class Unsharded(RMSProp[P]):
     """The methods of `fastrms.mpi.ShardedRMSProp` that save and restore it. All ranks call each together."""
 
     _ranks: Communicator
-    _together: Callable[[str], AbstractContextManager[bool]]
+    _shards: Shards
+
+    def _together(self, call: str) -> AbstractContextManager[bool]:
+        """Return a context for a call that all ranks make together, as `Shards.together`."""
+        return self._shards.together(self._turns, call)
+
+    def _broadcast_params(self) -> None:
+        """Copy the parameters of rank 0 to all ranks."""
+        for segment in self.buffers["params"].segments:
+            self._ranks.broadcast(segment)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all ranks on each rank, as `RMSProp.state_dict` does. All ranks call it.
@@ -36,6 +46,7 @@ class Unsharded:
             whole = _whole(self, on_all=True)
             assert whole is not None
             for own, all_, bounds in _segments(self, whole):
+                assert all_ is not None
                 all_[bounds[self._ranks.rank] : bounds[self._ranks.rank + 1]] = own
                 self._ranks.all_gather(all_, bounds)
             return whole.state_dict()
@@ -99,17 +110,17 @@ class Unsharded:
             _distribute(self, whole)
 
     @classmethod
-    def from_checkpoint(
+    def from_checkpoint(  # type: ignore[override] # pyright: ignore[reportIncompatibleMethodOverride] # no `storage`
         cls,
         path: str | os.PathLike[str],
         *,
-        lr: float | Callable[[int], float] | None = None,
-        kernel: str = "auto",
+        lr: LearningRate | None = None,
+        kernel: HostKernel = "auto",
         num_threads: int | None = None,
         comm: Any = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         timeout: float | str | None = "auto",
-    ) -> Any:
+    ) -> Self:
         """Make the optimizer of a file: its parameters, their structure, state and options.
 
         All ranks call it, and rank 0 reads the file, of this class or of `RMSProp`.
@@ -160,8 +171,8 @@ class Unsharded:
         params = layout.structure(np.zeros(leaf.shape, layout.dtype_of(leaf)) for leaf in layout.leaves)
         options = {"kernel": kernel, "num_threads": num_threads, "cache_dtype": cache_dtype}
         groups = [{"params": part} for part in params] if grouped else params
-        made: Any = cls
-        opt = made(groups, comm=comm, reduction=reduction, timeout=timeout, **options)
+        made: Callable[..., Self] = cls  # which takes more arguments than `RMSProp`
+        opt = made(groups, comm=comm, reduction=reduction, timeout=timeout, **options)  # pyright: ignore[reportCallIssue] # as above
         with opt._ranks.leaving():
             if lr is not None:
                 opt.lr = lr
@@ -180,11 +191,11 @@ def _on_first(ranks: Communicator, act: Callable[[], None]) -> None:
     ranks.broadcast_error(error)
 
 
-def _whole(opt: _Optimizer, on_all: bool = False) -> RMSProp | None:
+def _whole(opt: Unsharded, on_all: bool = False) -> RMSProp | None:
     """Return an `RMSProp` like `opt`, on rank 0 or on all ranks; None elsewhere. Its state is still to be filled."""
     whole, error = None, None
     try:
-        if on_all or opt.rank == 0:
+        if on_all or opt._ranks.rank == 0:
             whole = _new_whole(opt)
     except Exception as caught:  # lack of memory
         error = caught
@@ -192,9 +203,13 @@ def _whole(opt: _Optimizer, on_all: bool = False) -> RMSProp | None:
     return whole
 
 
-def _new_whole(opt: _Optimizer) -> RMSProp:
+def _new_whole(opt: Unsharded) -> RMSProp:
     """Return an `RMSProp` with the parameters, options and counts of `opt`, and with all its state buffers."""
-    options = {"global_clip_norm": opt.global_clip_norm, "nonfinite": opt.nonfinite, "cache_dtype": opt.cache_dtype}
+    options: dict[str, Any] = {
+        "global_clip_norm": opt.global_clip_norm,
+        "nonfinite": opt.nonfinite,
+        "cache_dtype": opt.cache_dtype,
+    }
     if opt.backend.state.grouped:
         whole = RMSProp([dict(group) for group in opt.param_groups], kernel="numpy", **options)
     else:
@@ -210,7 +225,7 @@ def _state_of(opt: RMSProp) -> list[str]:
     return sorted(name for name in opt.buffers if name not in ("params", "grads"))
 
 
-def _segments(opt: _Optimizer, whole: RMSProp | None) -> Iterator[tuple[Array, Any, Bounds]]:
+def _segments(opt: Unsharded, whole: RMSProp | None) -> Iterator[tuple[Array, Array | None, Bounds]]:
     """Iterate over the segments of the state.
 
     Yield the segment of this rank's shard, the whole segment (None on ranks without `whole`), and the bounds of shards.
@@ -220,13 +235,13 @@ def _segments(opt: _Optimizer, whole: RMSProp | None) -> Iterator[tuple[Array, A
             yield own, None if whole is None else whole.buffers[name].segments[number], opt._shards.bounds[number]
 
 
-def _distribute(opt: _Optimizer, whole: RMSProp | None) -> None:
+def _distribute(opt: Unsharded, whole: RMSProp | None) -> None:
     """Copy parameters, state, options and counts of an `RMSProp` on rank 0 to all ranks."""
     sent = None
     if whole is not None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in whole.param_groups]
-        for group in groups:
-            group["lr"] = None if callable(group["lr"]) else group["lr"]
+        for options in groups:
+            options["lr"] = None if callable(options["lr"]) else options["lr"]
         numbers = (whole.global_clip_norm, whole.nonfinite, whole.backend.state.counts)
         sent = groups, numbers, _state_of(whole)
         for mine, theirs in zip(opt.buffers["params"].segments, whole.buffers["params"].segments, strict=True):

@@ -2,13 +2,22 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, Unpack, overload
 
-from fastrms._checks import LearningRate, check_one_of
+from fastrms._checks import (
+    PARAMS_CHECKS,
+    REDUCTIONS,
+    CacheDType,
+    HostKernel,
+    LearningRate,
+    ParamsCheck,
+    Reduction,
+    check_one_of,
+)
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.making import new_sharded_backend
+from fastrms.buffers.pytree import P, Params, PyTree
 from fastrms.errors import OptionError, StructureError
 from fastrms.kernels import check_host_kernel, threads
 from fastrms.mpi.checkpoints import Unsharded
@@ -16,15 +25,22 @@ from fastrms.mpi.communicator import Communicator
 from fastrms.mpi.ending import install_excepthook
 from fastrms.mpi.shards import Shards
 from fastrms.mpi.waiting import check_timeout, named
-from fastrms.optimizer import RMSProp
+from fastrms.options import Group, Keywords
 
 __all__ = ["ShardedRMSProp"]
 
-_REDUCTIONS = ("mean", "sum")
-_CHECKS = ("broadcast", "raise")
+
+class _Keywords(Keywords, total=False):
+    """Keyword arguments of `ShardedRMSProp`, for type checkers."""
+
+    kernel: HostKernel
+    comm: Any
+    reduction: Reduction
+    check_params: ParamsCheck
+    timeout: float | str | None
 
 
-class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoint has no storage
+class ShardedRMSProp(Unsharded[P]):
     """RMSProp divided among P ranks of an MPI program: each has 1/P of the state and does 1/P of the update.
 
     Options, kernels and bits are those of `fastrms.RMSProp`; ``docs/mpi.md`` lists the differences. All ranks make the
@@ -89,16 +105,61 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
     >>> _ = opt.step()
     """
 
+    # As the overloads of `RMSProp`.
+    @overload
+    def __init__(
+        self: "ShardedRMSProp[Any]",
+        params: PyTree | Sequence[Group],
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: Literal["bfloat16"],
+        **options: Unpack[_Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "ShardedRMSProp[list[Any]]",
+        params: Sequence[Group],
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: CacheDType | None = ...,
+        **options: Unpack[_Keywords],
+    ) -> None: ...
+    @overload
     def __init__(
         self,
-        params: Any,
+        params: P,
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: CacheDType | None = ...,
+        **options: Unpack[_Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "ShardedRMSProp[Any]",
+        params: Params,
+        lr: LearningRate = ...,
+        decay_rate: float = ...,
+        epsilon: float = ...,
+        *,
+        cache_dtype: CacheDType | None = ...,
+        **options: Unpack[_Keywords],
+    ) -> None: ...
+    def __init__(
+        self,
+        params: Params,
         lr: LearningRate = 1e-3,
         decay_rate: float = 0.9,
         epsilon: float = 1e-8,
         *,
         comm: Any = None,
-        reduction: str = "mean",
-        check_params: str = "broadcast",
+        reduction: Reduction = "mean",
+        check_params: ParamsCheck = "broadcast",
         timeout: float | str | None = "auto",
         **options: Any,
     ) -> None:
@@ -108,7 +169,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         except Exception as caught:  # `agree` raises it on all ranks
             error, seconds = caught, check_timeout(None)
         self._ranks = Communicator(comm, "ShardedRMSProp", seconds)
-        self._reduction = reduction
+        self._reduction: Reduction = reduction
         if self._ranks.size > 1:
             install_excepthook()
         if options.get("num_threads") is None:
@@ -116,8 +177,8 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         with self._ranks.leaving():
             try:
                 if error is None:
-                    check_one_of("reduction", reduction, _REDUCTIONS)
-                    check_one_of("check_params", check_params, _CHECKS)
+                    check_one_of("reduction", reduction, REDUCTIONS)
+                    check_one_of("check_params", check_params, PARAMS_CHECKS)
                     for name in ("storage", "stream"):
                         if options.pop(name, None) is not None:
                             raise OptionError(
@@ -145,7 +206,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             else:
                 self._broadcast_params()
 
-    def _make(self, params: Any, options: dict[str, Any]) -> None:
+    def _make(self, params: Params, options: dict[str, Any]) -> None:
         """Make state, shards and backend."""
         settings = Settings.of(options)
         settings.check()
@@ -165,7 +226,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         return self._ranks.size
 
     @property
-    def reduction(self) -> str:
+    def reduction(self) -> Reduction:
         """The reduction of the gradients of all ranks, "sum" or "mean"."""
         return self._reduction
 
@@ -183,7 +244,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         """The elements of each segment of the flat buffers that this rank updates and has the state of."""
         return self._shards.slices
 
-    def step(self, gradients: Any = None) -> Any:
+    def step(self, gradients: PyTree = None) -> P:
         """Take one step with the gradients of all ranks and return the updated parameters, the same views as before.
 
         Parameters
@@ -215,7 +276,7 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
         """
         return super().step(gradients)
 
-    def ready(self, key: Any, grad: Any) -> None:
+    def ready(self, key: Hashable, grad: PyTree) -> None:
         """Hand over one gradient while others are still being computed. `step()` follows after the last.
 
         The reduction of a piece of the gradient buffer begins when all gradients in it were handed over. Pieces come
@@ -246,12 +307,6 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
             if begun:
                 self._shards.discard()
 
-    @contextmanager
-    def _together(self, call: str) -> Iterator[bool]:
-        """Return a context for a call that all ranks make together, as `Shards.together`."""
-        with self._shards.together(self._turns, call) as begun:
-            yield begun
-
     def _compare_params(self) -> None:
         """Raise StructureError on all ranks where parameters differ from those of rank 0."""
         own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in self.buffers["params"].leaves]
@@ -265,11 +320,6 @@ class ShardedRMSProp(Unsharded, RMSProp):  # type: ignore[misc] # from_checkpoin
                 f"params{path}: expected the same values on all ranks, got others than on rank 0 on {named(others)}; "
                 'check_params="broadcast" starts all ranks from those of rank 0'
             ))  # fmt: skip
-
-    def _broadcast_params(self) -> None:
-        """Copy the parameters of rank 0 to all ranks."""
-        for segment in self.buffers["params"].segments:
-            self._ranks.broadcast(segment)
 
     def __repr__(self) -> str:
         return f"Sharded{super().__repr__()[:-1]}, rank={self.rank} of {self.size})"

@@ -2,7 +2,7 @@
 
 import zlib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._checks import Reduction
 from fastrms._state import OptimizerState
 from fastrms.backends.base import Call, RunCalls
 from fastrms.backends.host import HostBackend
@@ -47,7 +48,7 @@ class Shards:
         For each segment the elements of this rank.
     """
 
-    def __init__(self, communicator: Communicator, state: OptimizerState, reduction: str) -> None:
+    def __init__(self, communicator: Communicator, state: OptimizerState, reduction: Reduction) -> None:
         self.communicator, self.reduction = communicator, reduction
         self._state = state
         self.bounds = [communicator.bounds(segment.size) for segment in state.layout.segments]
@@ -244,7 +245,7 @@ class Shards:
 
     # Gradients that are handed over one by one (`ShardedRMSProp.ready`).
 
-    def hand_over(self, key: Any, grad: Any) -> None:
+    def hand_over(self, key: Hashable, grad: object) -> None:
         """Store one gradient, and begin the reductions that now have all their gradients."""
         try:
             k = self._numbers[key]
@@ -276,12 +277,12 @@ class Shards:
         return self._leaves[k]
 
     @cached_property
-    def _numbers(self) -> dict[Any, int]:
+    def _numbers(self) -> dict[Hashable, int]:
         """The number of each leaf by its tuple of keys, outermost first. A single key works without a tuple too."""
         layout = self._state.layout
-        numbers: dict[Any, int] = {}
+        numbers: dict[tuple[Hashable, ...], int] = {}
 
-        def walk(tree: Any, keys: tuple[Any, ...]) -> None:
+        def walk(tree: Any, keys: tuple[Hashable, ...]) -> None:
             if isinstance(tree, int):
                 numbers[keys] = tree
                 return
@@ -298,7 +299,7 @@ class Shards:
         """Whether the next step is that of `Shards`: there are other ranks, or gradients were handed over."""
         return self.communicator.size > 1 or self._buckets.begun
 
-    def step(self, backend: HostBackend, gradients: Any) -> None:
+    def step(self, backend: HostBackend, gradients: object) -> None:
         """Exchange gradients with the other ranks, and let `backend` take the step."""
         self._options_fixed = False
         rates, present, error = self._prepare(backend, gradients)
@@ -312,7 +313,9 @@ class Shards:
         finally:
             counts.writing = self._options_fixed = False
 
-    def _prepare(self, backend: HostBackend, gradients: Any) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
+    def _prepare(
+        self, backend: HostBackend, gradients: object
+    ) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
         """Compute learning rates, and copy the gradients of this rank to the gradient buffer.
 
         Return the rates, which parameters have a gradient, and the error of this rank, which `_meet` raises on all.

@@ -150,7 +150,7 @@ DRAW: dict[str, Callable[[Any, Descent], list[Line]]] = {
 
 
 def _over_steps(y: Array) -> Array:
-    return np.column_stack([np.arange(len(y)), y])
+    return np.column_stack([np.arange(len(y), dtype=np.float64), y])
 
 
 def _make_logarithmic(ax: "Axes", data: list[Array]) -> None:

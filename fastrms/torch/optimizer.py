@@ -93,7 +93,7 @@ class RMSprop(torch.optim.RMSprop):
         *,
         kernel: HostKernel = "auto",
     ) -> None:
-        self._kernel = check_one_of("kernel", kernel, HOST_KERNELS)
+        self._kernel: HostKernel = check_one_of("kernel", kernel, HOST_KERNELS)
         self._start_following()
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
@@ -130,13 +130,16 @@ class RMSprop(torch.optim.RMSprop):
         """
         hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_GLOBAL_HOOKS
         # Around the `step` of a subclass that has its own, PyTorch has already put hooks.
-        if (any(hooks) or torch.autograd._profiler_enabled()) and type(self).step is RMSprop.step:
+        profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage] # torch.optim's way
+        if (any(hooks) or profiled) and type(self).step is RMSprop.step:
             return _step_with_hooks(self, *args, **kwargs)
         # The mark that stops PyTorch's compiler is a wrapper, which takes 10 us at each call.
         return (self._step if torch.compiler.is_dynamo_compiling() else self._step_uncompiled)(*args, **kwargs)
 
     @torch.compiler.disable
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's type is wrong
+        self, set_to_none: bool = True
+    ) -> None:
         """Drop all gradients, or set them to 0, as for every optimizer of PyTorch.
 
         Parameters
@@ -160,7 +163,7 @@ class RMSprop(torch.optim.RMSprop):
 
     # PyTorch puts a wrapper around a `step` without this mark. It opens a range of the profiler, also when nobody
     # profiles, which takes 50 us for 1,000 parameters, longer than the whole step of a small model.
-    step.hooked = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined] # pyright: ignore[reportFunctionMemberAccess] # by design
 
     def _step_uncompiled(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -185,7 +188,7 @@ class RMSprop(torch.optim.RMSprop):
     _step = torch.compiler.disable(_step_uncompiled)  # PyTorch's compiler cannot trace Numba's functions
 
     # The step without hooks, as PyTorch's own optimizers have it; PyTorch's tests, among others, call it.
-    step.__wrapped__ = _step  # type: ignore[attr-defined]
+    step.__wrapped__ = _step  # type: ignore[attr-defined] # pyright: ignore[reportFunctionMemberAccess] # by design
 
     def explain(self) -> list[str]:
         """Say which parameters take the compiled pass and which take PyTorch's step, and why.
@@ -293,4 +296,6 @@ class RMSprop(torch.optim.RMSprop):
                 pack.moved.state.load(self.state)
 
 
-_step_with_hooks = torch.optim.Optimizer.profile_hook_step(RMSprop._step)
+_step_with_hooks = torch.optim.Optimizer.profile_hook_step(
+    RMSprop._step  # pyright: ignore[reportAttributeAccessIssue] # as above
+)

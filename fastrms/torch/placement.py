@@ -4,7 +4,7 @@ import ctypes
 import sys
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def lies_at(tensor: Any, part: Array) -> bool:
     return tensor.data_ptr() == part.ctypes.data or (part.size == 0 and tuple(tensor.shape) == part.shape)
 
 
-def fits(tensor: Any, part: Array) -> bool:
+def fits(tensor: Any, part: Array) -> TypeGuard[torch.Tensor]:
     """Return whether a tensor is dense and has the dtype and shape of `part` of a buffer."""
     return (
         _why_not_dense(tensor) is None

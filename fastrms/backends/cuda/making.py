@@ -1,19 +1,18 @@
 """Make backends on a GPU."""
 
-from typing import Any
-
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.cuda.arrays import as_stream, require_gpu, shadows, to_host
 from fastrms.backends.cuda.backend import CudaBackend
 from fastrms.backends.making import new_host_backend
 from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.buffers.pytree import Params
 from fastrms.errors import OptionError
 from fastrms.options import parameter_groups
 
 __all__ = ["CudaBackend", "new_cuda_backend"]
 
 
-def new_cuda_backend(params: Any, settings: Settings, stream: Any) -> CudaBackend:
+def new_cuda_backend(params: Params, settings: Settings, stream: object) -> CudaBackend:
     """Return a backend with new buffers on the device.
 
     Parameters
