@@ -4,20 +4,11 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeAlias
 
-from fastrms._checks import (
-    NONFINITE,
-    CacheDType,
-    Kernel,
-    LearningRate,
-    NonFinite,
-    check_count,
-    check_one_of,
-    check_option,
-    check_threads,
-)
+from fastrms._checks import NONFINITE, check_count, check_one_of, check_option, check_threads
 from fastrms._guarded import Guarded
 from fastrms._properties import Attribute, change, checked, option_of_all_groups, views
 from fastrms._state import OptimizerState
+from fastrms._types import CacheDType, Kernel, LearningRate, NonFinite, Options
 from fastrms.backends.base import Backend
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
@@ -185,7 +176,7 @@ class OptimizerBase(Guarded, Generic[P]):
         """The dtype of the state: "bfloat16", or None for that of the parameters."""
         return self._state.cache_dtype
 
-    def _set_options(self, changes: Iterable[tuple[ParamGroup, Mapping[str, Any]]]) -> None:
+    def _set_options(self, changes: Iterable[tuple[ParamGroup, Options]]) -> None:
         """Set options of groups: all of them, or none after an error."""
         with self._turns.lock:
             checked_changes = [(group, options, group.with_changes(options)) for group, options in changes]

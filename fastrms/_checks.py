@@ -1,31 +1,21 @@
 """The options with their defaults and ranges, and checks of the values that users give."""
 
 import math
-from collections.abc import Callable, Set
-from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias, TypeGuard, TypeVar, get_args
+from collections.abc import Set
+from typing import Any, NamedTuple, SupportsFloat, TypeGuard, TypeVar, get_args
 
 import numpy as np
 
+from fastrms._types import AfterCrash, CacheDType, DType, HostKernel, Kernel, NonFinite, ParamsCheck, Reduction
 from fastrms.errors import OptionError, OptionTypeError
 
 __all__ = [
     "AFTER_CRASH", "BFLOAT16_STEP", "GROUP_DEFAULTS", "HOST_KERNELS", "KERNELS", "NONFINITE", "PARAMS_CHECKS",
-    "REDUCTIONS", "AfterCrash", "CacheDType", "HostKernel", "Kernel", "LearningRate", "NonFinite",
-    "ParamsCheck", "Reduction", "check_cache_dtype", "check_count", "check_for_dtype", "check_one_of", "check_option",
+    "REDUCTIONS", "check_cache_dtype", "check_count", "check_for_dtype", "check_one_of", "check_option",
     "check_threads", "shown",
 ]  # fmt: skip
 
-LearningRate: TypeAlias = SupportsFloat | Callable[[int], SupportsFloat]
-
-# The words that arguments may be: for type checkers, and below each as the tuple for the check at run time.
-HostKernel: TypeAlias = Literal["auto", "numpy", "serial", "parallel"]
-Kernel: TypeAlias = Literal[HostKernel, "cuda"]
-NonFinite: TypeAlias = Literal["propagate", "raise", "skip"]
-CacheDType: TypeAlias = Literal["bfloat16"]
-AfterCrash: TypeAlias = Literal["raise", "use"]
-Reduction: TypeAlias = Literal["mean", "sum"]
-ParamsCheck: TypeAlias = Literal["broadcast", "raise"]
-
+# The words that arguments may be.
 HOST_KERNELS: tuple[HostKernel, ...] = get_args(HostKernel)
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
@@ -172,7 +162,7 @@ def check_one_of(name: str, value: object, choices: tuple[_Word, ...]) -> _Word:
     return choices[choices.index(value)]
 
 
-def check_cache_dtype(value: object, dtypes: Set[np.dtype[Any]]) -> CacheDType | None:
+def check_cache_dtype(value: object, dtypes: Set[DType]) -> CacheDType | None:
     """Return `value` if it is None or "bfloat16" and parameters of `dtypes` can have such state; raise otherwise."""
     if value is None:
         return None
@@ -187,7 +177,7 @@ def check_cache_dtype(value: object, dtypes: Set[np.dtype[Any]]) -> CacheDType |
     return "bfloat16"
 
 
-def check_for_dtype(name: str, value: float, dtype: np.dtype[Any]) -> None:
+def check_for_dtype(name: str, value: float, dtype: DType) -> None:
     """Raise OptionError if `value` has no useful counterpart in `dtype`: inf for a finite number, or 0 for epsilon."""
     with np.errstate(over="ignore", under="ignore"):
         there = dtype.type(value)

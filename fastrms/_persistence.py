@@ -3,12 +3,13 @@
 import atexit
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from fastrms._base import OptimizerBase
-from fastrms._checks import AFTER_CRASH, AfterCrash, HostKernel, Kernel, LearningRate, check_one_of
+from fastrms._checks import AFTER_CRASH, check_one_of
+from fastrms._types import AfterCrash, HostKernel, Kernel, LearningRate, Options
 from fastrms.backends.folder import METADATA_FILE
 from fastrms.backends.storage import Storage
 from fastrms.buffers.pytree import P
@@ -46,7 +47,7 @@ class Persistent(OptimizerBase[P]):
         with self._turns.between_steps("state_dict", changes=False):
             return state_dict(self._backend)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Options) -> None:
         """Copy a state into this optimizer's buffers, whose views stay the same arrays, and set its options.
 
         Parameters
@@ -278,8 +279,8 @@ class Persistent(OptimizerBase[P]):
 def _make(
     cls: Callable[..., _T],
     params: Any,
-    metadata: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
+    metadata: Options,
+    groups: Sequence[Options],
     **options: Any,
 ) -> _T:
     """Return an optimizer made from metadata.

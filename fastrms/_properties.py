@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from fastrms._state import OptimizerState
+from fastrms._types import Options
 from fastrms.backends.base import Backend
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
@@ -38,7 +39,7 @@ class _Optimizer(Protocol):
     @property
     def param_groups(self) -> ParamGroups: ...
 
-    def _set_options(self, changes: Iterable[tuple[ParamGroup, Mapping[str, Any]]]) -> None: ...
+    def _set_options(self, changes: Iterable[tuple[ParamGroup, Options]]) -> None: ...
 
 
 def views(name: str, meaning: str) -> property:

@@ -1,23 +1,14 @@
 """The data of an optimizer: buffers of parameters and state, parameter groups, options of the whole, and counts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray  # noqa: TC002 # a dataclass has its annotations at run time
 
-from fastrms._checks import (
-    GROUP_DEFAULTS,
-    NONFINITE,
-    CacheDType,
-    Kernel,
-    NonFinite,
-    check_cache_dtype,
-    check_one_of,
-    check_option,
-    check_threads,
-)
+from fastrms._checks import GROUP_DEFAULTS, NONFINITE, check_cache_dtype, check_one_of, check_option, check_threads
+from fastrms._types import CacheDType, Kernel, NonFinite, Options
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.aliasing import refuse_overlap
 from fastrms.buffers.pytree import Params
@@ -31,7 +22,7 @@ __all__ = ["STATE_OPTIONS", "Counts", "OptimizerState", "Settings", "optional_st
 STATE_OPTIONS = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 
 
-def optional_state(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+def optional_state(groups: Iterable[Options]) -> list[str]:
     """Return the names of the state buffers beside the cache that groups with these options need."""
     groups = list(groups)
     return [name for name, option in STATE_OPTIONS.items() if any(group[option] for group in groups)]
@@ -76,7 +67,7 @@ class Settings:
         As for `fastrms.RMSProp`. `check` checks them.
     """
 
-    defaults: Mapping[str, Any]
+    defaults: Options
     kernel: Kernel
     num_threads: int | None
     cache_dtype: CacheDType | None
@@ -84,7 +75,7 @@ class Settings:
     global_clip_norm: float | None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Self:
+    def of(cls, options: Options) -> Self:
         """Return settings from keyword arguments of `fastrms.RMSProp`. Missing ones have their defaults."""
         whole = {
             "kernel": "auto", "num_threads": None, "cache_dtype": None, "nonfinite": "propagate",

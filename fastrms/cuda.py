@@ -6,7 +6,7 @@ says how arrays of CuPy, PyTorch and Numba go in and out, and when a step waits.
 
 from typing import Any, Literal, Unpack
 
-from fastrms._checks import LearningRate
+from fastrms._types import LearningRate
 from fastrms.buffers.pytree import Params
 from fastrms.kernels import check_cuda_kernel
 from fastrms.kernels import cuda as kernels

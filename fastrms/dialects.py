@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastrms._types import Options
 from fastrms.errors import OptionError
 
 __all__ = ["DIALECTS", "dialect", "meant"]
@@ -33,8 +34,8 @@ class Dialect:
     """
 
     names: Mapping[str, str]
-    defaults: Mapping[str, Any]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Options
+    fixed: Options = field(default_factory=dict)
     required: tuple[str, ...] = ()
     none_is_off: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

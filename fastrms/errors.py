@@ -5,10 +5,11 @@ catches builtin exceptions keeps working. Every message names the argument, what
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
+
+from fastrms._types import Array
 
 __all__ = [
     "CheckpointError",
@@ -103,7 +104,7 @@ class NonfiniteError(FastrmsError, FloatingPointError):
         self.counts = dict(counts)
 
     @classmethod
-    def of(cls, gradients: Mapping[str, NDArray[Any]]) -> Self:
+    def of(cls, gradients: Mapping[str, Array]) -> Self:
         """Return the error about gradients.
 
         Parameters

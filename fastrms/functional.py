@@ -6,7 +6,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastrms._checks import Kernel
+from fastrms._types import Kernel
 from fastrms.buffers.pytree import P, PyTree
 from fastrms.optimizer import RMSProp
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastrms._checks import GROUP_DEFAULTS
+from fastrms._types import Array, Metadata
 from fastrms.buffers.flat import as_arrays
 from fastrms.checkpoints.metadata import MOST_STEPS
 from fastrms.dialects import DIALECTS, dialect
@@ -19,7 +19,6 @@ from fastrms.options import parameter_groups, resolve_lr
 
 __all__ = ["from_keras", "from_torch", "to_keras", "to_torch"]
 
-Array = NDArray[Any]
 State = dict[str, Any]  # of `RMSProp.state_dict`
 # Their names of our buffers, and the options that make a buffer necessary.
 _TORCH, _KERAS = DIALECTS["torch"].state, DIALECTS["keras"].state
@@ -30,7 +29,7 @@ _OURS_ALONE = ("initial_scale", "flush_subnormals", "lr_in_momentum")
 _KERAS_ONLY = ("use_ema", "gradient_accumulation_steps", "loss_scale_factor")
 
 
-def from_torch(state_dict: Mapping[str, Any], params: Any, **options: Any) -> RMSProp:
+def from_torch(state_dict: Metadata, params: Any, **options: Any) -> RMSProp:
     """Make an optimizer that continues from the state of a ``torch.optim.RMSprop``.
 
     Parameters
@@ -134,7 +133,7 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def from_keras(config: Mapping[str, Any], variables: Any, params: Any, **options: Any) -> RMSProp:
+def from_keras(config: Metadata, variables: Any, params: Any, **options: Any) -> RMSProp:
     """Make an optimizer that continues from the state of a ``keras.optimizers.RMSprop`` of Keras 3.
 
     Parameters
@@ -239,14 +238,14 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     return config, {str(number): array for number, array in enumerate(arrays)}
 
 
-def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[Mapping[str, Any]], list[int]]:
+def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[Metadata], list[int]]:
     """Return torch's arguments and number of parameters for each group, and state and steps for each parameter."""
     try:
         packed, state = state_dict["param_groups"], state_dict["state"]
         groups = [{name: _number(name, g[name]) for name in DIALECTS["torch"].names if name in g} for g in packed]
         for group in groups:
             _ = group["lr"], group["alpha"], group["eps"]  # no other optimizer of torch has all three
-        entries: list[Mapping[str, Any]] = [state.get(number, {}) for group in packed for number in group["params"]]
+        entries: list[Metadata] = [state.get(number, {}) for group in packed for number in group["params"]]
         steps = [_count("step", entry["step"]) if entry else 0 for entry in entries]  # no state before a gradient
         for entry in entries:
             if entry:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal, Self, Unpack, overload
 
-from fastrms._checks import CacheDType, Kernel, LearningRate, NonFinite
 from fastrms._guarded import refuse_unknown
 from fastrms._persistence import Persistent
 from fastrms._state import OptimizerState, Settings
+from fastrms._types import CacheDType, Kernel, LearningRate, NonFinite
 from fastrms.backends.factory import backend_of, new_backend
 from fastrms.buffers.pytree import P, Params, PyTree
 from fastrms.buffers.replaced import changed_views, paths_outside

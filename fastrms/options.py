@@ -4,25 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import TYPE_CHECKING, Any, NoReturn, Required, Self, SupportsIndex, TypeAlias, TypedDict
 from weakref import WeakMethod
 
-import numpy as np
-
-from fastrms._checks import (
-    BFLOAT16_STEP,
-    GROUP_DEFAULTS,
-    CacheDType,
-    LearningRate,
-    NonFinite,
-    check_for_dtype,
-    check_option,
-    shown,
-)
+from fastrms._checks import BFLOAT16_STEP, GROUP_DEFAULTS, check_for_dtype, check_option, shown
+from fastrms._types import CacheDType, DType, LearningRate, NonFinite, Options
 from fastrms.dialects import meant
 from fastrms.errors import OptionError, OptionTypeError, StructureError
 
 __all__ = ["Group", "Keywords", "ParamGroup", "ParamGroups", "parameter_groups", "resolve_lr"]
 
 # Sets options of several groups, all or none.
-SetOptions: TypeAlias = Callable[[Iterable[tuple["ParamGroup", Mapping[str, Any]]]], None]
+SetOptions: TypeAlias = Callable[[Iterable[tuple["ParamGroup", Options]]], None]
 
 
 class _Extensions(TypedDict, total=False):
@@ -95,9 +85,7 @@ class ParamGroup(MutableMapping[str, Any]):
     [ParamGroup(lr=0.001, weight_decay=0.1), ParamGroup(lr=0.01)]
     """
 
-    def __init__(
-        self, options: Mapping[str, Any], label: str, dtypes: Set[np.dtype[Any]], cache_dtype: CacheDType | None = None
-    ) -> None:
+    def __init__(self, options: Options, label: str, dtypes: Set[DType], cache_dtype: CacheDType | None = None) -> None:
         self._label = label
         self._cache_dtype = cache_dtype
         self.dtypes = dtypes
@@ -106,7 +94,7 @@ class ParamGroup(MutableMapping[str, Any]):
         self._values: dict[str, Any] = {}
         self.assign(self.with_changes(GROUP_DEFAULTS | dict(options)))
 
-    def with_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def with_changes(self, changes: Options) -> dict[str, Any]:
         """Check new values of options together with the values that stay, and return all options; nothing is set.
 
         Parameters
@@ -156,7 +144,7 @@ class ParamGroup(MutableMapping[str, Any]):
             )
         return checked
 
-    def assign(self, values: Mapping[str, Any]) -> None:
+    def assign(self, values: Options) -> None:
         """Set options that were checked; the optimizer is not told.
 
         Parameters
@@ -266,7 +254,7 @@ def _none() -> None:
     return None
 
 
-def parameter_groups(params: object) -> list[Mapping[str, Any]] | None:
+def parameter_groups(params: object) -> list[Options] | None:
     """Return `params` as a list of groups if it is a list of dicts with "params", and None otherwise.
 
     A list of dicts without that key is a list of layers.

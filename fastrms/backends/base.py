@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms._state import Counts, OptimizerState, optional_state
+from fastrms._types import Options
 from fastrms.backends.turns import Turns
 from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.errors import NonfiniteError
@@ -115,7 +116,7 @@ class Backend(ABC):
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros."""
 
-    def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
+    def add_state(self, options: Iterable[Options]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
         self.state.add_buffers(optional_state(options), self.new_buffer)
 

@@ -1,6 +1,6 @@
 """The backend on the host: locate gradients, compute the kernel calls from options, make the calls, and count steps."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import starmap
 from typing import Any
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastrms import kernels
 from fastrms._state import Counts, OptimizerState
+from fastrms._types import Items, Options
 from fastrms.backends import plan, tuner
 from fastrms.backends.base import Backend, Call, Memory, Ranks
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run
@@ -79,7 +80,7 @@ class HostBackend(Backend):
         """Return a state buffer of zeros."""
         return self._memory.new_buffer(name, self.state.state_layout(self._own["params"].layout))
 
-    def add_state(self, options: Iterable[Mapping[str, Any]]) -> None:
+    def add_state(self, options: Iterable[Options]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
         if self._ranks is not None:
             self._ranks.options_change()
@@ -203,9 +204,7 @@ class HostBackend(Backend):
                     run.copy_small()
             self.take(IN_PLACE if present is None else Located(True, present), rates, kernel)
 
-    def take(
-        self, located: Located, rates: list[float] | None, kernel: str, items: tuple[Any, ...] | None = None
-    ) -> None:
+    def take(self, located: Located, rates: list[float] | None, kernel: str, items: Items | None = None) -> None:
         """Update parameters and state with located gradients, and count the step.
 
         Steps are counted only here and for the one call in `step`. One statement makes the kernel calls and counts.
@@ -259,7 +258,7 @@ class HostBackend(Backend):
             run.copy_small()
         return IN_PLACE if present is None else Located(True, present)
 
-    def _copy(self, items: tuple[Any, ...]) -> Located:
+    def _copy(self, items: Items) -> Located:
         """Check gradients of any dtype and strides, and copy them to the gradient buffer."""
         arrays = as_arrays(items, self._grads.layout, "gradients", allow_none=True)
         self.use_options()  # the `__array__` of a user's class may have set options
@@ -320,9 +319,7 @@ class HostBackend(Backend):
             return kernel
         return kernel if kernel == "parallel" and run.size >= tuner.TRY_PARALLEL_FROM else "serial"
 
-    def _skips(
-        self, located: Located, kernel: str, norms: NDArray[np.float64] | None, items: tuple[Any, ...] | None
-    ) -> bool:
+    def _skips(self, located: Located, kernel: str, norms: NDArray[np.float64] | None, items: Items | None) -> bool:
         """Return whether a gradient is not finite, so that the step is skipped; or raise NonfiniteError."""
         kernel_of = [self._kernel_of(run, kernel) for run in self._runs]
         nonfinite = plan.find_nonfinite(self._runs, kernel_of, located, norms, self._own["grads"])

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
+from fastrms._types import Options
 from fastrms.backends.base import Call
 from fastrms.backends.folder import BUFFERS, METADATA_FILE, VERSION, make_folder, read_metadata, real_path
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
@@ -67,7 +68,7 @@ class Storage:
 
     path: Path
     reopened: bool
-    metadata: Mapping[str, Any]
+    metadata: Options
     _made_folder: bool = False
 
     @classmethod

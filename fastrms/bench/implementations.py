@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from fastrms._checks import CacheDType, Kernel
+from fastrms._types import CacheDType, Kernel
 from fastrms.bench import peers, roofline
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array
 from fastrms.bench.problem import Problem, Runner, to_float

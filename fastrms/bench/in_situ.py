@@ -12,7 +12,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._checks import HostKernel
+from fastrms._types import HostKernel
 from fastrms.bench.cases import BATCH_SIZE, LR, Array, Network
 from fastrms.bench.errors import BenchmarkError
 from fastrms.bench.measure import Progress, quartiles, take_turns

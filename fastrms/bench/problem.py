@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._checks import CacheDType, Kernel
+from fastrms._types import CacheDType, Kernel
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array, Case, make_arrays
 from fastrms.bench.errors import BenchmarkError
 from fastrms.kernels import threads

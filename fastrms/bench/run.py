@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from fastrms._checks import HostKernel
+from fastrms._types import HostKernel
 from fastrms.bench import device, machine
 from fastrms.bench.cases import Case, Network
 from fastrms.bench.errors import BenchmarkError

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms._types import Array
 from fastrms.buffers.layout import Layout
 from fastrms.errors import StructureError
 
@@ -13,7 +13,7 @@ __all__ = ["refuse_overlap"]
 
 _shares_memory: Any = np.shares_memory  # any number is right for `max_work`, which its type does not know
 
-_Span = tuple[int, int, str, NDArray[Any]]  # the bounds of an array in memory, its path, and the array
+_Span = tuple[int, int, str, Array]  # the bounds of an array in memory, its path, and the array
 
 
 def refuse_overlap(layout: Layout, arrays: object) -> None:
@@ -91,7 +91,7 @@ def _overlap_within(cluster: list[_Span]) -> tuple[str, str] | None:
     return None
 
 
-def _pieces(item: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def _pieces(item: Array) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Return an array as pieces of contiguous memory: counts and strides by axis, and the bytes of a piece."""
     axes = sorted((abs(stride), size) for stride, size in zip(item.strides, item.shape, strict=True) if size > 1)
     axes = [axis for axis in axes if axis[0]]

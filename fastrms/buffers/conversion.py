@@ -3,8 +3,8 @@
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms._types import Array, DType
 from fastrms.buffers.pytree import describe
 from fastrms.errors import DtypeError
 
@@ -14,7 +14,7 @@ __all__ = ["as_array", "can_store", "castable_to"]
 _REGISTERED = 2
 
 
-def as_array(item: Any, name: str, target: np.dtype[Any] | None = None) -> NDArray[Any]:
+def as_array(item: Any, name: str, target: DType | None = None) -> Array:
     """Return `item` as an array of numbers.
 
     Parameters
@@ -62,13 +62,13 @@ def as_array(item: Any, name: str, target: np.dtype[Any] | None = None) -> NDArr
     return array
 
 
-def can_store(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
+def can_store(source: DType, target: DType) -> bool:
     """Tell whether numbers of dtype `source` may be written to a buffer of dtype `target`."""
     # A mask among gradients is a slip, so bool goes only into bool.
     return (source.kind != "b" or target.kind == "b") and np.can_cast(source, target, casting="same_kind")
 
 
-def castable_to(dtype: np.dtype[Any]) -> str:
+def castable_to(dtype: DType) -> str:
     """Name the dtypes that can be written to a buffer of this dtype, for an error message."""
     kinds = {"b": "bool", "i": "an integer dtype", "u": "an unsigned integer dtype", "c": "a numeric dtype"}
     return f"a dtype that can be cast to {dtype} ({kinds.get(dtype.kind, 'a float or integer dtype')})"

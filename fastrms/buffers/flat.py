@@ -7,14 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastrms._guarded import Guarded
+from fastrms._types import Array
 from fastrms.buffers.conversion import as_array, can_store, castable_to
 from fastrms.buffers.layout import ALIGNMENT, Layout
 from fastrms.buffers.pytree import P, PyTree, describe
 from fastrms.errors import DtypeError, StructureError
 
 __all__ = ["Array", "FlatBuffer", "as_arrays", "views_of"]
-
-Array = NDArray[Any]
 
 
 def as_arrays(items: Sequence[Any], layout: Layout, name: str, allow_none: bool = False) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastrms._types import DType, Items
 from fastrms.buffers.conversion import as_array
 from fastrms.buffers.pytree import Level, PyTree, build, count_items, describe, refuse_structure, take_apart
 from fastrms.errors import StructureError
@@ -34,11 +35,11 @@ class Leaf:
 class Segment:
     """All arrays of one dtype, contiguous: `size` elements from byte `offset` of the block."""
 
-    dtype: np.dtype[Any]
+    dtype: DType
     offset: int
     size: int
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> Items:
         # An unpickled dtype is equal to NumPy's own object but not that object, by which a step knows usual gradients.
         return _segment, (self.dtype.char, self.offset, self.size)
 
@@ -114,7 +115,7 @@ class Layout:
 
     def _place(self, items: list[tuple[str, Any]], name: str) -> None:
         """Set `leaves`, `segments` and `nbytes` for these arrays, given with their paths."""
-        dtypes: list[np.dtype[Any]] = []
+        dtypes: list[DType] = []
         sizes: list[int] = []
         leaves: list[Leaf] = []
         for path, item in items:
@@ -153,7 +154,7 @@ class Layout:
         zero = np.zeros((), dtype)
         return type(self)(self.structure(np.broadcast_to(zero, leaf.shape) for leaf in self.leaves))
 
-    def dtype_of(self, leaf: Leaf) -> np.dtype[Any]:
+    def dtype_of(self, leaf: Leaf) -> DType:
         """Return the dtype of an array of this layout.
 
         Parameters
@@ -193,7 +194,7 @@ class Layout:
         """
         return build(self._root, iter(items))
 
-    def flatten(self, tree: Any, name: str) -> tuple[Any, ...]:
+    def flatten(self, tree: Any, name: str) -> Items:
         """Return the items of `tree`, a nesting of this structure, in the order of `leaves`.
 
         Parameters
@@ -217,7 +218,7 @@ class Layout:
             return tuple(tree)
         if self._values is not None and type(tree) is dict and len(tree) == len(self.leaves):
             with suppress(KeyError):  # refused below, by name
-                values: tuple[Any, ...] = self._values(tree)
+                values: Items = self._values(tree)
                 return values
         items = self._by_level(tree)
         if items is None:

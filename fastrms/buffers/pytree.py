@@ -8,8 +8,8 @@ from operator import call, itemgetter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastrms._types import Array, Options
 from fastrms.errors import StructureError
 
 if TYPE_CHECKING:  # part of `typing` from Python 3.13 on; type checkers know it for all versions
@@ -26,7 +26,7 @@ __all__ = [
 class _OnHost(Protocol):
     """Something that NumPy takes for an array."""
 
-    def __array__(self) -> NDArray[Any]: ...
+    def __array__(self) -> Array: ...
 
 
 class _OnDevice(Protocol):
@@ -38,13 +38,13 @@ class _OnDevice(Protocol):
 
 # Arrays in lists, tuples and dicts, nested at will. Lists are invariant for type checkers, and so are the keys of a
 # Mapping.
-ArrayTree: TypeAlias = NDArray[Any] | Sequence["ArrayTree"] | Mapping[Any, "ArrayTree"]
+ArrayTree: TypeAlias = Array | Sequence["ArrayTree"] | Mapping[Any, "ArrayTree"]
 
 # The same of everything that is taken for an array, with None for an array that is missing.
 PyTree: TypeAlias = _OnHost | _OnDevice | complex | Sequence["PyTree"] | Mapping[Any, "PyTree"] | None
 
 # The parameters of an optimizer as users give them: arrays, or groups of them with options.
-Params: TypeAlias = PyTree | Sequence[Mapping[str, Any]]
+Params: TypeAlias = PyTree | Sequence[Options]
 
 # The structure of an optimizer's parameters. Any where it is not known.
 if TYPE_CHECKING:

@@ -23,12 +23,13 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from fastrms._types import DType, Metadata
 from fastrms.buffers import Array
 from fastrms.errors import CheckpointError
 
 __all__ = ["Kind", "Source", "checksum", "compare_checksum", "opened", "reading", "replaced", "write"]
 
-Kind = tuple[np.dtype[Any], tuple[int, ...]]
+Kind = tuple[DType, tuple[int, ...]]
 
 # The entry with the metadata, as JSON.
 _METADATA = "head"
@@ -38,7 +39,7 @@ class Source(Protocol):
     """A saved state: metadata and arrays, in a file or in memory."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> Metadata:
         """The metadata."""
         ...
 

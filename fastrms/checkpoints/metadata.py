@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastrms._checks import NONFINITE, check_cache_dtype, check_one_of, check_option
 from fastrms._state import OptimizerState
+from fastrms._types import DType, Metadata
 from fastrms.buffers import Array, Layout
 from fastrms.checkpoints.formats import Kind
 from fastrms.errors import CheckpointError, FastrmsError, StructureError
@@ -113,7 +114,7 @@ def check_absent(absent: NDArray[np.int64], steps: int) -> None:
         )
 
 
-def params_of(metadata: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> Any:
+def params_of(metadata: Metadata, kinds: Mapping[str, Kind] | None) -> Any:
     """Return parameters with the structure, shapes and dtypes of `metadata`, all zeros that take no memory.
 
     An optimizer can be made from them: parameters that its constructor would refuse are a CheckpointError here.
@@ -141,7 +142,7 @@ def params_of(metadata: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> 
     return params
 
 
-def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool]:
+def get_lr(groups: Sequence[Metadata], lr: Any, call: str) -> list[bool]:
     """Return which groups get the learning rate `lr`: those whose rate is not in the metadata, or else all.
 
     Parameters
@@ -167,7 +168,7 @@ def get_lr(groups: Sequence[Mapping[str, Any]], lr: Any, call: str) -> list[bool
     return missing if any(missing) else [lr is not None] * len(groups)
 
 
-def groups_of(metadata: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]], lr: Sequence[Any]) -> list[ParamGroup]:
+def groups_of(metadata: Metadata, dtypes: Sequence[Set[DType]], lr: Sequence[Any]) -> list[ParamGroup]:
     """Return the groups of `metadata` with checked options.
 
     Parameters
@@ -193,17 +194,17 @@ def groups_of(metadata: Mapping[str, Any], dtypes: Sequence[Set[np.dtype[Any]]],
     return groups
 
 
-def check_options(metadata: Mapping[str, Any]) -> None:
+def check_options(metadata: Metadata) -> None:
     """Raise CheckpointError where a saved option is unknown or out of range. A learning rate may be missing."""
     groups = metadata["param_groups"]
-    dtypes: list[set[np.dtype[Any]]] = [set() for _ in groups]
+    dtypes: list[set[DType]] = [set() for _ in groups]
     for parameter in metadata["parameters"]:
         if parameter.get("group") in range(len(groups)):
             dtypes[int(parameter["group"])].add(np.dtype(parameter["dtype"]))
     groups_of(metadata, dtypes, [0.0 if group.get("lr") is None else None for group in groups])
 
 
-def _empty_arrays(parameters: list[Mapping[str, Any]], kinds: Mapping[str, Kind] | None) -> list[Array]:
+def _empty_arrays(parameters: list[Metadata], kinds: Mapping[str, Kind] | None) -> list[Array]:
     """Return an array of zeros for each parameter, which takes no memory. The sizes in `kinds` must agree."""
     sizes: dict[str, int] = {}
     for number, parameter in enumerate(parameters):

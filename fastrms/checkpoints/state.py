@@ -14,6 +14,7 @@ import numpy as np
 
 from fastrms._checks import check_option
 from fastrms._state import STATE_OPTIONS, Counts, OptimizerState, optional_state
+from fastrms._types import Metadata
 from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.checkpoints.formats import Kind, Source, checksum, compare_checksum, opened, reading, write
 from fastrms.checkpoints.metadata import check_absent, check_keys, check_metadata, groups_of, kind_of, metadata_of
@@ -220,7 +221,7 @@ def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded
     return _Loaded(names, groups, arrays, moves)
 
 
-def _matched(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[int]:
+def _matched(own: Metadata, found: Metadata) -> list[int]:
     """Return the `_order` of parameters in a file, or raise CheckpointError where they differ from the optimizer's.
 
     Parameters
@@ -254,7 +255,7 @@ def _check_kinds(kinds: Mapping[str, Kind], expected: Mapping[str, Kind]) -> Non
         raise CheckpointError(f"arrays: expected {', '.join(expected)}, got also {sorted(unknown)[0]!r}")
 
 
-def _order(own: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[int]:
+def _order(own: Sequence[Metadata], found: Sequence[Metadata]) -> list[int]:
     """Return for each parameter of the optimizer the number of the one with its path in the file.
 
     The order may differ, because the keys of a dict may come in any order.

@@ -7,7 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
-from fastrms._checks import HostKernel
+from fastrms._types import HostKernel
 from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.demo.training import Batch, Batches, Training, train_in_turns
 from fastrms.mpi import MPI, ShardedRMSProp

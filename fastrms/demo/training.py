@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._checks import HostKernel
+from fastrms._types import HostKernel
 from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp

@@ -6,7 +6,8 @@ Every kernel has the signature of `reference.update` and gives the same bits. `f
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from fastrms._checks import HOST_KERNELS, HostKernel, check_one_of
+from fastrms._checks import HOST_KERNELS, check_one_of
+from fastrms._types import HostKernel
 from fastrms.errors import OptionError
 from fastrms.kernels import cpu, reference
 

@@ -1,11 +1,11 @@
 """The numbers that a kernel gets for the options of a parameter group."""
 
 import math
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import numpy as np
+
+from fastrms._types import DType, Options
 
 __all__ = ["HYPER_FIELDS", "hyper_values", "needs_extended_rule"]
 
@@ -29,7 +29,7 @@ HYPER_FIELDS = (
 )
 
 
-def hyper_values(options: Mapping[str, Any], lr: float, dtype: np.dtype[Any]) -> list[float]:
+def hyper_values(options: Options, lr: float, dtype: DType) -> list[float]:
     """Return the values of `HYPER_FIELDS`.
 
     Parameters
@@ -70,7 +70,7 @@ def hyper_values(options: Mapping[str, Any], lr: float, dtype: np.dtype[Any]) ->
     ]
 
 
-def needs_extended_rule(options: Mapping[str, Any]) -> bool:
+def needs_extended_rule(options: Options) -> bool:
     """Tell whether `options` use a term that the short form of the compiled rule leaves out."""
     return bool(
         options["weight_decay"] > 0
@@ -82,7 +82,7 @@ def needs_extended_rule(options: Mapping[str, Any]) -> bool:
 
 
 @cache
-def _smallest_with_normal_square(dtype: np.dtype[Any], weight: float) -> float:
+def _smallest_with_normal_square(dtype: DType, weight: float) -> float:
     """Return the smallest positive x for which ``weight * (x * x)``, rounded twice in `dtype`, is a normal number.
 
     The product grows with x. So a comparison of x with this bound decides as a comparison of the product would, without

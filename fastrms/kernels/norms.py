@@ -7,12 +7,12 @@ and the chunks of a span one after another. Threads share out chunks, so the num
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._types import Array
 from fastrms.kernels import reference
 from fastrms.kernels.access import gradient_part
 from fastrms.kernels.compiled import inner, jit
@@ -117,9 +117,7 @@ class SpanNorms:
         """Return an object of the same kind for other spans."""
         return SpanNorms(spans)
 
-    def __call__(
-        self, grads: NDArray[Any], clip: float, kernel: str, add_up: AddUp | None = None
-    ) -> NDArray[np.float64]:
+    def __call__(self, grads: Array, clip: float, kernel: str, add_up: AddUp | None = None) -> NDArray[np.float64]:
         """Return the norm of each span.
 
         Parameters
@@ -150,12 +148,12 @@ class SpanNorms:
                     norms[outside] = np.sqrt(again[outside]) / prescale
         return norms
 
-    def finite(self, grads: NDArray[Any], kernel: str) -> NDArray[np.bool_]:
+    def finite(self, grads: Array, kernel: str) -> NDArray[np.bool_]:
         """Tell for each span whether all its values are finite, in one pass over `grads`."""
         # A number times 0 is 0, and NaN if it is inf or NaN.
         return np.equal(self.sum_squares(grads, math.inf, 0.0, kernel), 0)
 
-    def sum_squares(self, grads: NDArray[Any], clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
+    def sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
         """Return the sum of squares of each span, of values limited to [-clip, clip] and times `prescale`."""
         if kernel == "numpy":
             return reference.sum_squares(grads, self.spans, clip, prescale, CHUNK, LANES)

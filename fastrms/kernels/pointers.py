@@ -22,6 +22,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._types import Array, DType, Items
+
 __all__ = ["GATHER_BELOW", "available", "identity", "items_of"]
 
 # Arrays of a run with fewer elements than this on average are copied together, and not read where they lie.
@@ -36,12 +38,12 @@ _POINTER = 8
 ORDINARY = 0x0001 | 0x0100  # NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED
 
 
-def items_of(arrays: tuple[Any, ...]) -> int:
+def items_of(arrays: Items) -> int:
     """Return the address of the items of a tuple."""
     return id(arrays) + _ITEMS
 
 
-def identity(dtype: np.dtype[Any]) -> NDArray[np.int64]:
+def identity(dtype: DType) -> NDArray[np.int64]:
     """Return the numbers by which `cpu.serial_from` recognises None and an ordinary array.
 
     Parameters
@@ -72,12 +74,12 @@ def available() -> bool:
     )
 
 
-def _samples() -> list[NDArray[Any]]:
+def _samples() -> list[Array]:
     square = np.arange(12.0, dtype=np.float32).reshape(3, 4)
     return [square, square.T, square[:, 1:], square.astype(np.float64), np.array(1.0), np.zeros((0, 2)), square[0]]
 
 
-def _reads_right(array: NDArray[Any]) -> bool:
+def _reads_right(array: Array) -> bool:
     """Tell whether the bytes of `array`, inside a tuple, agree with Python's answers."""
 
     def word(address: int, kind: Any = ctypes.c_int64) -> int:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastrms._types import Array
 from fastrms.kernels.hyper import HYPER_FIELDS
 
 __all__ = ["ReferenceRMSProp", "from_bfloat16", "sum_squares", "to_bfloat16", "update"]
-
-Array = NDArray[Any]
 
 # The number of elements that `update` works on at a time.
 _PART = 16_384

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fastrms._checks import HostKernel, LearningRate, Reduction
+from fastrms._types import HostKernel, LearningRate, Reduction
 from fastrms.buffers import Array
 from fastrms.buffers.pytree import P
 from fastrms.mpi.communicator import Bounds, Communicator

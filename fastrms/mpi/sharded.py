@@ -5,17 +5,9 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, Unpack, overload
 
-from fastrms._checks import (
-    PARAMS_CHECKS,
-    REDUCTIONS,
-    CacheDType,
-    HostKernel,
-    LearningRate,
-    ParamsCheck,
-    Reduction,
-    check_one_of,
-)
+from fastrms._checks import PARAMS_CHECKS, REDUCTIONS, check_one_of
 from fastrms._state import OptimizerState, Settings
+from fastrms._types import CacheDType, HostKernel, LearningRate, ParamsCheck, Reduction
 from fastrms.backends.making import new_sharded_backend
 from fastrms.buffers.pytree import P, Params, PyTree
 from fastrms.errors import OptionError, StructureError

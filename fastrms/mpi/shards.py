@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._checks import Reduction
 from fastrms._state import OptimizerState
+from fastrms._types import Reduction
 from fastrms.backends.base import Call, RunCalls
 from fastrms.backends.host import HostBackend
 from fastrms.backends.plan import Located

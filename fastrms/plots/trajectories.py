@@ -10,6 +10,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from fastrms._types import Options
 from fastrms.errors import DeviceError, OptionError, OptionTypeError
 from fastrms.optimizer import RMSProp
 from fastrms.plots.functions import LARGEST, Array, Landscape, Point, Region, find_function
@@ -89,8 +90,8 @@ class Descent:
 
 def descend(
     function: str | Callable[[float, float], SupportsFloat] | Landscape = "ellipse",
-    settings: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None,
-    beside: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
+    settings: Sequence[Options] | Mapping[str, Options] | None = None,
+    beside: Sequence[str | tuple[str, Options]] | None = None,
     *,
     start: Point | None = None,
     steps: int | None = None,
@@ -208,7 +209,7 @@ def _make_optimizer(
     return _label(title, options) if label is None else label, optimizer
 
 
-def _label(title: str, options: Mapping[str, Any]) -> str:
+def _label(title: str, options: Options) -> str:
     """Return a label of a method and its options: "RMSProp, lr 0.1, centered"."""
     parts = [title]
     for name, value in options.items():

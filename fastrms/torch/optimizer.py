@@ -9,7 +9,8 @@ import torch
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.rmsprop import rmsprop
 
-from fastrms._checks import HOST_KERNELS, HostKernel, check_one_of
+from fastrms._checks import HOST_KERNELS, check_one_of
+from fastrms._types import HostKernel
 from fastrms.dialects import DIALECTS
 from fastrms.errors import StructureError
 from fastrms.torch.pack import ASKED_FOR, OPTIONS, Group, MovedParameters, Pack

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastrms._checks import HostKernel
+from fastrms._types import HostKernel
 from fastrms.backends.host import HostBackend
 from fastrms.dialects import DIALECTS
 from fastrms.errors import OptionError

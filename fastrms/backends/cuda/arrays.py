@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrms._types import DType, Options
 from fastrms.buffers import Array
 from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
@@ -17,7 +18,7 @@ __all__ = [
     "to_host",
 ]  # fmt: skip
 
-Interface = Mapping[str, Any]
+Interface = Options
 
 cuda: Any = kernels.cuda  # untyped, as the GPU and the simulator have different types
 
@@ -77,7 +78,7 @@ def let_wait(waiting: Any, handle: int, for_it: bool) -> None:
     event.wait(waiting if for_it else other)
 
 
-def dense_strides(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, ...]:
+def dense_strides(shape: tuple[int, ...], dtype: DType) -> tuple[int, ...]:
     """Return the strides of a dense array in C order, in bytes."""
     return tuple(dtype.itemsize * math.prod(shape[d + 1 :]) for d in range(len(shape)))
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastrms._state import Counts, OptimizerState
+from fastrms._types import Items
 from fastrms.backends.base import Backend
 from fastrms.backends.cuda.arrays import as_stream, copy_in, cuda, let_wait, require_gpu, to_host
 from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
@@ -167,7 +168,7 @@ class CudaBackend(Backend):
         rates = self._rates()
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
-        items: tuple[Any, ...] = () if from_buffer else grads.layout.flatten(gradients, "gradients")
+        items: Items = () if from_buffer else grads.layout.flatten(gradients, "gradients")
         found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
         if self._computed_from is not self._version and rates is None:  # a rate may be a function only now
             rates = self._rates()
@@ -297,7 +298,7 @@ class CudaBackend(Backend):
                     prescale, tables.partials, sums, norms, finite,
                 )  # fmt: skip
 
-    def _raise_if_nonfinite(self, tables: Tables, found: Found, items: tuple[Any, ...]) -> None:
+    def _raise_if_nonfinite(self, tables: Tables, found: Found, items: Items) -> None:
         """Wait for the device, and raise NonfiniteError where a gradient is not finite."""
         grads = self._grads
         wrong = sorted(tables.order[grads.read(tables.finite) == 0].tolist())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from fastrms._types import DType
 from fastrms.backends.cuda.arrays import cuda
 from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
@@ -39,7 +40,7 @@ class DeviceBuffer(FlatBuffer):
         self.views = layout.structure(self.leaves)
         self.use(stream)
 
-    def _part(self, dtype: np.dtype[Any], offset: int, shape: tuple[int, ...]) -> Any:
+    def _part(self, dtype: DType, offset: int, shape: tuple[int, ...]) -> Any:
         """Return a view of the block."""
         size = math.prod(shape)
         if size == 0:  # an empty array has no address

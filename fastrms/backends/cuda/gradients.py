@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._types import DType, Items
 from fastrms.backends.cuda.arrays import Interface, cuda, dense_strides, stream_of
 from fastrms.backends.cuda.buffer import DeviceBuffer
 from fastrms.buffers.conversion import can_store, castable_to
@@ -61,7 +62,7 @@ class Finder:
         self._leaves = layout.leaves
         self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
         # (typestr of a gradient, dtype of its parameter): dtype of the gradient, where it can be cast.
-        self._known: dict[tuple[str, np.dtype[Any]], np.dtype[Any]] = {}
+        self._known: dict[tuple[str, DType], DType] = {}
         # For `dlpack.locate`.
         self._expected = np.zeros((len(self._leaves), 2 + max(len(leaf.shape) for leaf in self._leaves)), np.int64)
         for row, leaf, dtype in zip(self._expected, self._leaves, self._dtypes, strict=True):
@@ -73,7 +74,7 @@ class Finder:
         # Negative views of PyTorch are parts of complex tensors. Only those of one element are dense.
         self._singles = [k for k, leaf in enumerate(self._leaves) if leaf.stop - leaf.start == 1]
 
-    def find(self, items: tuple[Any, ...], written: NDArray[np.int64]) -> Found:
+    def find(self, items: Items, written: NDArray[np.int64]) -> Found:
         """Return the location of gradients, one for each parameter, or None.
 
         Parameters
@@ -113,7 +114,7 @@ class Finder:
             found.arrays = as_arrays(chosen, self._grads.layout, "gradients", allow_none=True)
         return found
 
-    def _locate(self, items: tuple[Any, ...], written: NDArray[np.int64], found: Found) -> list[int]:
+    def _locate(self, items: Items, written: NDArray[np.int64], found: Found) -> list[int]:
         """Locate gradients by compiled code, and return the numbers of those that it leaves."""
         kind = type(items[0])
         addresses, states = self._places
