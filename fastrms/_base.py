@@ -157,7 +157,7 @@ class OptimizerBase(Guarded, Generic[P]):
         return self._backend.stream
 
     @stream.setter
-    def stream(self, value: Any) -> None:
+    def stream(self, value: object) -> None:
         self._backend.stream = value
 
     def synchronize(self) -> None:

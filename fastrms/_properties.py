@@ -49,7 +49,7 @@ def views(name: str, meaning: str) -> property:
         buffer = self.buffers.get(name)
         return None if buffer is None else buffer.views
 
-    def refuse_another(self: _Optimizer, value: Any) -> None:
+    def refuse_another(self: _Optimizer, value: object) -> None:
         # `opt.grads *= 0.5`, for a single array, assigns the same array.
         if value is not get(self):
             path = self.buffers["params"].layout.leaves[0].path
@@ -70,7 +70,7 @@ def option_of_all_groups(name: str, meaning: str) -> property:
             raise OptionError(f"{name}: differs between groups, {values}; use opt.param_groups[i][{name!r}]")
         return values[0]
 
-    def set_all(self: _Optimizer, value: Any) -> None:
+    def set_all(self: _Optimizer, value: object) -> None:
         self._set_options([(group, {name: value}) for group in self.param_groups])
 
     return property(get, set_all, doc=f"{meaning} Setting it sets it for all groups.")
@@ -86,7 +86,7 @@ def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) 
     def get(self: _Optimizer) -> Any:
         return getattr(self._state, name)
 
-    def set_checked(self: _Optimizer, value: Any) -> None:
+    def set_checked(self: _Optimizer, value: object) -> None:
         change(self, name, check(value), changed)
 
     return property(get, set_checked, doc=meaning)

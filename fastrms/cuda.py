@@ -89,7 +89,7 @@ class CudaRMSProp(RMSProp[Any]):
         decay_rate: float = 0.9,
         epsilon: float = 1e-8,
         *,
-        stream: Any = None,
+        stream: object = None,
         kernel: Literal["cuda", "auto"] = "cuda",
         **options: Unpack[Keywords],
     ) -> None:

@@ -29,7 +29,7 @@ _OURS_ALONE = ("initial_scale", "flush_subnormals", "lr_in_momentum")
 _KERAS_ONLY = ("use_ema", "gradient_accumulation_steps", "loss_scale_factor")
 
 
-def from_torch(state_dict: Metadata, params: Any, **options: Any) -> RMSProp:
+def from_torch(state_dict: Metadata, params: object, **options: Any) -> RMSProp:
     """Make an optimizer that continues from the state of a ``torch.optim.RMSprop``.
 
     Parameters
@@ -133,7 +133,7 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
-def from_keras(config: Metadata, variables: Any, params: Any, **options: Any) -> RMSProp:
+def from_keras(config: Metadata, variables: object, params: object, **options: Any) -> RMSProp:
     """Make an optimizer that continues from the state of a ``keras.optimizers.RMSprop`` of Keras 3.
 
     Parameters
@@ -258,7 +258,7 @@ def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[
         ) from None
 
 
-def _check_keras(config: Any, variables: Any) -> Sequence[Any]:
+def _check_keras(config: object, variables: object) -> Sequence[Any]:
     """Return `variables` as a sequence, or raise where Keras' RMSprop has no such config or variables."""
     if not isinstance(config, Mapping) or not {"rho", "epsilon", "learning_rate"} <= config.keys():
         raise CheckpointError(
@@ -297,7 +297,9 @@ def _export(optimizer: RMSProp, project: str) -> tuple[State, list[float], list[
     return state, rates, arguments
 
 
-def _load(opt: RMSProp, state: State, counts: Sequence[int], items: Mapping[str, Sequence[Any]], project: str) -> None:
+def _load(
+    opt: RMSProp, state: State, counts: Sequence[int], items: Mapping[str, Sequence[object]], project: str
+) -> None:
     """Load step counts and buffers of `project` into `opt` by way of its `state`; an item of None changes nothing."""
     peer, layout = DIALECTS[project], opt.buffers["params"].layout
     state["steps"] = max(counts)
@@ -353,7 +355,7 @@ def _convert_momentum(array: Array, lr: float, include: bool) -> Array:
     return array * lr if include else array / lr
 
 
-def _arrays(tree: Any) -> Any:
+def _arrays(tree: object) -> Any:
     """Return the same nesting with arrays in the place of tensors and variables."""
     try:
         return _map(tree)
@@ -361,7 +363,7 @@ def _arrays(tree: Any) -> Any:
         return tree
 
 
-def _map(tree: Any) -> Any:
+def _map(tree: object) -> Any:
     if isinstance(tree, Mapping):
         return {key: _map(item) for key, item in tree.items()}
     if isinstance(tree, list | tuple):
@@ -375,7 +377,7 @@ def _array(item: Any) -> Any:
     return item.detach().cpu() if hasattr(item, "detach") else item
 
 
-def _number(name: str, value: Any) -> Any:
+def _number(name: str, value: object) -> Any:
     """Return the number in an array, a tensor or a variable as a plain one."""
     array = np.asarray(_array(value))
     if array.size != 1:
@@ -383,7 +385,7 @@ def _number(name: str, value: Any) -> Any:
     return array.item()
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: object) -> int:
     number = _number(name, value)
     if not isinstance(number, int | float) or not 0 <= number <= MOST_STEPS or number != int(number):
         raise CheckpointError(
@@ -392,7 +394,7 @@ def _count(name: str, value: Any) -> int:
     return int(number)
 
 
-def _named(thing: Any) -> str:
+def _named(thing: object) -> str:
     if isinstance(thing, Mapping):
         return f"a dict with {', '.join(map(repr, list(thing)[:8])) or 'nothing'}"
     return f"a {type(thing).__name__}"

@@ -44,9 +44,9 @@ _FIXED = "All independent variables were fixed by bounds."
 
 
 def rmsprop(
-    fun: Callable[..., Any],
+    fun: Callable[..., object],
     x0: ArrayLike,
-    args: tuple[Any, ...] = (),
+    args: tuple[object, ...] = (),
     *,
     jac: Jac = None,
     hess: object = None,
@@ -269,7 +269,7 @@ class _Objective:
         return gradient
 
 
-def _number(value: Any, x: NDArray[Any]) -> Any:
+def _number(value: object, x: NDArray[Any]) -> Any:
     """Return the value of `fun` at x as a number."""
     value = np.asarray(value)
     if value.size != 1:
@@ -285,7 +285,7 @@ def _gradient(value: ArrayLike, x: Array) -> Array:
     return gradient.reshape(x.shape)
 
 
-def _real(name: str, value: Any) -> Array:
+def _real(name: str, value: object) -> Array:
     """Return real numbers as a new array of float64."""
     try:
         array = np.asarray(value)
@@ -335,7 +335,7 @@ def _with_result_or_x(callback: Callable[..., object]) -> Callable[[OptimizeResu
     return lambda result: callback(result.x)
 
 
-def _at_least_0(name: str, value: Any) -> Any:
+def _at_least_0(name: str, value: object) -> Any:
     number = value[()] if isinstance(value, np.ndarray) else value  # an array of 0 dimensions becomes a scalar
     if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
         raise OptionTypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")

@@ -61,7 +61,7 @@ class Backend(ABC):
     # Steps.
 
     @abstractmethod
-    def step(self, gradients: Any) -> None:
+    def step(self, gradients: object) -> None:
         """Take one step with gradients in the structure of the parameters, or None for the gradient buffer.
 
         The caller holds the lock of `turns`.
@@ -90,7 +90,7 @@ class Backend(ABC):
         """Forget everything that was computed from options. The next step computes it again."""
 
     @abstractmethod
-    def check_kernel(self, value: Any) -> str:
+    def check_kernel(self, value: object) -> str:
         """Return the kernel that `value` names, or raise where the optimizer cannot change to it."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class Backend(ABC):
 
     @stream.setter
     @abstractmethod
-    def stream(self, value: Any) -> None: ...
+    def stream(self, value: object) -> None: ...
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -121,11 +121,11 @@ class Backend(ABC):
         self.state.add_buffers(optional_state(options), self.new_buffer)
 
     @abstractmethod
-    def read(self, segment: Any) -> Array:
+    def read(self, segment: Array) -> Array:
         """Return a segment of a buffer as an array on the host."""
 
     @abstractmethod
-    def write(self, segment: Any, values: Array | float) -> None:
+    def write(self, segment: Array, values: Array | float) -> None:
         """Set the elements of a segment of a buffer."""
 
     def parts(self, array: Array) -> Iterator[slice]:
@@ -186,7 +186,7 @@ class Ranks(Protocol):
         """Whether the next step exchanges gradients with other ranks."""
         ...
 
-    def step(self, backend: "HostBackend", gradients: Any) -> None:
+    def step(self, backend: "HostBackend", gradients: object) -> None:
         """Exchange gradients with the other ranks, and let `backend` take the step."""
         ...
 

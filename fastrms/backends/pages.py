@@ -6,7 +6,7 @@ import mmap
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class Pages:
         """Return other mappings of the same files in this process, as arrays. Only Linux can find them."""
         return _mapped_elsewhere(self._files.values())
 
-    def shows(self, arrays: tuple[Any, ...]) -> bool:
+    def shows(self, arrays: tuple[object, ...]) -> bool:
         """Tell whether an array aliases a buffer through another mapping of its file."""
         viewing = [array for array in arrays if isinstance(array, np.ndarray) and not array.flags.owndata]
         places = self.mapped_elsewhere() if viewing else []

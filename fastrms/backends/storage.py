@@ -366,7 +366,7 @@ class Storage:
         return self.pages.parts(array)
 
 
-def check_storage(storage: Any) -> None:
+def check_storage(storage: object) -> None:
     """Raise OptionTypeError or OptionError unless RMSProp takes this value as `storage`."""
     if storage is not None and not isinstance(storage, str | os.PathLike | Storage):
         raise OptionTypeError(f"storage: expected the path of a folder or None, got {type(storage).__name__} object")

@@ -1,7 +1,5 @@
 """Conversion of one object to an array of numbers, and the casts that a buffer allows."""
 
-from typing import Any
-
 import numpy as np
 
 from fastrms._types import Array, DType
@@ -14,7 +12,7 @@ __all__ = ["as_array", "can_store", "castable_to"]
 _REGISTERED = 2
 
 
-def as_array(item: Any, name: str, target: DType | None = None) -> Array:
+def as_array(item: object, name: str, target: DType | None = None) -> Array:
     """Return `item` as an array of numbers.
 
     Parameters

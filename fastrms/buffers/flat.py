@@ -16,7 +16,7 @@ from fastrms.errors import DtypeError, StructureError
 __all__ = ["Array", "FlatBuffer", "as_arrays", "views_of"]
 
 
-def as_arrays(items: Sequence[Any], layout: Layout, name: str, allow_none: bool = False) -> list[Any]:
+def as_arrays(items: Sequence[object], layout: Layout, name: str, allow_none: bool = False) -> list[Any]:
     """Return `items` as arrays that a buffer of this layout can store; nothing is written.
 
     Parameters
@@ -289,7 +289,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         with np.errstate(all="ignore"):  # an error of a cast would come after half of the writes
             self.copy_in(arrays)
 
-    def copy_in(self, arrays: Sequence[Any]) -> None:
+    def copy_in(self, arrays: Sequence[object]) -> None:
         """Copy arrays of memory of their own into the block; `store` in short, for classes whose memory is special.
 
         Parameters

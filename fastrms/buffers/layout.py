@@ -113,7 +113,7 @@ class Layout:
         assert numbers is not None
         self._order = None if numbers == sorted(numbers) else itemgetter(*np.argsort(numbers).tolist())
 
-    def _place(self, items: list[tuple[str, Any]], name: str) -> None:
+    def _place(self, items: list[tuple[str, object]], name: str) -> None:
         """Set `leaves`, `segments` and `nbytes` for these arrays, given with their paths."""
         dtypes: list[DType] = []
         sizes: list[int] = []

@@ -71,7 +71,7 @@ def metadata_of(state: OptimizerState) -> dict[str, Any]:
     }
 
 
-def check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: object) -> None:
     """Raise CheckpointError where metadata is wrong for any optimizer."""
     if not isinstance(metadata, Mapping) or metadata.get("format") != _FORMAT:
         raise CheckpointError(
@@ -142,7 +142,7 @@ def params_of(metadata: Metadata, kinds: Mapping[str, Kind] | None) -> Any:
     return params
 
 
-def get_lr(groups: Sequence[Metadata], lr: Any, call: str) -> list[bool]:
+def get_lr(groups: Sequence[Metadata], lr: object, call: str) -> list[bool]:
     """Return which groups get the learning rate `lr`: those whose rate is not in the metadata, or else all.
 
     Parameters
@@ -168,7 +168,7 @@ def get_lr(groups: Sequence[Metadata], lr: Any, call: str) -> list[bool]:
     return missing if any(missing) else [lr is not None] * len(groups)
 
 
-def groups_of(metadata: Metadata, dtypes: Sequence[Set[DType]], lr: Sequence[Any]) -> list[ParamGroup]:
+def groups_of(metadata: Metadata, dtypes: Sequence[Set[DType]], lr: Sequence[object]) -> list[ParamGroup]:
     """Return the groups of `metadata` with checked options.
 
     Parameters
@@ -224,7 +224,7 @@ def _empty_arrays(parameters: list[Metadata], kinds: Mapping[str, Kind] | None) 
         raise CheckpointError(f"parameters: {error}") from None
 
 
-def encode(tree: Any) -> Any:
+def encode(tree: object) -> Any:
     """Return a nesting of dicts, lists and tuples as nested lists, which JSON has.
 
     `_decode` restores it. A namedtuple becomes a tuple.
@@ -246,7 +246,7 @@ def encode(tree: Any) -> Any:
     return tree
 
 
-def check_keys(tree: Any) -> None:
+def check_keys(tree: object) -> None:
     """Raise CheckpointError where the repr of a key does not identify it in a file.
 
     The repr differs between processes where it contains an address, or a set of several items. Two keys may also have
@@ -272,7 +272,7 @@ def check_keys(tree: Any) -> None:
             check_keys(item)
 
 
-def _has_set(key: Any) -> bool:
+def _has_set(key: object) -> bool:
     """Tell whether a key contains a set of several items."""
     if isinstance(key, frozenset) and len(key) > 1:
         return True
@@ -295,11 +295,11 @@ def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:
     return {"list": list, "tuple": tuple}[kind]([_decode(item, leaves) for item in items])
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     """Tell whether a value is an int from 0 to the largest of int64."""
     return type(value) is int and 0 <= value < 2**63
 
 
-def kind_of(thing: Any) -> str:
+def kind_of(thing: object) -> str:
     """Return the kind of an object, for error messages."""
     return f"{thing.dtype} of shape {thing.shape}" if type(thing) is np.ndarray else f"a {type(thing).__name__}"

@@ -47,11 +47,11 @@ class Target(Protocol):
         """Return a state buffer of zeros."""
         ...
 
-    def read(self, segment: Any) -> Array:
+    def read(self, segment: Array) -> Array:
         """Return a segment of a buffer as an array on the host."""
         ...
 
-    def write(self, segment: Any, values: Array | float) -> None:
+    def write(self, segment: Array, values: Array | float) -> None:
         """Set the elements of a segment of a buffer."""
         ...
 
@@ -113,7 +113,7 @@ def load_state(target: Target, state: Any) -> None:
     restore(target, _StateDict(state, target.state.buffers.values()))
 
 
-def _segments(target: Target) -> Iterator[tuple[str, Any]]:
+def _segments(target: Target) -> Iterator[tuple[str, Array]]:
     """Iterate over the dense arrays of parameters and state, with names such as "cache/float32"."""
     for name, buffer in list(target.state.buffers.items()):
         if name != "grads":

@@ -16,7 +16,6 @@ import platform
 import sys
 import sysconfig
 from functools import cache
-from typing import Any
 
 import numba
 import numpy as np
@@ -82,7 +81,7 @@ def _samples() -> list[Array]:
 def _reads_right(array: Array) -> bool:
     """Tell whether the bytes of `array`, inside a tuple, agree with Python's answers."""
 
-    def word(address: int, kind: Any = ctypes.c_int64) -> int:
+    def word(address: int, kind: object = ctypes.c_int64) -> int:
         return int(kind.from_address(address).value)
 
     holder = (None, array)

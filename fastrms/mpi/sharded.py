@@ -198,7 +198,7 @@ class ShardedRMSProp(Unsharded[P]):
             else:
                 self._broadcast_params()
 
-    def _make(self, params: Params, options: dict[str, Any]) -> None:
+    def _make(self, params: Params, options: dict[str, object]) -> None:
         """Make state, shards and backend."""
         settings = Settings.of(options)
         settings.check()

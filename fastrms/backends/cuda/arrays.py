@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -14,16 +14,26 @@ from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
-    "Interface", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows", "stream_of",
-    "to_host",
+    "DeviceArray", "Interface", "Stream", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows",
+    "stream_of", "to_host",
 ]  # fmt: skip
 
 Interface = Options
 
-cuda: Any = kernels.cuda  # untyped, as the GPU and the simulator have different types
+# Untyped, as the GPU and the simulator have different types.
+cuda: Any = kernels.cuda
+DeviceArray: TypeAlias = Any
 
 
-def as_stream(value: Any) -> Any:
+class Stream(Protocol):
+    """A stream of Numba."""
+
+    def synchronize(self) -> None:
+        """Wait until all work on it is done."""
+        ...
+
+
+def as_stream(value: Any) -> Stream:
     """Return a stream of Numba for None, a number, or a stream of another library.
 
     Raises
@@ -49,16 +59,18 @@ def as_stream(value: Any) -> Any:
         return _default_stream()
     stream = cuda.external_stream(int(value))
     stream.given = given  # keeps the stream of the other library alive
+    made: Stream = stream
+    return made
+
+
+def _default_stream() -> Stream:
+    """Return the default stream."""
+    # The simulator has no `legacy_default_stream`.
+    stream: Stream = getattr(cuda, "legacy_default_stream", cuda.stream)()
     return stream
 
 
-def _default_stream() -> Any:
-    """Return the default stream."""
-    # The simulator has no `legacy_default_stream`.
-    return getattr(cuda, "legacy_default_stream", cuda.stream)()
-
-
-def let_wait(waiting: Any, handle: int, for_it: bool) -> None:
+def let_wait(waiting: Stream, handle: int, for_it: bool) -> None:
     """Make future work on one stream wait for the present work on another.
 
     Parameters
@@ -93,7 +105,7 @@ def stream_of(item: Any, interface: Interface) -> int:
     return 0
 
 
-def copy_in(target: Any, interface: Interface, stream: Any) -> None:
+def copy_in(target: DeviceArray, interface: Interface, stream: Stream) -> None:
     """Copy an array on the device, of any dtype and strides, into a 1-D array on the device."""
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
     strides = interface.get("strides") or dense_strides(shape, dtype)
@@ -106,7 +118,7 @@ def copy_in(target: Any, interface: Interface, stream: Any) -> None:
     )  # fmt: skip
 
 
-def to_host(tree: Any, stream: Any) -> Any:
+def to_host(tree: Any, stream: Stream) -> Any:
     """Return a copy of a nesting of lists, tuples and dicts with all arrays on the host.
 
     Arrays of other dtypes than float32 and float64, which an optimizer refuses, become zeros.
@@ -126,16 +138,16 @@ def to_host(tree: Any, stream: Any) -> Any:
     return _mapped(tree, copied)
 
 
-def shadows(tree: Any) -> Any:
+def shadows(tree: object) -> Any:
     """Return a copy of a nesting with NumPy arrays at the device addresses, for comparing addresses only."""
 
-    def shadow(item: Any, interface: Interface) -> Array:
+    def shadow(item: object, interface: Interface) -> Array:
         return np.asarray(SimpleNamespace(__array_interface__={**interface, "version": 3}))
 
     return _mapped(tree, shadow)
 
 
-def _mapped(tree: Any, change: Callable[[Any, Interface], Any]) -> Any:
+def _mapped(tree: object, change: Callable[[Any, Interface], Any]) -> Any:
     """Return a copy of a nesting with `change` applied to each array on the device."""
     if isinstance(tree, Mapping):
         return {key: _mapped(item, change) for key, item in tree.items()}

@@ -8,7 +8,7 @@ import numpy as np
 from fastrms._state import Counts, OptimizerState
 from fastrms._types import Items
 from fastrms.backends.base import Backend
-from fastrms.backends.cuda.arrays import as_stream, copy_in, cuda, let_wait, require_gpu, to_host
+from fastrms.backends.cuda.arrays import Stream, as_stream, copy_in, cuda, let_wait, require_gpu, to_host
 from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
 from fastrms.backends.cuda.gradients import Finder, Found
 from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
@@ -38,7 +38,7 @@ class CudaBackend(Backend):
     stream : as for `fastrms.cuda.CudaRMSProp`
     """
 
-    def __init__(self, state: OptimizerState, stream: Any) -> None:
+    def __init__(self, state: OptimizerState, stream: Stream) -> None:
         require_gpu()
         super().__init__(state)
         self._stream = as_stream(stream)
@@ -72,12 +72,12 @@ class CudaBackend(Backend):
     # Buffers and options.
 
     @property
-    def stream(self) -> Any:
+    def stream(self) -> Stream:
         """The stream of all work, one of Numba's."""
         return self._stream
 
     @stream.setter
-    def stream(self, value: Any) -> None:
+    def stream(self, value: object) -> None:
         new = as_stream(value)
         with self.turns.lock:
             event = cuda.event()
@@ -95,7 +95,7 @@ class CudaBackend(Backend):
         """Return a state buffer of zeros on the device."""
         return self._params.like()
 
-    def check_kernel(self, value: Any) -> str:
+    def check_kernel(self, value: object) -> str:
         """Return "cuda" where `value` names the only kernel on a GPU, or raise OptionError."""
         return check_cuda_kernel(value)
 
@@ -154,7 +154,7 @@ class CudaBackend(Backend):
 
     # Steps.
 
-    def step(self, gradients: Any) -> None:
+    def step(self, gradients: object) -> None:
         """Take one step with gradients in the structure of the parameters, or None for the gradient buffer.
 
         The caller holds the lock of `turns`.
@@ -339,11 +339,11 @@ class CudaBackend(Backend):
 
     # Access to buffers.
 
-    def read(self, segment: Any) -> Array:
+    def read(self, segment: object) -> Array:
         """Return a copy of a segment of a buffer on the host. Waits for the device."""
         return self._params.read(segment)
 
-    def write(self, segment: Any, values: Array | float) -> None:
+    def write(self, segment: object, values: Array | float) -> None:
         """Set the elements of a segment of a buffer."""
         self._params.write(segment, values)
 

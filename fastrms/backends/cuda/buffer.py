@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastrms._types import DType
-from fastrms.backends.cuda.arrays import cuda
+from fastrms.backends.cuda.arrays import DeviceArray, Stream, cuda
 from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
 
@@ -28,26 +28,28 @@ class DeviceBuffer(FlatBuffer):
         The stream of all work, which other libraries see in the arrays.
     """
 
-    def __init__(self, layout: Layout, stream: Any) -> None:
+    def __init__(self, layout: Layout, stream: Stream) -> None:
         self.layout = layout
         self._stream = stream
-        self.block: Any = cuda.device_array(max(1, layout.nbytes), np.uint8)
-        self.segments: Any = tuple(self._part(s.dtype, s.offset, (s.size,)) for s in layout.segments)
-        self.leaves: Any = tuple(
+        self.block: DeviceArray = cuda.device_array(max(1, layout.nbytes), np.uint8)
+        self.segments: tuple[DeviceArray, ...] = tuple(
+            self._part(s.dtype, s.offset, (s.size,)) for s in layout.segments
+        )
+        self.leaves: tuple[DeviceArray, ...] = tuple(
             self._part(dtype, layout.segments[leaf.segment].offset + leaf.start * dtype.itemsize, leaf.shape)
             for leaf, dtype in ((leaf, layout.dtype_of(leaf)) for leaf in layout.leaves)
         )
         self.views = layout.structure(self.leaves)
         self.use(stream)
 
-    def _part(self, dtype: DType, offset: int, shape: tuple[int, ...]) -> Any:
+    def _part(self, dtype: DType, offset: int, shape: tuple[int, ...]) -> DeviceArray:
         """Return a view of the block."""
         size = math.prod(shape)
         if size == 0:  # an empty array has no address
             return cuda.device_array(shape, dtype)
         return self.block[offset : offset + size * dtype.itemsize].view(dtype).reshape(shape)
 
-    def use(self, stream: Any) -> None:
+    def use(self, stream: Stream) -> None:
         """Use another stream from now on."""
         self._stream = stream
         for array in (self.block, *self.segments, *self.leaves):
@@ -68,7 +70,7 @@ class DeviceBuffer(FlatBuffer):
             other.write(segment, fill)
         return other
 
-    def write(self, segment: Any, values: Any) -> None:
+    def write(self, segment: DeviceArray, values: Any) -> None:
         """Set one of `segments` to an ndarray, or to a number."""
         if not segment.size:
             return
@@ -78,7 +80,7 @@ class DeviceBuffer(FlatBuffer):
             blocks = -(-segment.size // kernels.THREADS)
             kernels.launch(kernels.fill, blocks, kernels.THREADS, self._stream, segment, segment.dtype.type(values))
 
-    def read(self, array: Any) -> Array:
+    def read(self, array: DeviceArray) -> Array:
         """Return a copy of one of `segments` or `leaves` on the host, after all work on the stream."""
         copied: Array = np.zeros(array.shape, array.dtype)
         if array.size:
@@ -86,7 +88,7 @@ class DeviceBuffer(FlatBuffer):
             self._stream.synchronize()
         return copied
 
-    def part(self, number: int) -> Any:
+    def part(self, number: int) -> DeviceArray:
         """Return the elements of one of `leaves`, 1-D."""
         leaf = self.layout.leaves[number]
         return self.segments[leaf.segment][leaf.start : leaf.stop]
@@ -111,7 +113,7 @@ class DeviceBuffer(FlatBuffer):
         return host
 
     @classmethod
-    def of(cls, host: FlatBuffer, stream: Any) -> "DeviceBuffer":
+    def of(cls, host: FlatBuffer, stream: Stream) -> "DeviceBuffer":
         """Return a copy of `host` on the device."""
         buffer = cls(host.layout, stream)
         for segment, theirs in zip(buffer.segments, host.segments, strict=True):
@@ -151,14 +153,14 @@ class Staged:
         The stream that copies them.
     """
 
-    def __init__(self, values: Array, stream: Any) -> None:
-        self.array: Any = cuda.device_array(max(1, values.size), values.dtype)
+    def __init__(self, values: Array, stream: Stream) -> None:
+        self.array: DeviceArray = cuda.device_array(max(1, values.size), values.dtype)
         self._now: Array | None = None
         self._pinned: list[tuple[Array, Any]] = []
         self._turn = 0
         self.write(values, stream)
 
-    def write(self, values: Array, stream: Any) -> None:
+    def write(self, values: Array, stream: Stream) -> None:
         """Write values, unless the array has them already."""
         if not values.size or (self._now is not None and np.array_equal(values, self._now)):
             return

@@ -130,7 +130,7 @@ class Finder:
             found.streams.add(dlpack.current_stream(kind, self._device) or kernels.LEGACY_STREAM)
         return np.flatnonzero(~ordinary).tolist()
 
-    def _locate_one(self, k: int, item: Any, interface: Interface, spans: list[list[int]], found: Found) -> None:
+    def _locate_one(self, k: int, item: object, interface: Interface, spans: list[list[int]], found: Found) -> None:
         """Check one gradient on the device, and locate it."""
         # It runs for each of 1,000 arrays, so texts are made only for errors.
         leaf, dtype, shape = self._leaves[k], self._dtypes[k], interface["shape"]

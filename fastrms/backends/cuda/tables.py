@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms.backends.cuda.arrays import cuda
+from fastrms.backends.cuda.arrays import DeviceArray, Stream, cuda
 from fastrms.backends.cuda.buffer import Staged
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
@@ -46,9 +45,9 @@ class DeviceRun:
         whole = np.array([[0, self.size]]), np.array([0, self.whole_chunks]), np.array([kernels.IN_BUFFER])
         self.whole = tuple(map(cuda.to_device, whole))
         self.slots = slice(0, 0)  # its rows in the tables
-        self.tables: tuple[Any, ...] = ()  # its rows of `sources`, `sums`, `norms`, `finite` and `factors`
-        self.hyper: tuple[Any, ...] = ()
-        self.arrays: tuple[Any, ...] = ()
+        self.tables: tuple[DeviceArray, ...] = ()  # its rows of `sources`, `sums`, `norms`, `finite` and `factors`
+        self.hyper: tuple[DeviceArray, ...] = ()
+        self.arrays: tuple[DeviceArray, ...] = ()
 
     def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
         """Use the parts of these buffers that belong to the run, with the state that its options need."""
@@ -62,7 +61,7 @@ class DeviceRun:
             self._part_of(buffers["grad_avg"]) if self.group["centered"] else params,
         )
 
-    def _part_of(self, buffer: FlatBuffer) -> Any:
+    def _part_of(self, buffer: FlatBuffer) -> DeviceArray:
         """Return the elements of this run in `buffer`, 1-D."""
         segment = buffer.segments[self._segment]
         return segment[self._part] if self.size else segment
@@ -83,7 +82,7 @@ class Tables:
     stream : stream of Numba's
     """
 
-    def __init__(self, runs: Sequence[DeviceRun], stream: Any) -> None:
+    def __init__(self, runs: Sequence[DeviceRun], stream: Stream) -> None:
         self.order = np.concatenate([run.numbers for run in runs])
         count = 0
         for run in runs:
@@ -109,7 +108,7 @@ class Tables:
         self.corrections = np.ones((1, 1))
         self.corrections_there = cuda.to_device(self.corrections)
 
-    def set_options(self, runs: Sequence[DeviceRun], stream: Any) -> None:
+    def set_options(self, runs: Sequence[DeviceRun], stream: Stream) -> None:
         """Write the numbers of each parameter that depend on options."""
         limits, signs, rows = np.zeros(len(self.order)), np.zeros(len(self.order)), np.full(len(self.order), -1)
         rates = sorted({run.group["decay_rate"] for run in runs if run.group["bias_correction"]})
@@ -126,7 +125,7 @@ class Tables:
             self.decay_rates = rates
             self.corrections = np.zeros((max(1, len(rates)), 0))
 
-    def correct_up_to(self, steps: int, stream: Any) -> None:
+    def correct_up_to(self, steps: int, stream: Stream) -> None:
         """Extend the factors of bias correction to so many steps, unless the last ones are all 1."""
         known = self.corrections.shape[1]
         if known >= steps or (known and bool((self.corrections[:, -1] == 1).all())):
