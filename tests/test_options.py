@@ -21,8 +21,10 @@ from helpers import JIT
 from numba.core import event
 
 from fastrms import OptionError, OptionTypeError, RMSProp, StructureError, dialect, rmsprop_update, warmup
-from fastrms._checks import GROUP_DEFAULTS, check_option
+from fastrms._checks import GROUP_DEFAULTS, HOST_KERNELS, check_option
+from fastrms.kernels import UPDATES
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values
+from fastrms.options import Group, Keywords
 
 NAN, INF = math.nan, math.inf
 
@@ -512,3 +514,10 @@ def test_work_grows_with_the_number_of_groups_and_not_faster(what):
         arguments = (groups, RMSProp(groups))[: what.__code__.co_argcount]
         counts.append(calls_of(lambda arguments=arguments: what(*arguments)))
     assert counts[1] < 2.2 * counts[0]
+
+
+def test_type_checkers_see_every_option():
+    own = {"params", "lr", "decay_rate", "epsilon", "kernel", "cache_dtype", "storage", "stream"}
+    assert {*Keywords.__annotations__, *own} == set(inspect.signature(RMSProp).parameters)
+    assert set(Group.__annotations__) == {"params", *GROUP_DEFAULTS}
+    assert ("auto", *UPDATES) == HOST_KERNELS
