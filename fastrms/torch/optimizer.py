@@ -135,7 +135,9 @@ class RMSprop(torch.optim.RMSprop):
         if (any(hooks) or profiled) and type(self).step is RMSprop.step:
             return _step_with_hooks(self, *args, **kwargs)
         # The mark that stops PyTorch's compiler is a wrapper, which takes 10 us at each call.
-        return (self._step if torch.compiler.is_dynamo_compiling() else self._step_uncompiled)(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return self._step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] # the decorator's type
+        return self._step_uncompiled(*args, **kwargs)
 
     @torch.compiler.disable
     def zero_grad(  # pyright: ignore[reportIncompatibleMethodOverride] # the decorator's type is wrong
