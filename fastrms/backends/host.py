@@ -13,13 +13,13 @@ from fastrms._state import Counts, OptimizerState
 from fastrms._types import Items, Options
 from fastrms.backends import plan, tuner
 from fastrms.backends.base import Backend, Call, Memory, Ranks
-from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run
+from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run, Variant
 from fastrms.backends.storage import Storage
 from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError
-from fastrms.kernels import cpu, pointers, threads
+from fastrms.kernels import Kernel, cpu, pointers, threads
 from fastrms.options import resolve_lr
 
 __all__ = ["HostBackend"]
@@ -94,12 +94,12 @@ class HostBackend(Backend):
         """Use the kernel and the number of threads in `state`, from the next step on."""
         if self._ranks is not None:
             self._ranks.options_change()
-        kernel, threads_work = self.state.kernel, threads.threads_work()
-        large = any(run.size >= tuner.TRY_PARALLEL_FROM for run in self._runs)
-        watch = kernel == "auto" and large and self._threads() > 1 and threads_work
-        self._tuner = tuner.Tuner() if watch else None
+        kernel = self.state.kernel
+        largest = max(run.size for run in self._runs)
+        variants = tuner.variants(largest, self._threads()) if kernel == "auto" else [kernel]
+        self._tuner = tuner.Tuner(variants) if len(variants) > 1 else None
         # Limiting threads starts them, so there is no limit where nothing parallel can run.
-        self.thread_limit = self.state.num_threads if watch or kernel == "parallel" else None
+        self.thread_limit = self.state.num_threads if "parallel" in variants else None
         self._zero_copy = kernel != "numpy" and pointers.available()
         self.options_changed()
 
@@ -110,11 +110,11 @@ class HostBackend(Backend):
         """
         if self._ranks is not None:
             self._ranks.options_change()
-        # The calls of steady steps, by (whether gradients are read in place, kernel). A step that is in progress writes
-        # its calls to the dict of its beginning, so calls from old options never get into the new dict.
+        # The calls of steady steps, by (whether gradients are read in place, variant). A step that is in progress
+        # writes its calls to the dict of its beginning, so calls from old options never get into the new dict.
         self._steady_calls: dict[tuple[bool, str], list[Call]] = {}
-        # For steady steps that are one call of `cpu.serial_from`, by kernel: its arguments after the address of items.
-        self._whole_step: dict[str, Call] = {}
+        # Those steady steps that are one call of `cpu.serial_from`: its entry point, and the arguments after `items`.
+        self._whole_step: dict[tuple[bool, str], tuple[Kernel, Call]] = {}
         self._version = object()
 
     def use_options(self) -> None:
@@ -122,7 +122,6 @@ class HostBackend(Backend):
         version = self._version
         if self._computed_from is version:
             return
-        self._compiled: set[tuple[bool, str]] = set()
         self._scheduled, self._clips = self.state.scheduled, self.state.clips_by_norm
         used = self.state.state_in_use
         if used != self._used:
@@ -132,9 +131,9 @@ class HostBackend(Backend):
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
 
     @property
-    def large_kernel(self) -> str:
-        """The kernel of large runs in the next step; "auto" stands for serial."""
-        return self.state.kernel if self._tuner is None else self._tuner.kernel
+    def variant(self) -> str:
+        """The kernel of large runs in the next step, and whether it prefetches; "auto" stands for serial."""
+        return self.state.kernel if self._tuner is None else self._tuner.variant
 
     def _threads(self) -> int:
         """Return the number of threads of the parallel kernel."""
@@ -162,26 +161,28 @@ class HostBackend(Backend):
         if self.storage is not None:
             self.storage.check_open()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
-        kernel = self.state.kernel if self._tuner is None else self._tuner.kernel  # `large_kernel`, without a call
+        variant = self.state.kernel if self._tuner is None else self._tuner.variant  # the property, without a call
+        address = 0
+        if items is not None and self._zero_copy and (self.storage is None or not self.storage.pages.shows(items)):
+            address = pointers.items_of(items)  # `items` keeps the arrays alive until the kernels have read them
+        in_place = address != 0
+        if in_place or items is None:
+            whole_step = self._whole_step.get((in_place, variant))
+            if whole_step is not None:
+                # As in `take`, but the call returns without updating where a gradient cannot be read in place.
+                serial_from, arguments = whole_step
+                counts = self.state.counts
+                steps, work = counts.steps, starmap(serial_from, ((address, *arguments),))
+                counts.steps = steps + ([*work] == _UPDATED)
+                if counts.steps > steps:
+                    if self._tuner is not None:
+                        self._tuner.step_done()
+                    return
         located = IN_BUFFER
         if items is not None:
-            in_place = None
-            if self._zero_copy and (self.storage is None or not self.storage.pages.shows(items)):
-                # `items` keeps the arrays alive until the kernels have read them.
-                address = pointers.items_of(items)
-                arguments = self._whole_step.get(kernel)
-                if arguments is not None:
-                    # As in `take`, but the call returns without updating where a gradient cannot be read in place.
-                    counts = self.state.counts
-                    steps, work = counts.steps, starmap(cpu.serial_from, ((address, *arguments),))
-                    counts.steps = steps + ([*work] == _UPDATED)
-                    if counts.steps > steps:
-                        if self._tuner is not None:
-                            self._tuner.step_done()
-                        return
-                in_place = self._locate(address)
-            located = self._copy(items) if in_place is None else in_place
-        self.take(located, rates, kernel, items if located.in_place else None)
+            located_in_place = self._locate(address) if in_place else None
+            located = self._copy(items) if located_in_place is None else located_in_place
+        self.take(located, rates, variant, items if located.in_place else None)
 
     def step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
         """Take one step with gradients at these addresses. Adapters that have checked their tensors call it.
@@ -197,14 +198,14 @@ class HostBackend(Backend):
         """
         with self.turns.between_steps("step"):
             rates = self.rates()
-            kernel = self.large_kernel
+            variant = self.variant
             for run in self._runs:
                 run.point_to(addresses)
-                if self._kernel_of(run, kernel) != "serial":  # the serial kernel copies by itself
+                if self._variant_of(run, variant).kernel != "serial":  # the serial kernel copies by itself
                     run.copy_small()
-            self.take(IN_PLACE if present is None else Located(True, present), rates, kernel)
+            self.take(IN_PLACE if present is None else Located(True, present), rates, variant)
 
-    def take(self, located: Located, rates: list[float] | None, kernel: str, items: Items | None = None) -> None:
+    def take(self, located: Located, rates: list[float] | None, variant: str, items: Items | None = None) -> None:
         """Update parameters and state with located gradients, and count the step.
 
         Steps are counted only here and for the one call in `step`. One statement makes the kernel calls and counts.
@@ -216,17 +217,17 @@ class HostBackend(Backend):
         located : Located
         rates : list of float or None
             The learning rate of each group; None where no rate is a function.
-        kernel : {"numpy", "serial", "parallel", "auto"}
-            For large runs; "auto" stands for serial.
+        variant : str
+            For large runs, one of `tuner.VARIANTS`, or the option `kernel`; "auto" stands for serial.
         items : tuple or None, default None
             The gradients, for error messages; None where they are in the gradient buffer.
         """
-        calls = self._steady_calls.get((located.in_place, kernel)) if located.present is None else None
+        calls = self._steady_calls.get((located.in_place, variant)) if located.present is None else None
         norms = None
         if calls is None:
-            calls, norms = self._make_calls(located, rates, kernel)
+            calls, norms = self._make_calls(located, rates, variant)
         counts = self.state.counts
-        if self.state.nonfinite != "propagate" and self._skips(located, kernel, norms, items):
+        if self.state.nonfinite != "propagate" and self._skips(located, variant, norms, items):
             counts.skipped_steps += 1
             if self.storage is not None:
                 self.storage.step_skipped()
@@ -278,7 +279,7 @@ class HostBackend(Backend):
 
     @np.errstate(all="ignore")  # the user's settings may raise, and are for the user's own arithmetic
     def _make_calls(
-        self, located: Located, rates: list[float] | None, kernel: str
+        self, located: Located, rates: list[float] | None, variant: str
     ) -> tuple[list[Call], NDArray[np.float64] | None]:
         """Return the kernel calls of the next step, and the norms of gradients if clipping computed them."""
         version = self._version
@@ -287,42 +288,39 @@ class HostBackend(Backend):
         if not located.in_place:
             for run in self._runs:
                 run.point_to_buffer()
-        kernel_of = [self._kernel_of(run, kernel) for run in self._runs]
+        variant_of = [self._variant_of(run, variant) for run in self._runs]
         counts = self.state.counts
         scales = norms = None
         if self._clips:
             grads, ranks, limit = self._own["grads"], self._ranks, self.state.global_clip_norm
-            of_runs = [run.gradient_norms(grads, name, ranks) for run, name in zip(self._runs, kernel_of, strict=True)]
+            of_runs = [
+                run.gradient_norms(grads, kernel, ranks)
+                for run, (kernel, _) in zip(self._runs, variant_of, strict=True)
+            ]
             scales, norms = plan.clip_scales(self._runs, of_runs, limit, located.present, len(counts.absent))
         rate_of_run = [plan.rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
-        from_items = located.in_place and self.storage is None  # storage makes calls of `UPDATES` in parts
-        calls, steady = plan.make_plan(self._runs, kernel_of, rate_of_run, located, scales, counts, from_items)
+        calls, steady = plan.make_plan(self._runs, variant_of, rate_of_run, located, scales, counts)
         if self._version is not version:  # a signal handler has set options
-            return self._make_calls(located, rates, kernel)
-        if (located.in_place, kernel) not in self._compiled:
-            # Calls without spans update nothing, but compile. So compilation, which takes long and may be interrupted,
-            # never comes between two updates.
-            for update, *rest, spans, factors, extended in calls:
-                update(*rest, spans[:0], factors[:0], extended)
-            self._compiled.add((located.in_place, kernel))
+            return self._make_calls(located, rates, variant)
         if steady:
-            steady_calls[located.in_place, kernel] = calls
-            if len(calls) == 1 and calls[0][0] is cpu.serial_from and self.state.nonfinite == "propagate":
-                whole_step[kernel] = calls[0][2:]
+            steady_calls[located.in_place, variant] = calls
+            ((first, *arguments), *others) = calls
+            if not others and isinstance(arguments[0], int) and self.state.nonfinite == "propagate":
+                whole_step[located.in_place, variant] = first, tuple(arguments[1:])
         return calls, norms
 
-    def _kernel_of(self, run: Run, kernel: str) -> str:
-        """Return the kernel of a run, where `kernel` is that of large runs."""
-        if not threads.threads_work() and kernel == "parallel":
-            return "serial"
-        if self.state.kernel != "auto":
-            return kernel
-        return kernel if kernel == "parallel" and run.size >= tuner.TRY_PARALLEL_FROM else "serial"
+    def _variant_of(self, run: Run, variant: str) -> Variant:
+        """Return the kernel of a run, where `variant` is that of large runs."""
+        kernel, lines_ahead = tuner.VARIANTS.get(variant, Variant("serial" if variant == "auto" else variant))
+        too_small = self._tuner is not None and run.size < tuner.TRY_PARALLEL_FROM
+        if kernel == "parallel" and (too_small or not threads.threads_work()):
+            kernel = "serial"
+        return Variant(kernel, lines_ahead if run.size >= tuner.TRY_PREFETCHING_FROM else 0)
 
-    def _skips(self, located: Located, kernel: str, norms: NDArray[np.float64] | None, items: Items | None) -> bool:
+    def _skips(self, located: Located, variant: str, norms: NDArray[np.float64] | None, items: Items | None) -> bool:
         """Return whether a gradient is not finite, so that the step is skipped; or raise NonfiniteError."""
-        kernel_of = [self._kernel_of(run, kernel) for run in self._runs]
-        nonfinite = plan.find_nonfinite(self._runs, kernel_of, located, norms, self._own["grads"])
+        variant_of = [self._variant_of(run, variant) for run in self._runs]
+        nonfinite = plan.find_nonfinite(self._runs, variant_of, located, norms, self._own["grads"])
         wrong = np.flatnonzero(nonfinite if self._ranks is None else self._ranks.nonfinite_anywhere(nonfinite))
         if not len(wrong) or self.state.nonfinite == "skip":
             return len(wrong) > 0

@@ -95,6 +95,7 @@ class Pages:
         spans: NDArray[np.int64],
         factors: Array,
         extended: bool,
+        lines_ahead: int,
     ) -> None:
         """Make a kernel call part by part, as calls on slices of its arrays.
 
@@ -121,7 +122,7 @@ class Pages:
                     self._populate(array, _POPULATE_WRITE)
                 elif not here[:, 2].any():
                     self._populate(array, _POPULATE_READ)
-            update(*arrays, hyper, here, factors[own], extended)
+            update(*arrays, hyper, here, factors[own], extended, lines_ahead)
             for array in there:
                 self.release(array)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,8 @@ from fastrms import kernels
 from fastrms._state import Counts
 from fastrms.backends.base import Call, Memory, Ranks
 from fastrms.buffers import Array, FlatBuffer, Layout
-from fastrms.kernels import cpu, pointers, threads
+from fastrms.kernels import Kernel, cpu, pointers, threads
+from fastrms.kernels.compiled import entry_point
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms, combine, scale_to
 from fastrms.options import ParamGroup, resolve_lr
@@ -21,6 +22,7 @@ __all__ = [
     "IN_PLACE",
     "Located",
     "Run",
+    "Variant",
     "clip_scales",
     "find_nonfinite",
     "make_plan",
@@ -43,6 +45,20 @@ class Located(NamedTuple):
 
     in_place: bool
     present: NDArray[np.bool_] | None
+
+
+class Variant(NamedTuple):
+    """A kernel, and how it fetches memory.
+
+    Attributes
+    ----------
+    kernel : {"numpy", "serial", "parallel"}
+    lines_ahead : int
+        How many cache lines ahead it prefetches; 0 for none.
+    """
+
+    kernel: str
+    lines_ahead: int = 0
 
 
 def split_runs(layout: Layout, group_of: NDArray[np.intp]) -> list[tuple[int, NDArray[np.int64]]]:
@@ -102,6 +118,7 @@ class Run:
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(leaves), 2), self.dtype)
         self._whole_factors = np.empty((1, 2), self.dtype)
+        self._table = np.zeros(1, cpu.TABLE)
 
     @cached_property
     def norms(self) -> SpanNorms:
@@ -112,24 +129,44 @@ class Run:
         """Use the parts of these buffers that belong to the run, with the state that its options need."""
         written = [(buffer.block.ctypes.data, buffer.block.nbytes) for buffer in buffers.values()]
         bounds = [bound for address, nbytes in written for bound in (address, address + nbytes)]
-        expected = np.array([*pointers.identity(self.dtype), *bounds], np.int64)
-        self._arrays = (
-            self.part_of(buffers["params"]),
-            self.part_of(buffers["grads"]),
+        self._expected = np.array([*pointers.identity(self.dtype), *bounds], np.int64)
+        params, grads = self.part_of(buffers["params"]), self.part_of(buffers["grads"])
+        state = (
             self.part_of(buffers["cache"]),
             self.part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else None,
             self.part_of(buffers["grad_avg"]) if self.group["centered"] else None,
-            self._hyper,
         )
-        self._sources = (expected, self._shapes, self._spans)
-        self._no_update = (*self._arrays, self._whole[:0], self._whole_factors[:0], False)
+        self._arrays = (params, grads, *state, self._hyper)
+        self._from_table = (self._hyper, *state)
+        self._entry_points: dict[Kernel, Kernel] = {}
+        table = self._table[0]
+        table["size"], table["params_at"], table["grads_at"] = self.size, params.ctypes.data, grads.ctypes.data
+        table["sources_at"], table["source_count"] = self._spans.ctypes.data, len(self._spans)
+        table["shapes_at"], table["shape_columns"] = self._shapes.ctypes.data, self._shapes.shape[1]
+        table["expected_at"], table["expected_size"] = self._expected.ctypes.data, len(self._expected)
+        self._no_update = self._table.copy()
+        self._no_update["factors_at"], self._no_update["spans_at"] = self._factors.ctypes.data, self._spans.ctypes.data
+        self._only_copy = self._no_update.copy()
+        self._only_copy["copies"] = 1
+
+    def _entry_point(self, kernel: Kernel, *arguments: Any) -> Kernel:
+        """Return the form of a compiled kernel for the arguments of this run, whose types never change."""
+        entry = self._entry_points.get(kernel)
+        if entry is None:
+            entry = self._entry_points[kernel] = entry_point(kernel, *arguments)
+        return entry
+
+    def _call_from(self, table: NDArray[Any]) -> Call:
+        """Return a call of `cpu.serial_from` as (kernel, arguments after the address of items)."""
+        return (self._entry_point(cpu.serial_from, 0, table, *self._from_table), table, *self._from_table)
 
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
         `items` is the address of the first item in the tuple of all gradients.
         """
-        return int(cpu.serial_from(items, *self._sources, False, *self._no_update))
+        serial_from, *arguments = self._call_from(self._no_update)
+        return int(serial_from(items, *arguments))
 
     def located(self) -> NDArray[np.bool_]:
         """Return which gradients `locate` found; the others are None. Call it before `copy_small`."""
@@ -139,11 +176,8 @@ class Run:
     def copy_small(self) -> None:
         """Copy located gradients to the gradient buffer, if they are small."""
         if self._copies:
-            cpu.serial_from(0, *self._sources, True, *self._no_update)
-
-    def with_sources(self, arguments: Call) -> Call:
-        """Return the arguments of `cpu.serial_from` after the address of items, from those of `cpu.serial`."""
-        return (*self._sources, self._copies, *arguments)
+            serial_from, *arguments = self._call_from(self._only_copy)
+            serial_from(0, *arguments)
 
     def point_to_buffer(self) -> None:
         """Read gradients from the gradient buffer in the next calls."""
@@ -176,6 +210,7 @@ class Run:
         located: Located,
         scales: NDArray[np.float64] | None,
         corrections: NDArray[np.float64] | None,
+        lines_ahead: int = 0,
     ) -> Call:
         """Return the arguments of a kernel (see `kernels.reference.update`).
 
@@ -187,6 +222,8 @@ class Run:
         located : Located
         scales, corrections : ndarray of float64, shape (parameters of the run,), or None
             The factors of clipping by norm and of bias correction.
+        lines_ahead : int, default 0
+            How many cache lines ahead the kernel prefetches.
         """
         options, present = self.group, None if located.present is None else located.present[self.numbers]
         one_span = (self._copies or not located.in_place) and present is None and scales is None
@@ -198,24 +235,41 @@ class Run:
         if present is not None:
             spans, factors = spans[present], factors[present]
         self._hyper[:] = hyper_values(options, lr, self.dtype)
-        return (*self._arrays, spans, factors, needs_extended_rule(options) or scales is not None)
+        return (*self._arrays, spans, factors, needs_extended_rule(options) or scales is not None, lines_ahead)
+
+    def call(self, kernel: str, arguments: Call, in_place: bool) -> Call:
+        """Return the call of a kernel with the arguments from `arguments`.
+
+        The serial kernel is called through `cpu.serial_from` unless the memory is in parts, so that most programs
+        compile one function only. Its call has the address of items first: 0, as gradients are located already.
+        """
+        if kernel == "serial" and not self._memory.in_parts and pointers.available():
+            *_, spans, factors, extended, lines_ahead = arguments
+            table = self._table.copy()
+            row = table[0]
+            row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
+            row["extended"], row["lines_ahead"], row["copies"] = extended, lines_ahead, in_place and self._copies
+            self._kept = spans, factors  # the table has only their addresses
+            serial_from, *rest = self._call_from(table)
+            return (serial_from, 0, *rest)
+        update = self._entry_point(kernels.UPDATES[kernel], *arguments)
+        return (threads.one_at_a_time(update) if kernel == "parallel" else update, *arguments)
 
 
 def make_plan(
     runs: Sequence[Run],
-    kernel_of: Sequence[str],
+    variant_of: Sequence[Variant],
     rates: Sequence[float],
     located: Located,
     scales: NDArray[np.float64] | None,
     counts: Counts,
-    from_items: bool,
 ) -> tuple[list[Call], bool]:
     """Return the kernel calls of the next step, and whether the step is steady: later steps make the same calls.
 
     Parameters
     ----------
     runs : sequence of Run
-    kernel_of : sequence of str
+    variant_of : sequence of Variant
         The kernel of each run.
     rates : sequence of float
         The learning rate of each run.
@@ -224,24 +278,19 @@ def make_plan(
         The factors of clipping by norm.
     counts : Counts
         Before the step.
-    from_items : bool
-        Whether the serial kernel is called through `cpu.serial_from`. So a first step compiles one function only.
     """
     steady = scales is None and located.present is None
     calls: list[Call] = []
-    for run, name, lr in zip(runs, kernel_of, rates, strict=True):
+    for run, (kernel, lines_ahead), lr in zip(runs, variant_of, rates, strict=True):
         options = run.group
         corrections = None
         if options["bias_correction"]:
             own_steps = counts.steps + 1 - counts.absent[run.numbers]
             corrections = 1.0 / (1.0 - options["decay_rate"] ** own_steps)
         steady = steady and not callable(options["lr"]) and corrections is None
-        arguments = run.arguments(lr, located, None if scales is None else scales[run.numbers], corrections)
-        if from_items and name == "serial":
-            calls.append((cpu.serial_from, 0, *run.with_sources(arguments)))  # 0: the gradients are located already
-        else:
-            update = kernels.UPDATES[name]
-            calls.append((threads.one_at_a_time(update) if name == "parallel" else update, *arguments))
+        own_scales = None if scales is None else scales[run.numbers]
+        arguments = run.arguments(lr, located, own_scales, corrections, lines_ahead)
+        calls.append(run.call(kernel, arguments, located.in_place))
     return calls, steady
 
 
@@ -293,7 +342,7 @@ def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps
 
 def find_nonfinite(
     runs: Sequence[Run],
-    kernel_of: Sequence[str],
+    variant_of: Sequence[Variant],
     located: Located,
     norms: NDArray[np.float64] | None,
     grads: FlatBuffer,
@@ -303,7 +352,7 @@ def find_nonfinite(
     Parameters
     ----------
     runs : sequence of Run
-    kernel_of : sequence of str
+    variant_of : sequence of Variant
         The kernel of each run.
     located : Located
     norms : ndarray of float64, shape (parameters,), or None
@@ -317,7 +366,7 @@ def find_nonfinite(
         finite |= ~present
     # A norm can overflow although all values are finite, and is NaN where it is unknown. So read the gradients.
     if not finite.all():
-        for run, kernel in zip(runs, kernel_of, strict=True):
+        for run, (kernel, _) in zip(runs, variant_of, strict=True):
             if not located.in_place:
                 run.point_to_buffer()
             finite[run.numbers] = run.norms.finite(run.part_of(grads), kernel)

@@ -1,40 +1,74 @@
-"""Choose the kernel of large runs in the course of training: the one that makes whole training steps faster.
+"""Choose how large runs are updated in the course of training: the way that makes whole training steps fastest.
 
 The time of a kernel alone misleads. In a training loop the threads of matrix products (OpenBLAS) still spin when the
 optimizer begins its step, and the threads of its OpenMP region still spin when the next product begins. Each slows the
-other, and the second cost lies outside the optimizer's own time. So "auto" measures the time from the end of one step
-to the end of the next, with the serial and with the parallel kernel, and keeps the faster one. Bits do not depend on
-the kernel, so trying is harmless.
+other, and the second cost lies outside the optimizer's own time. Matrix products also push the optimizer's arrays out
+of the caches, so prefetching may gain there and lose elsewhere, and each processor has its own answer. So "auto"
+measures the time from the end of one step to the end of the next, with each variant, and keeps the fastest one. Until
+then it uses the plain serial loop. Bits do not depend on the variant, so trying is harmless.
 """
 
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from statistics import median
 
-import numpy as np
+import numba
 
+from fastrms.backends.plan import Variant
 from fastrms.kernels import threads
+from fastrms.kernels.cpu import LINES_AHEAD
 
-__all__ = ["TRY_PARALLEL_FROM", "Tuner", "explain"]
+__all__ = ["TRY_PARALLEL_FROM", "TRY_PREFETCHING_FROM", "VARIANTS", "Tuner", "explain", "variants"]
 
 # Runs with fewer elements stay serial: one pass takes some 25 us, and on busy cores a second thread saves less than the
 # synchronization of the two costs.
 TRY_PARALLEL_FROM = 65_536
 
+# Runs with fewer elements, 1 MiB an array in float32, stay in the caches of usual processors from step to step.
+TRY_PREFETCHING_FROM = 262_144
 
-class Tuner:
-    """The choice between the serial and the parallel kernel, from times of training steps.
+VARIANTS = {
+    "serial": Variant("serial"),
+    "parallel": Variant("parallel"),
+    "serial with prefetching": Variant("serial", LINES_AHEAD),
+    "parallel with prefetching": Variant("parallel", LINES_AHEAD),
+}
+
+
+def variants(largest: int, num_threads: int) -> list[str]:
+    """Return which of the `VARIANTS` are worth a trial, the plain serial loop first.
 
     Parameters
     ----------
+    largest : int
+        The elements of the largest run.
+    num_threads : int
+        Threads of the parallel kernel.
+    """
+    parallel = largest >= TRY_PARALLEL_FROM and num_threads > 1 and threads.threads_work()
+    prefetching = largest >= TRY_PREFETCHING_FROM and not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+    return [
+        name
+        for name, (kernel, lines_ahead) in VARIANTS.items()
+        if (kernel == "serial" or parallel) and (lines_ahead == 0 or prefetching)
+    ]
+
+
+class Tuner:
+    """The choice among variants, from times of training steps.
+
+    Parameters
+    ----------
+    candidates : sequence of str
+        Names of `VARIANTS`. The first is used until the first trial, and afterwards unless another one gains.
     clock : callable, default time.perf_counter
         Returns seconds.
 
     Attributes
     ----------
-    kernel : {"serial", "parallel"}
-        The kernel of the next step.
+    variant : str
+        The candidate of the next step.
     reason : str
         The reason for it, for users.
     """
@@ -42,11 +76,12 @@ class Tuner:
     # Seconds of training until the first trial, so that a short training never compiles the parallel kernel. The time
     # to each later trial doubles, up to the second number: the load of the machine may have changed.
     FIRST_LOOK, LAST_LOOK = 2.0, 600.0
-    # A trial has so many rounds. In each round both kernels take at least so many steps, for so many seconds. The first
-    # steps after a change of kernel are dropped, until the system has distributed the threads among cores.
+    # A trial has so many rounds. In each round each candidate takes at least so many steps, for so many seconds. The
+    # first steps after a change are dropped, until the system has distributed the threads among cores.
     ROUNDS, STEPS, DROPPED = 3, 8, 3
     TURN_SECONDS, DROPPED_SECONDS = 0.03, 0.01
-    # Ratios of parallel to serial time: below the first, parallel is kept; above the second, the trial stops early.
+    # Ratios to the time of the first candidate, and to that of the fastest: another candidate is kept below the first
+    # ratio, and leaves the trial above the second.
     GAIN, GIVE_UP = 0.97, 1.15
     # So many steps in a row, over so many seconds, so much slower than in the trial: the load of the machine has
     # changed, and a trial begins at once. (Another program on a core can make parallel ten times slower. A few slow
@@ -55,16 +90,17 @@ class Tuner:
     # At most so many usual steps count of the time of one step. The rest is a pause, not training.
     PAUSE = 10
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, candidates: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._candidates = candidates
         self._clock = clock
-        self._best = "serial"
-        self.reason = f"after {self.FIRST_LOOK:g} s of training parallel is tried too"
+        self._best = candidates[0]
+        self.reason = f"after {self.FIRST_LOOK:g} s of training also tried: {', '.join(candidates[1:])}"
         self._last: float | None = None
         self._begin()
 
     def _begin(self) -> None:
         plan = self._make_plan()
-        self.kernel = next(plan)
+        self.variant = next(plan)
         self._plan = plan  # last: Ctrl-C may come at any line
 
     def step_done(self) -> None:
@@ -72,49 +108,65 @@ class Tuner:
         now = self._clock()
         if self._last is not None:
             try:
-                self.kernel = self._plan.send(now - self._last)
+                self.variant = self._plan.send(now - self._last)
             except StopIteration:  # Ctrl-C came within the plan, which ended it
                 self._begin()
         self._last = now
 
+    # Each of these generators yields the variant of the next step, and receives the seconds of that training step.
+
     def _make_plan(self) -> Generator[str, float, None]:
-        """Yield the kernel of the next step, and receive the seconds of that training step."""
-        patience, expected = self.FIRST_LOOK, float("inf")
-        last: deque[float] = deque(maxlen=5)  # before the first trial their median is the usual time
+        """Alternate between training with the best variant and trials."""
+        patience, expected = self.FIRST_LOOK, None
         while True:
-            spent = slow_seconds = 0.0
-            slow_steps = 0
-            while spent < patience and (slow_steps < self.SLOW_STEPS or slow_seconds < self.SLOW_SECONDS):
-                period = yield self._best
-                last.append(period)
-                usual = sorted(last)[len(last) // 2] if expected == float("inf") else expected
-                counted = min(period, self.PAUSE * usual)
-                spent += counted
-                slow = period > self.SLOWER * expected
-                slow_steps, slow_seconds = (slow_steps + 1, slow_seconds + counted) if slow else (0, 0.0)
-            changed = spent < patience
-            times: dict[str, list[float]] = {"serial": [], "parallel": []}
-            serial = parallel = math.nan
-            for _ in range(self.ROUNDS):
-                for kernel, taken in times.items():
-                    steps, turn = 0, 0.0
-                    while steps < self.STEPS or turn < self.TURN_SECONDS:
-                        period = yield kernel
-                        steps += 1
-                        turn += period
-                        if steps > self.DROPPED and turn > self.DROPPED_SECONDS:
-                            taken.append(period)
-                serial, parallel = (float(np.median(taken)) for taken in times.values())
-                if parallel > self.GIVE_UP * serial:
-                    break
-            self._best = "parallel" if parallel < self.GAIN * serial else "serial"
-            self.reason = (
-                f"a training step took {1e3 * serial:.3g} ms with the serial kernel, {1e3 * parallel:.3g} ms with the "
-                "parallel one"
-            )
-            expected = min(serial, parallel)
+            changed = yield from self._train(patience, expected)
+            times = yield from self._compare()
+            first, fastest = self._candidates[0], min(times, key=times.__getitem__)
+            self._best = fastest if times[fastest] < self.GAIN * times[first] else first
+            measured = ", ".join(f"{1e3 * seconds:.3g} ms with {name}" for name, seconds in times.items())
+            self.reason = f"a training step took {measured}"
+            expected = times[fastest]
             # After a change of load, start again with short times between trials.
             patience = self.FIRST_LOOK if changed else min(2 * patience, self.LAST_LOOK)
+
+    def _train(self, patience: float, expected: float | None) -> Generator[str, float, bool]:
+        """Use the best variant for `patience` seconds, or until steps become slow; return whether they did.
+
+        `expected` is the time of a step from the last trial. Before the first trial it is the median of recent steps.
+        """
+        recent: deque[float] = deque(maxlen=5)
+        spent = slow_seconds = 0.0
+        slow_steps = 0
+        while spent < patience:
+            if slow_steps >= self.SLOW_STEPS and slow_seconds >= self.SLOW_SECONDS:
+                return True
+            period = yield self._best
+            recent.append(period)
+            counted = min(period, self.PAUSE * (sorted(recent)[len(recent) // 2] if expected is None else expected))
+            spent += counted
+            slow = expected is not None and period > self.SLOWER * expected
+            slow_steps, slow_seconds = (slow_steps + 1, slow_seconds + counted) if slow else (0, 0.0)
+        return False
+
+    def _compare(self) -> Generator[str, float, dict[str, float]]:
+        """Take steps with each candidate in turn; return the median time of a training step with each."""
+        periods: dict[str, list[float]] = {name: [] for name in self._candidates}
+        in_trial = list(self._candidates)
+        for _ in range(self.ROUNDS):
+            for name in in_trial:
+                steps, turn = 0, 0.0
+                while steps < self.STEPS or turn < self.TURN_SECONDS:
+                    period = yield name
+                    steps += 1
+                    turn += period
+                    if steps > self.DROPPED and turn > self.DROPPED_SECONDS:
+                        periods[name].append(period)
+            times = {name: median(of_name) for name, of_name in periods.items()}
+            limit = self.GIVE_UP * min(times.values())
+            in_trial = [name for name in self._candidates if name == self._candidates[0] or times[name] <= limit]
+            if len(in_trial) == 1:
+                break
+        return times
 
 
 def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> str:
@@ -136,7 +188,7 @@ def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> st
     if kernel != "auto":
         return f"{kernel}, as asked for"
     if tuner is not None and size >= TRY_PARALLEL_FROM:
-        return f"{tuner.kernel}; {tuner.reason}"
+        return f"{tuner.variant}; {tuner.reason}"
     if num_threads > 1:
         return f"serial; {TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
     return "serial; there is one thread"

@@ -11,7 +11,8 @@ from numba.extending import intrinsic, overload
 from fastrms.kernels.compiled import inner, inner_options
 
 __all__ = [
-    "array_at", "gradient_part", "int32_at", "int64_at", "load_state", "prefetch", "state_part", "store_state",
+    "array_at", "gradient_part", "int32_at", "int64_at", "integers_at", "load_state", "prefetch", "state_part",
+    "store_state",
 ]  # fmt: skip
 
 # A state array holds numbers of the parameters' dtype, or bfloat16 numbers as uint16, or there is none. The compiler
@@ -106,14 +107,21 @@ def _typed_prefetch(array, i):
     return lambda array, i: _prefetch_line(array, i)
 
 
+def _as_pointer(context, builder, signature, arguments):
+    """Emit the conversion of an address to a pointer."""
+    return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+
 @intrinsic
 def _pointer_at(typingctx, address, like):
     """Return `address` as a pointer to elements of the dtype of the array `like`."""
+    return types.CPointer(like.dtype)(types.int64, like), _as_pointer
 
-    def codegen(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like.dtype)(types.int64, like), codegen
+@intrinsic
+def _integer_pointer_at(typingctx, address):
+    """Return `address` as a pointer to int64."""
+    return types.CPointer(types.int64)(types.int64), _as_pointer
 
 
 @intrinsic
@@ -134,9 +142,15 @@ def _prefetch_line(typingctx, array, i):
 
 
 @inner
-def array_at(address, size, like):
-    """Return the 1-D array of `size` elements at an address, of the dtype of the array `like`."""
-    return carray(_pointer_at(address, like), (size,))
+def array_at(address, shape, like):
+    """Return the dense array of this shape at an address, of the dtype of the array `like`."""
+    return carray(_pointer_at(address, like), shape)
+
+
+@inner
+def integers_at(address, shape):
+    """Return the dense array of int64 of this shape at an address."""
+    return carray(_integer_pointer_at(address), shape)
 
 
 @inner

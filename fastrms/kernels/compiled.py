@@ -36,7 +36,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 
-__all__ = ["inner", "inner_options", "jit"]
+__all__ = ["entry_point", "inner", "inner_options", "jit"]
 
 # Settings from the environment that change what is compiled.
 _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE")
@@ -65,6 +65,21 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return compiled
 
     return decorate
+
+
+def entry_point(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Return the form of a `jit` function for arguments of these types, compiled if need be.
+
+    Its calls do not look at the types again, which takes half of the time of a call with ten arguments. Call it with
+    these types only. With the JIT off it is the function.
+    """
+    if not isinstance(function, Dispatcher):
+        return function
+    signature = tuple(numba.typeof(argument) for argument in arguments)
+    if signature not in function.overloads:
+        function.compile(signature)
+    entry: Callable[..., Any] = function.overloads[signature].entry_point
+    return entry
 
 
 def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -6,6 +6,7 @@ two loops in one function cost 0.3 s more of compiling, once.
 """
 
 import numba
+import numpy as np
 
 from fastrms.kernels import pointers
 from fastrms.kernels.access import (
@@ -13,6 +14,7 @@ from fastrms.kernels.access import (
     gradient_part,
     int32_at,
     int64_at,
+    integers_at,
     load_state,
     prefetch,
     state_part,
@@ -22,7 +24,8 @@ from fastrms.kernels.compiled import inner, inner_options, jit
 from fastrms.kernels.rule import rule
 
 __all__ = [
-    "BLOCK", "FOUND", "FOUND_SOME", "LINES_AHEAD", "STRIP_LINES", "block_size", "parallel", "serial", "serial_from",
+    "BLOCK", "FOUND", "FOUND_SOME", "LINES_AHEAD", "STRIP_LINES", "TABLE", "block_size", "parallel", "serial",
+    "serial_from",
 ]  # fmt: skip
 
 # The results of `serial_from` where all arrays are as expected, or all but None.
@@ -33,17 +36,27 @@ FOUND, FOUND_SOME = -1, -2
 # over 5e7 took 22.1 ms instead of 21.0. Multiples of a cache line, so that threads never write to the same one.
 BLOCK = 4096
 
-# A processor fetches memory ahead by itself, but not beyond a page of 4 KiB, and divisions and square roots fill it so
-# that it does not look far. So the loop asks, ahead of each strip of 8 cache lines, for the lines of each array that
-# come 48 lines later: a step over 5e7 float32 takes 12 % less time, with 16-bit state 30 %. 24 to 48 lines are much the
-# same. Strips of 16 gain half of that, and so do requests array by array instead of line by line.
+# A processor fetches memory ahead by itself, but not beyond a page of 4 KiB. So the loop can ask, ahead of each strip
+# of 8 cache lines, for the lines of each array that come `LINES_AHEAD` later. Whether this helps depends on the
+# processor: a step over 5e7 float32 takes 12 % less time on an Intel Xeon (Skylake), and up to 50 % more on an AMD EPYC
+# (Zen 4). Hence the caller decides, and `backends.tuner` measures. On the Xeon 24 to 48 lines are much the same; strips
+# of 16 gain half, and so do requests array by array instead of line by line.
 STRIP_LINES, LINES_AHEAD = 8, 48
 
-# The fewest elements for which the loop prefetches. In a training loop the matrix products have pushed all arrays out
-# of the caches (784-512-512-10: 310 us instead of 350 a step, with 16-bit state 325 instead of 430). Alone, with 2.6e5
-# to 2e6 elements in the second and third level, asking costs up to 10 %, more in the loop of `parallel` than it ever
-# gains.
-SERIAL_PREFETCHES_FROM, PARALLEL_PREFETCHES_FROM = 1 << 18, 1 << 21
+
+# The arguments of `serial_from` that are the same in all steps, as one record: each further array argument would cost
+# 30 ns a call. `*_at` are addresses of dense arrays, which the caller keeps alive.
+TABLE = np.dtype([
+    ("size", np.int64),  # elements of the run
+    ("params_at", np.int64), ("grads_at", np.int64),
+    ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 3)
+    ("factors_at", np.int64),  # shape (span_count, 2)
+    ("extended", np.int64), ("lines_ahead", np.int64),
+    ("copies", np.int64),  # whether located gradients are copied to the gradient buffer
+    ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 3): the spans of all gradients
+    ("shapes_at", np.int64), ("shape_columns", np.int64),  # int64, shape (source_count, shape_columns)
+    ("expected_at", np.int64), ("expected_size", np.int64),  # int64, shape (expected_size,)
+])  # fmt: skip
 
 _rule = numba.njit(**inner_options, forceinline=True)(rule)
 
@@ -110,13 +123,14 @@ def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correctio
 
 
 @numba.njit(**inner_options, forceinline=True)
-def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended, strip):
-    """Update in strips of `strip` elements, each after a request to prefetch a later strip, if there is one."""
+def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended, lines_ahead):
+    """Update in strips, each after a request to prefetch a later strip; or in one strip where `lines_ahead` is 0."""
     line = 64 // params.itemsize
-    ahead = LINES_AHEAD * line
+    strip = STRIP_LINES * line if lines_ahead else max(1, params.size)
+    ahead = lines_ahead * line
     for start in range(0, params.size, strip):
         stop = min(start + strip, params.size)
-        if stop + ahead <= params.size:
+        if lines_ahead and stop + ahead <= params.size:
             for i in range(start + ahead, stop + ahead, line):
                 prefetch(params, i)
                 prefetch(grads, i)
@@ -133,10 +147,9 @@ def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale,
 
 @inner
 def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
-                    prefetches_from):  # fmt: skip
+                    lines_ahead):  # fmt: skip
     """Update all elements of `spans` in [low, high)."""
     h = _unpack(hyper)
-    strip = STRIP_LINES * 64 // params.itemsize if params.size >= prefetches_from else max(1, params.size)
     # Bisect for the first span that ends after `low`; spans are sorted and disjoint. (np.searchsorted would add a
     # quarter to the time that compiling takes.)
     first = 0
@@ -161,9 +174,9 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
         # The same call twice, and inlined: in each LLVM knows `extended`, and keeps the numbers of that loop in
         # registers from strip to strip. Numba compiles one function.
         if extended:
-            _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, strip)
+            _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, lines_ahead)
         else:
-            _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, strip)
+            _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, lines_ahead)
 
 
 @inner
@@ -175,17 +188,14 @@ def block_size(size):
 
 
 @jit()
-def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):
+def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended, lines_ahead):
     """Update `params` and the state in place on the calling thread. Arguments as for `reference.update`."""
     _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
-                    SERIAL_PREFETCHES_FROM)  # fmt: skip
+                    lines_ahead)  # fmt: skip
 
 
 @jit()
-def serial_from(
-    items, expected, shapes, sources, gathers,
-    params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
-):  # fmt: skip
+def serial_from(items, table, hyper, cache, momentum_buffer, grad_avg):
     """Find the gradients in a tuple of arrays, then update as `serial`; nothing is updated unless all are as expected.
 
     The caller holds the tuple, so that the arrays live until they were read.
@@ -193,17 +203,14 @@ def serial_from(
     Parameters
     ----------
     items : int
-        Address of the items of the tuple (`pointers.items_of`), or 0 if `sources` has the addresses already.
-    expected : ndarray of int64, shape (4 + 2 m,)
-        Type, dtype, bytes of an element and None (`pointers.identity`), and then [low, high) of each piece of memory
-        that no gradient may alias: the arrays that the step writes, and the gradient buffer.
-    shapes : ndarray of int64, shape (k, 2 + most dimensions)
-        For each array its number in the tuple, its number of dimensions, and its shape.
-    sources : ndarray of int64, shape (k, 3)
-        For each array its [start, stop) in the run, and its address, which is written; 0 for None.
-    gathers : bool
-        Copy the arrays to `grads`: small arrays are updated faster as one (1,000 of 100 float32 each in 50 us, instead
-        of 70 one by one).
+        Address of the items of the tuple (`pointers.items_of`), or 0 where the spans have all addresses already.
+    table : ndarray of `TABLE`, shape (1,)
+        Of these arrays, `expected` has type, dtype, bytes of an element and None (`pointers.identity`), and then
+        [low, high) of each piece of memory that no gradient may alias: the arrays that the step writes, and the
+        gradient buffer. `shapes` has for each gradient its number in the tuple, its number of dimensions, and its
+        shape. `sources` has its [start, stop) in the run, and its address, which is written; 0 for None.
+    hyper, cache, momentum_buffer, grad_avg : ndarray or None
+        As for `serial`.
 
     Returns
     -------
@@ -211,23 +218,29 @@ def serial_from(
         `FOUND`; or `FOUND_SOME` where some are None and the others as expected; or the number of the first array that
         is not exactly as expected.
     """
+    t = table[0]
+    grads = array_at(t.grads_at, t.size, hyper)
+    sources = integers_at(t.sources_at, (t.source_count, 3))
     if items != 0:
+        expected = integers_at(t.expected_at, t.expected_size)
+        shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
         status = _find(items, expected, shapes, sources)
         if status != FOUND:
             return status
-    if gathers:
+    if t.copies:
         _gather(sources, grads)
-    _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
-                    SERIAL_PREFETCHES_FROM)  # fmt: skip
+    _update_between(0, t.size, array_at(t.params_at, t.size, hyper), grads, cache, momentum_buffer, grad_avg, hyper,
+                    integers_at(t.spans_at, (t.span_count, 3)), array_at(t.factors_at, (t.span_count, 2), hyper),
+                    t.extended != 0, t.lines_ahead)  # fmt: skip
     return FOUND
 
 
 @jit(parallel=True)
-def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended):
+def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended, lines_ahead):
     """Update as `serial`, block by block on Numba's threads; no bit depends on the blocks or the number of threads."""
     size = block_size(params.size)
     for block in numba.prange((params.size + size - 1) // size):
         low = block * size
         high = min(params.size, low + size)
         _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
-                        PARALLEL_PREFETCHES_FROM)  # fmt: skip
+                        lines_ahead)  # fmt: skip

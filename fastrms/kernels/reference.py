@@ -60,6 +60,7 @@ def update(
     spans: NDArray[np.int64],
     factors: Array,
     extended: bool,
+    lines_ahead: int = 0,
 ) -> None:
     """Take one step on 1-D arrays in place; the kernel ``"numpy"``, and the oracle of the compiled ones.
 
@@ -82,6 +83,8 @@ def update(
         For each span, the factor on the gradient and the factor of the bias correction on the state.
     extended : bool
         False lets compiled kernels take a shorter loop. This function reads every option anyway.
+    lines_ahead : int, default 0
+        How many cache lines ahead compiled kernels prefetch; 0 for none.
     """
     h = dict(zip(HYPER_FIELDS, hyper, strict=True))
     m = b = None

@@ -306,7 +306,7 @@ class Shards:
         counts = self._state.counts
         try:  # not `leaving()`, whose cost a step would show
             counts.writing = self._options_fixed = True
-            backend.take(Located(False, self._exchange(rates, present, error)), rates, backend.large_kernel)
+            backend.take(Located(False, self._exchange(rates, present, error)), rates, backend.variant)
         except BaseException as caught:
             self.communicator.leave(caught)
             raise
