@@ -41,14 +41,30 @@ class Counts:
         For each parameter the number of steps in which it had no gradient.
     writing : bool
         Whether parameters, state and counts are being written, and may belong to different steps.
+    memory : ndarray of int64, shape (2,)
+        `steps`, and the ticket of the `backends.at_once.AtOnce` whose calls may take a step now; 0 for none. Compiled
+        code reads and writes both.
     """
 
-    __slots__ = ("absent", "skipped_steps", "steps", "writing")
+    __slots__ = ("absent", "memory", "skipped_steps", "writing")
 
     def __init__(self, parameters: int) -> None:
-        self.steps = self.skipped_steps = 0
+        self.memory: NDArray[np.int64] = np.zeros(2, np.int64)
+        self.skipped_steps = 0
         self.absent: NDArray[np.int64] = np.zeros(parameters, np.int64)
         self.writing = False
+
+    @property
+    def steps(self) -> int:
+        return int(self.memory[0])
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self.memory[0] = value
+
+    def admit(self, ticket: int) -> None:
+        """Let the calls with this ticket take steps; 0 for none."""
+        self.memory[1] = ticket
 
     def take_over(self, other: "Counts") -> None:
         """Copy the counts of another optimizer with the same parameters."""

@@ -276,16 +276,19 @@ class RMSProp(Persistent[P]):
         -----
         All errors come before the first write to parameters and state.
         """
-        turns, backend = self._turns, self._backend
-        with turns.lock:
-            if turns.in_progress.locked():
-                turns.admit("step", changes=True)
-            with turns.in_progress:
-                if backend.thread_limit is None:
-                    backend.step(gradients)
-                else:
-                    with threads.limit_threads(backend.thread_limit):
+        backend, at_once = self._backend, self._backend.at_once
+        if at_once is None or not at_once.step(gradients):
+            turns = self._turns
+            with turns.lock:
+                if turns.in_progress.locked():
+                    turns.admit("step", changes=True)
+                with turns.in_progress:
+                    self._state.counts.admit(0)
+                    if backend.thread_limit is None:
                         backend.step(gradients)
+                    else:
+                        with threads.limit_threads(backend.thread_limit):
+                            backend.step(gradients)
         views: P = self._state.buffers["params"].views
         return views
 

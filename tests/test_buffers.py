@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 from fastrms import DtypeError, FlatBuffer, StructureError
 from fastrms.buffers import Layout
 from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.buffers.flat import PAGE, PAGE_ALIGNED_FROM
 
 Pair = namedtuple("Pair", "W b")
 
@@ -34,6 +35,12 @@ def structures():
         "0-d-and-empty": [np.array(5.0), np.zeros((0, 3)), b],
         "mixed": [W.astype(np.float32), b, {"i": np.arange(3), "c": np.array([1j])}, W.astype(np.float32) + 1],
     }
+
+
+@pytest.mark.parametrize("size", [PAGE_ALIGNED_FROM, 10 * PAGE_ALIGNED_FROM + 1])
+def test_a_large_block_begins_on_a_page(size):
+    blocks = [FlatBuffer([np.zeros(size, np.uint8)]).block for _ in range(5)]
+    assert [block.ctypes.data % PAGE for block in blocks] == [0] * 5
 
 
 @pytest.mark.parametrize("name", structures())

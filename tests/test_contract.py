@@ -6,7 +6,7 @@ from cases import OPTIONS, SIZES, WAYS, combinations
 from helpers import JIT, assert_same_bits, steps, wide
 
 from fastrms import RMSProp
-from fastrms.kernels import cpu
+from fastrms.backends import tuner
 from fastrms.kernels.reference import ReferenceRMSProp
 
 DTYPES = [np.float32, np.float64]
@@ -53,15 +53,8 @@ def test_a_million_and_three_elements(dtype, rng):
         assert_same_bits(optimizer.cache[0], reference.cache[0], name)
 
 
-@pytest.mark.skipif(not JIT, reason="two million elements take the interpreter minutes")
-@pytest.mark.parametrize(
-    ("kernel", "size"),
-    [
-        ("serial", cpu.SERIAL_PREFETCHES_FROM),
-        ("serial", cpu.SERIAL_PREFETCHES_FROM + 3),
-        ("parallel", cpu.PARALLEL_PREFETCHES_FROM + 3),
-    ],
-)
+@pytest.mark.parametrize("variant", tuner.VARIANTS)
+@pytest.mark.parametrize("size", [1, 1000, 2 * 1024 + 48 * 16 + 3, 50_021])
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -70,10 +63,13 @@ def test_a_million_and_three_elements(dtype, rng):
         (np.float32, {"momentum": 0.9, "cache_dtype": "bfloat16"}),
     ],
 )
-def test_asking_for_memory_ahead_changes_no_bit(kernel, size, dtype, options, rng):
-    parts = np.split(wide(rng, size, dtype, -3, 3), [5, size // 2, size - 17])
+def test_no_choice_of_the_tuner_changes_a_bit(variant, size, dtype, options, monkeypatch, rng):
+    monkeypatch.setattr(tuner, "TRY_PARALLEL_FROM", 1)
+    monkeypatch.setattr(tuner, "TRY_PREFETCHING_FROM", 1)
+    parts = np.split(wide(rng, size, dtype, -3, 3), [5, size // 2, size - 17]) if size > 100 else [np.ones(1, dtype)]
     grads = [wide(rng, part.size, dtype) for part in parts]
-    oracle, optimizer = (RMSProp(parts, kernel=name, **options) for name in ("numpy", kernel))
+    oracle, optimizer = RMSProp(parts, kernel="numpy", **options), RMSProp(parts, **options)
+    optimizer.backend._tuner = tuner.Tuner([variant])
     for t in range(4):
         oracle.step(grads)
         if t % 2:

@@ -51,9 +51,9 @@ def test_nothing_is_compiled_for_new_shapes_rates_and_groups(kernel, rng):
 
 
 @pytest.mark.skipif(not JIT, reason="nothing is compiled with the JIT off")
-@pytest.mark.parametrize(("step", "function"), [("opt.step(grads)", "serial_from"), ("opt.step()", "serial")])
+@pytest.mark.parametrize("step", ["opt.step(grads)", "opt.step()"])
 @pytest.mark.parametrize("shape", [(3, 4), (100, 100)])
-def test_a_first_step_compiles_one_function(step, function, shape, tmp_path):
+def test_a_first_step_compiles_one_function(step, shape, tmp_path):
     program = f"""if True:
         import numpy as np
         from numba.core import caching, event
@@ -68,7 +68,7 @@ def test_a_first_step_compiles_one_function(step, function, shape, tmp_path):
     """
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [function]
+    assert run.stdout.split() == ["serial_from"]
 
 
 def test_the_compiled_rule_unpacks_as_many_numbers_as_there_are():

@@ -12,12 +12,13 @@ from helpers import JIT, assert_same_bits, wide
 
 from fastrms import RMSProp
 from fastrms.backends.plan import IN_PLACE, Located
+from fastrms.backends.tuner import VARIANTS
 from fastrms.kernels import UPDATES, cpu, norms, pointers, threads
 
 pytestmark = pytest.mark.skipif(not JIT, reason="only compiled code can leave its arrays")
 
 PAGE = mmap.PAGESIZE
-SIZES = [1, 7, 16, 33, 1000, norms.CHUNK + 1, cpu.SERIAL_PREFETCHES_FROM + 3, cpu.PARALLEL_PREFETCHES_FROM + 3]
+SIZES = [1, 7, 16, 33, 1000, norms.CHUNK + 1, 50_021]
 FORMS = {
     "default": {},
     "momentum": {"momentum": 0.9, "nesterov": True},
@@ -91,9 +92,9 @@ def test_updates(size, form, dtype, guarded, rng):
         plain = arguments_of(opt, scales=scales)
         expected = [None if part is None else part.copy() for part in plain[:5]]
         UPDATES["numpy"](*expected, *plain[5:])
-        for kernel in ("serial", "parallel"):
+        for kernel, lines_ahead in VARIANTS.values():
             found = [guarded.copy(part) for part in plain[:8]]
-            UPDATES[kernel](*found, plain[8])
+            UPDATES[kernel](*found, plain[8], lines_ahead)
             for ours, theirs in zip(found[:5], expected, strict=True):
                 assert ours is theirs is None or assert_same_bits(ours, theirs, kernel) is None
 
@@ -108,13 +109,24 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
     other.step(gradients)
     opt.backend.use_options()
     (run,) = opt.backend._runs
-    plain = run.with_sources(run.arguments(0.01, IN_PLACE, None, None))
-    found = [guarded.copy(part) if isinstance(part, np.ndarray) else part for part in plain]
-    if plain[10] is plain[2]:  # the spans of the update are those that are found
-        found[10] = found[2]
-    assert cpu.serial_from(pointers.items_of(gradients), *found) == -1
-    assert_same_bits(found[4], other.buffers["params"].flat)
-    assert_same_bits(found[6], other.buffers["cache"].flat)
+    *_, spans, factors, extended, _ = run.arguments(0.01, IN_PLACE, None, None)
+    parts = {name: guarded.copy(run.part_of(opt.buffers[name])) for name in ("params", "grads", "cache")}
+    arrays = {
+        "params_at": parts["params"], "grads_at": parts["grads"], "factors_at": factors, "shapes_at": run._shapes,
+        "sources_at": run._spans, "expected_at": run._expected,
+    }  # fmt: skip
+    arrays = {name: guarded.copy(array) for name, array in arrays.items()}
+    arrays |= {"params_at": parts["params"], "grads_at": parts["grads"]}
+    # The spans of the update are those that are found, unless all gradients are copied together.
+    arrays["spans_at"] = guarded.copy(spans) if gather else arrays["sources_at"]
+    table = run._table.copy()
+    for name, array in arrays.items():
+        table[name] = array.ctypes.data
+    table["span_count"], table["extended"], table["copies"] = len(spans), extended, gather
+    arguments = (guarded.copy(table), guarded.copy(run._hyper), parts["cache"], None, None)
+    assert cpu.serial_from(*arguments, pointers.items_of(gradients)) == cpu.FOUND
+    assert_same_bits(parts["params"], other.buffers["params"].flat)
+    assert_same_bits(parts["cache"], other.buffers["cache"].flat)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

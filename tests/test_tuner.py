@@ -7,25 +7,26 @@ import sys
 import numba
 import numpy as np
 import pytest
+from helpers import JIT
 
 from fastrms import RMSProp
 from fastrms.backends import tuner
-from fastrms.backends.tuner import Tuner
-from fastrms.kernels import UPDATES, threads
+from fastrms.backends.tuner import VARIANTS, Tuner
+from fastrms.kernels import UPDATES, cpu, threads
 
 
 class Training:
-    """A training whose steps take as long as `seconds` says for each kernel, by a clock of its own."""
+    """A training whose steps take as long as `seconds` says for each variant, by a clock of its own."""
 
     def __init__(self, **seconds):
         self.seconds, self.now, self.used = seconds, 0.0, []
-        self.tuner = Tuner(lambda: self.now)
+        self.tuner = Tuner(list(seconds), lambda: self.now)
         self.tuner.step_done()
 
     def run(self, steps):
         for _ in range(steps):
-            self.used.append(self.tuner.kernel)
-            self.now += self.seconds[self.tuner.kernel]
+            self.used.append(self.tuner.variant)
+            self.now += self.seconds[self.tuner.variant]
             self.tuner.step_done()
         return self
 
@@ -36,14 +37,14 @@ TRIAL = Tuner.ROUNDS * Tuner.STEPS
 def test_nothing_is_tried_in_the_first_seconds():
     training = Training(serial=0.01, parallel=0.001).run(190)
     assert set(training.used) == {"serial"}
-    assert training.tuner.reason == "after 2 s of training parallel is tried too"
+    assert training.tuner.reason == "after 2 s of training also tried: parallel"
 
 
 def test_the_faster_one_is_kept():
     training = Training(serial=0.01, parallel=0.006).run(700)
     assert training.used[-400:] == ["parallel"] * 400
     assert training.used.count("serial") < 201 + TRIAL
-    assert "10 ms with the serial kernel, 6 ms with the parallel one" in training.tuner.reason
+    assert training.tuner.reason == "a training step took 10 ms with serial, 6 ms with parallel"
     training = Training(serial=0.01, parallel=0.01).run(600)
     assert training.used[-300:] == ["serial"] * 300
 
@@ -52,6 +53,15 @@ def test_a_trial_of_a_much_slower_kernel_ends_after_its_first_round():
     training = Training(serial=0.01, parallel=0.1).run(500)
     assert training.used.count("parallel") == Tuner.STEPS
     assert training.used[-1] == "serial"
+
+
+def test_the_fastest_of_several_is_kept_and_slow_ones_leave_the_trial():
+    training = Training(serial=0.01, parallel=0.012, ahead=0.008, both=0.007).run(700)
+    assert training.used[-300:] == ["both"] * 300
+    assert training.used.count("parallel") == Tuner.STEPS
+    assert training.used.count("ahead") == TRIAL
+    training = Training(serial=0.01, parallel=0.0099, ahead=0.0098).run(700)
+    assert training.used[-300:] == ["serial"] * 300
 
 
 def test_it_looks_again_after_twice_as_long_and_finds_what_has_changed():
@@ -108,7 +118,7 @@ def test_threads_that_wake_up_after_a_pause_do_not_decide():
 def test_threads_that_wake_up_in_a_trial_do_not_decide():
     training, awake = Training(serial=400e-6, parallel=200e-6), 0
     for _ in range(10_000):
-        awake = awake + 1 if training.tuner.kernel == "parallel" else 0
+        awake = awake + 1 if training.tuner.variant == "parallel" else 0
         training.seconds["parallel"] = 200e-6 if awake > 19 else 500e-6
         training.run(1)
     assert training.used[-1] == "parallel"
@@ -132,20 +142,36 @@ def small_trials(monkeypatch):
     monkeypatch.setattr(Tuner, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(Tuner, "DROPPED_SECONDS", 0.0)
     monkeypatch.setattr(tuner, "TRY_PARALLEL_FROM", 50)
+    monkeypatch.setattr(tuner, "TRY_PREFETCHING_FROM", 55)
 
 
-def test_bits_do_not_depend_on_trials(small_trials, rng, monkeypatch):
-    used = set()
-    for name, update in list(UPDATES.items()):
-        monkeypatch.setitem(UPDATES, name, lambda *args, name=name, update=update: (used.add(name), update(*args)))
-    params = [rng.standard_normal(70), rng.standard_normal((5, 5)).astype(np.float32)]
+def test_bits_do_not_depend_on_trials(small_trials, rng):
+    size = 4 * cpu.LINES_AHEAD * 8  # elements: enough that some are prefetched
+    params = [rng.standard_normal(size), rng.standard_normal((5, 5)).astype(np.float32)]
     opt, serial = RMSProp(params, momentum=0.9), RMSProp(params, momentum=0.9, kernel="serial")
-    for t in range(3 * TRIAL):
-        gradients = [rng.standard_normal(70), None if t % 5 == 0 else rng.standard_normal((5, 5))]
+    used = set()
+    for t in range(3 * TRIAL * len(VARIANTS)):
+        used.add(opt.backend.variant)
+        gradients = [rng.standard_normal(size), None if t % 5 == 0 else rng.standard_normal((5, 5))]
         opt.step(gradients)
         serial.step(gradients)
         assert [leaf.tobytes() for leaf in opt.params] == [leaf.tobytes() for leaf in serial.params]
-    assert used == {"serial", "parallel"}
+    assert used == (set(VARIANTS) if JIT else {"serial", "parallel"})
+
+
+@pytest.mark.parametrize(
+    ("size", "variant", "expected"),
+    [
+        (60, "parallel with prefetching", ("parallel", cpu.LINES_AHEAD)),
+        (52, "parallel with prefetching", ("parallel", 0)),
+        (49, "parallel with prefetching", ("serial", 0)),
+        (60, "serial with prefetching", ("serial", cpu.LINES_AHEAD)),
+        (60, "auto", ("serial", 0)),
+    ],
+)
+def test_small_runs_neither_prefetch_nor_use_threads(size, variant, expected, small_trials):
+    backend = RMSProp([np.zeros(60), np.zeros(size, np.float32)]).backend
+    assert backend._variant_of(backend._runs[1], variant) == expected
 
 
 def test_explain_says_what_runs_and_why(small_trials):
@@ -163,7 +189,7 @@ def test_explain_says_what_runs_and_why(small_trials):
 
 
 def test_only_auto_with_many_elements_and_threads_is_watched():
-    many = [np.zeros(tuner.TRY_PARALLEL_FROM)]
+    many = [np.zeros(tuner.TRY_PARALLEL_FROM)]  # too few for prefetching to gain
     assert RMSProp(many).backend._tuner is not None
     assert RMSProp([np.zeros(tuner.TRY_PARALLEL_FROM - 1)]).backend._tuner is None
     for kernel in ("numpy", "serial", "parallel"):
@@ -173,15 +199,16 @@ def test_only_auto_with_many_elements_and_threads_is_watched():
         assert opt.backend._tuner is not None
         opt.num_threads = 1
         assert opt.backend._tuner is None
+    if JIT:
+        one_thread = RMSProp([np.zeros(tuner.TRY_PREFETCHING_FROM)], num_threads=1)
+        assert one_thread.explain()[0].endswith("; after 2 s of training also tried: serial with prefetching")
 
 
 def test_num_threads_holds_during_the_step_only(monkeypatch):
     seen = []
 
     def note(*arguments):
-        spans = arguments[6]
-        if len(spans):  # otherwise it is called so that it will have been compiled
-            seen.append(numba.get_num_threads())
+        seen.append(numba.get_num_threads())
 
     monkeypatch.setitem(UPDATES, "parallel", note)
     before = numba.get_num_threads()
@@ -235,10 +262,10 @@ def test_idle_threads_spin_for_a_moment_only_unless_the_user_says_otherwise(user
 
 
 def test_a_plan_that_ctrl_c_has_ended_begins_anew():
-    tuner = Tuner()
+    tuner = Tuner(["serial", "parallel"])
     tuner.step_done()
     with pytest.raises(KeyboardInterrupt):
         tuner._plan.throw(KeyboardInterrupt)
     for _ in range(3):
         tuner.step_done()
-    assert tuner.kernel == "serial"
+    assert tuner.variant == "serial"

@@ -16,6 +16,7 @@ from fastrms.errors import NonfiniteError
 from fastrms.kernels.norms import AddUp, SpanNorms
 
 if TYPE_CHECKING:
+    from fastrms.backends.at_once import AtOnce
     from fastrms.backends.host import HostBackend
     from fastrms.backends.storage import Storage
 
@@ -49,8 +50,11 @@ class Backend(ABC):
         Whether buffers may be larger than memory, and are read and written part by part.
     storage : Storage or None
         The folder with the buffers, or None where they are in memory.
+    at_once : AtOnce or None
+        Steps that need no lock, or None where there are none.
     """
 
+    at_once: "AtOnce | None" = None
     thread_limit: int | None = None
     in_parts: bool = False
     storage: "Storage | None" = None

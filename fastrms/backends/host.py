@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from fastrms import kernels
 from fastrms._state import Counts, OptimizerState
 from fastrms._types import Items, Options
 from fastrms.backends import plan, tuner
+from fastrms.backends.at_once import AtOnce
 from fastrms.backends.base import Backend, Call, Memory, Ranks
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run, Variant
 from fastrms.backends.storage import Storage
@@ -19,13 +19,10 @@ from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError
-from fastrms.kernels import Kernel, cpu, pointers, threads
+from fastrms.kernels import cpu, pointers, threads
 from fastrms.options import resolve_lr
 
 __all__ = ["HostBackend"]
-
-# The results of a step that is one call of `cpu.serial_from`, where the call has updated the parameters.
-_UPDATED = [cpu.FOUND]
 
 
 class HostBackend(Backend):
@@ -113,8 +110,12 @@ class HostBackend(Backend):
         # The calls of steady steps, by (whether gradients are read in place, variant). A step that is in progress
         # writes its calls to the dict of its beginning, so calls from old options never get into the new dict.
         self._steady_calls: dict[tuple[bool, str], list[Call]] = {}
-        # Those steady steps that are one call of `cpu.serial_from`: its entry point, and the arguments after `items`.
-        self._whole_step: dict[tuple[bool, str], tuple[Kernel, Call]] = {}
+        alone = len(self._runs) == 1 and self._runs[0].from_table and self._ranks is None and self._tuner is None
+        if alone and self.state.kernel in ("auto", "serial") and self.state.nonfinite == "propagate":
+            self.at_once = AtOnce(self.state.counts, self._watched_params, self._watched_grads)
+        else:
+            self.at_once = None
+        self.state.counts.admit(0)
         self._version = object()
 
     def use_options(self) -> None:
@@ -162,27 +163,15 @@ class HostBackend(Backend):
             self.storage.check_open()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         variant = self.state.kernel if self._tuner is None else self._tuner.variant  # the property, without a call
-        address = 0
-        if items is not None and self._zero_copy and (self.storage is None or not self.storage.pages.shows(items)):
-            address = pointers.items_of(items)  # `items` keeps the arrays alive until the kernels have read them
-        in_place = address != 0
-        if in_place or items is None:
-            whole_step = self._whole_step.get((in_place, variant))
-            if whole_step is not None:
-                # As in `take`, but the call returns without updating where a gradient cannot be read in place.
-                serial_from, arguments = whole_step
-                counts = self.state.counts
-                steps, work = counts.steps, starmap(serial_from, ((address, *arguments),))
-                counts.steps = steps + ([*work] == _UPDATED)
-                if counts.steps > steps:
-                    if self._tuner is not None:
-                        self._tuner.step_done()
-                    return
         located = IN_BUFFER
         if items is not None:
-            located_in_place = self._locate(address) if in_place else None
-            located = self._copy(items) if located_in_place is None else located_in_place
+            in_place = None
+            if self._zero_copy and (self.storage is None or not self.storage.pages.shows(items)):
+                in_place = self._locate(pointers.items_of(items))
+            located = self._copy(items) if in_place is None else in_place
         self.take(located, rates, variant, items if located.in_place else None)
+        if self.at_once is not None:
+            self.at_once.admit()
 
     def step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
         """Take one step with gradients at these addresses. Adapters that have checked their tensors call it.
@@ -208,7 +197,7 @@ class HostBackend(Backend):
     def take(self, located: Located, rates: list[float] | None, variant: str, items: Items | None = None) -> None:
         """Update parameters and state with located gradients, and count the step.
 
-        Steps are counted only here and for the one call in `step`. One statement makes the kernel calls and counts.
+        Steps are counted only here and by the calls of `at_once`. One statement makes the kernel calls and counts.
         From the first update on its bytecode has no call, so no Python signal handler runs between update and count.
         A handler finds either a step that has not begun, or a counted one. Kernels written in Python are the exception.
 
@@ -232,10 +221,10 @@ class HostBackend(Backend):
             if self.storage is not None:
                 self.storage.step_skipped()
         else:
-            work, steps = self._run_calls(calls), counts.steps + 1
+            work, memory, steps = self._run_calls(calls), counts.memory, counts.steps + 1
             absent = counts.absent if located.present is None else counts.absent + ~located.present
             counts.writing = True
-            _, counts.steps, counts.absent, counts.writing = [*work], steps, absent, False
+            _, memory[0], counts.absent, counts.writing = [*work], steps, absent, False
             if self.storage is not None:
                 self.storage.step_taken()
         if self._tuner is not None:
@@ -284,7 +273,7 @@ class HostBackend(Backend):
         """Return the kernel calls of the next step, and the norms of gradients if clipping computed them."""
         version = self._version
         self.use_options()
-        steady_calls, whole_step = self._steady_calls, self._whole_step
+        steady_calls, at_once = self._steady_calls, self.at_once
         if not located.in_place:
             for run in self._runs:
                 run.point_to_buffer()
@@ -304,9 +293,8 @@ class HostBackend(Backend):
             return self._make_calls(located, rates, variant)
         if steady:
             steady_calls[located.in_place, variant] = calls
-            ((first, *arguments), *others) = calls
-            if not others and isinstance(arguments[0], int) and self.state.nonfinite == "propagate":
-                whole_step[located.in_place, variant] = first, tuple(arguments[1:])
+            if at_once is not None:
+                at_once.add(located.in_place, calls[0])
         return calls, norms
 
     def _variant_of(self, run: Run, variant: str) -> Variant:

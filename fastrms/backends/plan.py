@@ -91,6 +91,8 @@ class Run:
     size : int
         The number of elements.
     dtype : numpy.dtype
+    from_table : bool
+        Whether calls of the serial kernel are calls of `cpu.serial_from`.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Run:
             row[2 : 2 + len(leaf.shape)] = leaf.shape
         self._memory = memory
         # Copying small gradients and updating them as one span is faster than many spans, if the copy is in memory.
+        self.from_table = not memory.in_parts and pointers.available()
         self._copies = self.size < pointers.GATHER_BELOW * len(leaves) and not memory.in_parts
         # The calls of steady steps hold these arrays, so they are written in place.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
@@ -156,17 +159,18 @@ class Run:
             entry = self._entry_points[kernel] = entry_point(kernel, *arguments)
         return entry
 
-    def _call_from(self, table: NDArray[Any]) -> Call:
-        """Return a call of `cpu.serial_from` as (kernel, arguments after the address of items)."""
-        return (self._entry_point(cpu.serial_from, 0, table, *self._from_table), table, *self._from_table)
+    def _serial_from(self, table: NDArray[Any], items: int = 0) -> Call:
+        """Return a call of `cpu.serial_from`."""
+        arguments = (table, *self._from_table, items)
+        return (self._entry_point(cpu.serial_from, *arguments), *arguments)
 
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
         `items` is the address of the first item in the tuple of all gradients.
         """
-        serial_from, *arguments = self._call_from(self._no_update)
-        return int(serial_from(items, *arguments))
+        serial_from, *arguments = self._serial_from(self._no_update, items)
+        return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
         """Return which gradients `locate` found; the others are None. Call it before `copy_small`."""
@@ -176,8 +180,8 @@ class Run:
     def copy_small(self) -> None:
         """Copy located gradients to the gradient buffer, if they are small."""
         if self._copies:
-            serial_from, *arguments = self._call_from(self._only_copy)
-            serial_from(0, *arguments)
+            serial_from, *arguments = self._serial_from(self._only_copy)
+            serial_from(*arguments)
 
     def point_to_buffer(self) -> None:
         """Read gradients from the gradient buffer in the next calls."""
@@ -240,18 +244,17 @@ class Run:
     def call(self, kernel: str, arguments: Call, in_place: bool) -> Call:
         """Return the call of a kernel with the arguments from `arguments`.
 
-        The serial kernel is called through `cpu.serial_from` unless the memory is in parts, so that most programs
-        compile one function only. Its call has the address of items first: 0, as gradients are located already.
+        The serial kernel is called through `cpu.serial_from` where `from_table`, so that most programs compile one
+        function only.
         """
-        if kernel == "serial" and not self._memory.in_parts and pointers.available():
+        if self.from_table and kernel == "serial":
             *_, spans, factors, extended, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
             row["extended"], row["lines_ahead"], row["copies"] = extended, lines_ahead, in_place and self._copies
             self._kept = spans, factors  # the table has only their addresses
-            serial_from, *rest = self._call_from(table)
-            return (serial_from, 0, *rest)
+            return self._serial_from(table)
         update = self._entry_point(kernels.UPDATES[kernel], *arguments)
         return (threads.one_at_a_time(update) if kernel == "parallel" else update, *arguments)
 

@@ -11,9 +11,9 @@ then it uses the plain serial loop. Bits do not depend on the variant, so trying
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from statistics import median
 
 import numba
+import numpy as np
 
 from fastrms.backends.plan import Variant
 from fastrms.kernels import threads
@@ -161,7 +161,7 @@ class Tuner:
                     turn += period
                     if steps > self.DROPPED and turn > self.DROPPED_SECONDS:
                         periods[name].append(period)
-            times = {name: median(of_name) for name, of_name in periods.items()}
+            times = {name: float(np.median(of_name)) for name, of_name in periods.items()}
             limit = self.GIVE_UP * min(times.values())
             in_trial = [name for name in self._candidates if name == self._candidates[0] or times[name] <= limit]
             if len(in_trial) == 1:

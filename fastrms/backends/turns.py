@@ -51,6 +51,7 @@ class Turns:
                 yield
                 return
             with self.in_progress:
+                self._counts.admit(0)
                 self._counts.writing = changes
                 yield
                 self._counts.writing = False

@@ -16,6 +16,10 @@ from fastrms.errors import DtypeError, StructureError
 __all__ = ["Array", "FlatBuffer", "as_arrays", "views_of"]
 
 
+# Bytes of a page, in which 4K aliasing is counted on every processor; bytes from which a block begins on one.
+PAGE, PAGE_ALIGNED_FROM = 4096, 65_536
+
+
 def as_arrays(items: Sequence[object], layout: Layout, name: str, allow_none: bool = False) -> list[Any]:
     """Return `items` as arrays that a buffer of this layout can store; nothing is written.
 
@@ -81,8 +85,9 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
     views : the structure of `arrays`, with an ndarray for each
         Stable for the buffer's life.
     flat : ndarray, or tuple of ndarray
-        The dense 1-D array behind all views, 64-byte aligned. Arrays of several dtypes cannot be one array: then a
-        tuple with one dense array for each dtype, in the order of first appearance, all in the one block.
+        The dense 1-D array behind all views, aligned to 64 bytes, and from 64 KiB on to a page of 4 KiB. Arrays of
+        several dtypes cannot be one array: then a tuple with one dense array for each dtype, in the order of first
+        appearance, all in the one block.
     segments : tuple of ndarray
         As `flat`, and a tuple also for a single dtype.
     leaves : tuple of ndarray
@@ -149,14 +154,17 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
 
     def _allocate(self, layout: Layout, allocate: Callable[..., Array] = np.zeros) -> None:
         self.layout = layout
-        # NumPy aligns to 16 bytes at least; take enough to start on a cache line.
+        # Large blocks start on a page, and small ones on a cache line. A large new NumPy array, as most gradients are,
+        # starts 16 bytes into a page. If the block started 64 bytes in, each load of a gradient would have the low 12
+        # address bits of a store just before, and wait for it (benchmarks/placement.py).
+        alignment = PAGE if layout.nbytes >= PAGE_ALIGNED_FROM else ALIGNMENT
         try:
-            memory = allocate(layout.nbytes + ALIGNMENT, np.uint8)
+            memory = allocate(layout.nbytes + alignment, np.uint8)
         except (MemoryError, ValueError):  # ValueError for a number of bytes beyond NumPy's integers
             raise MemoryError(
                 f"expected arrays that fit into memory, got {layout.nbytes:,} bytes of them, which each buffer takes"
             ) from None
-        start = -memory.ctypes.data % ALIGNMENT
+        start = -memory.ctypes.data % alignment
         self._memory = memory
         self.block: NDArray[np.uint8] = memory[start : start + layout.nbytes]
         self.segments: tuple[Array, ...] = tuple(

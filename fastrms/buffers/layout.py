@@ -214,12 +214,9 @@ class Layout:
         StructureError
             Wrong count, missing or unknown key, or another kind of container.
         """
-        if self._is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):
-            return tuple(tree)
-        if self._values is not None and type(tree) is dict and len(tree) == len(self.leaves):
-            with suppress(KeyError):  # refused below, by name
-                values: Items = self._values(tree)
-                return values
+        plain = self.plain_items(tree)
+        if plain is not None:
+            return plain
         items = self._by_level(tree)
         if items is None:
             refuse_structure(self._root, tree, name)
@@ -227,6 +224,19 @@ class Layout:
                 f"{name}: expected items that do not change while they are read, got {describe(tree)} that changes"
             )
         return tuple(items) if self._order is None else self._order(items)
+
+    def plain_items(self, tree: object) -> Items | None:
+        """Return the items of a plain list, tuple or dict of items, the most frequent structures, or None for others.
+
+        No function of the user's is called.
+        """
+        if self._is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):
+            return tuple(tree)
+        if self._values is not None and type(tree) is dict and len(tree) == len(self.leaves):
+            with suppress(KeyError):
+                values: Items = self._values(tree)
+                return values
+        return None
 
     def _by_level(self, tree: object) -> list[Any] | None:
         """Return the items of `tree`, the outermost container's first, or None for another structure."""

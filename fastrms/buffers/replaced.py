@@ -9,7 +9,7 @@ from fastrms.buffers.flat import FlatBuffer, views_of
 from fastrms.buffers.pytree import describe, take_apart
 from fastrms.errors import StructureError
 
-__all__ = ["Watch", "changed_views", "paths_outside", "refuse_replaced"]
+__all__ = ["Watch", "are_intact", "changed_views", "paths_outside", "refuse_replaced"]
 
 
 class Watch:
@@ -52,8 +52,8 @@ class Watch:
         return self._scalars is None or all(map(is_, self._scalars(items), self._scalars(self.buffer.leaves)))
 
 
-def refuse_replaced(params: Watch, grads: Watch | None = None) -> None:
-    """Raise if an object was put in the place of a view of the parameters, or of the gradients that a step reads.
+def are_intact(params: Watch, grads: Watch | None = None) -> bool:
+    """Tell whether no object was put in the place of a view of the parameters, or of the gradients that a step reads.
 
     Parameters
     ----------
@@ -61,19 +61,19 @@ def refuse_replaced(params: Watch, grads: Watch | None = None) -> None:
         The parameters.
     grads : Watch or None, default None
         The gradient buffer; None for a step that does not read it.
-
-    Raises
-    ------
-    StructureError
-        The message names the first such view.
     """
     try:
         intact = params.views == params.kept and (grads is None or grads.views == grads.kept)
         if params.has_scalars and intact:
             intact = params.has_its_scalars() and (grads is None or grads.has_its_scalars())
     except Exception:  # arrays that differ have no truth value, and other objects may not be comparable
-        intact = False
-    if intact:
+        return False
+    return bool(intact)
+
+
+def refuse_replaced(params: Watch, grads: Watch | None = None) -> None:
+    """Raise StructureError, which names the first such view, where views are not intact (see `are_intact`)."""
+    if are_intact(params, grads):
         return
     for name, watch in (("params", params), ("grads", grads)):
         if watch is not None and (problems := changed_views(watch.buffer, name)):

@@ -24,12 +24,12 @@ from fastrms.kernels.compiled import inner, inner_options, jit
 from fastrms.kernels.rule import rule
 
 __all__ = [
-    "BLOCK", "FOUND", "FOUND_SOME", "LINES_AHEAD", "STRIP_LINES", "TABLE", "block_size", "parallel", "serial",
-    "serial_from",
+    "BLOCK", "FOUND", "FOUND_SOME", "LINES_AHEAD", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "block_size", "parallel",
+    "serial", "serial_from",
 ]  # fmt: skip
 
-# The results of `serial_from` where all arrays are as expected, or all but None.
-FOUND, FOUND_SOME = -1, -2
+# The results of `serial_from` where all arrays are as expected, or all but None; or where its ticket is not admitted.
+FOUND, FOUND_SOME, NOT_ADMITTED = -1, -2, -3
 
 # About the fewest elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough
 # that finding its spans (some 30 ns) does not show. Large arrays have 256 work items: with 4,096 elements each, a step
@@ -56,6 +56,7 @@ TABLE = np.dtype([
     ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 3): the spans of all gradients
     ("shapes_at", np.int64), ("shape_columns", np.int64),  # int64, shape (source_count, shape_columns)
     ("expected_at", np.int64), ("expected_size", np.int64),  # int64, shape (expected_size,)
+    ("control_at", np.int64), ("ticket", np.int64),  # `Counts.memory`, or 0: this call does not count the step
 ])  # fmt: skip
 
 _rule = numba.njit(**inner_options, forceinline=True)(rule)
@@ -195,15 +196,13 @@ def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factor
 
 
 @jit()
-def serial_from(items, table, hyper, cache, momentum_buffer, grad_avg):
+def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
     """Find the gradients in a tuple of arrays, then update as `serial`; nothing is updated unless all are as expected.
 
     The caller holds the tuple, so that the arrays live until they were read.
 
     Parameters
     ----------
-    items : int
-        Address of the items of the tuple (`pointers.items_of`), or 0 where the spans have all addresses already.
     table : ndarray of `TABLE`, shape (1,)
         Of these arrays, `expected` has type, dtype, bytes of an element and None (`pointers.identity`), and then
         [low, high) of each piece of memory that no gradient may alias: the arrays that the step writes, and the
@@ -211,14 +210,19 @@ def serial_from(items, table, hyper, cache, momentum_buffer, grad_avg):
         shape. `sources` has its [start, stop) in the run, and its address, which is written; 0 for None.
     hyper, cache, momentum_buffer, grad_avg : ndarray or None
         As for `serial`.
+    items : int
+        Address of the items of the tuple (`pointers.items_of`), or 0 where the spans have all addresses already.
 
     Returns
     -------
     status : int
         `FOUND`; or `FOUND_SOME` where some are None and the others as expected; or the number of the first array that
-        is not exactly as expected.
+        is not exactly as expected; or `NOT_ADMITTED`.
     """
     t = table[0]
+    control = integers_at(t.control_at, 2)
+    if t.control_at != 0 and control[1] != t.ticket:
+        return NOT_ADMITTED
     grads = array_at(t.grads_at, t.size, hyper)
     sources = integers_at(t.sources_at, (t.source_count, 3))
     if items != 0:
@@ -232,6 +236,8 @@ def serial_from(items, table, hyper, cache, momentum_buffer, grad_avg):
     _update_between(0, t.size, array_at(t.params_at, t.size, hyper), grads, cache, momentum_buffer, grad_avg, hyper,
                     integers_at(t.spans_at, (t.span_count, 3)), array_at(t.factors_at, (t.span_count, 2), hyper),
                     t.extended != 0, t.lines_ahead)  # fmt: skip
+    if t.control_at != 0:
+        control[0] += 1
     return FOUND
 
 
