@@ -255,6 +255,8 @@ class Run:
             row["extended"], row["lines_ahead"], row["copies"] = extended, lines_ahead, in_place and self._copies
             self._kept = spans, factors  # the table has only their addresses
             return self._serial_from(table)
+        if kernel == "parallel":
+            threads.start_threads()  # before Numba does so, as it loads the kernel
         update = self._entry_point(kernels.UPDATES[kernel], *arguments)
         return (threads.one_at_a_time(update) if kernel == "parallel" else update, *arguments)
 
