@@ -109,6 +109,7 @@ class Run:
         # Bounds count from the start of the run. The third number is the address of the gradient, 0 for the buffer.
         self._spans = np.array([(leaf.start - self._start, leaf.stop - self._start, 0) for leaf in leaves], np.int64)
         self._whole = np.array([(0, self.size, 0)], np.int64)
+        self._offsets = self._spans[:, 0] * self.dtype.itemsize
         self._shapes = np.zeros((len(leaves), 2 + max(len(leaf.shape) for leaf in leaves)), np.int64)
         for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
             row[0], row[1] = number, len(leaf.shape)
@@ -190,10 +191,12 @@ class Run:
     def point_to(self, addresses: NDArray[np.int64]) -> None:
         """Read gradients at these addresses in the next calls: one for each parameter of the optimizer."""
         own = addresses[self.numbers]
-        starts = own - self.dtype.itemsize * self._spans[:, 0]
         self.point_to_buffer()
-        if self._copies and bool(np.all(starts == starts[0])):
-            self._whole[:, 2] = starts[0]  # they are parts of one array, so nothing has to be copied
+        start = own[0] - self._offsets[0]
+        # The last one first, which mostly differs too where they are not parts of one array.
+        together = self._copies and own[-1] - self._offsets[-1] == start
+        if together and bool(np.all(own - self._offsets == start)):
+            self._whole[:, 2] = start  # nothing has to be copied
         else:
             self._spans[:, 2] = own
 
