@@ -11,7 +11,7 @@ from fastrms import kernels
 from fastrms._state import Counts
 from fastrms.backends.base import Call, Memory, Ranks
 from fastrms.buffers import Array, FlatBuffer, Layout
-from fastrms.kernels import Kernel, cpu, pointers, threads
+from fastrms.kernels import Update, cpu, pointers, threads
 from fastrms.kernels.compiled import entry_point
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms, combine, scale_to
@@ -142,7 +142,7 @@ class Run:
         )
         self._arrays = (params, grads, *state, self._hyper)
         self._from_table = (self._hyper, *state)
-        self._entry_points: dict[Kernel, Kernel] = {}
+        self._entry_points: dict[Update, Update] = {}
         table = self._table[0]
         table["size"], table["params_at"], table["grads_at"] = self.size, params.ctypes.data, grads.ctypes.data
         table["sources_at"], table["source_count"] = self._spans.ctypes.data, len(self._spans)
@@ -153,7 +153,7 @@ class Run:
         self._only_copy = self._no_update.copy()
         self._only_copy["copies"] = 1
 
-    def _entry_point(self, kernel: Kernel, *arguments: Any) -> Kernel:
+    def _entry_point(self, kernel: Update, *arguments: Any) -> Update:
         """Return the form of a compiled kernel for the arguments of this run, whose types never change."""
         entry = self._entry_points.get(kernel)
         if entry is None:

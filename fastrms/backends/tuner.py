@@ -12,12 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 
-import numba
 import numpy as np
 
 from fastrms.backends.plan import Variant
 from fastrms.kernels import threads
-from fastrms.kernels.cpu import LINES_AHEAD
+from fastrms.kernels.cpu import COMPILED, LINES_AHEAD
 
 __all__ = ["TRY_PARALLEL_FROM", "TRY_PREFETCHING_FROM", "VARIANTS", "Tuner", "explain", "variants"]
 
@@ -47,7 +46,7 @@ def variants(largest: int, num_threads: int) -> list[str]:
         Threads of the parallel kernel.
     """
     parallel = largest >= TRY_PARALLEL_FROM and num_threads > 1 and threads.threads_work()
-    prefetching = largest >= TRY_PREFETCHING_FROM and not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+    prefetching = largest >= TRY_PREFETCHING_FROM and COMPILED
     return [
         name
         for name, (kernel, lines_ahead) in VARIANTS.items()
@@ -151,7 +150,7 @@ class Tuner:
     def _compare(self) -> Generator[str, float, dict[str, float]]:
         """Take steps with each candidate in turn; return the median time of a training step with each."""
         periods: dict[str, list[float]] = {name: [] for name in self._candidates}
-        in_trial = list(self._candidates)
+        in_trial, times = list(self._candidates), dict.fromkeys(self._candidates, 0.0)
         for _ in range(self.ROUNDS):
             for name in in_trial:
                 steps, turn = 0, 0.0

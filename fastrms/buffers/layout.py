@@ -225,7 +225,7 @@ class Layout:
             )
         return tuple(items) if self._order is None else self._order(items)
 
-    def plain_items(self, tree: object) -> Items | None:
+    def plain_items(self, tree: Any) -> Items | None:
         """Return the items of a plain list, tuple or dict of items, the most frequent structures, or None for others.
 
         No function of the user's is called.

@@ -24,9 +24,12 @@ from fastrms.kernels.compiled import inner, inner_options, jit
 from fastrms.kernels.rule import rule
 
 __all__ = [
-    "BLOCK", "FOUND", "FOUND_SOME", "LINES_AHEAD", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "block_size", "parallel",
+    "BLOCK", "COMPILED", "FOUND", "FOUND_SOME", "LINES_AHEAD", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "block_size", "parallel",
     "serial", "serial_from",
 ]  # fmt: skip
+
+# Whether these functions are compiled; the interpreter has no use for prefetching.
+COMPILED = not numba.config.DISABLE_JIT
 
 # The results of `serial_from` where all arrays are as expected, or all but None; or where its ticket is not admitted.
 FOUND, FOUND_SOME, NOT_ADMITTED = -1, -2, -3
