@@ -24,8 +24,8 @@ from fastrms.kernels.compiled import inner, inner_options, jit
 from fastrms.kernels.rule import rule
 
 __all__ = [
-    "BLOCK", "COMPILED", "FOUND", "FOUND_SOME", "LINES_AHEAD", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "block_size", "parallel",
-    "serial", "serial_from",
+    "BLOCK", "COMPILED", "FOUND", "FOUND_SOME", "LINES_AHEAD", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "block_size",
+    "parallel", "serial", "serial_from",
 ]  # fmt: skip
 
 # Whether these functions are compiled; the interpreter has no use for prefetching.
