@@ -11,7 +11,6 @@ import argparse
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import fill, markdown
+from results import TorchRow
 
 sys.path.pop(0)
 
+from fastrms.bench.measure import time_in_turns
 from fastrms.plots import format_seconds
 
 PAGE = Path(__file__).parent.parent / "docs" / "torch.md"
@@ -101,47 +101,41 @@ def measure(name: str, seconds: float) -> dict[str, list[float]]:
     import torch
 
     made = {way: CASES[name][0](way) for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    took = {}
-    for way, (step, _) in made.items():
+    for step, _ in made.values():
         for _ in range(5):
             step()
-        start = time.perf_counter()
-        step()
-        took[way] = time.perf_counter() - start
     # Now, because roundings that differ lead trainings apart in the long run.
     for way in WAYS[1:]:
         for ours, theirs in zip(made[WAYS[0]][1], made[way][1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    # So many steps in a turn that "auto" finds out within the first turns which kernel is faster.
-    count = max(1, round(min(0.5, seconds / 30) / max(took.values())))
-    begin = time.perf_counter()
-    while len(times[WAYS[0]]) < 5 or time.perf_counter() - begin < seconds:
-        for way, (step, _) in made.items():
-            step()  # what was in the caches is another way's
-            start = time.perf_counter()
-            for _ in range(count):
-                step()
-            times[way].append((time.perf_counter() - start) / count)
-    return times
+    # Turns so long that "auto" finds out within the first turns which kernel is faster.
+    return time_in_turns({way: step for way, (step, _) in made.items()}, seconds / len(WAYS), min(0.5, seconds / 30))
 
 
-def row(name: str, times: dict[str, list[float]]) -> list[str]:
-    """A line of the table: times, and how much faster than the better of PyTorch's two ours is."""
+def result(name: str, times: dict[str, list[float]], busy: bool = False) -> TorchRow:
+    """Medians, and how much faster than the better of PyTorch's two ours is."""
     half = {way: statistics.median(values[len(values) // 2 :]) for way, values in times.items()}  # after the trials
-    ratio, target = min(half[way] for way in WAYS[1:]) / half[WAYS[0]], CASES[name][1]
-    return [name, *(format_seconds(half[way]) for way in WAYS), f"{ratio:.3g}×", f"{target:g}×",
-            "reached" if ratio >= target else "**missed**"]  # fmt: skip
+    ratio = min(half[way] for way in WAYS[1:]) / half[WAYS[0]]
+    return {"case": name, "busy": busy, "seconds": half, "ratio": ratio, "least": CASES[name][1]}
+
+
+def row(found: TorchRow) -> list[str]:
+    """A line of the table."""
+    verdict = "reached" if found["ratio"] >= found["least"] else "**missed**"
+    times = (format_seconds(found["seconds"][way]) for way in WAYS)
+    return [found["case"], *times, f"{found['ratio']:.3g}×", f"{found['least']:g}×", verdict]
 
 
 def main() -> int:
     """Measure, print, and write if asked to."""
+    from tables import fill, markdown
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/torch.md")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each case (default: 15)")
     args = parser.parse_args()
     header = ["", *WAYS, "faster by", "at least", ""]
-    table = markdown(header, [row(name, measure(name, args.seconds)) for name in CASES])
+    table = markdown(header, [row(result(name, measure(name, args.seconds))) for name in CASES])
     print(table)
     if args.write:
         fill([PAGE], {"torch": table})
@@ -151,7 +145,7 @@ def main() -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_beside_torch(name, capsys):
     pytest.importorskip("torch")
-    line = row(name, measure(name, 0.5))
+    line = row(result(name, measure(name, 0.5)))
     with capsys.disabled():
         print("\n" + " | ".join(line))
 

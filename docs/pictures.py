@@ -241,9 +241,9 @@ def dialects() -> Figure:
 
 
 def _table(name: str) -> list[list[str]]:
-    """The cells of a generated table of performance.md, its heading first."""
+    """The cells of a generated table of performance.md, its heading first; of several processors, the first one's."""
     text = (HERE / "performance.md").read_text(encoding="utf-8")
-    found = re.search(rf"<!-- table: {name} -->\n\n(.*?)\n\n<!-- end -->", text, re.DOTALL)
+    found = re.search(rf"<!-- table: {name} -->\n.*?(^\|.*?)\n\n", text, re.DOTALL | re.MULTILINE)
     assert found, name
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
     return [rows[0], *rows[2:]]
@@ -256,16 +256,17 @@ def _seconds(text: str) -> float:
 
 # What tables call the ways, and what `plot_throughput` does, which then knows their colours.
 WAYS = {
-    "limit of this machine, 1 thread": "limit",
-    "limit of this machine, 2 threads": "limit",
     "fastrms auto": "auto",
     "fastrms serial": "serial",
     "fastrms parallel": "parallel",
     "fastrms parallel, bfloat16": "parallel-bfloat16",
+    "naive loop": "naive",
+    "naive loop, prange": "naive-parallel",
     "NumPy in place": "numpy-in-place",
     "reference class": "reference",
     "torch.optim": "torch",
     "torch.compile of the step": "torch-compile",
+    "TensorPlay": "tensorplay",
     "optax, jit, donated": "optax",
 }
 
@@ -278,12 +279,12 @@ def throughput() -> Figure:
         for label, *times in rows:
             kernel = "limit" if label.startswith("limit") else WAYS.get(label)
             for size, time in zip(heading[1:], times, strict=True):
-                if kernel is not None:
+                if kernel is not None and time[-1] == "%":  # not a dash
                     params = int(size.replace(",", ""))
                     speed = params / _seconds(time) / 1e9
-                    records.append(
-                        {"dtype": dtype, "kernel": kernel, "label": label, "params": params, "gparam_per_s": speed}
-                    )
+                    threads = re.search(r"(\d+) thread", label)
+                    record = {"dtype": dtype, "kernel": kernel, "label": label, "params": params}
+                    records.append(record | {"gparam_per_s": speed, "threads": int(threads[1]) if threads else 0})
     figure, _ = plot_throughput(records)
     figure.set_size_inches(10, 4.4)
     return figure
@@ -294,7 +295,7 @@ def training_steps() -> Figure:
     figure, (axes,) = _figure(1, "A training step in float32, the reference's = 100 %")
     networks: list[str] = []
     whole = 1.0
-    for network, optimizer, gradients, step, part, _ in _table("in-situ")[1:]:
+    for network, optimizer, gradients, step, part, *_ in _table("in-situ")[1:]:
         if network:  # otherwise the same as in the row above
             networks.append(network)
         if "float32" not in networks[-1] or gradients != "list":

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from helpers import JIT
 
-from fastrms.bench import cases, implementations, in_situ, measure, problem, roofline, workers
+from fastrms.bench import cases, implementations, in_situ, measure, problem, quiet, roofline, workers
 from fastrms.bench.errors import BenchmarkError, PeerError
 from fastrms.cli import main
 from fastrms.plots import plot_throughput
 
 pytestmark = pytest.mark.skipif(not JIT, reason="times of interpreted kernels say nothing")
 
-SERIAL, PARALLEL = implementations.ROOFLINES
+SERIAL, PARALLEL, DIVIDER, DIVIDER_PARALLEL = implementations.ROOFLINES
 FEW = ["--kernels", "serial", "numpy-in-place", "reference", "--dtypes", "float32", "--min-time", "0.001"]
 
 GOOD = """
@@ -100,16 +100,20 @@ def test_writes_results_and_plot(tmp_path, capsys):
 def test_numbers_of_a_row_follow_from_its_time(tmp_path):
     assert main(["bench", "--sizes", "5000", *FEW, "--output", str(tmp_path)]) == 0
     rows = results(tmp_path)["results"]
-    limits = {row["threads"]: row["seconds"] for row in rows if row["kernel"] == "limit"}
-    assert 1 in limits
+    limits = {}
+    for row in rows:
+        if row["kernel"] == "limit":
+            limits.setdefault(row["threads"], {})[row["bound"]] = row["seconds"]
+    assert limits[1].keys() == {"memory", "divider"}
     for row in rows:
         assert row["quarter"] <= row["seconds"] <= row["three_quarters"]
         assert row["gparam_per_s"] == pytest.approx(5000 / row["seconds"] / 1e9)
         assert row["gbyte_per_s"] == pytest.approx(100_000 / row["seconds"] / 1e9)
-        best = min(time for threads, time in limits.items() if threads <= row["threads"])
+        best = min(max(bounds.values()) for threads, bounds in limits.items() if threads <= row["threads"])
         assert row["percent_of_limit"] == pytest.approx(100 * best / row["seconds"])
         if row["kernel"] != "limit":
             assert row["check"] == "same bits"
+            assert best in (bounds[row["bound"]] for bounds in limits.values())
 
 
 def test_sixteen_bit_state_is_for_float32_and_moves_fewer_bytes(tmp_path, capsys):
@@ -130,13 +134,13 @@ def test_sixteen_bit_state_is_for_float32_and_moves_fewer_bytes(tmp_path, capsys
 def test_sixteen_bit_state_is_compared_with_its_own_oracle():
     given = problem.Problem(cases.Case(1, (1000,), "float32"), 1)
     ours = implementations.IMPLEMENTATIONS["parallel-bfloat16"]
-    assert problem.check(ours.make(given), given, True, "bfloat16") == "same bits"
+    assert problem.check(ours.make(given), given, True, problem.bfloat16_state) == "same bits"
     with pytest.raises(BenchmarkError, match="expected the bits"):
         problem.check(ours.make(given), given, True)
     runner = ours.make(given)
     runner.step()  # one too many
     with pytest.raises(BenchmarkError, match="expected the bits"):
-        problem.check(runner, given, True, "bfloat16")
+        problem.check(runner, given, True, problem.bfloat16_state)
 
 
 class Scripted:
@@ -157,20 +161,69 @@ class Scripted:
 
 
 def test_percent_of_limit_from_given_times():
-    worker = Scripted({SERIAL: 0.04, PARALLEL: 0.02, "serial": 0.05, "parallel": 0.025})
-    rooflines = {SERIAL: measure.Entry("limit", 1, worker), PARALLEL: measure.Entry("limit", 2, worker)}
-    entries = {"serial": measure.Entry("serial", 1, worker), "parallel": measure.Entry("parallel", 2, worker)}
+    worker = Scripted({SERIAL: 0.04, PARALLEL: 0.02, DIVIDER: 0.03, DIVIDER_PARALLEL: 0.022, "a": 0.05, "b": 0.025})
+    rooflines = {
+        SERIAL: measure.Entry("limit", 1, worker, bound="memory"),
+        PARALLEL: measure.Entry("limit", 2, worker, bound="memory"),
+        DIVIDER: measure.Entry("limit", 1, worker, bound="divider"),
+        DIVIDER_PARALLEL: measure.Entry("limit", 2, worker, bound="divider"),
+    }
+    entries = {"a": measure.Entry("a", 1, worker), "b": measure.Entry("b", 2, worker)}
     rows = []
     measure.measure(cases.Case(1, (10**7,), "float64"), entries, rooflines, 1e-9, rows=rows)
     assert worker.closed
-    assert [round(row["percent_of_limit"], 6) for row in rows] == [100, 100, 80, 80]
-    assert [row["kernel"] for row in rows] == ["limit", "limit", "serial", "parallel"]
-    assert rows[2]["gparam_per_s"] == pytest.approx(0.2)
-    assert rows[2]["gbyte_per_s"] == pytest.approx(8)  # 40 bytes a parameter
+    assert [row["kernel"] for row in rows] == ["limit"] * 4 + ["a", "b"]
+    percents = [round(row["percent_of_limit"], 6) for row in rows]
+    assert percents == [100, 110, round(400 / 3, 6), 100, 80, 88]
+    assert [row["bound"] for row in rows] == ["memory", "memory", "divider", "divider", "memory", "divider"]
+    assert rows[4]["gparam_per_s"] == pytest.approx(0.2)
+    assert rows[4]["gbyte_per_s"] == pytest.approx(8)  # 40 bytes a parameter
+
+
+def test_the_limit_is_the_slower_bound_of_the_fastest_number_of_threads():
+    memory, both = {1: {"memory": 1.0}, 2: {"memory": 1.5}}, {1: {"memory": 1.0, "divider": 3.0}, 2: {"memory": 2.0}}
     # Threads are no help to small arrays, and whoever may use them may also leave it.
-    assert measure.percent_of_roofline(2.0, 2, {1: 1.0, 2: 1.5}) == 50
-    assert measure.percent_of_roofline(2.0, 1, {1: 1.0, 2: 0.5}) == 50
-    assert math.isnan(measure.percent_of_roofline(2.0, 1, {2: 0.5}))
+    assert measure.limit_of(2, memory) == (1.0, "memory")
+    assert measure.limit_of(1, both) == (3.0, "divider")
+    assert measure.limit_of(2, both) == (2.0, "memory")
+    seconds, bound = measure.limit_of(1, {2: {"memory": 0.5}})
+    assert math.isnan(seconds)
+    assert bound == ""
+
+
+def test_the_divider_divides_every_element_and_stays_bounded(rng):
+    for divide, rows in ((roofline.divide_serial, 1), (roofline.divide_parallel, 2)):
+        values, grads = np.abs(rng.standard_normal((2, rows, roofline.CHUNK))) + 0.01
+        before, root = values.copy(), lambda v: np.sqrt(v) + 1e-8
+        divide(values, grads, 1e-8, rows * 100)  # less than a row each
+        np.testing.assert_array_equal(values[:, :100], grads[:, :100] / root(before[:, :100]))
+        np.testing.assert_array_equal(values[:, 100:], before[:, 100:])
+        divide(values, grads, 1e-8, rows * 60 * roofline.CHUNK)
+        np.testing.assert_allclose(values, grads ** (2 / 3), rtol=1e-6)
+
+
+def test_two_threads_are_compared_with_one(monkeypatch):
+    assert roofline.divider_speedup(repeats=2, size=1000) > 0
+    calm = quiet.Quiet(0.1, 0.05, 1.9)
+    assert calm.warnings() == []
+    assert calm.document() == {"load": 0.1, "others_use": 0.05, "two_thread_speedup": 1.9, "warnings": []}
+    (others,) = quiet.Quiet(3.0, 1.5, 1.9).warnings()
+    assert "other programs use 1.5 processors" in others
+    (shared,) = quiet.Quiet(None, None, 0.9).warnings()
+    assert "two threads divide only 0.90 times as fast as one" in shared
+    assert quiet.Quiet(None, None, None).warnings() == []
+
+
+def test_the_header_names_the_machine_and_warns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quiet, "look", lambda threads: quiet.Quiet(2.5, 1.25, 1.0))
+    assert main(["bench", "--sizes", "1000", *FEW, "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    about = results(tmp_path)["machine"]
+    assert lines[0].startswith(f"{about['processor']} ({about['microarchitecture']})")
+    assert "NumPy" in lines[1]
+    assert "load over the last minute 2.50" in lines[2]
+    assert [line[:8] for line in lines[3:5]] == ["warning:", "warning:"]
+    assert results(tmp_path)["quiet"]["others_use"] == 1.25
 
 
 @pytest.mark.parametrize("fetch", roofline.FETCHES)
@@ -188,12 +241,13 @@ def test_the_limit_touches_every_element_and_stays_bounded(fetch, rng):
 
 def test_many_arrays(tmp_path, capsys):
     arguments = ["--arrays", "7", "--shape", "3", "2", "--dtypes", "float64", "--min-time", "0.001"]
-    names = ["auto", "auto-list", "serial", "parallel", "numpy", "numpy-in-place", "reference"]
+    names = ["auto", "auto-list", "serial", "serial-list", "parallel", "parallel-list", "numpy", "naive",
+             "naive-parallel", "numpy-in-place", "reference"]  # fmt: skip
     assert main(["bench", *arguments, "--kernels", *names, "--threads", "1", "--output", str(tmp_path)]) == 0
     rows = results(tmp_path)["results"]
-    assert [row["kernel"] for row in rows] == ["limit", *names]
+    assert [row["kernel"] for row in rows] == ["limit", "limit", *names]
     assert {(row["arrays"], row["shape"], row["params"], row["threads"]) for row in rows} == {(7, "3x2", 42, 1)}
-    assert {row["check"] for row in rows[1:]} == {"same bits"}
+    assert {row["check"] for row in rows[2:]} == {"same bits"}
     assert "7 arrays of 3x2, float64" in capsys.readouterr().out
 
 
@@ -252,13 +306,16 @@ def test_in_situ(tmp_path, capsys):
     arguments = ["--in-situ", "--networks", "5-4-3", "--min-time", "0.001", "--output", str(tmp_path)]
     assert main(["bench", *arguments]) == 0
     rows = results(tmp_path, "fastrms-bench-in-situ")["results"]
-    ways = [("reference", "list")] + [(k, g) for g in ("list", "buffer") for k in ("auto", "serial", "parallel")]
+    ways = [("reference", "list")] + [(k, g) for g in ("list", "buffer") for k in ("none", *in_situ.WAYS)]
     assert [(row["kernel"], row["gradients"]) for row in rows] == 2 * ways
-    assert [row["dtype"] for row in rows] == ["float32"] * 7 + ["float64"] * 7
+    assert [row["dtype"] for row in rows] == ["float32"] * 15 + ["float64"] * 15
     for row in rows:
-        base = rows[0] if row["dtype"] == "float32" else rows[7]
+        base = rows[0] if row["dtype"] == "float32" else rows[15]
         assert row["times_faster"] == pytest.approx(base["step_seconds"] / row["step_seconds"])
         assert 0 < row["optimizer_seconds"] < row["step_seconds"]
+        limit = next(r for r in rows if r["kernel"] == "none" and all(r[k] == row[k] for k in ("dtype", "gradients")))
+        assert row["over_no_optimizer"] == pytest.approx(row["step_seconds"] / limit["step_seconds"])
+        assert row["check"] == ("not compared" if row["kernel"] == "none" else "same bits")
         assert row["steps"] % (in_situ.TURN - in_situ.DROPPED) == 0
         assert row["params"] == 5 * 4 + 4 + 4 * 3 + 3
     out = capsys.readouterr().out
@@ -283,7 +340,7 @@ def test_settling_leaves_training_where_it_was(rng):
     rows = []
     # From 65,536 parameters on "auto" is given time to choose.
     in_situ.measure_training(cases.Network("n", (300, 220, 3), "float32"), ["auto"], None, 1e-9, rows=rows)
-    assert [row["kernel"] for row in rows] == ["reference", "auto", "auto"]
+    assert [row["kernel"] for row in rows] == ["reference", "none", "auto", "none", "auto"]
     trainer = in_situ._Trainer(
         in_situ.Training(in_situ.RMSProp([np.ones((4, 3)), np.zeros(3)])), (np.ones((64, 4)), np.zeros(64, np.intp))
     )
@@ -339,7 +396,9 @@ def test_output_that_is_no_folder(tmp_path, capsys):
     assert "expected a folder to write to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("names", [["numexpr"], pytest.param(["torch", "torch-foreach"], marks=pytest.mark.torch)])
+@pytest.mark.parametrize(
+    "names", [["numexpr"], pytest.param(["torch", "torch-foreach", "torch-adagrad"], marks=pytest.mark.torch)]
+)
 def test_peers_in_their_own_process(names):
     remote = workers.RemoteWorker(names[0], 1, 60)
     try:
@@ -371,7 +430,7 @@ def test_a_peer_that_fails_is_left_out():
             return 1.0
 
     here = Scripted({SERIAL: 0.5, "serial": 1.0})
-    rooflines = {SERIAL: measure.Entry("limit", 1, here)}
+    rooflines = {SERIAL: measure.Entry("limit", 1, here, bound="memory")}
     entries = {
         "serial": measure.Entry("serial", 1, here),
         "torch": measure.Entry("torch", 1, Failing({})),
@@ -405,12 +464,15 @@ def test_check_tells_bits_from_errors():
 
 
 def test_plot_of_throughput():
-    def record(kernel, label, params, value, dtype="float32"):
-        return {"kernel": kernel, "label": label, "params": params, "gparam_per_s": value, "dtype": dtype}
+    def record(kernel, label, params, value, dtype="float32", threads=1):
+        where = {"dtype": dtype, "threads": threads}
+        return {"kernel": kernel, "label": label, "params": params, "gparam_per_s": value} | where
 
     records = [
+        # One thread and two, with two bounds each.
         record("limit", "limit", 1000, 2.0),
-        record("limit", "limit", 1000, 3.0),
+        record("limit", "limit", 1000, 3.0, threads=2),
+        record("limit", "limit", 1000, 9.0, threads=2),
         record("limit", "limit", 100_000, 5.0),
         record("auto", "fastrms auto", 100_000, 4.0),
         record("auto", "fastrms auto", 1000, 1.0),

@@ -103,7 +103,7 @@ def test_epsilon(lines):
 def test_throughput_and_training_steps_are_of_the_tables(lines, pictures):
     float32, float64 = lines("throughput")
     heading, *rows = pictures._table("float32")
-    assert rows[0][0] in pictures.WAYS
+    assert rows[0][0].startswith("limit")
     assert "optax, jit, donated" in float32.keys() & float64.keys()
     (ours,) = (row for row in rows if row[0] == "fastrms auto")
     size, time = int(heading[-1].replace(",", "")), pictures._seconds(ours[-1])

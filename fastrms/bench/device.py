@@ -111,5 +111,5 @@ def measure_device(case: Case, min_time: float, rows: list[StepRow]) -> None:
     stream = optimizer.stream
     steps = {COPY: lambda: target.copy_to_device(source, stream=stream), STEP: lambda: optimizer.step(there)}
     worker = _DeviceWorker(steps, stream)
-    roofline, step = Entry("limit of the GPU (a copy)", 0, worker), Entry("fastrms cuda", 0, worker)
+    roofline, step = Entry("limit of the GPU (a copy)", 0, worker, bound="copy"), Entry("fastrms cuda", 0, worker)
     measure(case, {STEP: step}, {COPY: roofline}, min_time, rows=rows)

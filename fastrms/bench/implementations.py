@@ -5,15 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
-from fastrms._types import CacheDType, Kernel
 from fastrms.bench import peers, roofline
-from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array
-from fastrms.bench.problem import Problem, Runner, to_float
+from fastrms.bench.cases import DECAY_RATE, DTYPES, EPSILON, LR, Array
+from fastrms.bench.plain import NaiveLoop, NumpyInPlace
+from fastrms.bench.problem import Oracle, Problem, Runner, adagrad, bfloat16_state, rmsprop, to_float
 from fastrms.kernels.reference import ReferenceRMSProp
 
-__all__ = ["IMPLEMENTATIONS", "ROOFLINES", "Implementation", "of_function"]
+__all__ = ["IMPLEMENTATIONS", "OURS", "ROOFLINES", "Implementation", "of_function"]
 
 
 @dataclass(frozen=True)
@@ -25,40 +23,34 @@ class Implementation:
     many_threads: bool = False
     process: str = "here"  # or the name of a worker process
     modules: tuple[str, ...] = ()  # that have to be installed
-    exact: bool = True  # the bits have to be the reference's
+    exact: bool = True  # the bits have to be the oracle's
     in_quick: bool = True  # timed by default with --quick
-    for_one: bool = True  # timed by default on one array
-    cache_dtype: CacheDType | None = None  # of the optimizer: 16-bit state, compared with the NumPy kernel's
-
-    def takes(self, dtype: str) -> bool:
-        """Return whether parameters can have this dtype."""
-        return self.cache_dtype is None or dtype == "float32"
-
-    @property
-    def moves(self) -> float:
-        """Return the share of `Case.traffic` that it moves: 16-bit state is 2 bytes less to read and write, of 20."""
-        return 1.0 if self.cache_dtype is None else 0.8
+    dtypes: tuple[str, ...] = DTYPES  # of the parameters
+    oracle: Oracle = rmsprop
+    moves: float = 1.0  # the share of `Case.traffic` that it moves
+    bound: str = ""  # of a roofline: "memory" or "divider"
 
     def missing(self) -> list[str]:
         """Return the names of its packages that are not installed."""
         return [name for name in self.modules if importlib.util.find_spec(name) is None]
 
 
-def _shared(kernel: Kernel) -> Callable[[Problem], Runner]:
-    """Run a kernel of fastrms on the problem's shared optimizer."""
+def _shared(kernel: str, lists: bool = False) -> Callable[[Problem], Runner]:
+    """Run a kernel of fastrms on the problem's shared optimizer, with gradients in its buffer or in a list."""
 
     def make(problem: Problem) -> Runner:
-        optimizer = problem.optimizer()
+        optimizer, grads = problem.optimizer(), problem.grads
 
         def prepare() -> None:
             optimizer.kernel = kernel
 
-        return Runner(optimizer.step, lambda: (optimizer.params, optimizer.cache), prepare)
+        step = (lambda: optimizer.step(grads)) if lists else optimizer.step
+        return Runner(step, lambda: (optimizer.params, optimizer.cache), prepare)
 
     return make
 
 
-def _own(kernel: Kernel, cache_dtype: CacheDType | None = None) -> Callable[[Problem], Runner]:
+def _own(kernel: str, cache_dtype: str | None = None) -> Callable[[Problem], Runner]:
     """Run a kernel on an optimizer of its own: "auto" keeps its choice, and bfloat16 state has other memory."""
 
     def make(problem: Problem) -> Runner:
@@ -80,35 +72,15 @@ def _reference(problem: Problem) -> Runner:
     return Runner(lambda: reference.step(grads), lambda: (reference.params, reference.cache))
 
 
-# Elements of a part in the NumPy loop, so that intermediate results stay in the processor's cache.
-_PART = 16_384
-
-
 def _numpy_in_place(problem: Problem) -> Runner:
-    params, cache = problem.copies()
-    scratch, other = np.empty((2, _PART), problem.scalar)
-    parts = []
-    for arrays in zip(params, problem.grads, cache, strict=True):
-        p, g, c = (array.reshape(-1) for array in arrays)
-        for start in range(0, p.size, _PART):
-            part = slice(start, start + _PART)
-            size = len(p[part])
-            parts.append((p[part], g[part], c[part], scratch[:size], other[:size]))
-    rest = 1 - DECAY_RATE
+    arrays = problem.arrays()
+    return Runner(NumpyInPlace(*arrays).bind(problem.grads), lambda: arrays)
 
-    def step() -> None:
-        for p, g, c, a, b in parts:
-            np.multiply(g, g, out=a)
-            np.multiply(a, rest, out=a)
-            np.multiply(c, DECAY_RATE, out=c)
-            np.add(c, a, out=c)
-            np.sqrt(c, out=a)
-            np.add(a, EPSILON, out=a)
-            np.multiply(g, LR, out=b)
-            np.divide(b, a, out=b)
-            np.subtract(p, b, out=p)
 
-    return Runner(step, lambda: (params, cache))
+def _naive(problem: Problem, parallel: bool) -> Runner:
+    arrays = problem.arrays()
+    step = NaiveLoop(*arrays, parallel=parallel).bind(problem.grads)
+    return Runner(problem.limited(step) if parallel else step, lambda: arrays)
 
 
 def of_function(label: str, update: Callable[[Array, Array, Array, float, float, float], object]) -> Implementation:
@@ -127,37 +99,61 @@ def of_function(label: str, update: Callable[[Array, Array, Array, float, float,
     return Implementation(label, make, many_threads=True, exact=False)
 
 
-def _peer(
-    label: str, make: Callable[[Problem], Runner], process: str, *modules: str, in_quick: bool = True
-) -> Implementation:
-    return Implementation(
-        label, make, many_threads=True, process=process, modules=modules, exact=False, in_quick=in_quick
-    )
-
+# An optimizer of another library, in a process of its own; rounding may differ.
+_peer = partial(Implementation, many_threads=True, exact=False)
+_torch = partial(_peer, process="torch", modules=("torch",))
 
 # By the name that --kernels takes, in the order of the table.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "auto": Implementation("fastrms auto", _own("auto"), many_threads=True),
-    "auto-list": Implementation("fastrms auto, step(list)", _auto_list, many_threads=True, for_one=False),
+    "auto-list": Implementation("fastrms auto, step(list)", _auto_list, many_threads=True),
     "serial": Implementation("fastrms serial", _shared("serial")),
+    "serial-list": Implementation("fastrms serial, step(list)", _shared("serial", lists=True)),
     "parallel": Implementation("fastrms parallel", _shared("parallel"), many_threads=True),
+    "parallel-list": Implementation(
+        "fastrms parallel, step(list)", _shared("parallel", lists=True), many_threads=True
+    ),
+    # 2 bytes of state less to read and to write, of 20.
     "parallel-bfloat16": Implementation(
-        "fastrms parallel, bfloat16", _own("parallel", "bfloat16"), many_threads=True, cache_dtype="bfloat16"
+        "fastrms parallel, bfloat16", _own("parallel", "bfloat16"), many_threads=True, dtypes=("float32",),
+        oracle=bfloat16_state, moves=0.8,
     ),
     "numpy": Implementation("fastrms numpy", _shared("numpy")),
+    "naive": Implementation("naive loop", partial(_naive, parallel=False)),
+    "naive-parallel": Implementation("naive loop, prange", partial(_naive, parallel=True), many_threads=True),
     "numpy-in-place": Implementation("NumPy in place", _numpy_in_place),
     "reference": Implementation("reference class", _reference),
-    "numexpr": _peer("numexpr", peers.numexpr, "numexpr", "numexpr"),
-    "torch": _peer("torch.optim", partial(peers.torch, foreach=False), "torch", "torch"),
-    "torch-foreach": _peer("torch.optim, foreach", partial(peers.torch, foreach=True), "torch", "torch"),
-    "torch-compile": _peer("torch.compile of the step", peers.torch_compiled, "torch.compile", "torch", in_quick=False),
-    "optax": _peer("optax, jit, donated", peers.optax, "jax", "jax", "optax"),
-}
+    "numexpr": _peer("numexpr", peers.numexpr, process="numexpr", modules=("numexpr",)),
+    "torch": _torch("torch.optim", partial(peers.torch, foreach=False)),
+    "torch-foreach": _torch("torch.optim, foreach", partial(peers.torch, foreach=True)),
+    "torch-adagrad": _torch(
+        "torch fused Adagrad (another rule)", peers.torch_adagrad, oracle=adagrad
+    ),
+    "torch-compile": _torch(
+        "torch.compile of the step", peers.torch_compiled, process="torch.compile", in_quick=False
+    ),
+    "tensorplay": _peer("TensorPlay", peers.tensorplay, process="tensorplay", modules=("tensorplay",)),
+    # With float64 it computes in float32.
+    "bitsandbytes": _peer(
+        "bitsandbytes", peers.bitsandbytes, process="bitsandbytes", modules=("torch", "bitsandbytes"),
+        dtypes=("float32",),
+    ),
+    "optax": _peer("optax, jit, donated", peers.optax, process="jax", modules=("jax", "optax")),
+}  # fmt: skip
+
+# The kernels of fastrms.
+OURS = tuple(name for name, each in IMPLEMENTATIONS.items() if each.label.startswith("fastrms"))
+
+
+def _limits() -> dict[str, Implementation]:
+    found = {}
+    for bound, make in (("memory", roofline.memory), ("divider", roofline.divider)):
+        for parallel in (False, True):
+            name = f"{bound}, {'all threads' if parallel else '1 thread'}"
+            label = f"limit: {bound}"
+            found[name] = Implementation(label, partial(make, parallel=parallel), parallel, bound=bound)
+    return found
+
 
 # Timed like an implementation; nothing is compared.
-ROOFLINES: dict[str, Implementation] = {
-    "roofline, 1 thread": Implementation("limit of this machine", partial(roofline.make_runner, parallel=False)),
-    "roofline, all threads": Implementation(
-        "limit of this machine", partial(roofline.make_runner, parallel=True), many_threads=True
-    ),
-}
+ROOFLINES = _limits()

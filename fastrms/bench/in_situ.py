@@ -5,26 +5,39 @@ Their threads still spin when the optimizer begins, and its threads still spin w
 steps are timed. Trainings take turns. The first steps of a turn are dropped, since the training before affects them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._types import HostKernel
 from fastrms.bench.cases import BATCH_SIZE, LR, Array, Network
 from fastrms.bench.errors import BenchmarkError
 from fastrms.bench.measure import Progress, quartiles, take_turns
+from fastrms.bench.plain import NaiveLoop, NoOptimizer, NumpyInPlace
 from fastrms.bench.workers import SETTLE_FROM, settle
 from fastrms.demo.mlp import count_params, init_params
-from fastrms.demo.training import Training, first_difference
+from fastrms.demo.training import Optimizer, Training, first_difference
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
-__all__ = ["KERNELS", "TrainingRow", "measure_training", "train_with_auto"]
+__all__ = ["KERNELS", "LABELS", "WAYS", "TrainingRow", "measure_training", "train_with_auto"]
 
-KERNELS: tuple[HostKernel, ...] = ("auto", "serial", "parallel")
+KERNELS = ("auto", "serial", "parallel")
+# The ways to train that can be chosen.
+WAYS = (*KERNELS, "naive", "naive-parallel", "numpy-in-place")
+# The way without a choice: gradients are computed and left.
+NONE = "none"
+LABELS = {
+    NONE: "no optimizer",
+    **{kernel: f"fastrms {kernel}" for kernel in KERNELS},
+    "naive": "naive loop",
+    "naive-parallel": "naive loop, prange",
+    "numpy-in-place": "NumPy in place",
+    "reference": "reference class",
+}
 
 # Steps in a turn, of which the first are dropped.
 TURN, DROPPED = 12, 3
@@ -38,7 +51,11 @@ TRIED_STEPS = 50
 
 
 class TrainingRow(TypedDict):
-    """The result of one training: medians of a whole step, between its quartiles, and of the optimizer in it."""
+    """The result of one training: medians of a whole step, between its quartiles, and of the optimizer in it.
+
+    `kernel` is one of `LABELS`, `gradients` "list" or "buffer". `over_no_optimizer` is the whole step in units of the
+    step without an optimizer that computes its gradients alike: into new arrays ("list"), or into the same ("buffer").
+    """
 
     network: str
     dtype: str
@@ -50,8 +67,13 @@ class TrainingRow(TypedDict):
     three_quarters: float
     optimizer_seconds: float
     times_faster: float
+    over_no_optimizer: float
     steps: int
     check: str
+
+
+# Seconds of a step by way and kind of gradients.
+Medians = Mapping[tuple[str, str], float]
 
 
 class _Trainer:
@@ -88,18 +110,19 @@ class _Trainer:
 
 def measure_training(
     network: Network,
-    kernels: Sequence[HostKernel],
+    ways: Sequence[str],
     threads: int | None,
     min_time: float,
     *,
     on_progress: Progress = lambda share, what: None,
     rows: list[TrainingRow],
 ) -> None:
-    """Train a network with all kernels in turn, and append their rows to `rows`, also after an interruption.
+    """Train a network in all ways in turn, and append their rows to `rows`, also after an interruption.
 
-    Each kernel of fastrms trains with its gradients as lists, and in its gradient buffer. `threads` limits the parallel
-    kernel; matrix products use the threads of NumPy's BLAS. `min_time` is in seconds, for each training. The row of the
-    reference class is the first.
+    Each of `ways` (`WAYS`) trains with its gradients as lists of new arrays, and written into the same arrays in each
+    step, which are the gradient buffer of fastrms. `threads` limits the parallel kernel; matrix products use the
+    threads of NumPy's BLAS. `min_time` is in seconds, for each training. The row of the reference class is the first;
+    the next are of steps without an optimizer, whose parameters are in each turn those of the reference class.
 
     Raises
     ------
@@ -107,36 +130,53 @@ def measure_training(
         The losses differ from the reference's.
     """
     start, x, y = _start(network, BATCHES)
-    trainers = {("reference", "list"): _Trainer(Training(ReferenceRMSProp(start, lr=LR)), (x, y))}
-    for gradients in ("list", "buffer"):
-        for of_fastrms in kernels:
-            optimizer = RMSProp(start, lr=LR, kernel=of_fastrms, num_threads=threads)
-            training = Training(optimizer, optimizer.grads if gradients == "buffer" else None)
-            trainers[of_fastrms, gradients] = _Trainer(training, (x, y))
-    expected = trainers["reference", "list"].training.losses
-    for k, ((kernel, gradients), trainer) in enumerate(trainers.items()):
-        on_progress(0.3 * k / len(trainers), f"{network.name}: checking {kernel}, {gradients}")
+    trainers = {
+        key: _Trainer(_training(*key, start, threads), (x, y))
+        for key in [("reference", "list"), *((way, g) for g in ("list", "buffer") for way in (NONE, *ways))]
+    }
+    reference = trainers["reference", "list"].training
+    for k, ((way, gradients), trainer) in enumerate(trainers.items()):
+        on_progress(0.3 * k / len(trainers), f"{network.name}: checking {way}, {gradients}")
         trainer.steps(CHECKED_STEPS)
-        step = first_difference(np.array(expected), np.array(trainer.training.losses))
-        if step is not None:
+        step = first_difference(np.array(reference.losses), np.array(trainer.training.losses))
+        if step is not None and way != NONE:
             raise BenchmarkError(
-                f"{network.name}: kernel {kernel}, gradients as {gradients}: expected the losses of the reference, got "
+                f"{network.name}: {LABELS[way]}, gradients as {gradients}: expected the losses of the reference, got "
                 f"another one at step {step + 1}"
             )
-        if kernel == "auto" and count_params(network.widths) >= SETTLE_FROM:
+        if way == "auto" and count_params(network.widths) >= SETTLE_FROM:
             trainer.settle()
     try:
-        for name, share in take_turns(list(trainers), min_time, MIN_TURNS, MAX_TURNS):
-            on_progress(0.3 + 0.7 * share, f"{network.name}: {', '.join(name)}")
-            trainers[name].turn()
+        for key, share in take_turns(list(trainers), min_time, MIN_TURNS, MAX_TURNS):
+            on_progress(0.3 + 0.7 * share, f"{network.name}: {', '.join(key)}")
+            if key[0] == NONE:  # gradients of other parameters would be other work: they hold zeros and tiny numbers
+                for own, param in zip(trainers[key].training.optimizer.params, reference.optimizer.params, strict=True):
+                    own[...] = param
+            trainers[key].turn()
     finally:
-        measured = {name: trainer for name, trainer in trainers.items() if trainer.step_seconds}
-        if measured:  # the reference's turn is the first
-            base = quartiles(measured["reference", "list"].step_seconds)[1]
-            rows += [_row(network, *name, trainer, base) for name, trainer in measured.items()]
+        measured = {key: trainer for key, trainer in trainers.items() if trainer.step_seconds}
+        medians = {key: quartiles(trainer.step_seconds)[1] for key, trainer in measured.items()}
+        rows += [_row(network, *key, trainer, medians) for key, trainer in measured.items()]
 
 
-def _row(network: Network, kernel: str, gradients: str, trainer: _Trainer, base: float) -> TrainingRow:
+def _training(way: str, gradients: str, start: Sequence[Array], threads: int | None) -> Training:
+    """Return a new training from `start`; see `measure_training`."""
+    if way in KERNELS:
+        optimizer = RMSProp(start, lr=LR, kernel=way, num_threads=threads)
+        return Training(optimizer, optimizer.grads if gradients == "buffer" else None)
+    params = [param.copy() for param in start]
+    cache = [np.zeros_like(param) for param in start]
+    make: dict[str, Callable[[], Optimizer]] = {
+        NONE: lambda: NoOptimizer(params),
+        "naive": lambda: NaiveLoop(params, cache),
+        "naive-parallel": lambda: NaiveLoop(params, cache, parallel=True),
+        "numpy-in-place": lambda: NumpyInPlace(params, cache),
+        "reference": lambda: ReferenceRMSProp(start, lr=LR),
+    }
+    return Training(make[way](), [np.zeros_like(param) for param in start] if gradients == "buffer" else None)
+
+
+def _row(network: Network, kernel: str, gradients: str, trainer: _Trainer, medians: Medians) -> TrainingRow:
     quarter, median, three_quarters = quartiles(trainer.step_seconds)
     return {
         "network": network.network,
@@ -148,9 +188,11 @@ def _row(network: Network, kernel: str, gradients: str, trainer: _Trainer, base:
         "quarter": quarter,
         "three_quarters": three_quarters,
         "optimizer_seconds": float(np.median(trainer.optimizer_seconds)),
-        "times_faster": base / median,
+        # The reference's turn is the first, and those without an optimizer follow; an interruption may be earlier.
+        "times_faster": medians["reference", "list"] / median,
+        "over_no_optimizer": median / medians.get((NONE, gradients), math.nan),
         "steps": len(trainer.step_seconds),
-        "check": "same bits",
+        "check": "not compared" if kernel == NONE else "same bits",
     }
 
 

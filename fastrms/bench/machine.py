@@ -5,9 +5,11 @@ import importlib.util
 import os
 import platform
 import re
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import llvmlite.binding
 import numba
 import numpy as np
 
@@ -15,12 +17,15 @@ import fastrms
 from fastrms.kernels.threads import max_threads
 from fastrms.optimizer import RMSProp
 
-__all__ = ["blas", "describe", "environment", "processor", "processors", "threading_layer", "versions"]
+__all__ = [
+    "Description", "blas", "caches", "describe", "environment", "load", "microarchitecture", "others_use", "processor",
+    "processors", "threading_layer", "versions",
+]  # fmt: skip
 
 # Prefixes of variables that control threads and caches of the libraries involved.
 _PREFIXES = ("OMP_", "GOMP_", "KMP_", "OPENBLAS_", "GOTO_", "MKL_", "BLIS_", "VECLIB_", "NUMBA_", "FASTRMS_")
 
-_PEERS = ("torch", "jax", "optax", "numexpr")
+_PEERS = ("torch", "jax", "optax", "numexpr", "tensorplay", "bitsandbytes")
 
 
 def processor() -> str:
@@ -31,6 +36,48 @@ def processor() -> str:
         text = ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def microarchitecture() -> str:
+    """Return LLVM's name for the processor's design, such as "znver4"; hypervisors often hide the model."""
+    return str(llvmlite.binding.get_host_cpu_name())
+
+
+def caches() -> dict[str, str]:
+    """Return the sizes of the caches of data that the first processor reaches, by level; {} where that is unknown."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction":
+            amount = int(size.removesuffix("K")) if size.endswith("K") else 0
+            whole = f"{amount // 1024} MiB" if amount and amount % 1024 == 0 else f"{amount} KiB" if amount else size
+            found[f"L{level}{'d' if kind == 'Data' else ''}"] = whole
+    return found
+
+
+def load() -> float | None:
+    """Return the number of programs that ran or waited to run over the last minute, on average; None on Windows."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def others_use(seconds: float = 0.3) -> float | None:
+    """Return how many processors other programs use now: wait so long, and count; None where that is unknown."""
+
+    def ticks() -> float | None:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        numbers = [int(field) for field in fields]
+        return (sum(numbers) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
+
+    before, start = ticks(), time.perf_counter()
+    time.sleep(seconds)
+    after = ticks()
+    return None if before is None or after is None else (after - before) / (time.perf_counter() - start)
 
 
 def processors() -> int:
@@ -88,12 +135,29 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIXES)}
 
 
-def describe() -> dict[str, object]:
+class Description(TypedDict):
+    """The machine and the software of a measurement."""
+
+    processor: str
+    microarchitecture: str
+    caches: dict[str, str]
+    processors: int
+    system: str
+    numba_threads: int
+    threading_layer: str
+    blas: list[str]
+    versions: dict[str, str]
+    environment: dict[str, str]
+
+
+def describe() -> Description:
     """Return all of this for a file of results."""
     # Read first, because libraries set variables when they are imported. A path says nothing to others.
     variables = {name: value for name, value in environment().items() if name != "NUMBA_CACHE_DIR"}
     return {
         "processor": processor(),
+        "microarchitecture": microarchitecture(),
+        "caches": caches(),
         "processors": processors(),
         "system": f"{platform.system()} {platform.machine()}",
         "numba_threads": max_threads(),

@@ -11,10 +11,9 @@ import numpy as np
 
 from fastrms.bench.cases import Case
 from fastrms.bench.errors import BenchmarkError, PeerError
-from fastrms.bench.implementations import ROOFLINES
 from fastrms.bench.workers import Worker
 
-__all__ = ["Entry", "Progress", "StepRow", "measure", "percent_of_roofline", "quartiles", "take_turns"]
+__all__ = ["Entry", "Limits", "Progress", "StepRow", "limit_of", "measure", "quartiles", "take_turns", "time_in_turns"]
 
 T = TypeVar("T")
 
@@ -25,22 +24,33 @@ Progress = Callable[[float, str], None]
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 # The share of --min-time that a turn lasts; at least one step.
 TURN_SHARE = 0.05
+# The kinds of rooflines of a processor.
+BOUNDS = ("memory", "divider")
 # Seconds between two turns: threads of OpenMP and OpenBLAS spin for some time after their work is done.
 PAUSE = 0.02
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An implementation in a measurement; `moves` is its share of `Case.traffic`."""
+    """An implementation in a measurement; `moves` is its share of `Case.traffic`, `bound` the kind of a roofline."""
 
     label: str
     threads: int
     worker: Worker
     moves: float = 1.0
+    bound: str = ""
+
+
+# Seconds of the rooflines, by number of threads and by bound.
+Limits = Mapping[int, Mapping[str, float]]
 
 
 class StepRow(TypedDict):
-    """The result of one implementation on one case; `seconds` is the median of a step, between its quartiles."""
+    """The result of one implementation on one case; `seconds` is the median of a step, between its quartiles.
+
+    `bound` is the bound that `percent_of_limit` refers to: the slower one of memory and divider. The rows of the
+    rooflines have the kernel "limit", and their own bound.
+    """
 
     kernel: str
     label: str
@@ -57,6 +67,7 @@ class StepRow(TypedDict):
     gparam_per_s: float
     gbyte_per_s: float
     percent_of_limit: float
+    bound: str
     check: str
 
 
@@ -112,9 +123,11 @@ def measure(
                 names.remove(name)
     finally:
         measured = {name: timing for name, timing in timings.items() if timing.seconds}
-        bounds = {entry.threads: quartiles(measured[name].seconds)[1]
-                  for name, entry in rooflines.items() if name in measured}  # fmt: skip
-        rows += [_row(case, name, everything[name], timing, bounds) for name, timing in measured.items()]
+        limits: dict[int, dict[str, float]] = {}
+        for name, entry in rooflines.items():
+            if name in measured:
+                limits.setdefault(entry.threads, {})[entry.bound] = quartiles(measured[name].seconds)[1]
+        rows += [_row(case, name, everything[name], timing, limits) for name, timing in measured.items()]
     for worker in {id(entry.worker): entry.worker for entry in everything.values()}.values():
         with contextlib.suppress(PeerError):  # of a process that has ended, which was reported then
             worker.close()
@@ -154,19 +167,51 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def percent_of_roofline(seconds: float, threads: int, rooflines: Mapping[int, float]) -> float:
-    """Return a speed in percent of the roofline: at 100 a step is as fast as the machine moves its bytes.
+def limit_of(threads: int, limits: Limits) -> tuple[float, str]:
+    """Return the seconds of a step at the limit of the machine, and the bound that holds.
 
-    `rooflines` has seconds by number of threads. An implementation may use fewer threads than `threads`, and small
-    arrays are faster on one. So the fastest roofline of at most `threads` threads counts. Without one, return NaN.
+    With a number of threads the slower bound holds. An implementation may use fewer threads than `threads`, and small
+    arrays are faster on one. So the fastest limit of at most `threads` threads counts. Without one, return NaN and "".
     """
-    return 100 * min((bound for number, bound in rooflines.items() if number <= threads), default=math.nan) / seconds
+    slower = [
+        max((seconds, bound) for bound, seconds in bounds.items())
+        for number, bounds in limits.items()
+        if number <= threads
+    ]
+    return min(slower, default=(math.nan, ""))
 
 
-def _row(case: Case, name: str, entry: Entry, timing: _Timing, bounds: Mapping[int, float]) -> StepRow:
+def time_in_turns(
+    steps: Mapping[str, Callable[[], object]], min_time: float, turn: float = 0
+) -> dict[str, list[float]]:
+    """Time functions in turns (`take_turns`); return the seconds of a call in each turn, by name.
+
+    A turn lasts about `turn` seconds, at least one call, after one call that is not timed. `min_time` is in seconds,
+    for each function.
+    """
+    calls, seconds = {}, {name: list[float]() for name in steps}
+    for name, step in steps.items():
+        step()  # compiles
+        once = _seconds_of(step, 1)
+        calls[name] = max(1, round(turn / once))
+    for name, _ in take_turns(list(steps), min_time):
+        steps[name]()  # the caches are full of another function's arrays
+        seconds[name].append(_seconds_of(steps[name], calls[name]))
+    return seconds
+
+
+def _seconds_of(step: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def _row(case: Case, name: str, entry: Entry, timing: _Timing, limits: Limits) -> StepRow:
     quarter, median, three_quarters = quartiles(timing.seconds)
+    limit, bound = limit_of(entry.threads, limits)
     return {
-        "kernel": "limit" if name in ROOFLINES else name,
+        "kernel": "limit" if entry.bound in BOUNDS else name,
         "label": entry.label,
         "dtype": case.dtype,
         "arrays": case.arrays,
@@ -180,6 +225,7 @@ def _row(case: Case, name: str, entry: Entry, timing: _Timing, bounds: Mapping[i
         "steps_in_a_turn": timing.calls,
         "gparam_per_s": case.params / median / 1e9,
         "gbyte_per_s": entry.moves * case.traffic / median / 1e9,
-        "percent_of_limit": percent_of_roofline(median, entry.threads, bounds),
+        "percent_of_limit": 100 * limit / median,
+        "bound": entry.bound or bound,
         "check": timing.check,
     }

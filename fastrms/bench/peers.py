@@ -14,7 +14,9 @@ import numpy as np
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR
 from fastrms.bench.problem import Problem, Runner, State
 
-__all__ = ["limit_processors", "numexpr", "optax", "torch", "torch_compiled"]
+__all__ = [
+    "bitsandbytes", "limit_processors", "numexpr", "optax", "tensorplay", "torch", "torch_adagrad", "torch_compiled",
+]  # fmt: skip
 
 
 def limit_processors(threads: int) -> None:
@@ -27,38 +29,61 @@ def limit_processors(threads: int) -> None:
             os.sched_setaffinity(0, allowed[:threads])
 
 
-def _torch(problem: Problem, foreach: bool) -> tuple[Any, Callable[[], State]]:
-    library = importlib.import_module("torch")
-    library.set_num_threads(problem.threads)
-    params = [library.nn.Parameter(library.from_numpy(param.copy())) for param in problem.params]
+def _on_tensors(problem: Problem, library: str, make: Callable[[list[Any]], Any], squares: str) -> Runner:
+    """Run an optimizer of tensors of `library`, which `make` makes of parameters; `squares` names its cache."""
+    tensors = importlib.import_module(library)
+    tensors.set_num_threads(problem.threads)
+    params = [tensors.nn.Parameter(tensors.from_numpy(param.copy())) for param in problem.params]
     for param, grad in zip(params, problem.grads, strict=True):
-        param.grad = library.from_numpy(grad)
-    optimizer = library.optim.RMSprop(params, lr=LR, alpha=DECAY_RATE, eps=EPSILON, foreach=foreach)
+        param.grad = tensors.from_numpy(grad)
+    optimizer = make(params)
 
     def state() -> State:
         values = [param.detach().numpy() for param in params]
-        return values, [optimizer.state[param]["square_avg"].numpy() for param in params]
+        return values, [optimizer.state[param][squares].numpy() for param in params]
 
-    return optimizer, state
+    return Runner(optimizer.step, state)
+
+
+# The numbers of the rule, as PyTorch and its kin name them.
+_NUMBERS = {"lr": LR, "alpha": DECAY_RATE, "eps": EPSILON}
 
 
 def torch(problem: Problem, foreach: bool) -> Runner:
     """Run torch.optim.RMSprop: with `foreach` operation after operation over all arrays, else array after array."""
-    optimizer, state = _torch(problem, foreach)
-    return Runner(optimizer.step, state)
+    optim = importlib.import_module("torch.optim")
+    return _on_tensors(problem, "torch", lambda p: optim.RMSprop(p, foreach=foreach, **_NUMBERS), "square_avg")
+
+
+def torch_adagrad(problem: Problem) -> Runner:
+    """Run torch.optim.Adagrad, fused: the nearest to a fused RMSprop that PyTorch has on the CPU."""
+    optim = importlib.import_module("torch.optim")
+    return _on_tensors(problem, "torch", lambda p: optim.Adagrad(p, lr=LR, eps=EPSILON, fused=True), "sum")
 
 
 def torch_compiled(problem: Problem) -> Runner:
     """Run torch.optim.RMSprop with its whole step compiled, which needs a C++ compiler."""
     library = importlib.import_module("torch")
-    optimizer, state = _torch(problem, True)
+    runner = torch(problem, True)
     # Shapes and dtypes of an earlier case would count as recompilations, and after some of them torch gives up.
     library.compiler.reset()
 
     def uncompiled() -> None:
-        optimizer.step()
+        runner.step()
 
-    return Runner(library.compile(uncompiled), state)
+    return Runner(library.compile(uncompiled), runner.state)
+
+
+def tensorplay(problem: Problem) -> Runner:
+    """Run tensorplay.optim.RMSprop, which is fused."""
+    optim = importlib.import_module("tensorplay.optim")
+    return _on_tensors(problem, "tensorplay", lambda p: optim.RMSprop(p, **_NUMBERS), "square_avg")
+
+
+def bitsandbytes(problem: Problem) -> Runner:
+    """Run bitsandbytes.optim.RMSprop with 32-bit state."""
+    optim = importlib.import_module("bitsandbytes.optim")
+    return _on_tensors(problem, "torch", lambda p: optim.RMSprop(p, **_NUMBERS), "state1")
 
 
 def optax(problem: Problem) -> Runner:

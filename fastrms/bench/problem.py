@@ -12,14 +12,13 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._types import CacheDType, Kernel
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array, Case, make_arrays
 from fastrms.bench.errors import BenchmarkError
 from fastrms.kernels import threads
 from fastrms.kernels.reference import ReferenceRMSProp, from_bfloat16
 from fastrms.optimizer import RMSProp
 
-__all__ = ["Problem", "Runner", "State", "check", "to_float"]
+__all__ = ["Oracle", "Problem", "Runner", "State", "adagrad", "bfloat16_state", "check", "rmsprop", "to_float"]
 
 State = tuple[Sequence[Array], Sequence[Array]]
 
@@ -39,6 +38,7 @@ class Problem:
         self.params, self.grads = make_arrays(case)
         self.scalar = np.dtype(case.dtype).type
         self._optimizer: RMSProp | None = None
+        self._arrays: tuple[list[Array], list[Array]] | None = None
 
     def optimizer(self) -> RMSProp:
         """Return the shared optimizer, reset to its start, with the gradients in its gradient buffer."""
@@ -51,7 +51,7 @@ class Problem:
         self._optimizer.buffers["cache"].flat[...] = 0
         return self._optimizer
 
-    def new_optimizer(self, kernel: Kernel, cache_dtype: CacheDType | None = None) -> RMSProp:
+    def new_optimizer(self, kernel: str, cache_dtype: str | None = None) -> RMSProp:
         """Return a new optimizer of the case's parameters."""
         # A limit on threads costs time in each step; without one, all threads run.
         threads.start_threads()
@@ -64,19 +64,58 @@ class Problem:
         """Return copies of the parameters to update in place, and a cache of zeros."""
         return [param.copy() for param in self.params], [np.zeros_like(param) for param in self.params]
 
-    def expected(self, cache_dtype: CacheDType | None = None) -> State:
-        """Return parameters and cache after `CHECKED_STEPS` steps of the reference class.
+    def arrays(self) -> tuple[list[Array], list[Array]]:
+        """Return shared parameters and a shared cache to update in place, reset to their start."""
+        if self._arrays is None:
+            self._arrays = self.copies()
+        params, cache = self._arrays
+        for own, param, square in zip(params, self.params, cache, strict=True):
+            own[...] = param
+            square[...] = 0
+        return params, cache
 
-        With 16-bit state the NumPy kernel takes its place.
-        """
-        oracle: ReferenceRMSProp | RMSProp
-        if cache_dtype is None:
-            oracle = ReferenceRMSProp(self.params, LR, DECAY_RATE, EPSILON)
-        else:
-            oracle = self.new_optimizer("numpy", cache_dtype)
-        for _ in range(CHECKED_STEPS):
-            oracle.step(self.grads)
-        return oracle.params, to_float(oracle.cache)
+    def limited(self, step: Callable[[], object]) -> Callable[[], object]:
+        """Return `step` with Numba's threads limited to `threads`; if all may run, without a cost."""
+        if self.threads == numba.get_num_threads():
+            return step
+
+        def limited_step() -> None:
+            before = numba.get_num_threads()
+            numba.set_num_threads(self.threads)
+            step()
+            numba.set_num_threads(before)
+
+        return limited_step
+
+
+# A function that returns parameters and cache of a problem after `CHECKED_STEPS` steps.
+Oracle = Callable[[Problem], State]
+
+
+def rmsprop(problem: Problem) -> State:
+    """Return the state after `CHECKED_STEPS` steps of the reference class."""
+    reference = ReferenceRMSProp(problem.params, LR, DECAY_RATE, EPSILON)
+    for _ in range(CHECKED_STEPS):
+        reference.step(problem.grads)
+    return reference.params, reference.cache
+
+
+def bfloat16_state(problem: Problem) -> State:
+    """Return the state after `CHECKED_STEPS` steps of the NumPy kernel with 16-bit state."""
+    optimizer = problem.new_optimizer("numpy", "bfloat16")
+    for _ in range(CHECKED_STEPS):
+        optimizer.step(problem.grads)
+    return optimizer.params, to_float(optimizer.cache)
+
+
+def adagrad(problem: Problem) -> State:
+    """Return the state after `CHECKED_STEPS` steps of Adagrad, whose cache is a sum of squares."""
+    params, cache = problem.copies()
+    for _ in range(CHECKED_STEPS):
+        for p, g, c in zip(params, problem.grads, cache, strict=True):
+            c += g * g
+            p -= LR * g / (np.sqrt(c) + EPSILON)
+    return params, cache
 
 
 @dataclass(frozen=True)
@@ -94,8 +133,8 @@ def to_float(cache: Sequence[NDArray[Any]]) -> list[Array]:
     return [from_bfloat16(array) if array.dtype == np.uint16 else array for array in cache]
 
 
-def check(runner: Runner, problem: Problem, exact: bool, cache_dtype: CacheDType | None = None) -> str:
-    """Take `CHECKED_STEPS` steps and compare the arrays with `Problem.expected`.
+def check(runner: Runner, problem: Problem, exact: bool, oracle: Oracle = rmsprop) -> str:
+    """Take `CHECKED_STEPS` steps and compare the arrays with those of `oracle`.
 
     Returns
     -------
@@ -113,23 +152,23 @@ def check(runner: Runner, problem: Problem, exact: bool, cache_dtype: CacheDType
     same, worst = True, 0.0
     eps = float(np.finfo(problem.case.dtype).eps)
     starts: State = problem.params, [np.zeros(())] * len(problem.params)
-    state = zip(("parameters", "cache"), runner.state(), problem.expected(cache_dtype), starts, strict=True)
+    state = zip(("parameters", "cache"), runner.state(), oracle(problem), starts, strict=True)
     for name, ours, theirs, before in state:
         if len(ours) != len(theirs):
             raise BenchmarkError(f"expected {len(theirs)} arrays of {name}, got {len(ours)}")
-        for own, oracle, start in zip(ours, theirs, before, strict=True):
+        for own, expected, start in zip(ours, theirs, before, strict=True):
             array = np.asarray(own)
-            if array.shape != oracle.shape or array.dtype != oracle.dtype:
+            if array.shape != expected.shape or array.dtype != expected.dtype:
                 raise BenchmarkError(
-                    f"{name}: expected {oracle.dtype} of shape {oracle.shape}, got {array.dtype} of {array.shape}"
+                    f"{name}: expected {expected.dtype} of shape {expected.shape}, got {array.dtype} of {array.shape}"
                 )
-            if array.tobytes() == oracle.tobytes():
+            if array.tobytes() == expected.tobytes():
                 continue
             same = False
             # The error of a parameter near 0 is relative to the steps that brought it there.
-            size = np.maximum(np.abs(oracle), np.abs(oracle - start))
+            size = np.maximum(np.abs(expected), np.abs(expected - start))
             with np.errstate(all="ignore"):
-                error = np.max(np.abs(array.astype(np.float64) - oracle) / size) / eps
+                error = np.max(np.abs(array.astype(np.float64) - expected) / size) / eps
             worst = max(worst, float(error)) if np.isfinite(error) else np.inf
     if same:
         return "same bits"

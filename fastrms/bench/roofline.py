@@ -1,8 +1,13 @@
-"""The roofline of this machine: a loop with the memory traffic of a step and almost no arithmetic.
+"""The rooflines of this machine: the traffic of a step without its arithmetic, and its arithmetic without traffic.
 
-A step reads parameters, cache and gradients, and writes parameters and cache: five numbers a parameter, 20 bytes in
-float32. An implementation with all three in that dtype cannot move fewer. The roofline is measured in the same run, at
-the same size and with the same number of threads. It is the time of the fastest way to fetch memory (`FETCHES`).
+Memory: a step reads parameters, cache and gradients, and writes parameters and cache: five numbers a parameter, 20
+bytes in float32. An implementation with all three in that dtype cannot move fewer. The bound is the time of the fastest
+way to fetch memory (`FETCHES`).
+
+Divider: a step takes a square root and a division for each parameter. In the caches a processor is bound by the unit
+that computes these, and not by memory. The bound is the time of both on arrays that stay in the first-level cache.
+
+Both are measured in the same run, at the same size and with the same number of threads. The slower one is the limit.
 """
 
 import time
@@ -11,22 +16,28 @@ from typing import Any
 import numba
 import numpy as np
 
-from fastrms.bench.cases import Array
+from fastrms.bench.cases import EPSILON, Array
 from fastrms.bench.problem import Problem, Runner
 from fastrms.kernels import threads
 from fastrms.kernels.access import prefetch
 from fastrms.kernels.compiled import inner, jit
-from fastrms.kernels.cpu import LINES_AHEAD, STRIP_LINES, block_size
+from fastrms.kernels.cpu import block_size
 
-__all__ = ["FETCHES", "make_runner", "touch_parallel", "touch_serial"]
+__all__ = [
+    "FETCHES", "divide_parallel", "divide_serial", "divider", "divider_speedup", "memory", "touch_parallel",
+    "touch_serial",
+]  # fmt: skip
 
 Scalar = np.floating[Any]
 
 # Ways to fetch memory, as (cache lines in a strip, cache lines ahead): left to the processor, or prefetched ahead of
-# each strip as in the kernels. The fastest one depends on size and threads, by up to 10 %.
-FETCHES = ((0, 0), (STRIP_LINES, LINES_AHEAD), (4, 32))
+# each strip. The fastest one depends on processor, size and threads, by up to a half.
+FETCHES = ((0, 0), (8, 48), (4, 32))
 # Timings of each of them.
 FETCH_TRIALS = 9
+
+# Elements of the arrays of a thread in the loop of the divider: 16 KiB in float64, half of a small first-level cache.
+CHUNK = 1024
 
 
 @inner
@@ -71,8 +82,8 @@ def touch_parallel(params: Array, grads: Array, cache: Array, half: Scalar, stri
         _touch_in_strips(params[low:high], grads[low:high], cache[low:high], half, strip_lines, lines_ahead)
 
 
-def make_runner(problem: Problem, parallel: bool) -> Runner:
-    """Return a runner of the roofline on the memory of the problem's shared optimizer, fetched in the fastest way."""
+def memory(problem: Problem, parallel: bool) -> Runner:
+    """Return a runner of the memory traffic of a step, on the shared optimizer's memory, fetched in the fastest way."""
     optimizer = problem.optimizer()
     p, g, c = (optimizer.buffers[name].segments[0] for name in ("params", "grads", "cache"))
     touch = touch_parallel if parallel else touch_serial
@@ -90,11 +101,62 @@ def make_runner(problem: Problem, parallel: bool) -> Runner:
     def step() -> None:
         touch(p, g, c, half, *fetch)
 
-    def limited_step() -> None:
-        before = numba.get_num_threads()
-        numba.set_num_threads(problem.threads)
-        step()
-        numba.set_num_threads(before)
+    return Runner(problem.limited(step) if parallel else step, lambda: ((), ()))
 
-    all_threads = not parallel or problem.threads == numba.get_num_threads()
-    return Runner(step if all_threads else limited_step, lambda: ((), ()))
+
+@inner
+def _divide(values: Array, grads: Array, epsilon: Scalar, size: int) -> None:
+    # The values converge to grads ** (2 / 3), however often the loop runs.
+    for start in range(0, size, values.size):
+        count = min(values.size, size - start)
+        v, g = values[:count], grads[:count]
+        for i in range(count):
+            v[i] = g[i] / (np.sqrt(v[i]) + epsilon)
+
+
+@jit()
+def divide_serial(values: Array, grads: Array, epsilon: Scalar, size: int) -> None:
+    """Take `size` square roots and divisions on the first row of each array, shape (rows, `CHUNK`)."""
+    _divide(values[0], grads[0], epsilon, size)
+
+
+@jit(parallel=True)
+def divide_parallel(values: Array, grads: Array, epsilon: Scalar, size: int) -> None:
+    """Do the same on all threads of Numba; each row has an equal share."""
+    rows = values.shape[0]
+    share = (size + rows - 1) // rows
+    for row in numba.prange(rows):
+        _divide(values[row], grads[row], epsilon, max(0, min(share, size - row * share)))
+
+
+def _divider_arrays(dtype: str, rows: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(0)
+    values, grads = (np.abs(rng.standard_normal((2, rows, CHUNK))) + 0.01).astype(dtype)
+    return values, grads
+
+
+def divider(problem: Problem, parallel: bool) -> Runner:
+    """Return a runner of the square roots and divisions of a step."""
+    values, grads = _divider_arrays(problem.case.dtype, problem.threads if parallel else 1)
+    divide = divide_parallel if parallel else divide_serial
+    epsilon, size = problem.scalar(EPSILON), problem.case.params
+
+    def step() -> None:
+        divide(values, grads, epsilon, size)
+
+    return Runner(problem.limited(step) if parallel else step, lambda: ((), ()))
+
+
+def divider_speedup(repeats: int = 15, size: int = 1_000_000) -> float:
+    """Return how many times faster two threads divide than one: near 2, unless a processor is busy or shared."""
+    values, grads = _divider_arrays("float32", 2)
+    epsilon = np.float32(EPSILON)
+    seconds: tuple[list[float], list[float]] = [], []
+    with threads.limit_threads(2):
+        for _ in range(repeats + 1):
+            for divide, taken in zip((divide_serial, divide_parallel), seconds, strict=True):
+                start = time.perf_counter()
+                divide(values, grads, epsilon, size)
+                taken.append(time.perf_counter() - start)
+    one, two = (float(np.median(taken[1:])) for taken in seconds)  # the first ones compile
+    return one / two

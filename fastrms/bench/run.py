@@ -1,19 +1,19 @@
 """The whole benchmark: all cases one after another, with their workers, and the document of results."""
 
 import datetime
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from fastrms._types import HostKernel
-from fastrms.bench import device, machine
+from fastrms.bench import device
 from fastrms.bench.cases import Case, Network
 from fastrms.bench.errors import BenchmarkError
 from fastrms.bench.implementations import ROOFLINES, Implementation
 from fastrms.bench.in_situ import TrainingRow, measure_training
+from fastrms.bench.machine import Description
 from fastrms.bench.measure import Entry, Progress, StepRow, measure
+from fastrms.bench.quiet import Quiet
 from fastrms.bench.workers import LocalWorker, RemoteWorker, first_line
 
 __all__ = ["Output", "Results", "run_steps", "run_training"]
@@ -39,13 +39,12 @@ class Results(Generic[R]):
     done: int = 0
     interrupted: bool = False
 
-    def document(self, settings: Mapping[str, object]) -> dict[str, object]:
+    def document(self, about: Description, quiet: Quiet, settings: Mapping[str, object]) -> dict[str, object]:
         """Return the content of the JSON file: the machine, the settings and the rows, with None for NaN."""
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": machine.describe(),
-            # Over the last minute, this program included. Other programs on its cores make threads wait.
-            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "machine": about,
+            "quiet": quiet.document(),
             "settings": dict(settings),
             "left_out": self.left_out,
             "complete": not self.interrupted,
@@ -90,7 +89,8 @@ def run_steps(
             if process != "here" and process not in remotes:
                 remotes[process] = RemoteWorker(process, threads, timeout)
             many = threads if implementation.many_threads else 1
-            return Entry(implementation.label, many, remotes.get(process, local), implementation.moves)
+            worker = remotes.get(process, local)
+            return Entry(implementation.label, many, worker, implementation.moves, implementation.bound)
 
         entries = {name: entry(implementation) for name, implementation in implementations.items()}
         rooflines = {name: entry(each) for name, each in ROOFLINES.items() if threads > 1 or not each.many_threads}
@@ -100,7 +100,7 @@ def run_steps(
             output.on_left_out(entries[name].label, f"{case.name}: {why}")
 
         for case in cases:
-            fitting = {name: each for name, each in entries.items() if implementations[name].takes(case.dtype)}
+            fitting = {name: each for name, each in entries.items() if case.dtype in implementations[name].dtypes}
             with results.case(case.name, output) as progress:
                 measure(case, fitting, rooflines, min_time, on_progress=progress, on_skip=skip, rows=results.rows)
             if with_device:
@@ -121,15 +121,15 @@ def run_steps(
 
 
 def run_training(
-    networks: Sequence[Network], kernels: Sequence[HostKernel], threads: int | None, min_time: float,
+    networks: Sequence[Network], ways: Sequence[str], threads: int | None, min_time: float,
     output: Output[TrainingRow],
 ) -> Results[TrainingRow]:  # fmt: skip
-    """Train all networks with all kernels, as `measure_training` does; Ctrl-C ends the run and keeps its rows."""
+    """Train all networks in all ways, as `measure_training` does; Ctrl-C ends the run and keeps its rows."""
     results = Results[TrainingRow]()
     try:
         for network in networks:
             with results.case(network.name, output) as progress:
-                measure_training(network, kernels, threads, min_time, on_progress=progress, rows=results.rows)
+                measure_training(network, ways, threads, min_time, on_progress=progress, rows=results.rows)
     except KeyboardInterrupt:
         results.interrupted = True
     return results

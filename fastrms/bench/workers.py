@@ -80,13 +80,13 @@ class LocalWorker:
         verdict = ""
         if name not in ROOFLINES:
             try:
-                verdict = check(runner, problem, implementation.exact, implementation.cache_dtype)
+                verdict = check(runner, problem, implementation.exact, implementation.oracle)
             except BenchmarkError:
                 raise
             except Exception as error:  # whatever the user's kernel or another library raises
                 text = (str(error).strip() or "no message").splitlines()[0]
                 raise BenchmarkError(f"it raised {type(error).__name__}: {text}") from error
-        if name.startswith("auto") and case.params >= SETTLE_FROM and self._threads > 1:
+        if name in ("auto", "auto-list") and case.params >= SETTLE_FROM and self._threads > 1:
             settle(runner.step)
         self._runners[name] = runner
         return verdict

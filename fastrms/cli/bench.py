@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from fastrms.bench import cases, device
+from fastrms.bench import cases, device, machine, quiet
 from fastrms.bench.implementations import IMPLEMENTATIONS, Implementation, of_function
-from fastrms.bench.in_situ import KERNELS as IN_SITU_KERNELS
-from fastrms.bench.in_situ import TrainingRow
+from fastrms.bench.in_situ import LABELS, TrainingRow
+from fastrms.bench.in_situ import WAYS as IN_SITU_WAYS
 from fastrms.bench.measure import StepRow
 from fastrms.bench.run import Output, Results, run_steps, run_training
 from fastrms.cli.common import (
@@ -47,8 +48,9 @@ STEM, STEM_IN_SITU = "fastrms-bench", "fastrms-bench-in-situ"
 
 _DESCRIPTION = """
 Time one RMSProp step: kernels of fastrms, NumPy, and other libraries where they are installed, over sizes and dtypes.
-Results are checked to be equal first. Beside each time stands how near it is to the limit of this machine: a loop that
-moves the same memory (20 bytes a float32 parameter) on as many threads. Where there is a GPU, its own tables: a step
+Results are checked to be equal first. Beside each time stands how near it is to the limit of this machine, on as many
+threads: the slower of two loops, one that moves the same memory (20 bytes a float32 parameter), and one that takes the
+same square roots and divisions in the cache. Where there is a GPU, its own tables: a step
 there beside a copy of as many bytes. Writes fastrms-bench.json, .csv and .png.
 """
 
@@ -114,10 +116,36 @@ def run(args: argparse.Namespace) -> int:
         )
     args.min_time = args.min_time or (0.1 if args.quick else 1.0)
     args.dtypes = args.dtypes or (["float32"] if args.quick else list(cases.DTYPES))
-    return (_run_training if args.in_situ else _run_steps)(args, make_console(), args.threads or limit)
+    console, threads = make_console(), args.threads or limit
+    session = _Session(console, threads, machine.describe(), quiet.look(threads))
+    for line in session.header():
+        say(console, line)
+    return (_run_training if args.in_situ else _run_steps)(args, session)
 
 
-def _run_steps(args: argparse.Namespace, console: "Console", threads: int) -> int:
+@dataclass(frozen=True)
+class _Session:
+    """The terminal, the number of threads, and the machine at the start."""
+
+    console: "Console"
+    threads: int
+    about: machine.Description
+    quiet: quiet.Quiet
+
+    def header(self) -> Iterator[str]:
+        """Yield lines about the machine, and warnings."""
+        about = self.about
+        sizes = ", ".join(f"{level} {size}" for level, size in about["caches"].items()) or "caches unknown"
+        yield f"{about['processor']} ({about['microarchitecture']}), {about['processors']} processors; {sizes}"
+        yield ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        load = "unknown" if self.quiet.load is None else f"{self.quiet.load:.2f}"
+        yield f"{self.threads} threads, threading layer {about['threading_layer']}; load over the last minute {load}"
+        for warning in self.quiet.warnings():
+            yield f"warning: {warning}"
+
+
+def _run_steps(args: argparse.Namespace, session: _Session) -> int:
+    console, threads = session.console, session.threads
     implementations, skipped = _choose(args)
     todo = _cases(args)
     for name, why in skipped.items():
@@ -128,19 +156,20 @@ def _run_steps(args: argparse.Namespace, console: "Console", threads: int) -> in
             with_device=args.kernels is None and device.can_measure(), output=output,
         )  # fmt: skip
     results.left_out = skipped | results.left_out
-    paths = _write(args, STEM, results, threads)
+    paths = _write(args, STEM, results, session)
     if host_rows := [row for row in results.rows if row["threads"]]:
         paths.append(args.output / f"{STEM}.png")
         save_figure(plot_throughput(host_rows)[0], paths[-1])
     return _finish(console, paths, results, len(todo))
 
 
-def _run_training(args: argparse.Namespace, console: "Console", threads: int) -> int:
+def _run_training(args: argparse.Namespace, session: _Session) -> int:
+    console = session.console
     names = args.networks or (cases.QUICK_NETWORKS if args.quick else list(cases.NETWORKS))
     todo = [cases.Network(name, _widths(name), dtype) for dtype in args.dtypes for name in names]
     with _output(console, len(todo), _training_table) as output:
-        results = run_training(todo, args.kernels or IN_SITU_KERNELS, args.threads, args.min_time, output)
-    return _finish(console, _write(args, STEM_IN_SITU, results, threads), results, len(todo))
+        results = run_training(todo, args.kernels or IN_SITU_WAYS, args.threads, args.min_time, output)
+    return _finish(console, _write(args, STEM_IN_SITU, results, session), results, len(todo))
 
 
 @contextmanager
@@ -168,8 +197,8 @@ def _check(args: argparse.Namespace) -> None:
         for option in ("--sizes", "--arrays", "--shape", "--kernel"):
             refuse(option, "not with --in-situ, which trains networks with kernels of fastrms")
         for kernel in args.kernels or ():
-            if kernel not in IN_SITU_KERNELS:
-                raise CommandError(f"--kernels: with --in-situ expected some of {IN_SITU_KERNELS}, got {kernel!r}")
+            if kernel not in IN_SITU_WAYS:
+                raise CommandError(f"--kernels: with --in-situ expected some of {IN_SITU_WAYS}, got {kernel!r}")
     else:
         refuse("--networks", "only with --in-situ")
     if args.arrays:
@@ -213,13 +242,12 @@ def _choose(args: argparse.Namespace) -> tuple[dict[str, Implementation], dict[s
             continue
         if missing := implementation.missing():
             why = f"{' and '.join(missing)} not installed"
-        elif not any(implementation.takes(dtype) for dtype in args.dtypes):
+        elif not set(implementation.dtypes) & set(args.dtypes):
             why = f"expected float32 among --dtypes, got {' '.join(args.dtypes)}" if asked else "for float32 only"
         elif not asked and args.quick and not implementation.in_quick:
             why = f"takes long to compile; with --quick ask for it: --kernels {name}"
         else:
-            if asked or args.arrays or implementation.for_one:
-                chosen[name] = implementation
+            chosen[name] = implementation
             continue
         if asked:
             raise CommandError(f"--kernels: {name}: {why}")
@@ -236,18 +264,20 @@ def _step_table(console: "Console", title: str, rows: Sequence[StepRow]) -> "Tab
         table.add_row(
             row["label"], format_seconds(row["seconds"], plain=plain), _middle_half(row, plain),
             _digits(row["gparam_per_s"]), _digits(row["gbyte_per_s"]),
-            "-" if math.isnan(percent) else f"{percent:.0f}", str(row["threads"]), row["check"],
+            "-" if math.isnan(percent) else f"{percent:.0f} {row['bound']}", str(row["threads"]), row["check"],
         )  # fmt: skip
     return table
 
 
 def _training_table(console: "Console", title: str, rows: Sequence[TrainingRow]) -> "Table":
     plain = is_plain(console)
-    table = make_table(console, title, "gradients", "training step", "middle half", "of which optimizer", "faster")
+    table = make_table(
+        console, title, "gradients", "training step", "middle half", "of which optimizer", "faster", "over none"
+    )
     for row in rows:
-        label = "reference class" if row["kernel"] == "reference" else f"fastrms {row['kernel']}"
         step, optimizer = (format_seconds(row[key], plain=plain) for key in ("step_seconds", "optimizer_seconds"))
-        table.add_row(label, row["gradients"], step, _middle_half(row, plain), optimizer, f"{row['times_faster']:.2f}x")
+        ratios = [f"{row[key]:.2f}x" for key in ("times_faster", "over_no_optimizer")]
+        table.add_row(LABELS[row["kernel"]], row["gradients"], step, _middle_half(row, plain), optimizer, *ratios)
     return table
 
 
@@ -260,14 +290,15 @@ def _digits(value: float) -> str:
     return f"{value:.3f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
-def _write(args: argparse.Namespace, stem: str, results: Results[R], threads: int) -> list[Path]:
+def _write(args: argparse.Namespace, stem: str, results: Results[R], session: _Session) -> list[Path]:
     """Write the JSON and the CSV file and return their paths; after an interruption without rows, write nothing."""
     if results.interrupted and not results.rows:
         return []
-    settings = {"threads": threads, "min_time": args.min_time, "quick": args.quick, "in_situ": args.in_situ}
+    settings = {"threads": session.threads, "min_time": args.min_time, "quick": args.quick, "in_situ": args.in_situ}
+    document = results.document(session.about, session.quiet, settings)
     paths = [args.output / f"{stem}.json", args.output / f"{stem}.csv"]
     with _opened(paths[0]) as stream:
-        stream.write(json.dumps(results.document(settings), indent=1) + "\n")
+        stream.write(json.dumps(document, indent=1) + "\n")
     with _opened(paths[1]) as stream:
         if results.rows:
             writer = csv.DictWriter(stream, list(results.rows[0]))

@@ -137,6 +137,7 @@ def _train_in_process(environment: dict[str, str]) -> dict[str, float]:
     """Return the seconds of a training step by kernel, gradients as lists, in a process with this environment."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fastrms", "bench", "--in-situ", "--networks", NETWORK, "--quick"]
+        command += ["--kernels", *in_situ.KERNELS]
         done = subprocess.run(
             [*command, "--output", folder], env=environment, capture_output=True, text=True, check=False
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
-__all__ = ["Batches", "Training", "compare", "first_difference", "train_both", "train_in_turns"]
+__all__ = ["Batches", "Optimizer", "Training", "compare", "first_difference", "train_both", "train_in_turns"]
 
 Batch = tuple[Array, Labels]
 
@@ -40,22 +40,34 @@ class Batches:
             yield [(x[k : k + self.size], y[k : k + self.size]) for k in range(0, len(y), self.size)]
 
 
+class Optimizer(Protocol):
+    """An optimizer of a list of arrays."""
+
+    @property
+    def params(self) -> Sequence[Array]:
+        """The parameters, which a step replaces or changes in place."""
+
+    def step(self, gradients: Sequence[Array], /) -> object:
+        """Take one step."""
+
+
 @dataclass
 class Training:
     """A training: its optimizer, and the loss and times of each step.
 
     Attributes
     ----------
-    optimizer : ReferenceRMSProp or RMSProp
+    optimizer : Optimizer
     out : sequence of ndarray or None
-        The gradient buffer of an `RMSProp`, which then steps in place. None: each step gets new arrays.
+        Arrays for the gradients, such as the gradient buffer of an `RMSProp`, which then steps in place. None: each
+        step gets new arrays.
     losses : list of scalar
         The loss of each batch before its step.
     step_seconds, optimizer_seconds : list of float
         Seconds of each step, and of the optimizer in it.
     """
 
-    optimizer: ReferenceRMSProp | RMSProp
+    optimizer: Optimizer
     out: Sequence[Array] | None = None
     losses: list[np.floating[Any]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)

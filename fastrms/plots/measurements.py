@@ -20,14 +20,21 @@ _LINES: dict[str, tuple[str, str, style.Dashes]] = {
     "auto": (style.BLACK, "o", style.SOLID),
     "auto-list": (style.BLACK, "D", style.DASHED),
     "serial": (style.BLUE, "v", style.SOLID),
+    "serial-list": (style.BLUE, "<", style.DASHED),
     "parallel": (style.BLUE, "^", style.DASHED),
+    "parallel-list": (style.BLUE, ">", style.DOTTED),
     "parallel-bfloat16": (style.BLUE, "H", style.DOTTED),
     "numpy": (style.SKY_BLUE, "s", style.SOLID),
+    "naive": (style.YELLOW, "p", style.SOLID),
+    "naive-parallel": (style.YELLOW, "P", style.DASHED),
     "numpy-in-place": (style.SKY_BLUE, "P", style.DASHED),
     "reference": (style.ORANGE, "X", style.SOLID),
     "torch": (style.VERMILION, "<", style.SOLID),
     "torch-foreach": (style.VERMILION, ">", style.DASHED),
     "torch-compile": (style.VERMILION, "d", style.DOTTED),
+    "torch-adagrad": (style.PURPLE, "s", style.DASHED),
+    "tensorplay": (style.GREEN, "X", style.DASHED),
+    "bitsandbytes": (style.GREEN, "v", style.DOTTED),
     "optax": (style.GREEN, "h", style.SOLID),
     "numexpr": (style.PURPLE, "*", style.SOLID),
 }
@@ -160,7 +167,8 @@ def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
     Parameters
     ----------
     records : sequence of mapping
-        ``results`` in the JSON file of ``fastrms bench``; records with the kernel "limit" are the roofline.
+        ``results`` in the JSON file of ``fastrms bench``; records with the kernel "limit" are the bounds of the
+        roofline. Of the bounds for one number of threads ("threads") the lowest holds.
     title : str
         Above all panels.
 
@@ -203,10 +211,14 @@ def _draw_throughput(axes: "Axes", records: Sequence[Mapping[str, Any]]) -> "dic
     lines: dict[str, tuple[float, Line2D]] = {}
     axes.set_xscale("log")
     axes.set_yscale("log")
-    best: dict[int, float] = {}
+    bounds: dict[tuple[int, int], float] = {}
     for record in records:
         if record["kernel"] == "limit":
-            best[record["params"]] = max(best.get(record["params"], 0.0), record["gparam_per_s"])
+            key = record["params"], record["threads"]
+            bounds[key] = min(bounds.get(key, np.inf), record["gparam_per_s"])
+    best: dict[int, float] = {}
+    for (params, _), speed in bounds.items():
+        best[params] = max(best.get(params, 0.0), speed)
     if best:
         x, y = np.array(sorted(best.items())).T
         # At a single size the line has no length.
