@@ -8,13 +8,13 @@ in training: the handwritten digits, a perceptron 64-128-64-10, batches of 64, 3
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastrms import RMSProp
+from fastrms.bench.measure import time_in_turns
 from fastrms.demo import data, mlp
 
 SETTINGS = {
@@ -55,16 +55,10 @@ def train_all(seeds=SEEDS, epochs=EPOCHS):
 @pytest.mark.parametrize("kernel", ["serial", "parallel"])
 def test_bfloat16_against_float32(kernel, size, capsys):
     params = np.random.default_rng(0).standard_normal(size, np.float32)
-    optimizers = {name: RMSProp([params], kernel=kernel, cache_dtype=name) for name in (None, "bfloat16")}
-    times = {name: [] for name in optimizers}
+    optimizers = {str(name): RMSProp([params], kernel=kernel, cache_dtype=name) for name in (None, "bfloat16")}
     for optimizer in optimizers.values():
         optimizer.grads[0][:] = params
-        optimizer.step()
-    for _ in range(15 if size > 1_000_000 else 200):
-        for name, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.step()
-            times[name].append(time.perf_counter() - start)
+    times = time_in_turns({name: optimizer.step for name, optimizer in optimizers.items()}, 0.5, turn=0.002)
     plain, narrow = (statistics.median(taken) for taken in times.values())
     with capsys.disabled():
         what = f"{kernel:9} {size:11,} parameters"
@@ -82,4 +76,5 @@ def test_training(capsys):
 
 
 if __name__ == "__main__":  # how `tables.py` asks for the training
-    Path(sys.argv[1]).write_text(json.dumps(train_all(), indent=1), encoding="utf-8")
+    short = {"seeds": 1, "epochs": 2} if "--quick" in sys.argv else {}
+    Path(sys.argv[1]).write_text(json.dumps(train_all(**short), indent=1), encoding="utf-8")

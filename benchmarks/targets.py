@@ -129,6 +129,11 @@ def flat(size: int, dtype: str) -> Case:
     return Case(1, (size,), dtype)
 
 
+def power(size: int) -> str:
+    """A size as in 5e7."""
+    return f"{size:.0e}".replace("e+0", "e")
+
+
 NAIVE = {"serial": "naive", "parallel": "naive-parallel"}
 KINDS = {"": "`step()`", "-list": "`step(list)`"}
 SMALL, LARGE = SIZES[:2], SIZES[2:]
@@ -141,7 +146,7 @@ def against_naive(kernel: str) -> Group:
     cases = tuple(flat(size, dtype) for dtype in DTYPES for size in LARGE)
     naive = NAIVE[kernel]
     targets = [
-        Target(f"{case.params:.0e} {case.dtype}, {kernel} {text} against the {IMPLEMENTATIONS[naive].label}", 0.97,
+        Target(f"{power(case.params)} {case.dtype}, {kernel} {text} against the {IMPLEMENTATIONS[naive].label}", 0.97,
                faster(case, kernel + kind, naive))
         for kind, text in KINDS.items() for case in cases
     ]  # fmt: skip
@@ -152,7 +157,7 @@ def small() -> Group:
     """Microseconds of a call that the naive loop does not take."""
     cases = tuple(flat(size, dtype) for dtype in DTYPES for size in SMALL)
     targets = [
-        Target(f"{case.params:.0e} {case.dtype}, {kernel} {text}: µs more than the {IMPLEMENTATIONS[naive].label}",
+        Target(f"{power(case.params)} {case.dtype}, {kernel} {text}: µs more than the {IMPLEMENTATIONS[naive].label}",
                1.0 if kind else 0.5, later(case, kernel + kind, naive), at_most=True)
         for kernel, naive in NAIVE.items() for kind, text in KINDS.items() for case in cases
     ]  # fmt: skip
@@ -163,7 +168,7 @@ def lists() -> Group:
     """Large lists against the buffer."""
     cases = tuple(flat(size, dtype) for dtype in DTYPES for size in LARGE[1:])
     targets = [
-        Target(f"{case.params:.0e} {case.dtype}, {kernel} `step(list)` against `step()`", 0.97,
+        Target(f"{power(case.params)} {case.dtype}, {kernel} `step(list)` against `step()`", 0.97,
                faster(case, f"{kernel}-list", kernel))
         for kernel in NAIVE for case in cases
     ]  # fmt: skip
@@ -173,7 +178,7 @@ def lists() -> Group:
 def limit() -> Group:
     """The largest arrays against the limit of the machine."""
     cases = tuple(flat(SIZES[-1], dtype) for dtype in DTYPES)
-    targets = [Target(f"{case.params:.0e} {case.dtype}, parallel: fraction of the limit", 0.95,
+    targets = [Target(f"{power(case.params)} {case.dtype}, parallel: fraction of the limit", 0.95,
                       of_limit(case, "parallel")) for case in cases]  # fmt: skip
     return Group(targets, cases, ("parallel",))
 
@@ -182,7 +187,7 @@ def same_bytes() -> Group:
     """The defaults against the other fused kernels that move the same bytes."""
     cases = tuple(flat(size, "float32") for size in LARGE)
     targets = [
-        Target(f"{case.params:.0e} float32, auto `step(list)` against {label}", 1.0, faster(case, "auto-list", way))
+        Target(f"{power(case.params)} float32, auto `step(list)` against {label}", 1.0, faster(case, "auto-list", way))
         for way, label in SAME_BYTES.items()
         for case in cases
     ]
@@ -245,7 +250,7 @@ def reference() -> Group:
                faster(case, way, *(torch if theirs == "torch" else (theirs,))))
         for case, way, found in bounds for theirs, bound in found.items()
     ]  # fmt: skip
-    targets.append(Target("5e+07 float32, parallel with 16-bit state against float32", 1.15,
+    targets.append(Target("5e7 float32, parallel with 16-bit state against float32", 1.15,
                           faster(big, "parallel-bfloat16", "parallel")))  # fmt: skip
     networks = tuple(Network(name, NETWORKS[name], "float32") for name in (MIDDLE, BIG))
     steps = {"list": (1.8, 2.3), "buffer": (1.9, 2.7)}
