@@ -7,7 +7,6 @@ noise and drift of the machine hit each alike.
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numba
@@ -16,6 +15,7 @@ import pytest
 
 from fastrms import RMSProp
 from fastrms.bench.implementations import IMPLEMENTATIONS
+from fastrms.bench.measure import time_in_turns
 from fastrms.bench.workers import LocalWorker
 from fastrms.plots import format_seconds
 
@@ -64,14 +64,7 @@ def test_what_a_step_adds_to_the_compiled_call(capsys):
     opt = RMSProp([np.ones(1_000, np.float32)], kernel="serial")
     opt.step()
     ((kernel, *arguments),) = opt.backend._steady_calls[False, "serial"]
-    calls = {"opt.step()": opt.step, "compiled call": lambda: kernel(*arguments)}
-    times = {name: [] for name in calls}
-    for _ in range(200):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(200):
-                call()
-            times[name].append((time.perf_counter() - start) / 200)
+    times = time_in_turns({"opt.step()": opt.step, "compiled call": lambda: kernel(*arguments)}, 0.2, turn=5e-4)
     step, bare = (1e6 * statistics.median(taken) for taken in times.values())
     with capsys.disabled():
         print(

@@ -5,12 +5,12 @@ the median time of a step over 1e5 float32 and the two ratios. The last line has
 """
 
 import statistics
-import time
 
 import numpy as np
 import pytest
 
 from fastrms import RMSProp
+from fastrms.bench.measure import time_in_turns
 
 SIZE = 100_000
 OPTIONS = {
@@ -44,14 +44,9 @@ def optimizers(kernel, options):
     return made
 
 
-def medians(made, rounds=60):
-    times = [[] for _ in made]
-    for _ in range(rounds):
-        for opt, taken in zip(made, times, strict=True):
-            start = time.perf_counter()
-            opt.step()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+def medians(made, seconds=0.02):
+    times = time_in_turns({str(k): opt.step for k, opt in enumerate(made)}, seconds)
+    return [statistics.median(taken) for taken in times.values()]
 
 
 def report(capsys, name, kernel, found):
@@ -78,5 +73,5 @@ def test_subnormals_cost_nothing(name, kernel, capsys):
 
 def test_without_flushing(capsys):
     """Print the cost without the option. It depends on the processor, so that nothing is asserted."""
-    found = medians(optimizers("serial", {"flush_subnormals": False}), rounds=10)
+    found = medians(optimizers("serial", {"flush_subnormals": False}))
     report(capsys, "flush_subnormals=False", "serial", found)

@@ -77,7 +77,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--min-time", type=positive, metavar="S", help="seconds to spend on each way (default: 1, with --quick 0.1)")
     add("--timeout", type=positive, default=300, metavar="S", help="for one answer of a library (default: %(default)s)")
     add("--output", type=Path, default=Path(), metavar="DIR", help="folder for results (default: this folder)")
-    add("--quick", action="store_true", help="fewer and smaller cases, less time, no torch.compile: within a minute")
+    add("--quick", action="store_true", help="fewer and smaller cases, less time, no torch.compile: about a minute")
     parser.set_defaults(run=run)
 
 
