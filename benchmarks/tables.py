@@ -126,7 +126,7 @@ def tables(runs: Sequence[Results]) -> dict[str, str]:
 
     return {
         "machine": "\n".join(map(machine, runs)),
-        "naive": f"```python\n{inspect.getsource(naive.naive)}\n\n{inspect.getsource(naive.naive_parallel)}```",
+        "naive": loops(),
         "against-naive": against_naive(runs),
         "in-situ": each(in_situ),
         "float32": each(lambda run: steps(run, "float32")),
@@ -144,6 +144,13 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table with its first column flush left and numbers flush right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def loops() -> str:
+    """The source of the naive loops, without the list of public names."""
+    source = inspect.getsource(naive).partition("\n\n")[2]
+    code = re.sub(r"__all__ = .*\n\n", "", source).rstrip()
+    return f"```python\n{code}\n```"
 
 
 def machine(run: Results) -> str:

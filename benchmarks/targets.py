@@ -207,7 +207,7 @@ def arrays() -> Group:
 
 
 def _slower_than_buffer(case: Case) -> Value:
-    speed = faster(case, "auto-list", "auto")
+    speed = faster(case, "auto-list", "auto", "serial", "parallel")
     return lambda run: None if (value := speed(run)) is None else 1 / value
 
 
