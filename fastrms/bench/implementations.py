@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from fastrms._types import CacheDType, Kernel
 from fastrms.bench import peers, roofline
 from fastrms.bench.cases import DECAY_RATE, DTYPES, EPSILON, LR, Array
 from fastrms.bench.plain import NaiveLoop, NumpyInPlace
@@ -35,7 +36,7 @@ class Implementation:
         return [name for name in self.modules if importlib.util.find_spec(name) is None]
 
 
-def _shared(kernel: str, lists: bool = False) -> Callable[[Problem], Runner]:
+def _shared(kernel: Kernel, lists: bool = False) -> Callable[[Problem], Runner]:
     """Run a kernel of fastrms on the problem's shared optimizer, with gradients in its buffer or in a list."""
 
     def make(problem: Problem) -> Runner:
@@ -50,7 +51,7 @@ def _shared(kernel: str, lists: bool = False) -> Callable[[Problem], Runner]:
     return make
 
 
-def _own(kernel: str, cache_dtype: str | None = None) -> Callable[[Problem], Runner]:
+def _own(kernel: Kernel, cache_dtype: CacheDType | None = None) -> Callable[[Problem], Runner]:
     """Run a kernel on an optimizer of its own: "auto" keeps its choice, and bfloat16 state has other memory."""
 
     def make(problem: Problem) -> Runner:

@@ -13,6 +13,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._types import HostKernel
 from fastrms.bench.cases import BATCH_SIZE, LR, Array, Network
 from fastrms.bench.errors import BenchmarkError
 from fastrms.bench.measure import Progress, quartiles, take_turns
@@ -25,12 +26,12 @@ from fastrms.optimizer import RMSProp
 
 __all__ = ["KERNELS", "LABELS", "WAYS", "TrainingRow", "measure_training", "train_with_auto"]
 
-KERNELS = ("auto", "serial", "parallel")
+KERNELS: tuple[HostKernel, ...] = ("auto", "serial", "parallel")
 # The ways to train that can be chosen.
 WAYS = (*KERNELS, "naive", "naive-parallel", "numpy-in-place")
 # The way without a choice: gradients are computed and left.
 NONE = "none"
-LABELS = {
+LABELS: dict[str, str] = {
     NONE: "no optimizer",
     **{kernel: f"fastrms {kernel}" for kernel in KERNELS},
     "naive": "naive loop",
@@ -161,8 +162,10 @@ def measure_training(
 
 def _training(way: str, gradients: str, start: Sequence[Array], threads: int | None) -> Training:
     """Return a new training from `start`; see `measure_training`."""
-    if way in KERNELS:
-        optimizer = RMSProp(start, lr=LR, kernel=way, num_threads=threads)
+    for kernel in KERNELS:
+        if kernel != way:
+            continue
+        optimizer = RMSProp(start, lr=LR, kernel=kernel, num_threads=threads)
         return Training(optimizer, optimizer.grads if gradients == "buffer" else None)
     params = [param.copy() for param in start]
     cache = [np.zeros_like(param) for param in start]

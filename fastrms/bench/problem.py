@@ -12,6 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrms._types import CacheDType, Kernel
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array, Case, make_arrays
 from fastrms.bench.errors import BenchmarkError
 from fastrms.kernels import threads
@@ -51,7 +52,7 @@ class Problem:
         self._optimizer.buffers["cache"].flat[...] = 0
         return self._optimizer
 
-    def new_optimizer(self, kernel: str, cache_dtype: str | None = None) -> RMSProp:
+    def new_optimizer(self, kernel: Kernel, cache_dtype: CacheDType | None = None) -> RMSProp:
         """Return a new optimizer of the case's parameters."""
         # A limit on threads costs time in each step; without one, all threads run.
         threads.start_threads()

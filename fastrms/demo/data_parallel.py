@@ -56,7 +56,7 @@ class RankTraining(Training):
             loss, gradients = share * float(mean), mine
         computed = perf_counter()
         if gradients is self.out:
-            self.optimizer.step()
+            self.optimizer.step(None)
         else:
             self.optimizer.step(gradients)
         self.record_times(start, computed, perf_counter())

@@ -44,11 +44,13 @@ class Optimizer(Protocol):
     """An optimizer of a list of arrays."""
 
     @property
-    def params(self) -> Sequence[Array]:
+    def params(self) -> Any:
         """The parameters, which a step replaces or changes in place."""
+        ...
 
-    def step(self, gradients: Sequence[Array], /) -> object:
+    def step(self, gradients: Any, /) -> object:
         """Take one step."""
+        ...
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Training:
         loss, gradients = loss_and_gradients(optimizer.params, x, y, self.out)
         computed = perf_counter()
         if self.out is not None and isinstance(optimizer, RMSProp):
-            optimizer.step()
+            optimizer.step(None)
         else:
             optimizer.step(gradients)
         self.record_times(start, computed, perf_counter())
