@@ -226,9 +226,18 @@ class Layout:
         return tuple(items) if self._order is None else self._order(items)
 
     def plain_items(self, tree: Any) -> Items | None:
-        """Return the items of a plain list, tuple or dict of items, the most frequent structures, or None for others.
+        """Return the items of a plain list, tuple or dict, the most frequent structures. No user code is called.
 
-        No function of the user's is called.
+        Parameters
+        ----------
+        tree : object
+            Anything.
+
+        Returns
+        -------
+        items : tuple or None
+            As `flatten` returns them; None where `tree` is not a list, tuple or dict of this structure, or the
+            structure is nested.
         """
         if self._is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):
             return tuple(tree)
