@@ -123,6 +123,24 @@ def test_it_waits_while_another_thread_holds_the_optimizer(opt):
     assert takes_one_call(opt)  # the step has admitted it again
 
 
+def test_it_waits_for_a_step_of_another_thread(opt):
+    begun, done = threading.Event(), threading.Event()
+
+    class Gradient:
+        def __array__(self, dtype=None, copy=None):
+            begun.set()
+            done.wait(10)
+            return np.ones(5)
+
+    stepper = threading.Thread(target=opt.step, args=([Gradient(), np.ones((2, 3))],))
+    stepper.start()
+    assert begun.wait(10)
+    meanwhile = takes_one_call(opt)
+    done.set()
+    stepper.join()
+    assert not meanwhile
+
+
 @pytest.mark.parametrize(
     "make",
     [
