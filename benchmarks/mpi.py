@@ -4,7 +4,7 @@
     python benchmarks/mpi.py --write         # and put tables into docs/mpi.md and the plot into docs/_static
     python benchmarks/mpi.py --latency 5e-6 --bandwidth 3e9      # the model for another network
 
-It starts mpiexec by itself. tests/test_mpi.py runs it for a moment and checks the bytes.
+It starts mpiexec by itself. tests/mpi/test_mpi.py runs it for a moment and checks the bytes.
 """
 # ruff: noqa: RUF001 - a multiplication sign in a table is meant
 

@@ -126,7 +126,7 @@ def _links(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_inside_the_repository_lead_somewhere(page):
     for target in _links(page):
-        # Pictures are drawn when the pages are built; tests/test_pictures.py looks for these.
+        # Pictures are drawn when the pages are built; tests/plots/test_pictures.py looks for these.
         assert target.startswith("_pictures/") or (page.parent / target).exists(), target
 
 
@@ -221,7 +221,7 @@ def test_every_public_name_is_documented_in_full(module):
 
 def test_without_torch_one_line_says_how_to_run_what_needs_it():
     """As README says of the command that runs the tests."""
-    some = ["fastrms/torch", "tests/test_torch.py", "tests/test_bfloat16.py", "-k", "torch"]
+    some = ["fastrms/torch", "tests/torch/test_torch.py", "tests/kernels/test_bfloat16.py", "-k", "torch"]
     program = f"import sys; sys.modules['torch'] = None; import pytest; sys.exit(pytest.main({some!r}))"
     environment = os.environ | {"FASTRMS_NO_SKIPS": "but-torch", "PYTEST_ADDOPTS": "-p no:cacheprovider"}
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -229,7 +229,7 @@ def test_without_torch_one_line_says_how_to_run_what_needs_it():
     (line,) = (line for line in run.stdout.splitlines() if line.startswith("SKIPPED"))
     command = "python -m pip install torch && python -m pytest -m torch"
     assert re.fullmatch(
-        rf"SKIPPED \[7\] tests.helpers\.py:\d+: torch is not installed\. .*: {re.escape(command)}", line
+        rf"SKIPPED \[7\] tests.support.helpers\.py:\d+: torch is not installed\. .*: {re.escape(command)}", line
     )
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
 

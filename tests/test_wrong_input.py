@@ -42,5 +42,5 @@ def test_every_line_of_the_tables_is_a_row():
 def test_every_error_is_in_the_tables():
     raised = {row[2] for row in ROWS}
     errors = {name for name in fastrms.__all__ if name.endswith("Error")}
-    # The base of all, and one that takes several ranks, which tests/on_ranks raises.
+    # The base of all, and one that takes several ranks, which tests/mpi/on_ranks raises.
     assert errors - raised == {"FastrmsError", "RankError"}

@@ -7,8 +7,8 @@ Two things in the update rule mean something else on a GPU. The compiler would c
 instruction that rounds once, and neither CUDA target of Numba has a switch for it (NVVM has the option; they do not
 pass it on). And `np.sqrt` is not known there. So the rule's source is compiled with each ``a * b`` as `multiply`, an
 instruction that is never contracted (``mul.rn``), and with CUDA's own square root. Division and square root round
-correctly unless fastmath is asked for, and subnormal numbers are kept. `tests/test_ptx.py` compiles everything without
-a GPU and reads the result.
+correctly unless fastmath is asked for, and subnormal numbers are kept. `tests/kernels/test_ptx.py` compiles everything
+without a GPU and reads the result.
 """
 
 import ast

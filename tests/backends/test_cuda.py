@@ -1,4 +1,4 @@
-"""`RMSProp(kernel="cuda")` without a GPU: the tests of `simulated` in the simulator, and what is said where none is."""
+"""`RMSProp(kernel="cuda")` without a GPU: `cuda_simulator` in the simulator, and the errors without one."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SIMULATED = Path(__file__).parent / "simulated"
+SIMULATED = Path(__file__).parent / "cuda_simulator"
 
 # Numba's own CUDA target, which numba-cuda replaces where it is installed, by an import hook.
 BUILT_IN = """if True:

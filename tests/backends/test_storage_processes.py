@@ -13,11 +13,6 @@ from helpers import JIT, assert_same_bits, assert_same_optimizers, contents
 from fastrms import RMSProp, StorageError
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "run"
-
-
 def run(program, *arguments, status=0):
     """Run a program, with these arguments in `sys.argv`, and return what it prints, with how it ended."""
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`fastrms.mpi` under a real mpiexec, on 1 to 5 ranks, which run the programs in tests/on_ranks."""
+"""`fastrms.mpi` under a real mpiexec, on 1 to 5 ranks, which run the programs in `on_ranks`."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ from helpers import JIT, assert_same_bits, leaves
 
 from fastrms import RMSProp
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 CASES = [
     "updates.all_options_and_layouts",
     "updates.bfloat16_cache",
@@ -65,7 +65,7 @@ def mpiexec(ranks, *command, folder="."):
         pytest.skip("there is no mpiexec")
     environment = os.environ | {
         "MPI_TEST_FOLDER": str(folder),
-        "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
         "PYTHONWARNINGS": "error",
     }
     try:
@@ -107,13 +107,14 @@ def test_all_cases_end_without_an_error(outcome):
 
 
 @needs_mpi
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
     status, printed = mpiexec(3, sys.executable, "-m", "on_ranks", "checkpoints.save", folder=tmp_path)
     assert (status, printed) == (0, "ok checkpoints.save\n")
     for ranks in (1, 2):
         status, printed = mpiexec(ranks, sys.executable, "-m", "on_ranks", "checkpoints.resume", folder=tmp_path)
         assert (status, printed) == (0, "ok checkpoints.resume\n")
     # Without MPI, from the same numbers.
+    monkeypatch.syspath_prepend(HERE)
     from on_ranks import shared
 
     layout = shared.LAYOUTS["odd"]
@@ -328,7 +329,7 @@ def test_the_demo_fails_where_the_losses_are_not_those_of_one_process(tmp_path):
     assert "expected at most 3.5e-04 of the first 10" in printed
 
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "mpi.py"
+BENCHMARK = HERE.parent.parent / "benchmarks" / "mpi.py"
 
 
 @needs_mpi

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import JIT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")

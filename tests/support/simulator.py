@@ -1,8 +1,8 @@
 """What tests in Numba's CUDA simulator share; importing it makes the simulator fast enough for them.
 
 The simulator, which runs kernels in the interpreter, has to be chosen before Numba is imported, so pytest does not
-collect this folder by itself: `test_cuda.py` starts it. Device memory is ordinary memory here, and streams are one;
-what the simulator has no notion of is tested on a GPU, by `test_gpu.py`.
+collect `backends/cuda_simulator` by itself: `backends/test_cuda.py` starts it. Device memory is ordinary memory here,
+and streams are one; what the simulator has no notion of is tested on a GPU, by `test_gpu.py`.
 """
 
 import sys

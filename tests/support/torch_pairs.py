@@ -1,4 +1,4 @@
-"""The two optimizers of test_torch.py and test_torch_gradients.py, side by side."""
+"""The two optimizers of the tests in `tests/torch`, side by side."""
 
 import torch
 from helpers import JIT

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import OPTIONS
 from helpers import wide
-from simulated.simulator import AS_RELEASED, DTYPES, Theirs, arrays, assert_same_state, cuda, kernels, pair
+from simulator import AS_RELEASED, DTYPES, Theirs, arrays, assert_same_state, cuda, kernels, pair
 
 from fastrms.kernels import norms
 

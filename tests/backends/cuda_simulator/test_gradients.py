@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import assert_same_bits
-from simulated.simulator import DTYPES, Theirs, arrays, assert_same_state, cuda, kernels, numbers, pair
+from simulator import DTYPES, Theirs, arrays, assert_same_state, cuda, kernels, numbers, pair
 
 from fastrms import NonfiniteError
 from fastrms.kernels import dlpack

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from helpers import assert_same_bits, leaves
-from simulated.simulator import Theirs, arrays, assert_same_state, cuda, numbers, on_host, pair
+from simulator import Theirs, arrays, assert_same_state, cuda, numbers, on_host, pair
 
 import fastrms
 from fastrms import (
