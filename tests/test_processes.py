@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import helpers
 import numba
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def in_another_process(start):
 
 WAYS = f"""if True:
     import sys
-    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    sys.path[:0] = {[os.path.dirname(file) for file in (__file__, helpers.__file__)]!r}
     import multiprocessing
     import numba, numpy as np
     from test_processes import in_another_process

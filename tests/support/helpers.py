@@ -103,13 +103,18 @@ def count_calls(function, events=("call", "c_call")):
     return count
 
 
+def items(tree):
+    """What is in a nesting of lists, tuples and dicts, in order."""
+    if isinstance(tree, dict):
+        return [item for part in tree.values() for item in items(part)]
+    if isinstance(tree, list | tuple):
+        return [item for part in tree for item in items(part)]
+    return [tree]
+
+
 def leaves(tree):
     """The arrays of a nesting of lists, tuples and dicts, in order."""
-    if isinstance(tree, dict):
-        return [leaf for item in tree.values() for leaf in leaves(item)]
-    if isinstance(tree, list | tuple):
-        return [leaf for item in tree for leaf in leaves(item)]
-    return [np.asarray(tree)]
+    return [np.asarray(item) for item in items(tree)]
 
 
 def same_structure(given, ours):
@@ -135,6 +140,16 @@ def whole(opt):
     state = opt.state_dict()
     arrays = {name: array.tobytes() for name, array in state["arrays"].items()}
     return arrays | {"steps": state["steps"], "skipped_steps": state["skipped_steps"]}
+
+
+def assert_same_state(ours, theirs, what=""):
+    """Compare all that a checkpoint has, whatever backends two optimizers have."""
+    mine, other = ours.state_dict(), theirs.state_dict()
+    arrays = mine.pop("arrays"), other.pop("arrays")
+    assert mine == other, what
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, array in arrays[1].items():
+        assert_same_bits(arrays[0][name], array, f"{name} {what}")
 
 
 def assert_same_optimizers(ours, theirs):

@@ -1,0 +1,195 @@
+"""Every backend gives the bits of the NumPy kernel, for every option, layout and kind of gradient."""
+
+import numpy as np
+import pytest
+from cases import GRADIENTS, LAYOUTS, OPTION_SETS, drawn
+from helpers import assert_same_bits, assert_same_state, items
+
+from fastrms import RMSProp
+
+MIXED = LAYOUTS["list"]
+
+
+def pair(backend, params, **options):
+    """The backend's optimizer and its oracle."""
+    return backend.make(params, **options), RMSProp(params, kernel="numpy", **options)
+
+
+def described(tree):
+    """A structure with shapes and dtypes in the place of arrays."""
+    if isinstance(tree, dict):
+        return {key: described(item) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(described, tree))
+    return tuple(tree.shape), np.dtype(tree.dtype)
+
+
+@pytest.mark.parametrize("options", OPTION_SETS)
+def test_every_option(options, backend, rng):
+    layout, options = MIXED, {"lr": 0.01} | OPTION_SETS[options]
+    if "cache_dtype" in options:
+        layout = [leaf._replace(dtype=np.float32) for leaf in MIXED]
+        if "bfloat16" in backend.refuses:
+            error, message = backend.refuses["bfloat16"]
+            with pytest.raises(error, match=message):
+                backend.make(drawn(layout, rng), **options)
+            return
+    optimizers = pair(backend, drawn(layout, rng), **options)
+    for t in range(4):
+        # From far below where squares are subnormal to moderate, so that floors and bounds are crossed.
+        gradients = backend.gradients(layout, rng, options, low=-30 if t % 2 else -3)
+        if t == 1:
+            gradients[0] = None
+        for opt in optimizers:
+            opt.step(gradients)
+    assert_same_state(*optimizers)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "bias_correction": True, "global_clip_norm": 0.5}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout, options, backend, rng):
+    layout = LAYOUTS[layout]
+    params = drawn(layout, rng, large=backend.large)
+    ours, oracle = pair(backend, params, **options)
+    for t in range(3):
+        gradients = backend.gradients(layout, rng, options)
+        if t == 1:
+            for view, gradient in zip(items(ours.grads), items(gradients), strict=True):
+                backend.fill(view, gradient)
+        assert ours.step(*[gradients] * (t != 1)) is ours.params
+        oracle.step(gradients)
+    assert_same_state(ours, oracle)
+    assert described(ours.params) == described(ours.grads) == described(oracle.params)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5, "nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_every_kind_of_gradient(kind, options, backend, rng):
+    optimizers = ours, oracle = pair(backend, drawn(MIXED, rng), **options)
+    for t in range(3):
+        gradients = [GRADIENTS[kind](gradient) for gradient in backend.gradients(MIXED, rng, options)]
+        before = [np.array(gradient) for gradient in gradients]
+        cast = [np.array(g).astype(leaf.dtype) for g, leaf in zip(gradients, MIXED, strict=True)]
+        if t == 1:
+            gradients[3] = cast[3] = None
+        ours.step(gradients)
+        oracle.step(cast)
+        for gradient, value in zip(gradients, before, strict=True):
+            if gradient is not None:
+                assert_same_bits(gradient, value, "a gradient was written")
+    assert_same_state(*optimizers)
+
+
+def test_gradients_in_the_buffer_stay_and_are_the_same_as_its_views(backend, rng):
+    optimizers = pair(backend, drawn(MIXED, rng), weight_decay=0.1, clip_value=0.2, maximize=True)
+    ours, oracle = optimizers
+    gradients = drawn(MIXED, rng)
+    for view, gradient in zip(ours.grads, gradients, strict=True):
+        backend.fill(view, gradient)
+    for given in ((), (ours.grads,), (list(ours.grads),), ([None, *ours.grads[1:]],)):
+        ours.step(*given)
+        oracle.step(gradients if not given or given[0][0] is not None else [None, *gradients[1:]])
+    assert_same_state(*optimizers)
+
+
+def test_gradients_that_are_the_optimizers_own_memory_are_read_before_it_is_written(backend, rng):
+    layout = [LAYOUTS["array"]] * 3
+    ours, oracle = pair(backend, drawn(layout, rng))
+    gradients = drawn(layout, rng)
+    for view, gradient in zip(ours.grads, gradients, strict=True):
+        backend.fill(view, gradient)
+    oracle.step([gradients[1], gradients[0], oracle.params[0].copy()])
+    ours.step([ours.grads[1], ours.grads[0], ours.params[0]])  # two are swapped, one is another's parameter
+    assert_same_state(ours, oracle)
+
+
+def test_the_arrays_that_were_given_as_parameters_are_not_written(backend):
+    start = np.ones(4)
+    opt = backend.make([start], weight_decay=0.1)
+    start.flags.writeable = False
+    opt.step([np.full(4, 0.5)])
+    assert start.tolist() == [1] * 4
+
+
+def test_options_of_groups_change_from_the_next_step_on(backend, rng):
+    layout = [LAYOUTS["array"], LAYOUTS["tuple"]]
+    optimizers = pair(backend, [{"params": params} for params in drawn(layout, rng)], lr=lambda step: 0.1 / (1 + step))
+    changes = [
+        lambda opt: None,
+        lambda opt: opt.param_groups[1].update(lr=0.5, momentum=0.9),
+        lambda opt: opt.param_groups[0].update(centered=True, maximize=True),
+        lambda opt: opt.param_groups[0].update(decay_rate=0.5, epsilon=1.0),
+        lambda opt: setattr(opt, "nonfinite", "skip"),
+        lambda opt: opt.param_groups[0].update(bias_correction=True, decay_rate=0.5),
+        lambda opt: opt.param_groups[1].update(weight_decay=0.5, eps_in_sqrt=True, clip_value=0.1),
+        lambda opt: setattr(opt, "global_clip_norm", 0.1),
+        lambda opt: setattr(opt, "nonfinite", "propagate"),
+        lambda opt: opt.param_groups[1].update(bias_correction=True, clip_norm=0.1, momentum=0.0),
+        lambda opt: opt.param_groups[0].update(bias_correction=False, centered=False),
+        lambda opt: opt.param_groups[1].update(bias_correction=False),
+        lambda opt: setattr(opt, "global_clip_norm", None),
+        lambda opt: setattr(opt, "lr", 0.25),
+    ]
+    for t, change in enumerate(changes):
+        gradients = backend.gradients(layout, rng, ["clip_norm", "global_clip_norm"])
+        if t % 3 == 1:
+            gradients[1] = (None, gradients[1][1])
+        for opt in optimizers:
+            change(opt)
+            opt.step(gradients)
+        assert_same_state(*optimizers, f"after change {t}")
+
+
+@pytest.mark.parametrize("name", ["momentum", "centered", "lr", "clip_norm", "nonfinite"])
+def test_an_option_that_the_function_given_as_lr_sets_holds_for_this_step_and_the_next(name, backend, rng):
+    value = {"lr": 0.5, "momentum": 0.9, "centered": True, "clip_norm": 0.01, "nonfinite": "skip"}[name]
+    optimizers = ours, oracle = pair(backend, drawn(MIXED, rng))
+    gradients = backend.gradients(MIXED, rng, [name])
+
+    def rate(step):
+        ours.lr = 1e-3
+        setattr(ours, name, value)
+        return 1e-3
+
+    for opt in optimizers:
+        opt.step(gradients)
+    ours.lr = rate
+    ours.step(gradients)
+    setattr(oracle, name, value)
+    oracle.step(gradients)
+    assert_same_state(*optimizers)
+    for opt in optimizers:
+        opt.step(gradients)
+    assert_same_state(*optimizers)
+
+
+def test_a_function_given_as_lr_is_called_once_a_step_with_the_steps_taken(backend):
+    seen = []
+    opt = backend.make([np.ones(3)], lr=lambda step: seen.append(step) or 0.1, nonfinite="skip")
+    for value in (1.0, np.nan, 1.0, 1.0):
+        opt.step([np.full(3, value)])
+    assert seen == [0, 1, 1, 2]
+    assert (opt.steps, opt.skipped_steps) == (3, 1)
+
+
+def test_a_parameter_without_a_gradient_keeps_its_value_its_state_and_its_count(backend, rng):
+    layout = [LAYOUTS["array"], LAYOUTS["array"]]
+    options = {"momentum": 0.9, "weight_decay": 0.1, "bias_correction": True}
+    start = drawn(layout, rng)
+    opt, alone = backend.make(start, **options), RMSProp(start[1:], kernel="numpy", **options)
+    for t in range(6):
+        gradients = drawn(layout, rng)
+        present = t in (1, 2, 5)
+        opt.step([gradients[0], gradients[1] if present else None])
+        if present:
+            alone.step(gradients[1:])
+    before = opt.state_dict()["arrays"]
+    for name, array in alone.state_dict()["arrays"].items():
+        if name != "skipped":
+            assert_same_bits(before[name][12:], array, name)
+    opt.step([None, None])
+    after = opt.state_dict()["arrays"]
+    assert after.pop("skipped").tolist() == [1, 4]
+    for name, array in after.items():
+        assert_same_bits(array, before[name], name)
+    assert opt.steps == 7

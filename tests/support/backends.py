@@ -1,0 +1,122 @@
+"""Every backend as the conformance tests see it: how an optimizer is made, and what is refused there and why."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from cases import drawn, of_gradients
+from helpers import JIT
+
+import fastrms.backends.pages
+from fastrms import OptionError, RMSProp, StorageError
+
+# The backend that this process was started for, or "".
+STARTED_FOR = os.environ.get("FASTRMS_TEST_BACKEND", "")
+
+
+def mpiexec(ranks):
+    """Return the command that runs a program on so many ranks, or None where there is no mpiexec."""
+    program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return program and [program, "-n", str(ranks)]
+
+
+class Backend:
+    """Memory of this process, and one kernel."""
+
+    kind = RMSProp
+    refuses: ClassVar = {}  # what it cannot do: the class and the message of the error
+    large = 9001  # elements of an array that is worked on in several parts
+    environment: ClassVar = None  # of processes that it needs for itself
+    processes = 1
+
+    def __init__(self, **options):
+        self.options = options
+
+    def start(self, folder, monkeypatch):
+        """Begin a test, which may write to a folder."""
+        self.folder = folder
+
+    def make(self, params, **options):
+        return self.kind(params, **self.options, **options)
+
+    def from_checkpoint(self, path, **options):
+        return self.kind.from_checkpoint(path, **self.options, **options)
+
+    def gradients(self, layout, rng, options=(), low=-3):
+        """Draw gradients for parameters in a layout."""
+        return drawn(of_gradients(layout), rng, low, large=self.large, whole=self.whole(options))
+
+    def whole(self, options):
+        """Return whether gradients have to be whole numbers for a backend with options to have the oracle's bits."""
+        return False
+
+    def fill(self, view, gradient):
+        """Write a gradient to its view of the gradient buffer."""
+        view[...] = gradient
+
+
+class Mapped(Backend):
+    """Files that are mapped to memory, each optimizer in a folder of its own; steps go through them page by page."""
+
+    refuses: ClassVar = {"copies": (StorageError, "cannot be copied or pickled; use save")}
+
+    def start(self, folder, monkeypatch):
+        super().start(folder, monkeypatch)
+        monkeypatch.setattr(fastrms.backends.pages, "PART_BYTES", 4096)
+        self.runs = (folder / f"run-{number}" for number in range(1000))
+
+    def make(self, params, **options):
+        return super().make(params, storage=next(self.runs), **options)
+
+    def from_checkpoint(self, path, **options):
+        return super().from_checkpoint(path, storage=next(self.runs), **options)
+
+
+class Cuda(Backend):
+    """A GPU, for which Numba's simulator stands. It has to be chosen before Numba is imported."""
+
+    refuses: ClassVar = {"bfloat16": (OptionError, "cache_dtype: expected None")}
+    large = 2 * 64 + 3  # the simulator has smaller chunks, and is slow
+    environment: ClassVar = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0", "NUMBA_NUM_THREADS": "2"}
+
+    def start(self, folder, monkeypatch):
+        super().start(folder, monkeypatch)
+        import simulator  # noqa: F401 - it is made fast enough
+
+    def fill(self, view, gradient):
+        if gradient.size:
+            view.copy_to_device(gradient)
+
+
+class Ranks(Backend):
+    """Two ranks that have the same gradients, whose mean is exactly the gradient of one process."""
+
+    refuses: ClassVar = {"copies": (TypeError, "cannot be copied or pickled")}
+    environment: ClassVar = {}
+    processes = 2
+
+    @property
+    def kind(self):
+        from fastrms.mpi import ShardedRMSProp
+
+        return ShardedRMSProp
+
+    def whole(self, options):
+        """Each rank sums the squares of its shard. The sum over ranks has other roundings, unless it is exact."""
+        return any("norm" in name for name in options)
+
+    def start(self, folder, monkeypatch):
+        from mpi4py import MPI
+
+        super().start(MPI.COMM_WORLD.bcast(folder), monkeypatch)
+
+
+COMPILED = ["serial", "parallel"] if JIT else []  # the interpreter would take minutes for them
+BACKENDS = {
+    **{kernel: Backend(kernel=kernel) for kernel in ["numpy", *COMPILED]},
+    **{f"mapped-{kernel}": Mapped(kernel=kernel) for kernel in ["numpy", *COMPILED]},
+    "cuda": Cuda(kernel="cuda"),
+    "ranks": Ranks(kernel="serial" if JIT else "numpy"),
+}
