@@ -2,12 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from backends import mpiexec
 from helpers import JIT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it asks for settings that only Linux has")
@@ -276,7 +275,6 @@ def test_pytorchs_threads_stay_as_they_were_set():
 
 def test_several_ranks_have_a_hook_for_uncaught_exceptions():
     """It ends the other ranks, which would wait for ever."""
-    program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    for found in changes("importing sharding", "mpi4py.MPI", command=[program, "-n", "2"]):
+    for found in changes("importing sharding", "mpi4py.MPI", command=mpiexec(2)):
         assert found.pop("excepthooks")[0].startswith("<function install_excepthook.<locals>.hook")
         assert found == AT_EXIT

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SIMULATED = Path(__file__).parent / "cuda_simulator"
+SIMULATED, CONFORMANCE = (Path(__file__).parent / name for name in ("cuda_simulator", "conformance"))
 
 # Numba's own CUDA target, which numba-cuda replaces where it is installed, by an import hook.
 BUILT_IN = """if True:
@@ -34,7 +34,11 @@ def run(arguments, **environment):
         pytest.param("numba-cuda", ["-m", "torch"], marks=pytest.mark.torch),
         (
             "built in",
-            ["-k", "every_option_has and 0 or gradients_of_every_kind or goes_on_elsewhere or steady or said"],
+            [
+                str(CONFORMANCE),
+                "-k",
+                "(every_option or file_alone) and cuda or of_every_kind or steady or said",
+            ],
         ),
     ],
     ids=["numba-cuda", "tensors of torch", "built in"],
@@ -47,6 +51,7 @@ def test_in_the_simulator(target, chosen):
         program if target == "built in" else ["-m", "pytest", *options],
         NUMBA_ENABLE_CUDASIM="1",
         FASTRMS_NO_SKIPS="1",
+        FASTRMS_TEST_BACKEND="cuda",
         PYTEST_ADDOPTS="",  # two at a time, and a report, are for the tests around this one
         NUMBA_NUM_THREADS="2",
     )

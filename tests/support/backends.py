@@ -44,6 +44,10 @@ class Backend:
     def from_checkpoint(self, path, **options):
         return self.kind.from_checkpoint(path, **self.options, **options)
 
+    def pair(self, params, **options):
+        """Return an optimizer of this backend, and the oracle, whose bits it is to have."""
+        return self.make(params, **options), RMSProp(params, kernel="numpy", **options)
+
     def gradients(self, layout, rng, options=(), low=-3):
         """Draw gradients for parameters in a layout."""
         return drawn(of_gradients(layout), rng, low, large=self.large, whole=self.whole(options))

@@ -108,7 +108,8 @@ LAYOUTS = {
     "groups": [{"params": {"W": f(3, 2)}, "lr": 0.5}, {"params": [d(4), f()], "momentum": 0.5}, {"params": f(3)}],
     "many small": [f(k % 4) if k % 3 else d(2) for k in range(40)],
     "one large": f(LARGE),
-    "large and small": [f(3), f(LARGE), d(LARGE), f(2, 2)],
+    "large and small": [f(4, 3), d(), d(0), f(7), f(LARGE)],
+    "two large": [f(3), d(LARGE), f(LARGE), d(2, 2)],
 }
 
 
@@ -134,6 +135,7 @@ def of_gradients(layout):
 # Each option alone, with another one that it needs, and sets of them.
 OPTION_SETS = {
     "defaults": {},
+    **{"-".join(sorted(names)): {name: OPTIONS[name] for name in sorted(names)} for names in combinations()[-12:]},
     **{name: {name: value} for name, value in OPTIONS.items()},
     "nesterov": {"momentum": 0.9, "nesterov": True},
     "lr_in_momentum": {"momentum": 0.5, "lr_in_momentum": True},

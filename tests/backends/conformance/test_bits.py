@@ -10,11 +10,6 @@ from fastrms import RMSProp
 MIXED = LAYOUTS["list"]
 
 
-def pair(backend, params, **options):
-    """The backend's optimizer and its oracle."""
-    return backend.make(params, **options), RMSProp(params, kernel="numpy", **options)
-
-
 def described(tree):
     """A structure with shapes and dtypes in the place of arrays."""
     if isinstance(tree, dict):
@@ -26,15 +21,15 @@ def described(tree):
 
 @pytest.mark.parametrize("options", OPTION_SETS)
 def test_every_option(options, backend, rng):
-    layout, options = MIXED, {"lr": 0.01} | OPTION_SETS[options]
+    layout, options = LAYOUTS["large and small"], {"lr": 0.01} | OPTION_SETS[options]
     if "cache_dtype" in options:
-        layout = [leaf._replace(dtype=np.float32) for leaf in MIXED]
+        layout = [leaf._replace(dtype=np.float32) for leaf in layout]
         if "bfloat16" in backend.refuses:
             error, message = backend.refuses["bfloat16"]
             with pytest.raises(error, match=message):
                 backend.make(drawn(layout, rng), **options)
             return
-    optimizers = pair(backend, drawn(layout, rng), **options)
+    optimizers = backend.pair(drawn(layout, rng, large=backend.large), **options)
     for t in range(4):
         # From far below where squares are subnormal to moderate, so that floors and bounds are crossed.
         gradients = backend.gradients(layout, rng, options, low=-30 if t % 2 else -3)
@@ -50,7 +45,7 @@ def test_every_option(options, backend, rng):
 def test_every_layout(layout, options, backend, rng):
     layout = LAYOUTS[layout]
     params = drawn(layout, rng, large=backend.large)
-    ours, oracle = pair(backend, params, **options)
+    ours, oracle = backend.pair(params, **options)
     for t in range(3):
         gradients = backend.gradients(layout, rng, options)
         if t == 1:
@@ -65,7 +60,7 @@ def test_every_layout(layout, options, backend, rng):
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5, "nonfinite": "skip"}], ids=str)
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_every_kind_of_gradient(kind, options, backend, rng):
-    optimizers = ours, oracle = pair(backend, drawn(MIXED, rng), **options)
+    optimizers = ours, oracle = backend.pair(drawn(MIXED, rng), **options)
     for t in range(3):
         gradients = [GRADIENTS[kind](gradient) for gradient in backend.gradients(MIXED, rng, options)]
         before = [np.array(gradient) for gradient in gradients]
@@ -81,7 +76,7 @@ def test_every_kind_of_gradient(kind, options, backend, rng):
 
 
 def test_gradients_in_the_buffer_stay_and_are_the_same_as_its_views(backend, rng):
-    optimizers = pair(backend, drawn(MIXED, rng), weight_decay=0.1, clip_value=0.2, maximize=True)
+    optimizers = backend.pair(drawn(MIXED, rng), weight_decay=0.1, clip_value=0.2, maximize=True)
     ours, oracle = optimizers
     gradients = drawn(MIXED, rng)
     for view, gradient in zip(ours.grads, gradients, strict=True):
@@ -94,7 +89,7 @@ def test_gradients_in_the_buffer_stay_and_are_the_same_as_its_views(backend, rng
 
 def test_gradients_that_are_the_optimizers_own_memory_are_read_before_it_is_written(backend, rng):
     layout = [LAYOUTS["array"]] * 3
-    ours, oracle = pair(backend, drawn(layout, rng))
+    ours, oracle = backend.pair(drawn(layout, rng))
     gradients = drawn(layout, rng)
     for view, gradient in zip(ours.grads, gradients, strict=True):
         backend.fill(view, gradient)
@@ -113,7 +108,7 @@ def test_the_arrays_that_were_given_as_parameters_are_not_written(backend):
 
 def test_options_of_groups_change_from_the_next_step_on(backend, rng):
     layout = [LAYOUTS["array"], LAYOUTS["tuple"]]
-    optimizers = pair(backend, [{"params": params} for params in drawn(layout, rng)], lr=lambda step: 0.1 / (1 + step))
+    optimizers = backend.pair([{"params": params} for params in drawn(layout, rng)], lr=lambda step: 0.1 / (1 + step))
     changes = [
         lambda opt: None,
         lambda opt: opt.param_groups[1].update(lr=0.5, momentum=0.9),
@@ -143,7 +138,7 @@ def test_options_of_groups_change_from_the_next_step_on(backend, rng):
 @pytest.mark.parametrize("name", ["momentum", "centered", "lr", "clip_norm", "nonfinite"])
 def test_an_option_that_the_function_given_as_lr_sets_holds_for_this_step_and_the_next(name, backend, rng):
     value = {"lr": 0.5, "momentum": 0.9, "centered": True, "clip_norm": 0.01, "nonfinite": "skip"}[name]
-    optimizers = ours, oracle = pair(backend, drawn(MIXED, rng))
+    optimizers = ours, oracle = backend.pair(drawn(MIXED, rng))
     gradients = backend.gradients(MIXED, rng, [name])
 
     def rate(step):

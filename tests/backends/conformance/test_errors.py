@@ -5,18 +5,14 @@ import pytest
 from cases import LAYOUTS, WRONG_GRADIENTS, drawn
 from helpers import assert_same_state, whole
 
-from fastrms import NonfiniteError, OptionError, OptionTypeError, RMSProp, StepInProgressError, StructureError
+from fastrms import NonfiniteError, OptionError, OptionTypeError, StepInProgressError, StructureError
 
 MIXED = LAYOUTS["list"]
 
 
-def pair(backend, params, **options):
-    return backend.make(params, **options), RMSProp(params, kernel="numpy", **options)
-
-
 @pytest.mark.parametrize("wrong", WRONG_GRADIENTS)
 def test_wrong_gradients(wrong, backend):
-    optimizers = ours, oracle = pair(backend, [np.ones(2), np.ones(3)], momentum=0.9)
+    optimizers = ours, oracle = backend.pair([np.ones(2), np.ones(3)], momentum=0.9)
     gradients, error, message = WRONG_GRADIENTS[wrong]
     ours.step([np.ones(2), np.ones(3)])
     before = whole(ours)
@@ -50,7 +46,7 @@ def test_a_function_given_as_lr_that_returns_no_rate(bad, backend):
 
 
 def test_a_function_given_as_lr_that_raises_or_steps(backend, rng):
-    optimizers = ours, _ = pair(backend, drawn(MIXED, rng))
+    optimizers = ours, _ = backend.pair(drawn(MIXED, rng))
     gradients = drawn(MIXED, rng)
     for error, rate in (
         (ZeroDivisionError, lambda step: 1 / 0),
@@ -78,7 +74,7 @@ def test_gradients_that_are_not_finite_are_refused_or_skipped(options, way, bad,
     layout = [LAYOUTS["array"], *MIXED[1:], LAYOUTS["one large"]]
     params = drawn(layout, rng, large=backend.large)
     raising = backend.make(params, nonfinite="raise", **options)
-    skipping, oracle = pair(backend, params, nonfinite="skip", **options)
+    skipping, oracle = backend.pair(params, nonfinite="skip", **options)
 
     def give(opt, gradients):
         if way == "buffer":
@@ -106,7 +102,7 @@ def test_gradients_that_are_not_finite_are_refused_or_skipped(options, way, bad,
 
 def test_a_gradient_that_is_absent_is_not_asked_whether_it_is_finite(backend):
     for nonfinite in ("raise", "skip"):
-        optimizers = ours, _ = pair(backend, [np.ones(2), np.ones(3)], nonfinite=nonfinite)
+        optimizers = ours, _ = backend.pair([np.ones(2), np.ones(3)], nonfinite=nonfinite)
         backend.fill(ours.grads[0], np.full(2, np.nan))
         for opt in optimizers:
             opt.step([None, np.ones(3)])
@@ -118,7 +114,7 @@ def test_a_gradient_that_is_absent_is_not_asked_whether_it_is_finite(backend):
 
 
 def test_what_is_not_finite_is_used_by_default_and_stays_in_its_element(backend, rng):
-    optimizers = ours, _ = pair(backend, drawn(MIXED, rng))
+    optimizers = ours, _ = backend.pair(drawn(MIXED, rng))
     for t in range(3):
         gradients = drawn(MIXED, rng)
         if t == 1:
@@ -131,7 +127,7 @@ def test_what_is_not_finite_is_used_by_default_and_stays_in_its_element(backend,
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "raise", "skip"])
 def test_what_is_cast_to_inf_follows_nonfinite_and_not_numpys_settings(nonfinite, backend, rng):
-    optimizers = pair(backend, [np.ones((2, 3), np.float32)], nonfinite=nonfinite)
+    optimizers = backend.pair([np.ones((2, 3), np.float32)], nonfinite=nonfinite)
     gradient = 1e300 * rng.standard_normal((2, 3))
     for opt in optimizers:
         with np.errstate(all="raise", invalid="ignore"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits, leaves
+from helpers import JIT, assert_same_bits, assert_same_state, leaves
 from mpi4py import MPI
 
 from fastrms import RankError, mpi
@@ -79,11 +79,7 @@ def assert_same_params(opt, alone, what="params"):
 def assert_same(opt, alone, what=""):
     """Check that parameters, state, options and counts of two optimizers are the same, on this rank."""
     assert_same_params(opt, alone, f"params, {what}")
-    ours, theirs = opt.state_dict(), alone.state_dict()
-    assert ours["arrays"].keys() == theirs["arrays"].keys()
-    for name, array in theirs["arrays"].items():
-        assert_same_bits(ours["arrays"][name], array, f"{name}, {what}")
-    assert {k: v for k, v in ours.items() if k != "arrays"} == {k: v for k, v in theirs.items() if k != "arrays"}
+    assert_same_state(opt, alone, what)
 
 
 def take_step(opt, gradients, way, rng):

@@ -55,18 +55,6 @@ def all_options_and_layouts():
         assert_same(opt, alone, f"{name}, {options}, {kernel}, {way}")
 
 
-def bfloat16_cache():
-    layout = LAYOUTS["even"] | {"x": ((55, 3), np.float32)}
-    params = params_of(layout)
-    made = [cls(params, cache_dtype="bfloat16", momentum=0.9, kernel=KERNELS[-1]) for cls in (ShardedRMSProp, RMSProp)]
-    for step in range(STEPS):
-        gradients = gradients_of(layout, step)
-        made[0].step(gradients[RANK])
-        made[1].step(add(gradients))
-    assert leaves(made[0].cache)[0].dtype == np.uint16
-    assert_same(*made)
-
-
 def parameter_groups():
     """Groups of nested parameters, each with its own options, which change between steps."""
     layout = LAYOUTS["mixed"]
