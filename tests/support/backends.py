@@ -30,6 +30,7 @@ class Backend:
     large = 9001  # elements of an array that is worked on in several parts
     environment: ClassVar = None  # of processes that it needs for itself
     processes = 1
+    arguments = ()  # of pytest in them
 
     def __init__(self, **options):
         self.options = options
@@ -84,6 +85,7 @@ class Cuda(Backend):
     refuses: ClassVar = {"bfloat16": (OptionError, "cache_dtype: expected None")}
     large = 2 * 64 + 3  # the simulator has smaller chunks, and is slow
     environment: ClassVar = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0", "NUMBA_NUM_THREADS": "2"}
+    arguments = ("-W", "ignore::RuntimeWarning")  # of NumPy's scalars, which kernels compute with there
 
     def start(self, folder, monkeypatch):
         super().start(folder, monkeypatch)

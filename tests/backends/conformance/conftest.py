@@ -84,30 +84,21 @@ def run(session, name, folder):
         for item in session.items
         if hasattr(item, "callspec") and item.callspec.params.get("backend") == name
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *backend.arguments, *tests]
     if backend.processes > 1:
         command = [*mpiexec(backend.processes), *command]
-    environment = (
-        os.environ
-        | backend.environment
-        | {
-            "FASTRMS_TEST_BACKEND": name,
-            REPORT: str(folder / "report"),
-            "PYTEST_ADDOPTS": "",  # two at a time, and a report, are for the tests around these
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-    )
+    environment = os.environ | backend.environment | {
+        "FASTRMS_TEST_BACKEND": name,
+        REPORT: str(folder / "report"),
+        "PYTEST_ADDOPTS": "",  # two at a time, and a report, are for the tests around these
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
     with open(folder / "output", "wb") as output:
         try:
             subprocess.run(
-                command,
-                env=environment,
-                cwd=session.config.rootpath,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=SECONDS,
-                check=False,
-            )
+                command, env=environment, cwd=session.config.rootpath, stdout=output, stderr=subprocess.STDOUT,
+                timeout=SECONDS, check=False,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             output.write(f"\nno end after {SECONDS} s".encode())
     (folder / "output").rename(folder / "printed")

@@ -20,7 +20,7 @@ def described(tree):
 
 
 @pytest.mark.parametrize("options", OPTION_SETS)
-def test_every_option(options, backend, rng):
+def test_every_option_has_the_bits_of_the_numpy_kernel(options, backend, rng):
     layout, options = LAYOUTS["large and small"], {"lr": 0.01} | OPTION_SETS[options]
     if "cache_dtype" in options:
         layout = [leaf._replace(dtype=np.float32) for leaf in layout]
@@ -42,7 +42,7 @@ def test_every_option(options, backend, rng):
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "bias_correction": True, "global_clip_norm": 0.5}], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, options, backend, rng):
+def test_every_layout_has_the_bits_of_the_numpy_kernel(layout, options, backend, rng):
     layout = LAYOUTS[layout]
     params = drawn(layout, rng, large=backend.large)
     ours, oracle = backend.pair(params, **options)
@@ -59,7 +59,7 @@ def test_every_layout(layout, options, backend, rng):
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5, "nonfinite": "skip"}], ids=str)
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_every_kind_of_gradient(kind, options, backend, rng):
+def test_every_kind_of_gradient_has_the_bits_of_the_numpy_kernel(kind, options, backend, rng):
     optimizers = ours, oracle = backend.pair(drawn(MIXED, rng), **options)
     for t in range(3):
         gradients = [GRADIENTS[kind](gradient) for gradient in backend.gradients(MIXED, rng, options)]

@@ -11,7 +11,7 @@ MIXED = LAYOUTS["list"]
 
 
 @pytest.mark.parametrize("wrong", WRONG_GRADIENTS)
-def test_wrong_gradients(wrong, backend):
+def test_wrong_gradients_raise_the_same_error_and_change_nothing(wrong, backend):
     optimizers = ours, oracle = backend.pair([np.ones(2), np.ones(3)], momentum=0.9)
     gradients, error, message = WRONG_GRADIENTS[wrong]
     ours.step([np.ones(2), np.ones(3)])
@@ -25,7 +25,7 @@ def test_wrong_gradients(wrong, backend):
     assert_same_state(*optimizers)
 
 
-def test_keys_of_gradients_that_are_missing_or_unknown(backend):
+def test_keys_of_gradients_that_are_missing_or_unknown_are_named(backend):
     opt = backend.make({"W": np.ones(2), "b": np.ones(1)})
     before = whole(opt)
     with pytest.raises(StructureError, match="gradients: missing 'b'"):
@@ -36,7 +36,7 @@ def test_keys_of_gradients_that_are_missing_or_unknown(backend):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -1.0, "fast", None, 1e39])
-def test_a_function_given_as_lr_that_returns_no_rate(bad, backend):
+def test_a_function_given_as_lr_that_returns_no_rate_changes_nothing(bad, backend):
     opt = backend.make([np.ones(3, np.float32)], lr=lambda step: 0.1 if step < 1 else bad)
     opt.step([np.ones(3)])
     before = whole(opt)
@@ -45,7 +45,7 @@ def test_a_function_given_as_lr_that_returns_no_rate(bad, backend):
     assert whole(opt) == before
 
 
-def test_a_function_given_as_lr_that_raises_or_steps(backend, rng):
+def test_a_function_given_as_lr_that_raises_or_steps_changes_nothing(backend, rng):
     optimizers = ours, _ = backend.pair(drawn(MIXED, rng))
     gradients = drawn(MIXED, rng)
     for error, rate in (
@@ -140,7 +140,7 @@ def test_what_is_cast_to_inf_follows_nonfinite_and_not_numpys_settings(nonfinite
     assert optimizers[0].skipped_steps == (nonfinite == "skip")
 
 
-def test_attributes_that_nothing_reads(backend):
+def test_attributes_that_nothing_reads_are_refused(backend):
     opt = backend.make([np.ones(3)])
     with pytest.raises(AttributeError, match="expected 'lr'"):
         opt.learning_rate = 0.1
