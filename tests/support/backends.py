@@ -100,7 +100,7 @@ class Ranks(Backend):
     """Two ranks that have the same gradients, whose mean is exactly the gradient of one process."""
 
     refuses: ClassVar = {"copies": (TypeError, "cannot be copied or pickled")}
-    environment: ClassVar = {}
+    environment: ClassVar = {"FASTRMS_MPI_TIMEOUT": "20"}  # so long a rank waits for one whose test has failed
     processes = 2
 
     @property
@@ -117,6 +117,7 @@ class Ranks(Backend):
         from mpi4py import MPI
 
         super().start(MPI.COMM_WORLD.bcast(folder), monkeypatch)
+        monkeypatch.setattr(sys, "ps1", "", raising=False)  # an error ends this test only, as in an interactive session
 
 
 COMPILED = ["serial", "parallel"] if JIT else []  # the interpreter would take minutes for them
