@@ -5,6 +5,7 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy_runs
 from helpers import assert_same_bits, case_id
 from scipy.optimize import (
     Bounds,
@@ -149,7 +150,7 @@ def warned(**given):
 def test_unknown_options_are_warned_about_as_scipy_does():
     unknown = {"eps": 1e-8, "alpha": 0.9}
     ours, theirs = (warned(method=m, options=unknown) for m in (rmsprop, "Nelder-Mead"))
-    assert ours[1] == [(OptimizeWarning, "Unknown solver options: eps, alpha", __file__)]
+    assert ours[1] == [(OptimizeWarning, "Unknown solver options: eps, alpha", scipy_runs.__file__)]
     assert (OptimizeWarning, "Unknown solver options: eps, alpha") in [w[:2] for w in theirs[1]]
     assert_same_bits(ours[0].x, run().x)
 
@@ -157,12 +158,12 @@ def test_unknown_options_are_warned_about_as_scipy_does():
 @pytest.mark.parametrize("name", ["hess", "hessp"])
 def test_second_derivatives_are_warned_about(name):
     _, found = warned(**{name: lambda x, p=None: np.eye(3)})
-    assert found == [(RuntimeWarning, f"Method rmsprop does not use {name}.", __file__)]
+    assert found == [(RuntimeWarning, f"Method rmsprop does not use {name}.", scipy_runs.__file__)]
 
 
 def test_disp(capsys):
     result, found = warned(options={"disp": True})
-    assert found == [(OptimizeWarning, result.message, __file__)]
+    assert found == [(OptimizeWarning, result.message, scipy_runs.__file__)]
     assert capsys.readouterr().out == f"fun {result.fun:g}, nit 20, nfev 21, njev 21\n"
     assert warned(x0=[1.0, 1.0], options={"disp": True})[1] == []
     assert capsys.readouterr().out == "Optimization terminated successfully.\nfun 0, nit 0, nfev 1, njev 1\n"
