@@ -14,7 +14,13 @@ from fastrms.kernels import dlpack
 
 # What tests start in processes of their own, or import where there is torch; pytest would import it here, to look for
 # doctests.
-collect_ignore = ["backends/cuda_simulator", "mpi/on_ranks", "support/simulator.py", "support/torch_pairs.py", "typed_user_code.py"]
+collect_ignore = [
+    "backends/cuda_simulator",
+    "mpi/on_ranks",
+    "support/simulator.py",
+    "support/torch_pairs.py",
+    "typed_user_code.py",
+]
 
 # A skipped test looks like a passed one in a summary. With FASTRMS_NO_SKIPS=1 every skip is a failure; with "but-torch"
 # every skip but those for want of torch, which the extra `test` does not install.

@@ -1,11 +1,8 @@
 """The benchmark's measuring: turns, limits, checks of bits, peers in processes of their own, tables."""
 
-import importlib.util
 import io
-import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ from helpers import JIT
 
 from fastrms.bench import cases, implementations, in_situ, measure, problem, quiet, roofline, workers
 from fastrms.bench.errors import BenchmarkError, PeerError
-from fastrms.cli import main
 from fastrms.plots import plot_throughput
 
 SERIAL, PARALLEL, DIVIDER, DIVIDER_PARALLEL = implementations.ROOFLINES

@@ -32,6 +32,12 @@ def structures():
     }
 
 
+@pytest.mark.parametrize("size", [PAGE_ALIGNED_FROM, 10 * PAGE_ALIGNED_FROM + 1])
+def test_a_large_block_begins_on_a_page(size):
+    blocks = [FlatBuffer([np.zeros(size, np.uint8)]).block for _ in range(5)]
+    assert [block.ctypes.data % PAGE for block in blocks] == [0] * 5
+
+
 @pytest.mark.parametrize("name", structures())
 def test_views_have_the_structure_and_values_and_share_one_aligned_block(name):
     tree = structures()[name]
