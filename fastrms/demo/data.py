@@ -41,18 +41,10 @@ def load_digits() -> tuple[Array, Labels]:
 
 
 def load_file(path: Path) -> tuple[Array, Labels]:
-    """Read the arrays X and y of an .npz file, check them, and number the classes.
+    """Read the arrays X and y of an .npz file, check them, and number the classes 0, 1, ... in sorted order.
 
-    Returns
-    -------
-    x : ndarray of float64, shape (rows, features)
-    y : ndarray of int, shape (rows,)
-        Labels of any kind, numbered 0, 1, ... in sorted order.
-
-    Raises
-    ------
-    DataError
-        The file is not readable or no .npz file, or nothing can be trained on its arrays; names the file.
+    X has shape (rows, features), y shape (rows,). Raise DataError, which names the file, if it cannot be read or
+    nothing can be trained on its arrays.
     """
     try:
         with path.open("rb") as stream:  # numpy.load leaves a damaged archive open
@@ -67,12 +59,8 @@ def load_file(path: Path) -> tuple[Array, Labels]:
 def split(x: Array, y: Labels, dtype: DTypeLike, seed: int, name: str) -> Dataset:
     """Keep a fifth of the rows for the test, and standardise all by mean and deviation of the training rows.
 
-    A feature that is constant in the training rows becomes 0 in all rows.
-
-    Raises
-    ------
-    DataError
-        The deviation of a feature overflows or underflows, or a scaled row overflows; begins with `name`.
+    A feature that is constant in the training rows becomes 0 in all rows. Raise DataError, which begins with `name`, if
+    the deviation of a feature overflows or underflows, or a scaled row overflows.
     """
     from sklearn.model_selection import train_test_split
 

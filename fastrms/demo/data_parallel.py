@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -39,28 +39,22 @@ class OneProcessTraining(Training):
 class RankTraining(Training):
     """One rank's part of a training on all ranks: its rows of each batch."""
 
-    def step(self, x: Array, y: Labels) -> None:
-        """Train on this rank's rows of a batch, and record the loss of the whole batch."""
-        assert isinstance(self.optimizer, ShardedRMSProp)
+    def compute(self, x: Array, y: Labels) -> tuple[np.floating[Any], Sequence[Array | None]]:
+        """Return this rank's shares of the loss and the gradients of a batch; the sums over ranks are those of it."""
         rows = slice(len(y) * comm.rank // comm.size, len(y) * (comm.rank + 1) // comm.size)
         share = (rows.stop - rows.start) / len(y)
-        loss = 0.0
-        gradients: Sequence[Array | None] = [None] * len(self.optimizer.params)  # where ranks outnumber rows
+        if not share:  # ranks outnumber rows
+            return np.float64(0), [None] * len(self.optimizer.params)
+        loss, gradients = loss_and_gradients(self.optimizer.params, x[rows], y[rows], self.out)
+        for array in gradients:  # means over this rank's rows
+            array *= share
+        return np.float64(share * float(loss)), gradients
+
+    def step(self, x: Array, y: Labels) -> None:
+        """Train on this rank's rows of a batch, and record the loss of the whole batch."""
         comm.Barrier()  # the measured time begins with all ranks ready
-        start = perf_counter()
-        if share:
-            mean, mine = loss_and_gradients(self.optimizer.params, x[rows], y[rows], self.out)
-            # The mean over this rank's rows, weighted by their number: the sum over ranks is the mean over the batch.
-            for array in mine:
-                array *= share
-            loss, gradients = share * float(mean), mine
-        computed = perf_counter()
-        if gradients is self.out:
-            self.optimizer.step(None)
-        else:
-            self.optimizer.step(gradients)
-        self.record_times(start, computed, perf_counter())
-        self.losses.append(np.float64(comm.allreduce(loss)))
+        super().step(x, y)
+        self.losses[-1] = np.float64(comm.allreduce(float(self.losses[-1])))
 
     def epoch(self, batches: Sequence[Batch], on_step: Callable[[Training], None]) -> None:
         """Train on all ranks, with the cores shared out among them."""
@@ -81,17 +75,9 @@ def train_one_and_all(
     into_buffer: bool,
     on_step: Callable[[Training], None] = lambda training: None,
 ) -> tuple[Training, Training]:
-    """Train on rank 0 alone and on all ranks, from the same start on the same batches.
+    """Train on rank 0 alone and on all ranks, and return both trainings; the first has steps on rank 0 only.
 
-    Parameters
-    ----------
-    start, batches, lr, kernel, into_buffer, on_step
-        As for `fastrms.demo.training.train_both`; the same on all ranks.
-
-    Returns
-    -------
-    one, all_ : Training
-        The first has steps on rank 0 only.
+    The arguments, which are the same on all ranks, are those of `fastrms.demo.training.train_both`.
     """
 
     def new_pair() -> tuple[Training, Training]:

@@ -31,13 +31,7 @@ class Experiment:
     def prepare(
         cls, path: Path | None, hidden: Sequence[int], dtype: str, *, batch_size: int, epochs: int, seed: int
     ) -> Self:
-        """Load the file at `path`, or the digits, and fit network and batches to the data.
-
-        Raises
-        ------
-        DataError
-            As from `fastrms.demo.data.load_file` and `fastrms.demo.data.split`.
-        """
+        """Load the file at `path`, or the digits if it is None, and fit network and batches to the data."""
         x, y = data.load_digits() if path is None else data.load_file(path)
         dataset = data.split(x, y, dtype, seed, "the digits" if path is None else str(path))
         start_rng, batch_rng = np.random.default_rng(seed).spawn(2)

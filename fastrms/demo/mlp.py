@@ -1,6 +1,7 @@
 """A multi-layer perceptron in plain NumPy: ReLU layers, softmax, cross-entropy, gradients by back-propagation.
 
-Parameters are a list ``[W1, b1, W2, b2, ...]`` with weights of shape (inputs, outputs). The module knows no optimizer.
+Parameters are a list ``[W1, b1, W2, b2, ...]``: for each layer the weights, shape (inputs, outputs), and the biases,
+shape (outputs,). The module knows no optimizer.
 """
 
 from collections.abc import Sequence
@@ -22,17 +23,7 @@ EVALUATE_ROWS = 4096
 def init_params(sizes: Sequence[int], dtype: DTypeLike, rng: np.random.Generator) -> list[Array]:
     """Draw weights by He initialisation, and set biases to 0.
 
-    Parameters
-    ----------
-    sizes : sequence of int
-        Inputs, width of each hidden layer, outputs: ``[784, 512, 512, 10]`` has two hidden layers.
-    dtype : float32 or float64
-    rng : numpy.random.Generator
-
-    Returns
-    -------
-    params : list of ndarray
-        For each layer the weights, shape (inputs, outputs), and the biases, shape (outputs,).
+    `sizes` are the inputs, the width of each hidden layer and the outputs: ``[784, 512, 512, 10]``.
     """
     params: list[Array] = []
     for inputs, outputs in pairwise(sizes):
@@ -49,24 +40,10 @@ def count_params(sizes: Sequence[int]) -> int:
 def loss_and_gradients(
     params: Sequence[Array], x: Array, y: Labels, out: Sequence[Array] | None = None
 ) -> tuple[np.floating[Any], Sequence[Array]]:
-    """Return the mean cross-entropy of a batch and its gradient for each parameter.
+    """Return the mean cross-entropy of a batch, and its gradients with the shapes of the parameters.
 
-    Parameters
-    ----------
-    params : sequence of ndarray
-        ``[W1, b1, W2, b2, ...]``; not changed.
-    x : ndarray, shape (rows, inputs), the dtype of the parameters
-    y : ndarray of int, shape (rows,)
-        The class of each row, counted from 0.
-    out : sequence of ndarray, optional
-        Arrays for the gradients, with the shapes and the dtype of the parameters. By default new arrays; the bits are
-        the same.
-
-    Returns
-    -------
-    loss : scalar of the dtype of the parameters
-    gradients : sequence of ndarray
-        `out`, or a list of new arrays.
+    `x` has shape (rows, inputs) and the dtype of the parameters. `y`, shape (rows,), has the class of each row, counted
+    from 0. The gradients are written to the arrays of `out`, which is returned; by default to new arrays.
     """
     outputs = _forward(params, x)
     losses, delta = _cross_entropy(outputs[-1], y)

@@ -55,43 +55,31 @@ class Optimizer(Protocol):
 
 @dataclass
 class Training:
-    """A training: its optimizer, and the loss and times of each step.
-
-    Attributes
-    ----------
-    optimizer : Optimizer
-    out : sequence of ndarray or None
-        Arrays for the gradients, such as the gradient buffer of an `RMSProp`, which then steps in place. None: each
-        step gets new arrays.
-    losses : list of scalar
-        The loss of each batch before its step.
-    step_seconds, optimizer_seconds : list of float
-        Seconds of each step, and of the optimizer in it.
-    """
+    """A training: its optimizer, and the loss and times of each step."""
 
     optimizer: Optimizer
+    # Arrays for the gradients. With the gradient buffer of an `RMSProp`, it steps in place. None: new arrays.
     out: Sequence[Array] | None = None
-    losses: list[np.floating[Any]] = field(default_factory=list)
+    losses: list[np.floating[Any]] = field(default_factory=list)  # of each batch, before its step
     step_seconds: list[float] = field(default_factory=list)
-    optimizer_seconds: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)  # the optimizer's part of each step
+
+    def compute(self, x: Array, y: Labels) -> tuple[np.floating[Any], Sequence[Array | None]]:
+        """Return the loss and the gradients of a batch (`fastrms.demo.mlp.loss_and_gradients` has the shapes)."""
+        return loss_and_gradients(self.optimizer.params, x, y, self.out)
 
     def step(self, x: Array, y: Labels) -> None:
-        """Train on one batch (`fastrms.demo.mlp.loss_and_gradients` has the shapes)."""
+        """Train on one batch."""
         optimizer = self.optimizer
         start = perf_counter()
-        loss, gradients = loss_and_gradients(optimizer.params, x, y, self.out)
+        loss, gradients = self.compute(x, y)
         computed = perf_counter()
-        if self.out is not None and isinstance(optimizer, RMSProp):
-            optimizer.step(None)
-        else:
-            optimizer.step(gradients)
-        self.record_times(start, computed, perf_counter())
-        self.losses.append(loss)
-
-    def record_times(self, start: float, computed: float, end: float) -> None:
-        """Record a step by the times of its start, of its gradients and of its end, in seconds."""
+        in_place = gradients is self.out and isinstance(optimizer, RMSProp)
+        optimizer.step(None if in_place else gradients)
+        end = perf_counter()
         self.step_seconds.append(end - start)
         self.optimizer_seconds.append(end - computed)
+        self.losses.append(loss)
 
     def epoch(self, batches: Sequence[Batch], on_step: Callable[["Training"], None]) -> None:
         """Train on batches; call `on_step` with this training after each of them."""
@@ -119,25 +107,11 @@ def train_both(
     into_buffer: bool,
     on_step: Callable[[Training], None] = lambda training: None,
 ) -> tuple[Training, Training]:
-    """Train with the NumPy reference and with fastrms, from the same start on the same batches.
+    """Train with the NumPy reference and with fastrms, from the same parameters `start` on the same batches.
 
-    Parameters
-    ----------
-    start : sequence of ndarray
-        The parameters to start from; not changed.
-    batches : Batches
-    lr : float
-    kernel : str
-        As for `fastrms.RMSProp`.
-    into_buffer : bool
-        Write the gradients into the gradient buffer of fastrms, in place of new arrays.
-    on_step : callable
-        Called with a training after each of its steps; its time is not measured.
-
-    Returns
-    -------
-    reference, fast : Training
-        They end with the first epoch that has a loss of inf or NaN.
+    With `into_buffer`, gradients are written into the gradient buffer of fastrms, in place of new arrays. `on_step` is
+    called with a training after each of its steps; its time is not measured. Both trainings, the reference's first, end
+    with the first epoch that has a loss of inf or NaN.
     """
 
     def new_pair() -> tuple[Training, Training]:
@@ -155,9 +129,9 @@ def train_in_turns(
 ) -> tuple[Training, Training]:
     """Train a pair epoch by epoch, in turns, until a loss is not finite.
 
-    The second training of an epoch is the first of the next, so that other load of the machine slows both. One pair
-    from `new_pair` takes a step, which compiles, and is dropped; the next pair is trained and returned. `agree` gets
-    whether the losses of an epoch are finite, and returns whether to continue: MPI ranks have to end together.
+    The second training of an epoch is the first of the next, so that other load of the machine slows both. The first
+    pair from `new_pair` takes one step, which compiles, and is dropped. The second is trained and returned. `agree` is
+    called with whether the losses of an epoch are finite, and returns whether to continue: MPI ranks end together.
     """
     with np.errstate(all="ignore"):  # the losses are checked below
         for training in new_pair():
