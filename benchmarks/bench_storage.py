@@ -31,7 +31,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import fill, markdown
+from pages import fill, markdown
 
 sys.path.pop(0)
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from pages import fill, markdown
 from results import TorchRow
 
 sys.path.pop(0)
@@ -128,8 +129,6 @@ def row(found: TorchRow) -> list[str]:
 
 def main() -> int:
     """Measure, print, and write if asked to."""
-    from tables import fill, markdown
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/torch.md")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each case (default: 15)")

@@ -9,20 +9,19 @@ Results are compared before anything is timed.
 # ruff: noqa: RUF001 - a multiplication sign in a table is meant
 
 import argparse
-import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import fill, markdown
+from pages import fill, markdown
 
 sys.path.pop(0)
 
 from fastrms import RMSProp
+from fastrms.bench.measure import time_in_turns
 from fastrms.plots import format_seconds
 
 PAGE = Path(__file__).parent.parent / "docs" / "cuda.md"
@@ -101,22 +100,8 @@ def measure(case: str, seconds: float) -> dict[str, list[float]]:
         for ours, theirs in zip(made[way][1](), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
-    def turn(step: Callable[[], Any], count: int) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in itertools.repeat(None, count):
-            step()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / count
-
-    slowest = max(turn(step, 3) for step, _ in made.values())
-    count = max(3, round(seconds / 40 / slowest))
-    times: dict[str, list[float]] = {way: [] for way in made}
-    begin = time.perf_counter()
-    while len(times[OURS]) < 7 or time.perf_counter() - begin < seconds:
-        for way, (step, _) in made.items():
-            times[way].append(turn(step, count))
-    return times
+    steps = {way: step for way, (step, _) in made.items()}
+    return time_in_turns(steps, seconds / len(steps), turn=seconds / 40, wait=torch.cuda.synchronize)
 
 
 def rows(times: dict[str, dict[str, list[float]]]) -> list[list[str]]:

@@ -26,11 +26,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mpi_model import Machine, Times, bytes_of_rank, fit
-from tables import fill, markdown
+from pages import fill, markdown
 
 sys.path.pop(0)
 
-from fastrms.plots import format_seconds
+from fastrms.bench.machine import processors
+from fastrms.plots import format_seconds, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,14 +238,10 @@ def predicted(machine: Machine) -> str:
 
 def plot(times: Times, here: Machine, network: Machine) -> "Figure":
     """Draw steps over ranks: predictions for both networks, measurements, and where communication takes over."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(10, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     ranks = 2 ** np.arange(13)
-    colours = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73")
+    colours = (style.BLACK, style.BLUE, style.VERMILION, style.ORANGE, style.GREEN)
     for axes, machine, title in ((panels[0], here, "latency and bandwidth of this machine"),
                                  (panels[1], network, "2 µs and 12.5 GB/s")):  # fmt: skip
         for size, colour in zip(PREDICTED_SIZES, colours, strict=True):
@@ -263,7 +260,7 @@ def plot(times: Times, here: Machine, network: Machine) -> "Figure":
     for size, colour in zip(PREDICTED_SIZES, colours, strict=True):
         points = [(p, by_size[size][0]) for p, by_size in times.items() if size in by_size]
         if points:
-            panels[0].plot(*zip(*points, strict=True), "o", color=colour, markeredgecolor="#FFFFFF")
+            panels[0].plot(*zip(*points, strict=True), "o", color=colour, markeredgecolor=style.WHITE)
     panels[0].set_ylabel("seconds of a step")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     return figure
@@ -282,12 +279,7 @@ def measure(
         if count > 1:
             counted = mpiexec(count, "--sizes", *map(str, set(BYTES_OF) & set(sizes)), "--seconds", "0", over_tcp=True)
             sent[count] = {int(size): value for size, value in counted.get("bytes", {}).items()}
-    return times, sent, ready, rates[max(count for count in ranks if count <= max(2, cores()))]
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return times, sent, ready, rates[max(count for count in ranks if count <= max(2, processors()))]
 
 
 def main() -> int:
@@ -305,7 +297,7 @@ def main() -> int:
         work(args.worker, args.sizes, args.seconds)
         return 0
     times, sent, ready, rate = measure(args.seconds, args.sizes, args.ranks)
-    here = fit(times, rate, cores())
+    here = fit(times, rate, processors())
     network = Machine(args.latency, args.bandwidth, here.rate, here.overhead, here.alone, here.flops)
     made = tables(times, sent, ready, here, network)
     for name, table in made.items():

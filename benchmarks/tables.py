@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_torch
 import targets
+from pages import fill, markdown
 from results import FOLDER, Results, newest, save
 
 sys.path.pop(0)
@@ -100,23 +101,6 @@ def measure(min_time: float, quick: bool = False) -> Results:
     )  # fmt: skip
 
 
-def fill(pages: Sequence[Path], parts: dict[str, str]) -> list[str]:
-    """Write each table between its markers, wherever they are, and return where that was."""
-    written = []
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        for name in re.findall(r"<!-- table: (\S+) -->", text):
-            if name not in parts:
-                raise SystemExit(f"{page}: table: expected one of {', '.join(parts)}, got {name!r}")
-            marker = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"
-            text, found = re.subn(marker, lambda m, n=name: f"{m[1]}\n{parts[n]}\n\n{m[2]}", text, flags=re.DOTALL)
-            if not found:
-                raise SystemExit(f"{page}: table {name}: expected <!-- end --> after it, found none")
-            written.append(f"{name} in {page.name}")
-        page.write_text(text, encoding="utf-8")
-    return written
-
-
 def tables(runs: Sequence[Results]) -> dict[str, str]:
     """All tables by name, as Markdown; those of one machine below those of another, where columns have no room."""
 
@@ -138,12 +122,6 @@ def tables(runs: Sequence[Results]) -> dict[str, str]:
         "targets": targets.table(runs),
         "summary": summary(runs),
     }
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table with its first column flush left and numbers flush right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
 def loops() -> str:

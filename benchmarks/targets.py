@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_torch
+from pages import markdown
 from results import Results, TorchRow, read
 
 sys.path.pop(0)
@@ -105,16 +107,14 @@ def of_limit(case: Case, way: str) -> Value:
     return value
 
 
-def training(network: Network, gradients: str, key: str) -> Value:
-    """A ratio of whole training steps with the defaults: `times_faster` or `over_no_optimizer`."""
+def training(network: Network, gradients: str, key: Literal["times_faster", "over_no_optimizer"]) -> Value:
+    """A ratio of whole training steps with the defaults."""
+    wanted = (network.network, network.dtype, "auto", gradients)
 
     def value(run: Results) -> float | None:
-        for row in run.training:
-            if (row["network"], row["dtype"]) == (network.network, network.dtype) and (
-                (row["kernel"], row["gradients"]) == ("auto", gradients)
-            ):
-                return {"times_faster": row["times_faster"], "over_no_optimizer": row["over_no_optimizer"]}[key]
-        return None
+        found = (row for row in run.training
+                 if (row["network"], row["dtype"], row["kernel"], row["gradients"]) == wanted)  # fmt: skip
+        return next((row[key] for row in found), None)
 
     return value
 
@@ -277,10 +277,8 @@ GROUPS: dict[str, Group] = {
 
 def table(runs: Sequence[Results], groups: Sequence[str] = tuple(GROUPS)) -> str:
     """The targets as a table in Markdown, with a column for each run."""
-    header = ["target", "", *(run.processor for run in runs)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    lines += [target.row(runs) for name in groups for target in GROUPS[name].targets]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [target.row(runs) for name in groups for target in GROUPS[name].targets]
+    return markdown(["target", "", *(run.processor for run in runs)], rows)
 
 
 def measure(groups: Sequence[str], min_time: float, quick: bool) -> Results:
@@ -315,7 +313,7 @@ def measure(groups: Sequence[str], min_time: float, quick: bool) -> Results:
     return run
 
 
-def _plan(groups: Sequence[str], quick: bool) -> Iterator[tuple[list[Case], tuple[str, ...]]]:
+def _plan(groups: Sequence[str], quick: bool) -> list[tuple[list[Case], tuple[str, ...]]]:
     """Cases that are measured together, since they have the same ways; each case once."""
     ways: dict[Case, dict[str, None]] = {}
     for name in groups:
@@ -325,7 +323,7 @@ def _plan(groups: Sequence[str], quick: bool) -> Iterator[tuple[list[Case], tupl
     together: dict[tuple[str, ...], list[Case]] = {}
     for case, needed in ways.items():
         together.setdefault(tuple(needed), []).append(case)
-    yield from ((cases, needed) for needed, cases in together.items())
+    return [(cases, needed) for needed, cases in together.items()]
 
 
 def _stop_if(interrupted: bool) -> None:

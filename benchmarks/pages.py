@@ -1,0 +1,30 @@
+"""Tables in Markdown, and the pages of the documentation that they are written to."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["fill", "markdown"]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its first column flush left and numbers flush right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def fill(pages: Sequence[Path], parts: Mapping[str, str]) -> list[str]:
+    """Write each table between its markers, wherever they are, and return where that was."""
+    written = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"<!-- table: (\S+) -->", text):
+            if name not in parts:
+                raise SystemExit(f"{page}: table: expected one of {', '.join(parts)}, got {name!r}")
+            marker = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"
+            text, found = re.subn(marker, lambda m, n=name: f"{m[1]}\n{parts[n]}\n\n{m[2]}", text, flags=re.DOTALL)
+            if not found:
+                raise SystemExit(f"{page}: table {name}: expected <!-- end --> after it, found none")
+            written.append(f"{name} in {page.name}")
+        page.write_text(text, encoding="utf-8")
+    return written
