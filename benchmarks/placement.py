@@ -10,15 +10,24 @@ and cache, so their offsets in a page decide. All places take turns on the same 
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import markdown
+
+sys.path.pop(0)
 
 from fastrms.bench import machine
 from fastrms.bench.cases import DTYPES, Array, Case, make_arrays
 from fastrms.bench.measure import quartiles, time_in_turns
 from fastrms.bench.plain import NaiveLoop
 from fastrms.plots import format_seconds
+
+# A function of size, dtype, whether to use all threads, and seconds; it returns the times of all turns by name.
+Measure = Callable[[int, str, bool, float], dict[str, list[float]]]
 
 PAGE = 4096
 # Offsets in a page, in bytes, of parameters, gradients and cache: a large fresh NumPy array begins 16 bytes in.
@@ -54,48 +63,37 @@ def measure(size: int, dtype: str, parallel: bool, seconds: float) -> dict[str, 
     return time_in_turns(steps, seconds, turn=0.01)
 
 
-def report(header: str, columns: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """A table: medians, half of the middle half in percent, and how many times the column's best that is."""
-    names = list(next(iter(columns.values())))
-    lines = [[header, *columns], ["---", *["---:"] * len(columns)]]
-    best = {column: min(quartiles(times)[1] for times in found.values()) for column, found in columns.items()}
-    for name in names:
-        cells = []
-        for column, found in columns.items():
-            low, median, high = quartiles(found[name])
-            spread = 50 * (high - low) / median
-            cells.append(f"{format_seconds(median)} ± {spread:.0f} % ({median / best[column]:.2f}×)")  # noqa: RUF001
-        lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def column(times: Mapping[str, Sequence[float]]) -> list[str]:
+    """Medians, half of the middle half in percent, and how many times the best median that is."""
+    found = [quartiles(taken) for taken in times.values()]
+    best = min(median for _, median, _ in found)
+    return [f"{format_seconds(median)} ± {50 * (high - low) / median:.0f} % ({median / best:.2f}×)"  # noqa: RUF001
+            for low, median, high in found]  # fmt: skip
 
 
-def about() -> str:
-    """The processor and its caches."""
-    caches = ", ".join(f"{level} {size}" for level, size in machine.caches().items())
-    return f"{machine.processor()} ({machine.microarchitecture()}), {machine.processors()} processors; {caches}\n"
-
-
-def arguments(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
-    """The options of this experiment and of prefetch.py."""
+def run(doc: str | None, argv: list[str] | None, header: str, measure: Measure) -> int:
+    """Measure all sizes and dtypes, and print a table: the command line of this experiment and of prefetch.py."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", type=float, default=[1e6, 2e7], help="elements (default: 1e6 2e7)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--parallel", action="store_true", help="the loop with prange")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each line and column (default: 3)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure and print."""
-    args = arguments(__doc__, argv)
-    print(about())
-    columns = {
+    args = parser.parse_args(argv)
+    caches = ", ".join(f"{level} {size}" for level, size in machine.caches().items())
+    print(f"{machine.processor()} ({machine.microarchitecture()}), {machine.processors()} processors; {caches}\n")
+    times = {
         f"{int(size):,} {dtype}": measure(int(size), dtype, args.parallel, args.seconds)
         for dtype in args.dtypes
         for size in args.sizes
     }
-    print(report("bytes into a page: parameters, gradients, cache", columns))
+    names = next(iter(times.values()))
+    print(markdown([header, *times], list(zip(names, *map(column, times.values()), strict=True))))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    return run(__doc__, argv, "bytes into a page: parameters, gradients, cache", measure)
 
 
 if __name__ == "__main__":

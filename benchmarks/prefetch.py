@@ -13,7 +13,7 @@ from pathlib import Path
 import numba
 
 sys.path.insert(0, str(Path(__file__).parent))
-from placement import about, arguments, memory_for, place, report
+from placement import memory_for, place, run
 
 sys.path.pop(0)
 
@@ -68,15 +68,7 @@ def measure(size: int, dtype: str, parallel: bool, seconds: float) -> dict[str, 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
-    args = arguments(__doc__, argv)
-    print(about())
-    columns = {
-        f"{int(size):,} {dtype}": measure(int(size), dtype, args.parallel, args.seconds)
-        for dtype in args.dtypes
-        for size in args.sizes
-    }
-    print(report("prefetched ahead", columns))
-    return 0
+    return run(__doc__, argv, "prefetched ahead", measure)
 
 
 if __name__ == "__main__":
