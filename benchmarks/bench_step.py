@@ -15,7 +15,7 @@ import pytest
 
 from fastrms import RMSProp
 from fastrms.bench.implementations import IMPLEMENTATIONS
-from fastrms.bench.measure import time_in_turns
+from fastrms.bench.measure import quartiles, take_turns, time_in_turns
 from fastrms.bench.workers import LocalWorker
 from fastrms.plots import format_seconds
 
@@ -44,15 +44,14 @@ def test_step_over_1e5_is_three_times_faster_than_the_reference_class(capsys):
     times = {way: [] for way in WAYS}
     for way in WAYS:
         worker.open(way, case)
-    for _ in range(100):
-        for way, taken in times.items():
-            taken.append(worker.time(way, 3))
+    for way, _ in take_turns(WAYS, 1, least=100, most=100):
+        times[way].append(worker.time(way, 3))
     medians = {way: statistics.median(taken) for way, taken in times.items()}
     base = medians["reference"]
     with capsys.disabled():
         print(f"\n\na step over {case.name}, median of 100 interleaved rounds")
         for way, median in medians.items():
-            quarter, _, three_quarters = (format_seconds(t, plain=True) for t in statistics.quantiles(times[way], n=4))
+            quarter, _, three_quarters = (format_seconds(t, plain=True) for t in quartiles(times[way]))
             spread = f"(middle half {quarter} to {three_quarters})"
             label, time = IMPLEMENTATIONS[way].label, format_seconds(median, plain=True)
             print(f"{label:24} {time:>8}  {spread:36} {base / median:5.2f}x")

@@ -1,6 +1,5 @@
 """The GPU in `fastrms bench` and `fastrms info`: its facts, and the time of a step beside a device copy."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Case, make_arrays
 from fastrms.bench.errors import BenchmarkError
-from fastrms.bench.measure import Entry, StepRow, measure
+from fastrms.bench.measure import Entry, StepRow, measure, seconds_of
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
@@ -73,13 +72,7 @@ class _DeviceWorker:
         return "" if name == COPY else "equal"
 
     def time(self, name: str, calls: int) -> float:
-        step = self._steps[name]
-        self._stream.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        self._stream.synchronize()
-        return (time.perf_counter() - start) / calls
+        return seconds_of(self._steps[name], calls, self._stream.synchronize)
 
     def close(self) -> None:
         pass

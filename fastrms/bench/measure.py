@@ -13,12 +13,17 @@ from fastrms.bench.cases import Case
 from fastrms.bench.errors import BenchmarkError, PeerError
 from fastrms.bench.workers import Worker
 
-__all__ = ["Entry", "Limits", "Progress", "StepRow", "limit_of", "measure", "quartiles", "take_turns", "time_in_turns"]
+__all__ = [
+    "Entry", "Limits", "Progress", "StepRow", "limit_of", "measure", "quartiles", "seconds_of", "take_turns",
+    "time_in_turns",
+]  # fmt: skip
 
 T = TypeVar("T")
 
 # A function that shows the share of a case that is done, from 0 to 1, and the work in progress.
 Progress = Callable[[float, str], None]
+
+Wait = Callable[[], object] | None
 
 # Rounds in which every implementation gets one turn.
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -182,28 +187,33 @@ def limit_of(threads: int, limits: Limits) -> tuple[float, str]:
 
 
 def time_in_turns(
-    steps: Mapping[str, Callable[[], object]], min_time: float, turn: float = 0
+    steps: Mapping[str, Callable[[], object]], min_time: float, turn: float = 0, wait: Wait = None
 ) -> dict[str, list[float]]:
     """Time functions in turns (`take_turns`); return the seconds of a call in each turn, by name.
 
     A turn lasts about `turn` seconds, at least one call, after one call that is not timed. `min_time` is in seconds,
-    for each function.
+    for each function. `wait` is that of `seconds_of`.
     """
     calls, seconds = {}, {name: list[float]() for name in steps}
     for name, step in steps.items():
         step()  # compiles
-        once = _seconds_of(step, 1)
+        once = seconds_of(step, 1, wait)
         calls[name] = max(1, round(turn / once))
     for name, _ in take_turns(list(steps), min_time):
         steps[name]()  # the caches are full of another function's arrays
-        seconds[name].append(_seconds_of(steps[name], calls[name]))
+        seconds[name].append(seconds_of(steps[name], calls[name], wait))
     return seconds
 
 
-def _seconds_of(step: Callable[[], object], calls: int) -> float:
+def seconds_of(step: Callable[[], object], calls: int, wait: Wait = None) -> float:
+    """Return the mean seconds of a step; `wait`, if any, returns when a GPU has done all earlier calls."""
+    if wait is not None:
+        wait()
     start = time.perf_counter()
     for _ in range(calls):
         step()
+    if wait is not None:
+        wait()
     return (time.perf_counter() - start) / calls
 
 
