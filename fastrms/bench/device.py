@@ -79,12 +79,9 @@ class _DeviceWorker:
 
 
 def measure_device(case: Case, min_time: float, rows: list[StepRow]) -> None:
-    """Time a device copy of as many bytes as a step moves, and the step, in turns; append both rows to `rows`.
+    """Time a step, and a device copy of the same number of bytes, in turns; append both rows to `rows`.
 
-    Raises
-    ------
-    BenchmarkError
-        The step has other bits than the reference.
+    Raise BenchmarkError if the step has other bits than the reference.
     """
     from fastrms.backends.cuda.arrays import cuda
 

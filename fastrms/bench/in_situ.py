@@ -1,12 +1,13 @@
 """The timing of whole training steps, for ``fastrms bench --in-situ`` and ``fastrms info``.
 
-A kernel's time alone says little about training. Matrix products run on all cores between two steps of the optimizer.
-Their threads still spin when the optimizer begins, and its threads still spin when the next product begins. So whole
-steps are timed. Trainings take turns. The first steps of a turn are dropped, since the training before affects them.
+Matrix products run on all cores between two steps of the optimizer. Their threads still spin when the optimizer begins,
+and its threads still spin when the next product begins. Therefore a kernel's time alone says little, and whole steps
+are timed. Trainings take turns. The first steps of a turn are dropped, since the training before affects them.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TypedDict
 
@@ -52,23 +53,19 @@ TRIED_STEPS = 50
 
 
 class TrainingRow(TypedDict):
-    """The result of one training: medians of a whole step, between its quartiles, and of the optimizer in it.
-
-    `kernel` is one of `LABELS`, `gradients` "list" or "buffer". `over_no_optimizer` is the whole step in units of the
-    step without an optimizer that computes its gradients alike: into new arrays ("list"), or into the same ("buffer").
-    """
+    """The result of one training."""
 
     network: str
     dtype: str
     params: int
-    kernel: str
-    gradients: str
-    step_seconds: float
+    kernel: str  # one of `LABELS`
+    gradients: str  # "list" for new arrays, or "buffer" for the same arrays in each step
+    step_seconds: float  # median of a whole step
     quarter: float
     three_quarters: float
-    optimizer_seconds: float
-    times_faster: float
-    over_no_optimizer: float
+    optimizer_seconds: float  # median
+    times_faster: float  # than the reference class
+    over_no_optimizer: float  # in units of the step without an optimizer and with the same kind of gradients
     steps: int
     check: str
 
@@ -118,17 +115,12 @@ def measure_training(
     on_progress: Progress = lambda share, what: None,
     rows: list[TrainingRow],
 ) -> None:
-    """Train a network in all ways in turn, and append their rows to `rows`, also after an interruption.
+    """Train a network in turns in all `ways` (`WAYS`), and append rows to `rows`, also after an interruption.
 
-    Each of `ways` (`WAYS`) trains with its gradients as lists of new arrays, and written into the same arrays in each
-    step, which are the gradient buffer of fastrms. `threads` limits the parallel kernel; matrix products use the
-    threads of NumPy's BLAS. `min_time` is in seconds, for each training. The row of the reference class is the first;
-    the next are of steps without an optimizer, whose parameters are in each turn those of the reference class.
-
-    Raises
-    ------
-    BenchmarkError
-        The losses differ from the reference's.
+    Each way trains twice: with gradients as lists of new arrays, and with gradients in the same arrays in each step,
+    for fastrms its gradient buffer. The reference class and a training without an optimizer are added. `threads` limits
+    the parallel kernel, not matrix products. `min_time` is in seconds, for each training. Raise BenchmarkError if
+    losses differ from the reference's.
     """
     start, x, y = _start(network, BATCHES)
     trainers = {
@@ -162,11 +154,6 @@ def measure_training(
 
 def _training(way: str, gradients: str, start: Sequence[Array], threads: int | None) -> Training:
     """Return a new training from `start`; see `measure_training`."""
-    for kernel in KERNELS:
-        if kernel != way:
-            continue
-        optimizer = RMSProp(start, lr=LR, kernel=kernel, num_threads=threads)
-        return Training(optimizer, optimizer.grads if gradients == "buffer" else None)
     params = [param.copy() for param in start]
     cache = [np.zeros_like(param) for param in start]
     make: dict[str, Callable[[], Optimizer]] = {
@@ -175,8 +162,13 @@ def _training(way: str, gradients: str, start: Sequence[Array], threads: int | N
         "naive-parallel": lambda: NaiveLoop(params, cache, parallel=True),
         "numpy-in-place": lambda: NumpyInPlace(params, cache),
         "reference": lambda: ReferenceRMSProp(start, lr=LR),
+        **{kernel: partial(RMSProp, start, lr=LR, kernel=kernel, num_threads=threads) for kernel in KERNELS},
     }
-    return Training(make[way](), [np.zeros_like(param) for param in start] if gradients == "buffer" else None)
+    optimizer = make[way]()
+    if gradients == "list":
+        return Training(optimizer)
+    own = optimizer.grads if isinstance(optimizer, RMSProp) else [np.zeros_like(param) for param in start]
+    return Training(optimizer, own)
 
 
 def _row(network: Network, kernel: str, gradients: str, trainer: _Trainer, medians: Medians) -> TrainingRow:

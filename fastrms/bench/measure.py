@@ -51,20 +51,16 @@ Limits = Mapping[int, Mapping[str, float]]
 
 
 class StepRow(TypedDict):
-    """The result of one implementation on one case; `seconds` is the median of a step, between its quartiles.
+    """The result of one implementation, or of one roofline, on one case."""
 
-    `bound` is the bound that `percent_of_limit` refers to: the slower one of memory and divider. The rows of the
-    rooflines have the kernel "limit", and their own bound.
-    """
-
-    kernel: str
+    kernel: str  # "limit" for a roofline
     label: str
     dtype: str
     arrays: int
     shape: str
     params: int
     threads: int
-    seconds: float
+    seconds: float  # median of a step
     quarter: float
     three_quarters: float
     rounds: int
@@ -72,7 +68,7 @@ class StepRow(TypedDict):
     gparam_per_s: float
     gbyte_per_s: float
     percent_of_limit: float
-    bound: str
+    bound: str  # of the limit: the slower one of memory and divider; of a roofline its own
     check: str
 
 
@@ -95,14 +91,10 @@ def measure(
 ) -> None:
     """Check and time implementations on one case, and append their rows to `rows`, also after an interruption.
 
-    `entries` and `rooflines` have the name that their worker knows; the rows of rooflines are the first. `min_time` is
-    in seconds, for each implementation. `on_skip` is called with the name of an implementation that is left out, the
-    case, and the reason.
-
-    Raises
-    ------
-    BenchmarkError
-        An implementation of this process computes something else: one of fastrms, or the user's own kernel.
+    `entries` and `rooflines` are by the name that their worker knows; the rows of rooflines are the first. `min_time`
+    is in seconds, for each implementation. `on_skip` is called with the name of an implementation that is left out, the
+    case, and the reason. Raise BenchmarkError if an implementation of this process (fastrms, or the user's own kernel)
+    computes something else.
     """
     everything = {**rooflines, **entries}
     timings: dict[str, _Timing] = {}
@@ -151,8 +143,8 @@ def take_turns(
     """Yield the names in rounds, each with the share of all turns that is done, from 0 to 1.
 
     Each name is first as often as last, so that drift of the machine affects all alike. A name that the caller removes
-    from `names` gets no more turns. No round begins after `min_time` seconds for each name, except for the first
-    `least` rounds; there are at most `most`.
+    from `names` gets no more turns. Rounds end after `min_time` seconds for each name, but not before `least` rounds,
+    and at the latest after `most` rounds.
     """
     start = time.perf_counter()
     budget = min_time * len(names)
@@ -175,8 +167,8 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 def limit_of(threads: int, limits: Limits) -> tuple[float, str]:
     """Return the seconds of a step at the limit of the machine, and the bound that holds.
 
-    With a number of threads the slower bound holds. An implementation may use fewer threads than `threads`, and small
-    arrays are faster on one. So the fastest limit of at most `threads` threads counts. Without one, return NaN and "".
+    For each number of threads the slower bound holds. An implementation may use fewer threads than `threads`, and small
+    arrays are faster on one. Therefore the fastest limit up to `threads` counts. Without any, return NaN and "".
     """
     slower = [
         max((seconds, bound) for bound, seconds in bounds.items())

@@ -135,23 +135,14 @@ def to_float(cache: Sequence[NDArray[Any]]) -> list[Array]:
 
 
 def check(runner: Runner, problem: Problem, exact: bool, oracle: Oracle = rmsprop) -> str:
-    """Take `CHECKED_STEPS` steps and compare the arrays with those of `oracle`.
+    """Take `CHECKED_STEPS` steps, compare the arrays with those of `oracle`, and return "same bits" or "1.5 eps".
 
-    Returns
-    -------
-    verdict : str
-        "same bits", or the largest error, such as "1.5 eps".
-
-    Raises
-    ------
-    BenchmarkError
-        The bits differ although they have to be equal (`exact`), or the error is above `TOLERANCE`.
+    Raise BenchmarkError if bits differ that have to be equal (`exact`), or if the error is above `TOLERANCE`.
     """
     runner.prepare()
     for _ in range(CHECKED_STEPS):
         runner.step()
-    same, worst = True, 0.0
-    eps = float(np.finfo(problem.case.dtype).eps)
+    errors = []
     starts: State = problem.params, [np.zeros(())] * len(problem.params)
     state = zip(("parameters", "cache"), runner.state(), oracle(problem), starts, strict=True)
     for name, ours, theirs, before in state:
@@ -163,16 +154,11 @@ def check(runner: Runner, problem: Problem, exact: bool, oracle: Oracle = rmspro
                 raise BenchmarkError(
                     f"{name}: expected {expected.dtype} of shape {expected.shape}, got {array.dtype} of {array.shape}"
                 )
-            if array.tobytes() == expected.tobytes():
-                continue
-            same = False
-            # The error of a parameter near 0 is relative to the steps that brought it there.
-            size = np.maximum(np.abs(expected), np.abs(expected - start))
-            with np.errstate(all="ignore"):
-                error = np.max(np.abs(array.astype(np.float64) - expected) / size) / eps
-            worst = max(worst, float(error)) if np.isfinite(error) else np.inf
-    if same:
+            if array.tobytes() != expected.tobytes():
+                errors.append(_error(array, expected, start))
+    if not errors:
         return "same bits"
+    worst = max(errors)
     if exact:
         raise BenchmarkError(f"expected the bits of the reference, got an error of {worst:.3g} eps")
     if worst > TOLERANCE:
@@ -181,3 +167,12 @@ def check(runner: Runner, problem: Problem, exact: bool, oracle: Oracle = rmspro
             f"{worst:.3g} eps"
         )
     return f"{worst:.1f} eps"
+
+
+def _error(array: Array, expected: Array, start: Array) -> float:
+    """Return the largest relative error of an array, in units of the dtype's eps; inf if a number is not finite."""
+    # The error of a parameter near 0 is relative to the steps that brought it there.
+    size = np.maximum(np.abs(expected), np.abs(expected - start))
+    with np.errstate(all="ignore"):
+        error = float(np.max(np.abs(array.astype(np.float64) - expected) / size) / np.finfo(array.dtype).eps)
+    return error if np.isfinite(error) else np.inf

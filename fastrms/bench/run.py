@@ -69,14 +69,10 @@ def run_steps(
 ) -> Results[StepRow]:  # fmt: skip
     """Time steps of all implementations beside the roofline; Ctrl-C ends the run and keeps its rows.
 
-    `implementations` are by name, the user's own among them; `threads` limits those that may use many. `min_time` is in
-    seconds, for each implementation on each case, `timeout` for one answer of a worker process. With `with_device` the
-    GPU is timed too, and its rows are the last.
-
-    Raises
-    ------
-    BenchmarkError
-        An implementation of fastrms or of the user's computes something else.
+    `implementations` are by name, the user's own among them. `threads` limits implementations that may use many.
+    `min_time` is in seconds, for each implementation on each case; `timeout` is in seconds, for one answer of a worker
+    process. With `with_device` the GPU is timed too, and its rows are the last. Raise BenchmarkError if an
+    implementation of fastrms or of the user's computes something else.
     """
     results, on_device = Results[StepRow](), Results[StepRow]()
     remotes: dict[str, RemoteWorker] = {}

@@ -1,7 +1,7 @@
 """The workers in which implementations run: this process, or a process for each library.
 
-Thread pools of different libraries in one process compete for the cores, and the import order decides which of them
-wins. So a library with threads of its own gets a process, which idles while others are timed.
+Thread pools of different libraries in one process compete for the cores, and the import order decides which pool wins.
+Therefore a library with threads of its own gets a process, which idles while others are timed.
 """
 
 import contextlib
@@ -65,13 +65,7 @@ class LocalWorker:
         del large
 
     def open(self, name: str, case: Case) -> str:
-        """Do as `Worker.open`; for a roofline, return "".
-
-        Raises
-        ------
-        BenchmarkError
-            The implementation fails or computes something else.
-        """
+        """Do as `Worker.open`; for a roofline, return "". Raise BenchmarkError for a failure or a wrong result."""
         if self._problem is None or self._problem.case != case:
             self.close()
             self._problem = Problem(case, self._threads)

@@ -25,16 +25,9 @@ _OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBAD
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``fastrms`` with the arguments `argv`, by default those of the process, and return the exit status.
 
-    Returns
-    -------
-    status : int
-        0 for success, 1 for a failed command, 130 after Ctrl-C, 141 for standard output without a reader
-        (``fastrms info | head -1``). An error is one line on standard error; there is none for 141.
-
-    Raises
-    ------
-    SystemExit
-        From argparse: status 2 for wrong usage, 0 after ``--help`` and ``--version``.
+    0 stands for success, 1 for a failed command, 130 for Ctrl-C, 141 for standard output without a reader (``fastrms
+    info | head -1``). An error is one line on standard error; there is none for 141. Wrong usage, ``--help`` and
+    ``--version`` raise argparse's SystemExit.
     """
     words = ["fastrms"]
     if own_process := argv is None:
@@ -125,8 +118,8 @@ def _complain(words: Sequence[str], text: str) -> None:
 def _quit(words: Sequence[str], where: str = "") -> NoReturn:
     """End the process after Ctrl-C.
 
-    `sys.exit` would wait for a thread that compiles; and Python ends with the signal, not the status, where the
-    exception passed through code run from a string.
+    `sys.exit` would wait for a thread that compiles. After an exception from code in a string, Python would end with
+    the signal in place of the status.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt this
     _complain(words, f"interrupted {where}".strip())

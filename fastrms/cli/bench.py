@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastrms.bench import cases, device, machine, quiet
 from fastrms.bench.implementations import IMPLEMENTATIONS, Implementation, of_function
@@ -19,7 +19,6 @@ from fastrms.bench.run import Output, Results, run_steps, run_training
 from fastrms.cli.common import (
     CommandError,
     find_object,
-    from_start,
     is_plain,
     make_console,
     make_folder,
@@ -31,6 +30,7 @@ from fastrms.cli.common import (
     say,
     start_threads,
     whole_number,
+    writing,
 )  # fmt: skip
 from fastrms.cli.progress import show_progress
 from fastrms.kernels.threads import max_threads
@@ -97,12 +97,7 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Carry out ``fastrms bench`` and return 0.
 
-    Raises
-    ------
-    KeyboardInterrupt
-        Ctrl-C; the message says in which case, and whether results are kept.
-    CommandError, BenchmarkError
-        Options do not go together; a package, kernel or folder cannot be used; or a kernel computes something else.
+    After Ctrl-C, raise a KeyboardInterrupt whose message says in which case, and whether results are kept.
     """
     _check(args)
     require("bench", "rich", *([] if args.in_situ else ["matplotlib"]))
@@ -297,23 +292,14 @@ def _write(args: argparse.Namespace, stem: str, results: Results[R], session: _S
     settings = {"threads": session.threads, "min_time": args.min_time, "quick": args.quick, "in_situ": args.in_situ}
     document = results.document(session.about, session.quiet, settings)
     paths = [args.output / f"{stem}.json", args.output / f"{stem}.csv"]
-    with _opened(paths[0]) as stream:
-        stream.write(json.dumps(document, indent=1) + "\n")
-    with _opened(paths[1]) as stream:
+    with writing(paths[0]) as place:
+        place.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8", newline="")
+    with writing(paths[1]) as place, place.open("w", encoding="utf-8", newline="") as stream:
         if results.rows:
             writer = csv.DictWriter(stream, list(results.rows[0]))
             writer.writeheader()
             writer.writerows(results.rows)
     return paths
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    try:
-        with from_start(path).open("w", encoding="utf-8", newline="") as stream:
-            yield stream
-    except OSError as error:
-        raise CommandError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
 
 
 def _finish(console: "Console", paths: Sequence[Path], results: Results[R], total: int) -> int:

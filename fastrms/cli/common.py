@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "CommandError", "find_object", "from_start", "is_plain", "load_numba", "make_console", "make_folder", "make_table",
+    "CommandError", "find_object", "is_plain", "load_numba", "make_console", "make_folder", "make_table",
     "one_line", "positive", "print_table", "remember_start", "require", "save_figure", "say", "start_threads",
     "whole_number", "writing",
 ]  # fmt: skip
@@ -128,7 +128,7 @@ _start = Path()
 
 
 def remember_start() -> None:
-    """Remember the current folder for `from_start`."""
+    """Remember the current folder for `writing`; the user's modules may change folders."""
     global _start
     try:
         _start = Path.cwd()
@@ -136,16 +136,11 @@ def remember_start() -> None:
         _start = Path()
 
 
-def from_start(path: Path) -> Path:
-    """Return `path` relative to the folder in which the program started; the user's modules may change folders."""
-    return _start / path
-
-
 @contextmanager
 def writing(path: Path, failure: str = "cannot be written") -> Iterator[Path]:
-    """Provide the path `from_start`, and turn an OSError into a CommandError about ``--output``."""
+    """Provide the path from the folder of the start, and turn an OSError into a CommandError about ``--output``."""
     try:
-        yield from_start(path)
+        yield _start / path
     except OSError as error:
         raise CommandError(f"--output: {path}: {failure}: {error.strerror or error}") from None
 

@@ -84,15 +84,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``fastrms demo`` and return 0.
-
-    Raises
-    ------
-    CommandError
-        A package or the output folder cannot be used; the training diverged; or bits differ.
-    DataError
-        Nothing can be trained on the data.
-    """
+    """Run ``fastrms demo`` and return 0; raise CommandError if the training diverges or the two differ."""
     require("demo", "matplotlib", "rich", "sklearn")
     start_threads()
     if not args.mpi:

@@ -137,15 +137,7 @@ def _method(text: str) -> tuple[str, Options]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``fastrms path`` and return 0.
-
-    Raises
-    ------
-    CommandError
-        A package, the function or the output folder cannot be used, or options do not go together.
-    FastrmsError
-        As from `fastrms.plots.trajectories.descend`.
-    """
+    """Run ``fastrms path`` and return 0."""
     require("plot", "matplotlib", "rich")
     _check_pairs(args)
     landscape = _landscape(args.function, args.gradient)

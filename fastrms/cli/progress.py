@@ -17,10 +17,7 @@ REFRESH = 0.1
 class CaseProgress:
     """Progress through a number of cases of equal weight, such as the steps of a training.
 
-    Parameters
-    ----------
-    show : callable, optional
-        Called at most every `REFRESH` seconds with the number of cases done, fractions included, and a text.
+    `show` is called at most every `REFRESH` seconds with the number of cases done, fractions included, and a text.
     """
 
     def __init__(self, show: Callable[[float, str], None] | None = None) -> None:
