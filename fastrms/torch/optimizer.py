@@ -130,11 +130,11 @@ class RMSprop(torch.optim.RMSprop):
             The value that `closure` returned, or None.
         """
         hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_GLOBAL_HOOKS
-        # Around the `step` of a subclass that has its own, PyTorch has already put hooks.
+        # PyTorch has already put hooks around the `step` of a subclass that has one.
         profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage] # torch.optim's way
         if (any(hooks) or profiled) and type(self).step is RMSprop.step:
             return _step_with_hooks(self, *args, **kwargs)
-        # The mark that stops PyTorch's compiler is a wrapper, which takes 10 us at each call.
+        # `torch.compiler.disable` makes a wrapper, which takes 10 us at each call.
         if torch.compiler.is_dynamo_compiling():
             return self._step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] # the decorator's type
         return self._step_uncompiled(*args, **kwargs)
@@ -164,8 +164,8 @@ class RMSprop(torch.optim.RMSprop):
                     gradient.requires_grad_(False)
                 gradient.zero_()
 
-    # PyTorch puts a wrapper around a `step` without this mark. It opens a range of the profiler, also when nobody
-    # profiles, which takes 50 us for 1,000 parameters, longer than the whole step of a small model.
+    # PyTorch puts a wrapper around a `step` without this mark. The wrapper opens a range of the profiler, also when
+    # nobody profiles. That takes 50 us for 1,000 parameters, longer than the whole step of a small model.
     step.hooked = True  # type: ignore[attr-defined] # pyright: ignore[reportFunctionMemberAccess] # by design
 
     def _step_uncompiled(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -216,7 +216,7 @@ class RMSprop(torch.optim.RMSprop):
         return lines
 
     def _reasons(self) -> list[tuple[Pack, list[str | None]]]:
-        """Return for each pack why its parameters take PyTorch's step, or None where they take the compiled pass."""
+        """Return the reasons of each pack (`Pack.reasons`), after moving parameters back that were put elsewhere."""
         self._follow_groups()
         for moved in self._moved():
             moved.move_back()
@@ -238,7 +238,7 @@ class RMSprop(torch.optim.RMSprop):
                 f"fastrms.torch.RMSprop: PyTorch's own step is taken for {left:,} of {total:,} elements, mainly "
                 f"because {elements.most_common(1)[0][0]}; optimizer.explain() says more",
                 RuntimeWarning,
-                stacklevel=4,  # `_step_uncompiled`, `step`, and who called that
+                stacklevel=4,  # the caller of `step`
             )
 
     def _moved(self) -> list[MovedParameters]:
@@ -276,12 +276,12 @@ class RMSprop(torch.optim.RMSprop):
         return {**super().__getstate__(), "_kernel": self._kernel}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy, or what pickle makes. Its first step moves the parameters, when nobody else holds them any more.
+        # A copy, or an object from pickle. Its first step moves the parameters, when nobody else holds them any more.
         if "_packs" not in self.__dict__:
             self._start_following()
             super().__setstate__(state)
             return
-        # Called by `load_state_dict`. The state is copied to the buffers, and consists of views of them as before.
+        # Called by `load_state_dict`: copy the state to the buffers, and put views of the buffers in its place.
         self._follow_groups()
         before = dict(self.__dict__)
         super().__setstate__(state)

@@ -1,4 +1,4 @@
-"""The parameters of a group: the ones in the buffers of an `RMSProp`, and the ones left to PyTorch's step."""
+"""The parameters of a group: some are in the buffers of an `RMSProp`, others take PyTorch's step."""
 
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,14 +53,8 @@ class Gradients(NamedTuple):
 class Pack:
     """The parameters of one group of `optimizer.param_groups`, divided by the step that they take.
 
-    Attributes
-    ----------
-    group : dict
-        The group.
-    fallback : list of torch.Tensor
-        The parameters that cannot be moved to a buffer, and always take PyTorch's step.
-    moved : MovedParameters or None
-        The others, if there are any.
+    Parameters in `fallback` cannot be moved to a buffer, and always take PyTorch's step. `moved` has the others; None
+    without any.
     """
 
     def __init__(self, group: Group, kernel: HostKernel) -> None:
@@ -93,9 +87,9 @@ class Pack:
         return [obstacle or (ASKED_FOR if asked else next(moved)) for obstacle in self._obstacles]
 
     def plan(self, state: State) -> tuple[list[torch.Tensor], Gradients | None]:
-        """Return the parameters that take PyTorch's step this time, and the gradients of the compiled pass if any.
+        """Return the parameters that take PyTorch's step this time, and the gradients of the compiled pass, if any.
 
-        Add the state of parameters with a first gradient to `state`, which is `optimizer.state`.
+        Parameters with a first gradient get state in `state`, which is `optimizer.state`.
         """
         if self.moved is None:
             return self.fallback, None
@@ -105,7 +99,7 @@ class Pack:
         return [*self.fallback, *fallback], gradients
 
     def kernels(self) -> str:
-        """Return the kernels of the compiled pass, and why these."""
+        """Return the kernels of the compiled pass, and the reasons for them."""
         lines = [] if self.moved is None else self.moved.optimizer.explain()
         return " and ".join(sorted({line.partition(": ")[2] for line in lines}))
 
@@ -116,21 +110,7 @@ class Pack:
 
 
 class MovedParameters:
-    """Parameters that are moved to the buffers of an `RMSProp`: their ``.data`` are views.
-
-    Attributes
-    ----------
-    optimizer : RMSProp
-        The owner of the buffers.
-    state : BoundState
-        The state of the parameters.
-    outgrown : bool
-        Whether a parameter has got another shape or dtype, for which a new pack is needed.
-    refusal : str
-        Why `RMSProp` cannot have the options of the group; empty if it can.
-    reads_tensors : bool
-        Whether steps read gradients where they lie.
-    """
+    """Parameters that are moved to the buffers of an `RMSProp`, `optimizer`: their ``.data`` are views."""
 
     def __init__(self, params: tuple[torch.Tensor, ...], group: Group, kernel: HostKernel) -> None:
         self._params = params
@@ -138,20 +118,20 @@ class MovedParameters:
         backend = self.optimizer.backend
         assert isinstance(backend, HostBackend)
         self._backend = backend
-        self.outgrown = False
-        self.refusal = ""
-        self.reads_tensors = kernel != "numpy" and pointers.available()
+        self.outgrown = False  # whether a parameter has got another shape or dtype, which needs a new pack
+        self.refusal = ""  # why `RMSProp` cannot have the options of the group
+        self.reads_tensors = kernel != "numpy" and pointers.available()  # whether steps read gradients in place
         views = self.optimizer.params
         self.locator = Locator(views, self.reads_tensors)
         self.state = BoundState(params, self.locator)
         self._addresses = np.array([view.ctypes.data if view.size else 0 for view in views])
         self._displaced: set[int] = set()  # the numbers of parameters that lie elsewhere and cannot be moved back
         self._gradient_kinds = np.zeros(len(params), np.int64)  # of the last step
-        # The memory of a negative view has the numbers with the other sign. Such a view is strided, thus not ordinary,
-        # unless it has one element.
+        # A negative view is not ordinary, because it is strided; but one of a single element is not strided. Its memory
+        # has the number with the other sign.
         self._scalars = [k for k, p in enumerate(params) if p.numel() == 1]
-        # Where `zero_gradients` moves gradients. The gradient buffer of `optimizer` would not do, as a step may write
-        # there: a gradient that somebody keeps after autograd has replaced it must not change.
+        # `zero_gradients` moves gradients here. The gradient buffer of `optimizer` would not do: steps may write there,
+        # and somebody may keep a gradient that autograd has replaced.
         self._gradient_buffer: FlatBuffer | None = None
         self._gradient_addresses = [-1] * len(params)
         self._options: tuple[float, ...] = ()
@@ -162,7 +142,7 @@ class MovedParameters:
         self._held = held_in_cpp(self._versions)
 
     def take_options(self, group: Group) -> None:
-        """Take over the options of the group, which may change at any time, as far as `RMSProp` takes them."""
+        """Take over the options of the group, which may change at any time; note the refusal of `RMSProp`, if any."""
         now = tuple(float(group[name]) for name in OPTIONS)
         if now == self._options:
             return
@@ -179,7 +159,7 @@ class MovedParameters:
         buffers = self.optimizer.buffers
         needed = {"cache": True, "momentum_buffer": options["momentum"] > 0, "grad_avg": options["centered"]}
         parts = {theirs: buffers[ours].leaves for ours, theirs in DIALECTS["torch"].state.items() if needed[ours]}
-        # A gradient that aliases these may not be read by the compiled pass, which writes there.
+        # The compiled pass writes there, and must not read a gradient that aliases these buffers.
         ranges = [(start := buffer.block.ctypes.data, start + buffer.nbytes) for buffer in buffers.values()]
         self._ranges = np.array(ranges, np.int64)
         self.state.use(parts, self._ranges)

@@ -22,8 +22,8 @@ Array = NDArray[Any]
 _TYPES = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)
 
-# The arrays that tensors are views of, by address, as long as their memory exists, also after their optimizer is gone.
-# PyTorch cannot resize such memory, just as memory from outside; this table tells the two apart.
+# The parts of buffers that have tensors as views, by address, as long as their memory exists, even if their optimizer
+# does not. PyTorch can resize neither such memory nor memory from outside; this table tells the two apart.
 _viewed: "weakref.WeakValueDictionary[int, Array]" = weakref.WeakValueDictionary()
 
 # Counts the references to a storage in C++. Builds of PyTorch 2.6 and 2.7 for the CPU do not have it.
@@ -55,7 +55,7 @@ def take_values(tensor: torch.Tensor, part: Array) -> None:
 
 
 def unalias(tensor: Any, part: Array, ranges: NDArray[np.int64]) -> None:
-    """Give a tensor memory of its own if it can be moved and aliases another part of the buffers than `part`.
+    """Give a tensor its own memory if it can be moved and aliases a part of the buffers that is not `part`.
 
     `ranges` has the memory [low, high) of each buffer, shape (m, 2).
     """
@@ -73,13 +73,13 @@ def version_of(p: torch.Tensor) -> torch.Tensor:
 
 
 def held_in_cpp(tensors: list[torch.Tensor]) -> object:
-    """Return a C++ list of tensors that a step reads, which makes reading them faster while it exists.
+    """Return a C++ list of tensors; while it exists, a step reads the tensors faster.
 
-    Each time that C++ takes a reference to a tensor that only Python holds, it secures the Python object too: in
-    PyTorch 2.13 locating such a tensor takes 50 ns instead of 25, and raising its version 45 ns instead of 12.
+    If only Python holds a tensor, C++ secures the Python object each time that it takes a reference. In PyTorch 2.13,
+    locating such a tensor takes 50 ns instead of 25, and raising its version 45 ns instead of 12.
 
-    Neither parameters nor their autograd nodes may be held so. `torch.utils.swap_tensors` refuses parameters with
-    other references in C++, and parameters whose nodes are held cannot grow.
+    Do not hold parameters or their autograd nodes: `torch.utils.swap_tensors` refuses parameters with other references
+    in C++, and parameters whose nodes are held cannot grow.
     """
     return getattr(torch._C, "ScriptList", list)(tensors)
 
@@ -148,10 +148,9 @@ def why_not_movable(tensor: Any) -> str | None:
 
 
 class Located(NamedTuple):
-    """Where tensors lie.
+    """Where tensors lie: row 0 of `places` has the address of each ordinary tensor, and 0 for others.
 
-    Row 0 of `places` has the address of the elements of each tensor, or 0 unless the tensor is ordinary. Row 1 has
-    `dlpack.ORDINARY`, `dlpack.ABSENT` or `dlpack.UNUSUAL`.
+    Row 1 has `dlpack.ORDINARY`, `dlpack.ABSENT` or `dlpack.UNUSUAL`.
     """
 
     places: NDArray[np.int64]
@@ -161,7 +160,7 @@ class Located(NamedTuple):
 class Locator:
     """A finder of tensors of the dtypes and shapes of `parts`.
 
-    Compiled code finds them if this is asked for, and if PyTorch has DLPack's table of C functions.
+    With `compiled`, compiled code finds them, if PyTorch has DLPack's table of C functions.
     """
 
     def __init__(self, parts: Sequence[Array], compiled: bool) -> None:
@@ -176,16 +175,16 @@ class Locator:
         self._nothing = np.zeros((0, 2), np.int64)
 
     def locate(self, tensors: tuple[Any, ...], excluded: NDArray[np.int64] | None = None) -> Located:
-        """Find tensors, one for each part; some may be None, or other objects, which are unusual.
+        """Find tensors, one for each part. None is absent; other objects are unusual.
 
-        `excluded` has ranges of memory [low, high), shape (m, 2): a tensor with a byte there is unusual.
+        A tensor with a byte in the ranges of memory [low, high) of `excluded`, shape (m, 2), is unusual too.
         """
         places = np.zeros((2, len(self._parts)), np.int64)
         all_ordinary, _ = self._locate(tensors, excluded, places)
         return Located(places, all_ordinary)
 
     def have_moved(self, tensors: tuple[Any, ...], places: NDArray[np.int64]) -> bool:
-        """Find tensors, write where they lie to `places`, as in `Located`, and return whether that changes it."""
+        """Find tensors, write the places (see `Located`) to `places`, and return whether any has changed."""
         _, unchanged = self._locate(tensors, None, places)
         return not unchanged
 

@@ -1,4 +1,4 @@
-"""The state of a step: `optimizer.state`, a plain dict of dicts, which anybody may change between two steps."""
+"""The state of a step: `optimizer.state`, a plain dict of dicts that anybody may change between two steps."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -35,39 +35,28 @@ class BoundState:
 
     A parameter has no state until its first gradient. State that cannot be moved to the buffers stays where it is, and
     its parameter takes PyTorch's step. `locator` finds tensors of the parameters' dtypes and shapes.
-
-    Attributes
-    ----------
-    begun : ndarray of bool
-        The parameters that have state.
-    all_begun : bool
-        Whether all have.
-    left_outside : set of int
-        The numbers of the parameters whose state cannot be moved to the buffers.
-    grown : bool
-        Whether a step has added to the dicts since they were looked up.
     """
 
     def __init__(self, params: tuple[torch.Tensor, ...], locator: Locator) -> None:
         count = len(params)
         self._params = params
         self._locator = locator
-        self.begun, self.all_begun = np.zeros(count, bool), False
-        self.left_outside: set[int] = set()
-        # One step count for each parameter, of PyTorch's dtype, and its parts, of shape ().
+        self.begun, self.all_begun = np.zeros(count, bool), False  # the parameters that have state
+        self.left_outside: set[int] = set()  # the numbers of parameters whose state cannot be moved to the buffers
+        # A step count for each parameter, of PyTorch's dtype; and a view of shape () for each count.
         self._steps = np.zeros(count, "f8" if torch.get_default_dtype() == torch.float64 else "f4")
         self._counts = [self._steps[k : k + 1].reshape(()) for k in range(count)]
         # The parts of the buffers that the options need, one for each parameter, by PyTorch's names.
         self._parts: dict[str, Sequence[Array]] = {}
         self._ranges = np.zeros((0, 2), np.int64)
-        # For each parameter its dict in `optimizer.state`, and the tensors there that are views of the buffers.
+        # For each parameter its dict in `optimizer.state`, and the tensors of the dict that are views of the buffers.
         self._dicts: tuple[Any, ...] = (None,) * count
         self._views: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
         self._stale = True  # whether the dicts may have other tensors than the record below
         # For each name its tensors in the dicts, at the end of the last search, and their places.
         self._found: dict[str, tuple[Any, ...]] = {}
         self._places: dict[str, NDArray[np.int64]] = {}
-        self.grown = False
+        self.grown = False  # whether a step has added to the dicts since they were looked up
 
     def use(self, parts: Mapping[str, Sequence[Array]], ranges: NDArray[np.int64]) -> None:
         """Set the buffers of the state: their `parts` by PyTorch's names, and the memory [low, high) of each buffer."""
@@ -115,20 +104,20 @@ class BoundState:
                     view.data = view.detach().clone()
 
     def adopt(self, shared: Set[int]) -> None:
-        """Make the tensors of the dicts views of the buffers, where no other object would notice.
+        """Make the tensors of the dicts views of the buffers, unless other objects would notice.
 
         `shared` has the ids of tensors that are in the state of the optimizer more than once.
         """
         self._bind(lambda k, given: self._adopt(k, given, shared))
 
     def load(self, state: State) -> None:
-        """Copy the values of a new `optimizer.state` to the buffers, and put views of these in the place of tensors."""
+        """Copy the values of a new `optimizer.state` to the buffers, and replace its tensors by views of these."""
         self.find(state)
         self.release()
         self._bind(self._copy)
 
     def _bind(self, bind: Callable[[int, dict[str, Any]], bool]) -> None:
-        """Bind the dict of each parameter to the buffers by a function that returns whether this was possible."""
+        """Bind the dict of each parameter to the buffers by `bind`, which returns whether this was possible."""
         for k, given in enumerate(self._dicts):
             for name in self._parts.keys() & (given or {}).keys():
                 unalias(given[name], self._parts[name][k], self._ranges)
@@ -150,7 +139,7 @@ class BoundState:
         tensors = {name: given[name] for name in self._parts if name in given}
         if any(id(tensor) in shared for tensor in tensors.values()):
             return False
-        elsewhere = {}  # tensors, each with the part of the buffer that is to have its values
+        elsewhere = {}  # tensors, each with the part of the buffer that gets its values
         for name, tensor in tensors.items():
             part = self._parts[name][k]
             if not lies_at(tensor, part):
@@ -182,7 +171,7 @@ class BoundState:
                 given[name] = self._views[k][name] = view_of(parts[k])
 
     def begin(self, which: NDArray[np.bool_], state: State) -> None:
-        """Make the state of the parameters that have none, among those given."""
+        """Make the state of the parameters that `which` marks and that have none."""
         new = np.flatnonzero(which & ~self.begun).tolist()
         for k in new:
             self._complete(k, state.setdefault(self._params[k], {}))
@@ -220,7 +209,7 @@ class StateFollower:
 
     def follow(self, state: State, bound: Sequence[BoundState]) -> None:
         """Bring the buffers of all packs, whose state is `bound`, up to date with `state`."""
-        # Somebody may have taken out what a step has added: the record of the time before would not show it.
+        # The record is older than the additions of a step, and would not show that somebody has removed them.
         grown = any(each.grown for each in bound)
         same = not grown and self._record is not None and self._record.is_of(state)
         if not same:
