@@ -14,24 +14,12 @@ __all__ = ["Scale", "make_scale"]
 
 @dataclass(frozen=True)
 class Scale:
-    """Levels for contours, and heights for a surface.
+    """Levels for contours, and heights for a surface."""
 
-    Attributes
-    ----------
-    levels : ndarray
-        The values of contour lines, ascending.
-    lowest : float
-        A lower bound of the values.
-    even : bool
-        Whether the levels are evenly spaced.
-    unit : float or None
-        The offset of logarithmic heights; None for linear heights.
-    """
-
-    levels: Array
-    lowest: float
-    even: bool = False
-    unit: float | None = None
+    levels: Array  # the values of contour lines, ascending
+    lowest: float  # a lower bound of the values
+    even: bool = False  # whether the levels are evenly spaced
+    unit: float | None = None  # the offset of logarithmic heights; None for linear heights
 
     def height(self, values: Array) -> Array:
         """Return the position of values on the vertical axis."""

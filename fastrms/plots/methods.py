@@ -59,7 +59,7 @@ class AdaGrad(GradientDescent):
     """AdaGrad: ``s = s + g**2``, then ``p = p - lr * g / (sqrt(s) + epsilon)``; s starts from 0.
 
     (J. Duchi, E. Hazan and Y. Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization,
-    2011.) The sum s never forgets, so that the rate only falls; RMSProp has a running mean in its place.
+    2011.) The sum s never forgets, so that the rate only falls; RMSProp replaces it by a running mean.
     """
 
     def __init__(self, params: Array, lr: SupportsFloat, epsilon: float = 1e-8) -> None:

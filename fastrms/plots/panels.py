@@ -1,6 +1,6 @@
 """The four panels of figures of trajectories, each drawn into axes: path, surface, values and rates.
 
-Imports Matplotlib. A panel returns its lines with all their data, of which an animation shows more and more.
+Imports Matplotlib. A panel returns its lines with all their data; an animation shows more and more of the data.
 """
 
 import math
@@ -181,14 +181,14 @@ def _draw_lines(ax: "Axes", traces: Sequence[Trajectory], data: list[Array]) -> 
         }
         # The first is on top, and lower lines are wider, so that they show where trajectories coincide.
         width = 1.5 + 2.5 * k / max(3, len(data) - 1)
-        # Markers of different lines are at different steps, where they do not cover one another.
+        # Markers of different lines are at different steps, so that they do not cover one another.
         every = max(1, len(columns) // _MARKERS)
         (line,) = ax.plot(
             *columns.T, label=trace.caption, linestyle=dashes, linewidth=width, markersize=5 + k / 2, zorder=10 - k,
             markevery=(k * every // len(data), every), **look,
         )  # fmt: skip
         line.set_path_effects([Stroke(linewidth=width + 1, foreground=style.WHITE), Normal()])
-        # The last of the points that the line has, also while an animation lets the line grow.
+        # The last point of the line, also while an animation lets the line grow.
         (end,) = ax.plot(*columns.T, linestyle="none", markersize=9, zorder=20 - k, markevery=[-1], **look)
         lines += [(line, columns), (end, columns)]
     return lines
