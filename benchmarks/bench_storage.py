@@ -70,9 +70,8 @@ def child(case: str, size: int, rounds: int, folder: str, group: str) -> None:
     opt = RMSProp(np.broadcast_to(np.float32(1), size), storage=path, **options)
     made = time.perf_counter() - start
     grads = opt.buffers["grads"].flat
-    for part in opt.backend.parts(grads):
-        low = part.start % PERIOD
-        grads[part] = period[low : low + part.stop - part.start]
+    for part, values in repeated(opt, grads, period):
+        part[...] = values
     norm = np.sqrt(np.sum(np.square(grads[:PERIOD], dtype=float)) * size / PERIOD)  # for the oracle, roughly
     steps, disk = [], []
     for _ in range(rounds):
@@ -84,22 +83,28 @@ def child(case: str, size: int, rounds: int, folder: str, group: str) -> None:
         start = time.perf_counter()
         moved = read_and_write(path, list(opt.buffers), 1 + ("clip_norm" in options))
         disk.append(time.perf_counter() - start)
-    same = True
     if "clip_norm" in options:  # whose factor depends on the size: compare the parts with one another
         assert norm > options["clip_norm"]
         oracle.params[...] = opt.params[:PERIOD]
         oracle.cache[...] = opt.cache[:PERIOD]
-    for name in ("params", "cache"):
-        flat, expected = opt.buffers[name].flat, oracle.buffers[name].flat
-        for part in opt.backend.parts(flat):
-            low = part.start % PERIOD
-            same = same and flat[part].tobytes() == expected[low : low + part.stop - part.start].tobytes()
+    same = all(
+        part.tobytes() == expected.tobytes()
+        for name in ("params", "cache")
+        for part, expected in repeated(opt, opt.buffers[name].flat, oracle.buffers[name].flat)
+    )
     nbytes = sum(buffer.nbytes for buffer in opt.buffers.values())
     start = time.perf_counter()
     opt.close()
     closed = time.perf_counter() - start
     print(json.dumps({"same": same, "steps": steps, "disk": disk, "moved": moved, "made": made, "closed": closed,
                       "nbytes": nbytes, "resident": resident()}))  # fmt: skip
+
+
+def repeated(opt: Any, flat: Any, period: Any) -> Iterator[tuple[Any, Any]]:
+    """The parts of a flat array in files, each with the part of the period that belongs there."""
+    for part in opt.backend.parts(flat):
+        low = part.start % PERIOD
+        yield flat[part], period[low : low + part.stop - part.start]
 
 
 def read_and_write(path: Path, names: list[str], readings_of_grads: int) -> int:

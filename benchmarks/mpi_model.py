@@ -16,28 +16,14 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class Machine:
-    """The parameters of the model.
+    """The parameters of the model."""
 
-    Attributes
-    ----------
-    latency : float
-        Seconds of one message.
-    bandwidth : float
-        Bytes a second that a rank sends.
-    rate : float
-        Parameters a second that a rank updates.
-    overhead, alone : float
-        Seconds of a step without parameters, on several ranks and on one.
-    flops : float
-        Floating-point operations a second of a rank in matrix products.
-    """
-
-    latency: float
-    bandwidth: float
-    rate: float
-    overhead: float
-    alone: float
-    flops: float
+    latency: float  # seconds of one message
+    bandwidth: float  # bytes a second that a rank sends
+    rate: float  # parameters a second that a rank updates
+    overhead: float  # seconds of a step without parameters, on several ranks
+    alone: float  # the same on one rank
+    flops: float  # floating-point operations a second of a rank in matrix products
 
     def update(self, size: int, ranks: int) -> float:
         """Return the seconds in which a rank updates its shard."""

@@ -38,16 +38,9 @@ STEPS_OF_A_ROUND = 30
 
 
 class Subject:
-    """An optimizer to which things happen, and what it is compared with.
+    """An optimizer to which things happen, and its twin, to which nothing happens.
 
-    Parameters
-    ----------
-    name : str
-    dtypes : sequence of dtype
-        Of the parameters, in turn.
-    options : dict
-    groups : bool
-        Whether the parameters are in two groups.
+    `dtypes` are of the parameters, in turn. With `groups`, the parameters are in two groups.
     """
 
     def __init__(self, name: str, dtypes: list[Any], options: dict[str, Any], groups: bool) -> None:
@@ -60,7 +53,7 @@ class Subject:
         self.opt = RMSProp(params, nonfinite="skip", **options)
         self.grouped = groups
         self.plain_options = not options
-        self.oracle: Any = None
+        self.oracle: Any
         if self.plain_options:
             self.oracle = [ReferenceRMSProp([start[key] for key in keys]) for keys in self.keys]
         else:
@@ -119,14 +112,7 @@ class Subject:
 
 
 class Soak:
-    """What happens, how often, and with what result.
-
-    Parameters
-    ----------
-    seed : int
-    folder : Path
-        For checkpoints.
-    """
+    """What happens, how often, and with what result; checkpoints are in `folder`."""
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.random = random.Random(seed)

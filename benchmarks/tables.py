@@ -261,21 +261,28 @@ def losses(run: Results) -> str:
             times = [cell(each, each["seconds"]) for each in (row, ours)]
             lines.append([what, row["label"], ours["label"], *times, f"{ours['seconds'] / row['seconds']:.2f}×"])
     for row in run.training:
-        if row["kernel"] != "auto":
-            continue
-        for other in run.training:
-            alike = all(other[key] == row[key] for key in ("network", "dtype"))
-            same = other["gradients"] == row["gradients"] or other["kernel"] == "reference"
-            if alike and same and other["kernel"] != "none" and (
-                MARGIN * other["step_seconds"] < row["step_seconds"]
-            ):  # fmt: skip
-                what = f"training step of {row['network']}, {row['dtype']}, gradients as {row['gradients']}"
-                times = [cell(each, each["step_seconds"]) for each in (other, row)]
-                ratio = f"{row['step_seconds'] / other['step_seconds']:.2f}×"
-                lines.append([what, LABELS[other["kernel"]], LABELS["auto"], *times, ratio])
+        for other in faster_trainings(row, run.training):
+            what = f"training step of {row['network']}, {row['dtype']}, gradients as {row['gradients']}"
+            times = [cell(each, each["step_seconds"]) for each in (other, row)]
+            ratio = f"{row['step_seconds'] / other['step_seconds']:.2f}×"
+            lines.append([what, LABELS[other["kernel"]], LABELS["auto"], *times, ratio])
     if not run.steps and not run.training:
         return ""
     return markdown(["case", "faster", "than", "their time", "ours", "by"], lines) if lines else "None in this run."
+
+
+def faster_trainings(row: TrainingRow, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """Trainings of the same network with another optimizer that are faster than `auto` by more than `MARGIN`."""
+    if row["kernel"] != "auto":
+        return []
+    return [
+        other
+        for other in rows
+        if (other["network"], other["dtype"]) == (row["network"], row["dtype"])
+        and (other["gradients"] == row["gradients"] or other["kernel"] == "reference")
+        and other["kernel"] != "none"
+        and MARGIN * other["step_seconds"] < row["step_seconds"]
+    ]
 
 
 def summary(runs: Sequence[Results]) -> str:

@@ -23,6 +23,7 @@ from fastrms.cli.common import (
     make_console,
     make_folder,
     make_table,
+    number,
     positive,
     print_table,
     require,
@@ -81,17 +82,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(run=run)
 
 
-def _count(text: str) -> int:
-    """Return the whole number of at least 1 that `text` gives, as 1000000 or 1e6; a type for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (1 <= value <= 1e12 and value == int(value)):
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from 1 to 1e12, such as 1000000 or 1e6, got {text!r}"
-        )
-    return int(value)
+def _whole(text: str) -> int:
+    """Return the whole number that `text` gives, as 1000000 or 1e6, or 0."""
+    value = float(text)
+    return int(value) if value.is_integer() else 0
+
+
+_count = number(_whole, lambda value: 1 <= value <= 1e12, "a whole number from 1 to 1e12, such as 1000000 or 1e6")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,18 +9,20 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
 
+T = TypeVar("T")
+
 __all__ = [
     "CommandError", "find_object", "is_plain", "load_numba", "make_console", "make_folder", "make_table",
-    "one_line", "positive", "print_table", "remember_start", "require", "save_figure", "say", "start_threads",
+    "number", "one_line", "positive", "print_table", "remember_start", "require", "save_figure", "say", "start_threads",
     "whole_number", "writing",
 ]  # fmt: skip
 
@@ -225,28 +227,22 @@ def say(console: "Console", text: str = "", style: str | None = None) -> None:
 # Types of arguments.
 
 
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Return a parser for argparse of whole numbers from `low` to `high`, both included."""
-    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+def number(convert: Callable[[str], T], is_good: Callable[[T], bool], expected: str) -> Callable[[str], T]:
+    """Return a parser for argparse; `convert` raises ValueError for a text that is no number."""
 
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"expected a whole number {limits}, got {text!r}")
-        return value
+    def parse(text: str) -> T:
+        with suppress(ValueError):
+            if is_good(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return parse
 
 
-def positive(text: str) -> float:
-    """Parse a finite number above 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
-    return value
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Return a parser for argparse of whole numbers from `low` to `high`, both included."""
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    return number(int, lambda value: low <= value <= (value if high is None else high), f"a whole number {limits}")
+
+
+positive = number(float, lambda value: 0 < value < math.inf, "a finite number above 0")
