@@ -55,7 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], int, bool]] = {
 
 
 def child(case: str, size: int, rounds: int, folder: str, group: str) -> None:
-    """Join the control group, train, and print what was found as JSON."""
+    """Join the control group, train, and print the results as JSON."""
     if group:
         Path(group, "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     import numpy as np  # only now, to be counted
@@ -108,7 +108,7 @@ def repeated(opt: Any, flat: Any, period: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def read_and_write(path: Path, names: list[str], readings_of_grads: int) -> int:
-    """Read and write what a step does; return how many bytes these are."""
+    """Read and write all that a step reads and writes, and return the number of bytes."""
     files = {name: os.open(path / f"{name}.bin", os.O_RDWR) for name in names}
     size = {name: os.fstat(file).st_size for name, file in files.items()}
     room, moved = memoryview(bytearray(PART)), 0
@@ -143,7 +143,7 @@ def resident() -> int | None:
 
 @contextlib.contextmanager
 def limited(nbytes: int) -> Iterator[str]:
-    """A control group below that of this process, of so much memory; "" where it cannot be had."""
+    """A control group of `nbytes` of memory below the group of this process; "" if it cannot be made."""
     found = ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
@@ -171,7 +171,7 @@ def limited(nbytes: int) -> Iterator[str]:
 
 
 def measure(case: str, limit: int, rounds: int, folder: Path | None, outside: bool) -> dict[str, Any]:
-    """What the child prints, and the limit that it had, if any."""
+    """The results of the child, and its limit of memory, if any."""
     _, each, wants_limit = CASES[case]
     size = (4 * limit // each) // PERIOD * PERIOD
     place = Path(tempfile.mkdtemp(dir=folder))

@@ -30,14 +30,14 @@ OURS, COPY = 'fastrms, kernel="cuda"', "a copy of as many bytes"
 FOREACH, COMPILED = "torch.optim, foreach=True", "the same under torch.compile"
 LARGE, MANY = "1 × 100,000,000", "1,000 × 10x10"
 CASES: dict[str, list[tuple[int, ...]]] = {LARGE: [(100_000_000,)], MANY: [(10, 10)] * 1000}
-# Of each case: beside what, and how many times as fast ours should be at least.
+# Case, the way to compare with, and how many times as fast ours should be at least.
 TARGETS = [(LARGE, COPY, 0.9), (LARGE, FOREACH, 2.0), (LARGE, COMPILED, 1.0), (MANY, FOREACH, 5.0)]
 
 OPTIONS = {"lr": 1e-3, "decay_rate": 0.9, "epsilon": 1e-8}
 
 
 def missing() -> str:
-    """What this needs and does not find; "" if nothing is missing."""
+    """The requirement that is missing, or ""."""
     from fastrms.cuda import why_not
 
     if reason := why_not():
@@ -50,7 +50,7 @@ def missing() -> str:
 
 
 def ways(case: str) -> dict[str, tuple[Callable[[], Any], Callable[[], list[Any]]]]:
-    """Each way of a case: a step, and what it has made of the parameters."""
+    """Each way of a case: a step, and a function that returns the parameters."""
     import torch
 
     generator = torch.Generator(device="cuda").manual_seed(0)
@@ -87,7 +87,7 @@ def ways(case: str) -> dict[str, tuple[Callable[[], Any], Callable[[], list[Any]
 
 
 def measure(case: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of a step of each way, turn by turn: what passes from the first call until the device is done."""
+    """Seconds of a step of each way, turn by turn, from the first call until the device is done."""
     import torch
 
     made = ways(case)

@@ -178,7 +178,7 @@ def flops(comm: "MPI.Intracomm") -> float:
 
 
 def sent_by_loopback() -> int | None:
-    """Return the bytes that the loopback device has sent, or None where the system is not Linux."""
+    """Return the bytes that the loopback device has sent, or None if the system is not Linux."""
     try:
         lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
     except OSError:

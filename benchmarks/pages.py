@@ -14,7 +14,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def fill(pages: Sequence[Path], parts: Mapping[str, str]) -> list[str]:
-    """Write each table between its markers, wherever they are, and return where that was."""
+    """Write each table between its markers on the pages, and return the names of tables with their pages."""
     written = []
     for page in pages:
         text = page.read_text(encoding="utf-8")

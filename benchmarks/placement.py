@@ -39,7 +39,7 @@ PLACES = [
 
 
 def place(memory: Array, offset: int, values: Array) -> Array:
-    """A copy of the values that begins so many bytes into a page; `memory` has two pages more than they have."""
+    """A copy of the values in `memory` (`memory_for`) that begins `offset` bytes into a page."""
     start = -memory.ctypes.data % PAGE + offset
     view = memory[start : start + values.nbytes].view(values.dtype)
     view[:] = values
@@ -47,7 +47,7 @@ def place(memory: Array, offset: int, values: Array) -> Array:
 
 
 def memory_for(values: Array) -> Array:
-    """Memory for values at any offset; NumPy asks for huge pages where it is large."""
+    """Memory for values at any offset; if it is large, NumPy asks for huge pages."""
     return np.zeros(values.nbytes + 2 * PAGE, np.uint8)
 
 

@@ -31,7 +31,7 @@ BLOCK = 1 << 16
 
 @numba.njit(error_model="numpy")
 def ahead(params, grads, cache, lr, decay_rate, rest, epsilon, distance):
-    """Update in strips, with requests for memory that is `distance` cache lines ahead, or none where it is 0."""
+    """Update in strips, with requests for memory that is `distance` cache lines ahead; 0 means no requests."""
     line = 64 // params.itemsize
     strip = STRIP * line
     for start in range(0, params.size, strip):

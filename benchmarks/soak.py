@@ -70,13 +70,13 @@ class Subject:
         return [{key: arrays[key] for key in keys} for keys in self.keys] if self.grouped else arrays
 
     def step_oracle(self, gradients: dict[str, Any]) -> None:
-        """The same step where nothing happens."""
+        """Take the same step with the twin."""
         if not self.plain_options:
             self.oracle.step(self.arranged(gradients))
             return
         for reference, keys in zip(self.oracle, self.keys, strict=True):
             there = [k for k, key in enumerate(keys) if gradients[key] is not None]
-            # The class has no None: take a step with those that are there.
+            # The reference class takes no None: take a step with the other gradients.
             part = copy.copy(reference)
             part.params, part.cache = ([of[k] for k in there] for of in (reference.params, reference.cache))
             part.step([gradients[keys[k]] for k in there])
@@ -84,7 +84,7 @@ class Subject:
                 reference.params[k], reference.cache[k] = np.asarray(param), np.asarray(cache)
 
     def set_option(self, group: int, name: str, value: float) -> None:
-        """Set an option here and there."""
+        """Set an option of the optimizer and of its twin."""
         self.opt.param_groups[group][name] = value
         if self.plain_options:
             setattr(self.oracle[group], name, value)
@@ -147,7 +147,7 @@ class Soak:
                 self.wrong.append(f"{subject.name}: {', '.join(found)}")
 
     def step(self, subject: Subject) -> None:
-        """Take a step with new gradients, here and there."""
+        """Take a step with new gradients, with the optimizer and with its twin."""
         gradients: dict[str, Any] = subject.draw()
         way = self.random.choice(["list", "buffer", "order", "none"])
         if way == "none":
@@ -261,7 +261,7 @@ class Soak:
 
 
 def resident() -> tuple[float, int]:
-    """MB of memory that this process has, when what is freed was given back to the system, and its open files."""
+    """Give free memory back to the system; then return the memory of this process in MB, and its open files."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
         ctypes.CDLL(None).malloc_trim(0)

@@ -53,7 +53,7 @@ MARGIN = 1.03
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure or read, write, print; exit status 0 also where a target is missed, which is a result."""
+    """Measure or read, write, print; exit status 0 also if a target is missed, because that is a result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="do not measure")
     parser.add_argument("--quick", action="store_true", help="with fewer cases and less time; prints only")
@@ -102,7 +102,7 @@ def measure(min_time: float, quick: bool = False) -> Results:
 
 
 def tables(runs: Sequence[Results]) -> dict[str, str]:
-    """All tables by name, as Markdown; those of one machine below those of another, where columns have no room."""
+    """All tables by name, as Markdown; large tables are one for each machine, one below the other."""
 
     def each(make: Callable[[Results], str]) -> str:
         found = {run.processor: text for run in runs if (text := make(run))}
@@ -153,7 +153,7 @@ def cell(row: StepRow | TrainingRow, median: float) -> str:
 
 
 def case_of(row: StepRow) -> tuple[int, str, str]:
-    """What rows have in common that are compared."""
+    """The case of a row; only rows of one case are compared."""
     return row["arrays"], row["shape"], row["dtype"]
 
 

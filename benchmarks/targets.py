@@ -1,12 +1,12 @@
-"""Measure and print the targets: what has to be reached, what was measured, and whether it is reached.
+"""Measure and print the targets: the bound, the figure that was measured, and whether it is reached.
 
     python benchmarks/targets.py                   # all (some 12 minutes)
     python benchmarks/targets.py --only serial     # some of them; --help names the groups
     python benchmarks/targets.py --quick           # sizes up to 1e6 and little time, for trying it out
     python benchmarks/targets.py --from FILE       # from a file of results, without measuring
 
-All are ratios, or differences, of medians in one run in which the sides take turns. The exit status is 0 also where a
-target is missed, which is a result.
+All are ratios, or differences, of medians in one run in which the sides take turns. The exit status is 0 also if a
+target is missed, because that is a result.
 """
 # ruff: noqa: RUF001 - a multiplication sign in a table is meant
 
@@ -47,7 +47,7 @@ class Target:
     at_most: bool = False
 
     def row(self, runs: Sequence[Results]) -> list[str]:
-        """The cells of its line: what, the bound, and for each run the figure and the verdict."""
+        """The cells of the target's line: its name, the bound, and for each run the figure and the verdict."""
         cells = [self.what, f"{'≤' if self.at_most else '≥'} {self.bound:g}"]
         for run in runs:
             value = self.value(run)
@@ -332,7 +332,7 @@ def _stop_if(interrupted: bool) -> None:
 
 
 def beside_torch_rows(names: Sequence[str], seconds: float) -> list[TorchRow]:
-    """Cases of bench_torch.py, alone and beside another program; none where torch is not installed."""
+    """Cases of bench_torch.py, alone and beside another program; none if torch is not installed."""
     if IMPLEMENTATIONS["torch"].missing():
         return []
     rows = []

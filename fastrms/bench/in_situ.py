@@ -41,7 +41,7 @@ LABELS: dict[str, str] = {
     "reference": "reference class",
 }
 
-# Steps in a turn, of which the first are dropped.
+# Steps in a turn, and the number of first steps that are dropped.
 TURN, DROPPED = 12, 3
 MIN_TURNS, MAX_TURNS = 4, 60
 # Steps of every training whose losses are compared before timing.
@@ -183,7 +183,7 @@ def _row(network: Network, kernel: str, gradients: str, trainer: _Trainer, media
         "quarter": quarter,
         "three_quarters": three_quarters,
         "optimizer_seconds": float(np.median(trainer.optimizer_seconds)),
-        # The reference's turn is the first, and those without an optimizer follow; an interruption may be earlier.
+        # The reference has the first turn. An interruption may come before the turn without an optimizer.
         "times_faster": medians["reference", "list"] / median,
         "over_no_optimizer": median / medians.get((NONE, gradients), math.nan),
         "steps": len(trainer.step_seconds),

@@ -44,7 +44,7 @@ def microarchitecture() -> str:
 
 
 def caches() -> dict[str, str]:
-    """Return the sizes of the caches of data that the first processor reaches, by level; {} where that is unknown."""
+    """Return the sizes of the caches of data that the first processor reaches, by level; {} if unknown."""
     found = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
@@ -59,12 +59,12 @@ def caches() -> dict[str, str]:
 
 
 def load() -> float | None:
-    """Return the number of programs that ran or waited to run over the last minute, on average; None on Windows."""
+    """Return the mean number of running and waiting programs over the last minute; None on Windows."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def others_use(seconds: float = 0.3) -> float | None:
-    """Return how many processors other programs use now: wait so long, and count; None where that is unknown."""
+    """Wait `seconds`, and return how many processors other programs used meanwhile; None if unknown."""
 
     def ticks() -> float | None:
         try:
@@ -151,7 +151,7 @@ class Description(TypedDict):
 
 
 def describe() -> Description:
-    """Return all of this for a file of results."""
+    """Return the description for a file of results."""
     # Read first, because libraries set variables when they are imported. A path says nothing to others.
     variables = {name: value for name, value in environment().items() if name != "NUMBA_CACHE_DIR"}
     return {

@@ -1,6 +1,6 @@
 """The RMSProp of other libraries, each at its best, as implementations of `fastrms bench`.
 
-A library is imported when its runner is made, which is in its worker process. None is needed to install fastrms or to
+A worker process imports its library when it makes the runner. No library is needed to install fastrms or to
 check its types.
 """
 
@@ -30,7 +30,7 @@ def limit_processors(threads: int) -> None:
 
 
 def _on_tensors(problem: Problem, library: str, make: Callable[[list[Any]], Any], squares: str) -> Runner:
-    """Run an optimizer of tensors of `library`, which `make` makes of parameters; `squares` names its cache."""
+    """Run the optimizer that `make` makes of parameters, which are tensors of `library`; `squares` names its cache."""
     tensors = importlib.import_module(library)
     tensors.set_num_threads(problem.threads)
     params = [tensors.nn.Parameter(tensors.from_numpy(param.copy())) for param in problem.params]

@@ -88,7 +88,7 @@ class NaiveLoop:
 
 
 class NoOptimizer:
-    """Leave the parameters as they are: what remains of a training step is its limit."""
+    """Leave the parameters as they are; the rest of a training step is its limit."""
 
     def __init__(self, params: Sequence[Array]) -> None:
         self.params = params

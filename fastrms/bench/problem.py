@@ -130,7 +130,7 @@ class Runner:
 
 
 def to_float(cache: Sequence[NDArray[Any]]) -> list[Array]:
-    """Return the arrays of a cache, widened to float32 where they are bfloat16."""
+    """Return the arrays of a cache; bfloat16 is widened to float32."""
     return [from_bfloat16(array) if array.dtype == np.uint16 else array for array in cache]
 
 

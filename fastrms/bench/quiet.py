@@ -16,7 +16,7 @@ class Quiet:
 
     load: float | None  # over the last minute, this program and its predecessors included
     others_use: float | None  # processors that other programs use
-    two_thread_speedup: float | None  # of two threads over one; None where there is one thread
+    two_thread_speedup: float | None  # of two threads over one; None without a second thread
 
     def warnings(self) -> list[str]:
         """Return a sentence for each reason not to trust the times of this run."""
@@ -31,11 +31,11 @@ class Quiet:
         return found
 
     def document(self) -> dict[str, object]:
-        """Return all of it for a file of results."""
+        """Return the state and the warnings for a file of results."""
         return {**asdict(self), "warnings": self.warnings()}
 
 
 def look(threads: int) -> Quiet:
-    """Look how busy the machine is; takes about a second, and more where the loop has to be compiled."""
+    """Look how busy the machine is; this takes about a second, and longer if the loop has to be compiled."""
     load, others = machine.load(), machine.others_use()
     return Quiet(load, others, roofline.divider_speedup() if threads > 1 else None)

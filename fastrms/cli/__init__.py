@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises errors of output, where argparse ignores them."""
+    """A parser that raises errors of output; argparse ignores them."""
 
     def _print_message(self, message: str, file: "SupportsWrite[str] | None" = None) -> None:
         if message and (file := file or sys.stderr) is not None:

@@ -38,7 +38,7 @@ class CommandError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error as one line, or its type where it has none."""
+    """Return the message of an error as one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -168,12 +168,12 @@ def _descend(args: argparse.Namespace, landscape: Landscape) -> Descent:
         settings = [{"lr": args.lr, **options} for options in settings or [{}]]
     region = (args.x or landscape.region[0], args.y or landscape.region[1]) if args.x or args.y else None
     descent = descend(landscape, settings, beside, start=args.start, steps=args.steps, region=region)
-    descent.grid  # noqa: B018 - raises where the function has no value in the region
+    descent.grid  # noqa: B018 - raises if the function has no value in the region
     return descent
 
 
 def _check_pairs(args: argparse.Namespace) -> None:
-    """Raise CommandError where two numbers are no point or no limits."""
+    """Raise CommandError unless pairs of numbers are points or limits."""
     for name, limits in (("start", ""), ("x", ", LOW below HIGH"), ("y", ", LOW below HIGH")):
         pair = getattr(args, name)
         if pair is not None and not (all(map(math.isfinite, pair)) and (not limits or pair[0] < pair[1])):

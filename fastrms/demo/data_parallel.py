@@ -40,7 +40,7 @@ class RankTraining(Training):
     """One rank's part of a training on all ranks: its rows of each batch."""
 
     def compute(self, x: Array, y: Labels) -> tuple[np.floating[Any], Sequence[Array | None]]:
-        """Return this rank's shares of the loss and the gradients of a batch; the sums over ranks are those of it."""
+        """Return this rank's shares of the loss and gradients of a batch: their sums over ranks are the batch's own."""
         rows = slice(len(y) * comm.rank // comm.size, len(y) * (comm.rank + 1) // comm.size)
         share = (rows.stop - rows.start) / len(y)
         if not share:  # ranks outnumber rows

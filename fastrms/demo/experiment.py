@@ -60,7 +60,7 @@ class Experiment:
 
 
 def network_name(sizes: Sequence[int]) -> str:
-    """Return the widths of the layers: "64-512-512-10", or "64-[32]*50-10" where many layers have one width."""
+    """Return the widths of the layers: "64-512-512-10", or "64-[32]*50-10" if there are many."""
     if len(sizes) <= 6:
         return "-".join(map(str, sizes))
     runs = [(width, len(list(run))) for width, run in groupby(sizes)]

@@ -15,6 +15,7 @@ from fastrms.plots.trajectories import Descent, descend
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL import Image
 
     from fastrms.plots.panels import Line
 
@@ -254,7 +255,13 @@ def animate(
         canvas.draw()
         pictures.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
         on_picture(len(pictures), len(shown))
-    # One palette for all, from the last picture, and no dither, which would flicker.
+    _save_gif(pictures, file)
+
+
+def _save_gif(pictures: "Sequence[Image.Image]", file: "Path | BinaryIO") -> None:
+    from PIL import Image
+
+    # One palette for all, from the last picture. A dither would flicker.
     palette = pictures[-1].quantize(256, method=Image.Quantize.FASTOCTREE)
     first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [_DURATION] * len(others) + [_LAST_DURATION]
@@ -314,7 +321,7 @@ def _draw_together(descent: Descent, panels: Sequence[str]) -> "tuple[Figure, di
 
     if not panels or len(set(panels)) < len(panels) or not set(panels) <= set(PANELS):
         raise OptionError(f"panels: expected some of {PANELS}, each once, got {panels!r}")
-    # The function above, the curves below. A panel alone in its row fills the row.
+    # The function is above, the curves are below. A panel alone in its row fills the row.
     rows = [row for names in (PANELS[:2], PANELS[2:]) if (row := [name for name in panels if name in names])]
     columns = max(map(len, rows))
     heights = [5.0 if row[0] in PANELS[:2] else 3.4 for row in rows]
@@ -335,6 +342,6 @@ def _draw_together(descent: Descent, panels: Sequence[str]) -> "tuple[Figure, di
     figure.legend(
         list(labelled.values()), list(labelled), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
-    # The layout uses sizes from the previous drawing, so that the first one is not right.
+    # The layout uses sizes from the previous drawing, and needs a first one.
     figure.draw_without_rendering()
     return figure, {name: axes[name] for name in panels}, lines
