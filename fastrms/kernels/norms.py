@@ -20,7 +20,7 @@ from fastrms.kernels.threads import one_at_a_time
 
 __all__ = ["CHUNK", "LANES", "LEAST_SUM", "PRESCALE", "AddUp", "SpanNorms", "combine", "scale_to", "square"]
 
-# Makes sums of squares of whole spans from sums of squares of the parts in this process.
+# Returns the sums of squares of whole spans, from those of the parts in this process.
 AddUp = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 CHUNK = 4096
@@ -36,7 +36,7 @@ PRESCALE = 2.0**600
 
 @inner
 def square(x, clip, prescale):
-    """Return the square of a number limited to [-clip, clip], times `prescale`, in float64."""
+    """Limit a number to [-clip, clip], multiply it by `prescale` in float64, and return its square."""
     x = clip if x > clip else x
     x = -clip if x < -clip else x
     x = np.float64(x) * prescale
@@ -45,6 +45,7 @@ def square(x, clip, prescale):
 
 @inner
 def _add_squares(grads, clip, prescale, lanes):
+    """Add the square of each element to its lane."""
     whole = grads.size // LANES * LANES
     for i in range(0, whole, LANES):
         for j in range(LANES):
@@ -55,6 +56,7 @@ def _add_squares(grads, clip, prescale, lanes):
 
 @inner
 def _chunk_sum(j, grads, spans, first_chunk, clip, prescale):
+    """Return the sum of squares of chunk `j`, counted through all spans."""
     k = np.searchsorted(first_chunk, j, side="right") - 1
     start = spans[k, 0] + (j - first_chunk[k]) * CHUNK
     lanes = np.zeros(LANES)
@@ -70,6 +72,7 @@ def _chunk_sum(j, grads, spans, first_chunk, clip, prescale):
 
 @inner
 def _add_up(partials, first_chunk, sums):
+    """Write the sum of the chunks of each span to `sums`."""
     for k in range(sums.size):
         sums[k] = 0.0
         for j in range(first_chunk[k], first_chunk[k + 1]):
@@ -78,6 +81,7 @@ def _add_up(partials, first_chunk, sums):
 
 @jit()
 def _serial(grads, spans, first_chunk, clip, prescale, partials, sums):
+    """Write the sum of squares of each chunk to `partials`, and of each span to `sums`."""
     for j in range(partials.size):
         partials[j] = _chunk_sum(j, grads, spans, first_chunk, clip, prescale)
     _add_up(partials, first_chunk, sums)
@@ -85,62 +89,38 @@ def _serial(grads, spans, first_chunk, clip, prescale, partials, sums):
 
 @jit(parallel=True)
 def _parallel(grads, spans, first_chunk, clip, prescale, partials, sums):
+    """Do the same as `_serial`, with the chunks on Numba's threads."""
     for j in numba.prange(partials.size):
         partials[j] = _chunk_sum(j, grads, spans, first_chunk, clip, prescale)
     _add_up(partials, first_chunk, sums)
 
 
 class SpanNorms:
-    """The Euclidean norms of fixed spans of a gradient array, with memory for partial sums that is allocated once.
-
-    Parameters
-    ----------
-    spans : ndarray of int64, shape (k, 3)
-        Elements [start, stop) each, and the address of the gradient or 0, as for `reference.update`.
-
-    Attributes
-    ----------
-    spans : ndarray of int64, shape (k, 3)
-        The same array.
-    first_chunk : ndarray of int64, shape (k + 1,)
-        The number of the first chunk of each span, and the number of all chunks.
-    """
+    """The Euclidean norms of fixed spans of a gradient buffer. Memory for partial sums is allocated once."""
 
     def __init__(self, spans: NDArray[np.int64]) -> None:
-        self.spans = spans
+        self.spans = spans  # shape (k, 3), as for `reference.update`
         chunks = -(-(spans[:, 1] - spans[:, 0]) // CHUNK)
+        # The number of the first chunk of each span, and the number of all chunks.
         self.first_chunk = np.concatenate([[0], np.cumsum(chunks)])
         self._partials = np.empty(self.first_chunk[-1])
-        self._sums = np.empty(len(spans))
 
     def of(self, spans: NDArray[np.int64]) -> "SpanNorms":
         """Return an object of the same kind for other spans."""
         return SpanNorms(spans)
 
     def __call__(self, grads: Array, clip: float, kernel: str, add_up: AddUp | None = None) -> NDArray[np.float64]:
-        """Return the norm of each span.
+        """Return the norm of each span, of values limited to [-clip, clip]; NaN for a span with NaN.
 
-        Parameters
-        ----------
-        grads : ndarray, shape (n,), float32 or float64
-            The gradient buffer.
-        clip : float
-            Values are limited to [-clip, clip]; inf for no limit.
-        kernel : {"serial", "parallel", "numpy"}
-            The code that computes; all give the same bits.
-        add_up : function of sums of squares, or None, default None
-            For spans that are parts of whole ones: gets a sum for each span, and returns that of the whole.
-
-        Returns
-        -------
-        norms : ndarray of float64, shape (k,)
-            NaN for a span with NaN.
+        `add_up` is None if each span is whole.
         """
         sums = self.sum_squares(grads, clip, 1.0, kernel)
         sums = sums if add_up is None else add_up(sums)
         norms = np.sqrt(sums)
+        if grads.dtype != np.float64:
+            return norms
         for outside, prescale in ((sums < LEAST_SUM, PRESCALE), (np.isinf(sums), 1.0 / PRESCALE)):
-            if grads.dtype == np.float64 and outside.any():
+            if outside.any():
                 again = np.zeros(len(sums))
                 again[outside] = self.of(self.spans[outside]).sum_squares(grads, clip, prescale, kernel)
                 again = again if add_up is None else add_up(again)
@@ -154,17 +134,17 @@ class SpanNorms:
         return np.equal(self.sum_squares(grads, math.inf, 0.0, kernel), 0)
 
     def sum_squares(self, grads: Array, clip: float, prescale: float, kernel: str) -> NDArray[np.float64]:
-        """Return the sum of squares of each span, of values limited to [-clip, clip] and times `prescale`."""
+        """Limit values to [-clip, clip], multiply them by `prescale`, and return the sum of squares of each span."""
         if kernel == "numpy":
             return reference.sum_squares(grads, self.spans, clip, prescale, CHUNK, LANES)
-        compiled = one_at_a_time(_parallel) if kernel == "parallel" else _serial
-        bound = grads.dtype.type(clip)
-        compiled(grads, self.spans, self.first_chunk, bound, prescale, self._partials, self._sums)
-        return self._sums.copy()
+        write_sums = one_at_a_time(_parallel) if kernel == "parallel" else _serial
+        sums = np.empty(len(self.spans))
+        write_sums(grads, self.spans, self.first_chunk, grads.dtype.type(clip), prescale, self._partials, sums)
+        return sums
 
 
 def combine(norms: NDArray[np.float64]) -> float:
-    """Return the norm of all parts from their norms, in any order; NaN if one is NaN."""
+    """Return the norm of a whole from the norms of its parts, in any order; NaN if one is NaN."""
     largest = float(np.max(norms, initial=0.0))
     if largest == 0 or not math.isfinite(largest):
         return largest
