@@ -14,7 +14,7 @@ from fastrms.backends.folder import METADATA_FILE
 from fastrms.backends.storage import Storage
 from fastrms.buffers.pytree import P
 from fastrms.checkpoints.formats import opened, reading
-from fastrms.checkpoints.metadata import check_metadata, check_options, get_lr, metadata_of, params_of
+from fastrms.checkpoints.metadata import check_metadata, check_options, metadata_of, params_of, which_get_lr
 from fastrms.checkpoints.state import load_file, load_state, restore, save_file, state_dict
 from fastrms.errors import CheckpointError, StorageError, call_all
 
@@ -27,7 +27,7 @@ _open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
 
 
 class Persistent(OptimizerBase[P]):
-    """An optimizer that can be saved, loaded, reopened and closed, but not step."""
+    """An optimizer that can be saved, loaded, reopened and closed. It cannot take a step."""
 
     def _close_at_exit(self) -> None:
         """Have the optimizer closed when the program ends, if it has storage."""
@@ -149,11 +149,11 @@ class Persistent(OptimizerBase[P]):
             with reading():
                 check_metadata(metadata)
                 params = params_of(metadata, source.kinds)
-            new_lr = get_lr(metadata["param_groups"], lr, "from_checkpoint")
-            groups: list[dict[str, Any]] = [{"lr": lr} if new else {} for new in new_lr]  # `restore` sets the others
+            gets_lr = which_get_lr(metadata, lr, "from_checkpoint", CheckpointError)
+            groups: list[dict[str, Any]] = [{"lr": lr} if gets else {} for gets in gets_lr]
             opt = _make(cls, params, metadata, groups, kernel=kernel, num_threads=num_threads, storage=storage)
             try:
-                restore(opt._backend, source, new_lr)
+                restore(opt._backend, source, gets_lr)  # all other options too
             except BaseException:
                 opt._backend.discard()
                 raise
@@ -208,24 +208,21 @@ class Persistent(OptimizerBase[P]):
         check_one_of("after_crash", after_crash, AFTER_CRASH)
         storage = Storage.open(Path(path), after_crash)
         try:
-            metadata, where = storage.metadata, storage.path / METADATA_FILE
-            saved: list[dict[str, Any]] = metadata["param_groups"]
+            metadata, file = storage.metadata, storage.path / METADATA_FILE
             try:
                 params = params_of(metadata, None)
                 check_options(metadata)
             except CheckpointError as error:
-                raise StorageError(f"{where}: cannot be read: {error}") from None
-            try:
-                new_lr = get_lr(saved, lr, "reopen")
-            except CheckpointError as error:
-                raise StorageError(str(error)) from None
-            groups = [group | {"lr": lr} if new else group for group, new in zip(saved, new_lr, strict=True)]
-            of_all = {name: metadata[name] for name in ("global_clip_norm", "nonfinite")}
+                raise StorageError(f"{file}: cannot be read: {error}") from None
+            gets_lr = which_get_lr(metadata, lr, "reopen", StorageError)
+            saved = metadata["param_groups"]
+            groups = [group | {"lr": lr} if gets else group for group, gets in zip(saved, gets_lr, strict=True)]
             opt = _make(
-                cls, params, metadata, groups, kernel=kernel, num_threads=num_threads, storage=storage, **of_all
-            )
+                cls, params, metadata, groups, kernel=kernel, num_threads=num_threads, storage=storage,
+                global_clip_norm=metadata["global_clip_norm"], nonfinite=metadata["nonfinite"],
+            )  # fmt: skip
             if metadata_of(opt._state)["parameters"] != metadata["parameters"]:
-                raise StorageError(f"{where}: structure and parameters do not fit together")
+                raise StorageError(f"{file}: structure and parameters do not fit together")
         except BaseException:
             storage.discard()
             raise
@@ -276,27 +273,8 @@ class Persistent(OptimizerBase[P]):
             self.close()
 
 
-def _make(
-    cls: Callable[..., _T],
-    params: Any,
-    metadata: Options,
-    groups: Sequence[Options],
-    **options: Any,
-) -> _T:
-    """Return an optimizer made from metadata.
-
-    Parameters
-    ----------
-    cls : callable
-        A class that takes the arguments of `fastrms.RMSProp`.
-    params : structure of arrays
-        From `params_of`.
-    metadata : mapping
-    groups : sequence of mapping
-        Options of each group.
-    **options
-        Options of the whole.
-    """
+def _make(cls: Callable[..., _T], params: Any, metadata: Options, groups: Sequence[Options], **options: Any) -> _T:
+    """Return an optimizer with the parameters of `params_of`, the options of each group, and options of the whole."""
     if metadata["grouped"]:
         params = [{"params": part, **group} for part, group in zip(params, groups, strict=True)]
     else:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from fastrms._checks import GROUP_DEFAULTS
-from fastrms._types import Array, Metadata
+from fastrms._state import STATE_OPTIONS, optional_state
+from fastrms._types import Array, Metadata, Options
 from fastrms.buffers.flat import as_arrays
-from fastrms.checkpoints.metadata import MOST_STEPS
+from fastrms.checkpoints.metadata import MOST_STEPS, not_steps
 from fastrms.dialects import DIALECTS, dialect
 from fastrms.errors import CheckpointError, OptionError
 from fastrms.kernels.reference import from_bfloat16, to_bfloat16
@@ -20,9 +21,7 @@ from fastrms.options import parameter_groups, resolve_lr
 __all__ = ["from_keras", "from_torch", "to_keras", "to_torch"]
 
 State = dict[str, Any]  # of `RMSProp.state_dict`
-# Their names of our buffers, and the options that make a buffer necessary.
-_TORCH, _KERAS = DIALECTS["torch"].state, DIALECTS["keras"].state
-_OPTION_OF = {"momentum_buffer": "momentum", "grad_avg": "centered"}
+_TORCH, _KERAS = DIALECTS["torch"].state, DIALECTS["keras"].state  # the projects' names of our buffers
 # Options that need no counterpart: the state has them, or they matter to subnormal numbers only.
 _OURS_ALONE = ("initial_scale", "flush_subnormals", "lr_in_momentum")
 # Arguments of Keras' optimizer that add state or change gradients.
@@ -68,23 +67,13 @@ def from_torch(state_dict: Metadata, params: object, **options: Any) -> RMSProp:
     (1, 0.99, [array([0.04])])
     """
     arguments, sizes, entries, counts = _read_torch(state_dict)
-    own = [dialect("torch", **group) for group in arguments]
-    groups = parameter_groups(params)
-    if len(own) != (1 if groups is None else len(groups)):
-        got = "no groups" if groups is None else f"{len(groups)} groups"
-        raise CheckpointError(f"params: expected {len(own)} groups with 'params', as in state_dict; got {got}")
-    if groups is None:
-        opt = RMSProp(_arrays(params), **(own[0] | options))
-    else:
-        of_groups = {name: value for name, value in options.items() if name in GROUP_DEFAULTS}
-        given = [{"params": _arrays(g["params"])} | o | of_groups for g, o in zip(groups, own, strict=True)]
-        opt = RMSProp(given, **options)
+    opt = _with_groups(params, [dialect("torch", **group) for group in arguments], options)
     state = opt.state_dict()
     found = np.bincount([p["group"] for p in state["parameters"]], minlength=len(sizes)).tolist()
     if found != sizes:
         raise CheckpointError(f"params: expected {sizes} parameters in the groups, as in state_dict; got {found}")
-    items = {name: [entry.get(theirs) for entry in entries] for name, theirs in _TORCH.items()}
-    _load(opt, state, counts, items, "torch")
+    buffers = {name: [entry.get(theirs) for entry in entries] for name, theirs in _TORCH.items()}
+    _load(opt, state, counts, buffers, "torch")
     return opt
 
 
@@ -184,14 +173,15 @@ def from_keras(config: Metadata, variables: object, params: object, **options: A
     given = _arrays(params) if groups is None else [{**group, "params": _arrays(group["params"])} for group in groups]
     opt = RMSProp(given, **(dialect("keras", **arguments) | options))
     state = opt.state_dict()
+    heads = ["iteration"] if scheduled else ["iteration", "learning_rate"]
+    names = ["cache"] + [name for name, option in STATE_OPTIONS.items() if config.get(option)]
     count = len(state["parameters"])
-    names = ["cache"] + [name for name, option in _OPTION_OF.items() if config.get(option)]
-    first = 1 if scheduled else 2
-    if len(variables) != (expected := first + len(names) * count):
-        kinds = ", ".join(["iteration"] + ["learning_rate"] * (not scheduled) + [_KERAS[name] for name in names])
+    if len(variables) != (expected := len(heads) + len(names) * count):
+        kinds = ", ".join(heads + [_KERAS[name] for name in names])
         raise CheckpointError(f"variables: expected {expected} for {count} parameters ({kinds}), got {len(variables)}")
-    items = {name: variables[first + k * count : first + (k + 1) * count] for k, name in enumerate(names)}
-    _load(opt, state, [_count("iteration", variables[0])] * count, items, "keras")
+    rest = variables[len(heads) :]
+    buffers = {name: rest[k * count : (k + 1) * count] for k, name in enumerate(names)}
+    _load(opt, state, [_count("iteration", variables[0])] * count, buffers, "keras")
     return opt
 
 
@@ -232,10 +222,22 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
             raise OptionError(f"{argument}: expected the same in all groups, as keras has no groups; got {values}")
     config["weight_decay"] = config["weight_decay"] or None
     arrays: list[Any] = [np.array(state["steps"], np.int32), np.array(config["learning_rate"])]
-    for name, option in {"cache": None, **_OPTION_OF}.items():
-        if option is None or state["param_groups"][0][option]:
-            arrays += _read(state, name, rates, "keras")
+    for name in ["cache", *optional_state(state["param_groups"])]:
+        arrays += _read(state, name, rates, "keras")
     return config, {str(number): array for number, array in enumerate(arrays)}
+
+
+def _with_groups(params: object, own: Sequence[Options], options: Options) -> RMSProp:
+    """Return an optimizer with the `own` options of each group; `options` take precedence."""
+    groups = parameter_groups(params)
+    if len(own) != (1 if groups is None else len(groups)):
+        got = "no groups" if groups is None else f"{len(groups)} groups"
+        raise CheckpointError(f"params: expected {len(own)} groups with 'params', as in state_dict; got {got}")
+    if groups is None:
+        return RMSProp(_arrays(params), **{**own[0], **options})
+    of_groups = {name: value for name, value in options.items() if name in GROUP_DEFAULTS}
+    given = [{"params": _arrays(g["params"]), **o, **of_groups} for g, o in zip(groups, own, strict=True)]
+    return RMSProp(given, **options)
 
 
 def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[Metadata], list[int]]:
@@ -243,13 +245,11 @@ def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[
     try:
         packed, state = state_dict["param_groups"], state_dict["state"]
         groups = [{name: _number(name, g[name]) for name in DIALECTS["torch"].names if name in g} for g in packed]
-        for group in groups:
-            _ = group["lr"], group["alpha"], group["eps"]  # no other optimizer of torch has all three
+        # No other optimizer of torch has all three.
+        _ = [(group["lr"], group["alpha"], group["eps"]) for group in groups]
         entries: list[Metadata] = [state.get(number, {}) for group in packed for number in group["params"]]
         steps = [_count("step", entry["step"]) if entry else 0 for entry in entries]  # no state before a gradient
-        for entry in entries:
-            if entry:
-                entry["square_avg"]
+        _ = [entry["square_avg"] for entry in entries if entry]
         return groups, [len(group["params"]) for group in packed], entries, steps
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -259,16 +259,14 @@ def _read_torch(state_dict: Any) -> tuple[list[dict[str, Any]], list[int], list[
 
 
 def _check_keras(config: object, variables: object) -> Sequence[Any]:
-    """Return `variables` as a sequence, or raise where Keras' RMSprop has no such config or variables."""
+    """Return `variables` as a sequence, or raise if Keras' RMSprop has no such config or variables."""
     if not isinstance(config, Mapping) or not {"rho", "epsilon", "learning_rate"} <= config.keys():
         raise CheckpointError(
             f"config: expected what get_config() of keras.optimizers.RMSprop returns, got {_named(config)}"
         )
     for name in _KERAS_ONLY:
-        if config.get(name):
-            raise OptionError(
-                f"{name}: expected an optimizer without, got {config[name]!r}; there is no such thing here"
-            )
+        if value := config.get(name):
+            raise OptionError(f"{name}: expected an optimizer without, got {value!r}; there is no such thing here")
     if isinstance(variables, Mapping):
         names = [str(number) for number in range(len(variables))]
         if variables.keys() != set(names):
@@ -298,24 +296,25 @@ def _export(optimizer: RMSProp, project: str) -> tuple[State, list[float], list[
 
 
 def _load(
-    opt: RMSProp, state: State, counts: Sequence[int], items: Mapping[str, Sequence[object]], project: str
+    opt: RMSProp, state: State, counts: Sequence[int], buffers: Mapping[str, Sequence[object]], project: str
 ) -> None:
-    """Load step counts and buffers of `project` into `opt` by way of its `state`; an item of None changes nothing."""
-    peer, layout = DIALECTS[project], opt.buffers["params"].layout
-    state["steps"] = max(counts)
-    state["arrays"]["skipped"][...] = max(counts) - np.array(counts)
-    for name, of_buffer in items.items():
+    """Write step counts and buffers of `project` to a state of `opt`, and load it; an item of None changes nothing."""
+    steps, layout, peer = max(counts), opt.buffers["params"].layout, DIALECTS[project]
+    lr_in_theirs = "lr_in_momentum" in peer.fixed
+    state["steps"] = steps
+    state["arrays"]["skipped"][...] = steps - np.array(counts)
+    for name, items in buffers.items():
         if not (views := _views(state, name)):
             continue
-        # The buffer of the parameters has the shapes and dtypes to compare with, also where state has 16 bits.
-        checked = as_arrays([_array(item) for item in of_buffer], layout, peer.state[name], allow_none=True)
-        for view, array, parameter in zip(views, checked, state["parameters"], strict=True):
+        # Parameters have the shapes and dtypes to compare with, even if state has 16 bits.
+        arrays = as_arrays([_array(item) for item in items], layout, peer.state[name], allow_none=True)
+        for view, array, parameter in zip(views, arrays, state["parameters"], strict=True):
             if array is None:
                 continue
             group = opt.param_groups[parameter["group"]]
-            include = group["lr_in_momentum"]
-            if name == "momentum_buffer" and group["momentum"] and include != ("lr_in_momentum" in peer.fixed):
-                array = _convert_momentum(array, resolve_lr(group, state["steps"]), include)
+            lr_in_ours = group["lr_in_momentum"]
+            if name == "momentum_buffer" and group["momentum"] and lr_in_ours != lr_in_theirs:
+                array = _convert_momentum(array, resolve_lr(group, steps), multiply=lr_in_ours)
             with np.errstate(all="ignore"):  # a number too large for the dtype becomes inf
                 view[...] = array if state["cache_dtype"] is None else to_bfloat16(array)
     opt.load_state_dict(state)
@@ -323,20 +322,22 @@ def _load(
 
 def _read(state: State, name: str, rates: Sequence[float], project: str) -> list[Array | None]:
     """Return a copy of buffer `name` for each parameter, or None for a parameter whose group does not use it."""
-    include = "lr_in_momentum" in DIALECTS[project].fixed
     arrays: list[Array | None] = [None] * len(state["parameters"])
+    lr_in_theirs = "lr_in_momentum" in DIALECTS[project].fixed
     for i, view in enumerate(_views(state, name)):
         k = state["parameters"][i]["group"]
         group = state["param_groups"][k]
-        if name not in _OPTION_OF or group[_OPTION_OF[name]]:
-            array = view.copy() if state["cache_dtype"] is None else from_bfloat16(view)
-            convert = name == "momentum_buffer" and include != group["lr_in_momentum"]
-            arrays[i] = _convert_momentum(array, rates[k], include) if convert else array
+        if name in STATE_OPTIONS and not group[STATE_OPTIONS[name]]:
+            continue
+        array = view.copy() if state["cache_dtype"] is None else from_bfloat16(view)
+        if name == "momentum_buffer" and group["lr_in_momentum"] != lr_in_theirs:
+            array = _convert_momentum(array, rates[k], multiply=lr_in_theirs)
+        arrays[i] = array
     return arrays
 
 
 def _views(state: State, name: str) -> list[Array]:
-    """Return a view of buffer `name` in `state` for each parameter, or an empty list without such a buffer."""
+    """Return a view of buffer `name` in `state` for each parameter; an empty list without the buffer."""
     views, starts = [], dict.fromkeys(("float32", "float64", "uint16"), 0)
     for parameter in state["parameters"]:
         dtype = parameter["dtype"] if state["cache_dtype"] is None else "uint16"
@@ -348,11 +349,11 @@ def _views(state: State, name: str) -> list[Array]:
     return views
 
 
-def _convert_momentum(array: Array, lr: float, include: bool) -> Array:
-    """Return a momentum buffer with lr multiplied in if `include`, or else divided out."""
-    if not include and lr <= 0:
+def _convert_momentum(array: Array, lr: float, multiply: bool) -> Array:
+    """Return a momentum buffer multiplied by lr, or divided by lr."""
+    if not multiply and lr <= 0:
         raise OptionError("lr: expected more than 0, by which the momentum buffer is divided; got 0")
-    return array * lr if include else array / lr
+    return array * lr if multiply else array / lr
 
 
 def _arrays(tree: object) -> Any:
@@ -373,12 +374,12 @@ def _map(tree: object) -> Any:
 
 
 def _array(item: Any) -> Any:
-    """Return an object that NumPy can read, also of a tensor that requires a gradient or is on a GPU."""
+    """Return an object that NumPy can read; a tensor is detached and copied to the CPU."""
     return item.detach().cpu() if hasattr(item, "detach") else item
 
 
 def _number(name: str, value: object) -> Any:
-    """Return the number in an array, a tensor or a variable as a plain one."""
+    """Return the number in an array, a tensor or a variable as a number of Python."""
     array = np.asarray(_array(value))
     if array.size != 1:
         raise CheckpointError(f"{name}: expected one number, got shape {array.shape}")
@@ -388,9 +389,7 @@ def _number(name: str, value: object) -> Any:
 def _count(name: str, value: object) -> int:
     number = _number(name, value)
     if not isinstance(number, int | float) or not 0 <= number <= MOST_STEPS or number != int(number):
-        raise CheckpointError(
-            f"{name}: expected a number of steps, got {number!r}, which is not a whole number from 0 to 2**53"
-        )
+        raise not_steps(name, number)
     return int(number)
 
 

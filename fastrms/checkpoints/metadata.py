@@ -24,11 +24,12 @@ __all__ = [
     "check_metadata",
     "check_options",
     "encode",
-    "get_lr",
     "groups_of",
     "kind_of",
     "metadata_of",
+    "not_steps",
     "params_of",
+    "which_get_lr",
 ]
 
 
@@ -72,7 +73,7 @@ def metadata_of(state: OptimizerState) -> dict[str, Any]:
 
 
 def check_metadata(metadata: object) -> None:
-    """Raise CheckpointError where metadata is wrong for any optimizer."""
+    """Raise CheckpointError if metadata is wrong for every optimizer."""
     if not isinstance(metadata, Mapping) or metadata.get("format") != _FORMAT:
         raise CheckpointError(
             f"expected what RMSProp.state_dict() returns, or a file of RMSProp.save(), got {kind_of(metadata)}"
@@ -81,12 +82,20 @@ def check_metadata(metadata: object) -> None:
     if type(version) is not int or not 1 <= version <= VERSION:
         newer = "; it needs a newer fastrms" if type(version) is int and version > VERSION else ""
         raise CheckpointError(f"version: expected 1 to {VERSION}, got {version!r}{newer}")
+    _check_entries(metadata)
+    try:
+        check_option("global_clip_norm", metadata["global_clip_norm"])
+        check_one_of("nonfinite", metadata["nonfinite"], NONFINITE)
+        check_cache_dtype(metadata["cache_dtype"], {np.dtype(np.float32)})
+    except FastrmsError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _check_entries(metadata: Metadata) -> None:
+    """Raise CheckpointError if an entry of the metadata is missing or of the wrong kind."""
     for name in ("steps", "skipped_steps"):
         if not _is_count(metadata.get(name)) or metadata[name] > MOST_STEPS:
-            raise CheckpointError(
-                f"{name}: expected a number of steps, got {metadata.get(name)!r}, which is not a whole number from "
-                "0 to 2**53"
-            )
+            raise not_steps(name, metadata.get(name))
     for name in ("parameters", "param_groups"):
         items = metadata.get(name)
         if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
@@ -96,12 +105,13 @@ def check_metadata(metadata: object) -> None:
     for name in ("global_clip_norm", "nonfinite", "cache_dtype", "structure"):
         if name not in metadata:
             raise CheckpointError(f"{name}: expected in a state, got none")
-    try:
-        check_option("global_clip_norm", metadata["global_clip_norm"])
-        check_one_of("nonfinite", metadata["nonfinite"], NONFINITE)
-        check_cache_dtype(metadata["cache_dtype"], {np.dtype(np.float32)})
-    except FastrmsError as error:
-        raise CheckpointError(str(error)) from None
+
+
+def not_steps(name: str, value: object) -> CheckpointError:
+    """Return the error about a value that is no number of steps."""
+    return CheckpointError(
+        f"{name}: expected a number of steps, got {value!r}, which is not a whole number from 0 to 2**53"
+    )
 
 
 def check_absent(absent: NDArray[np.int64], steps: int) -> None:
@@ -115,21 +125,16 @@ def check_absent(absent: NDArray[np.int64], steps: int) -> None:
 
 
 def params_of(metadata: Metadata, kinds: Mapping[str, Kind] | None) -> Any:
-    """Return parameters with the structure, shapes and dtypes of `metadata`, all zeros that take no memory.
+    """Return parameters with the structure, shapes and dtypes of `metadata`. They are zeros, and take no memory.
 
-    An optimizer can be made from them: parameters that its constructor would refuse are a CheckpointError here.
-
-    Parameters
-    ----------
-    metadata : mapping
-    kinds : mapping of str to Kind, or None
-        Dtypes and shapes of the arrays in the file, whose sizes must agree with `metadata`; None to compare nothing.
+    Raise CheckpointError for parameters that the constructor of an optimizer would refuse, and for arrays of a file
+    (`kinds`) that have other sizes than the metadata say. Without a file `kinds` is None.
     """
-    arrays = _empty_arrays(metadata["parameters"], kinds)
+    grouped, arrays = metadata["grouped"], _empty_arrays(metadata["parameters"], kinds)
     try:
         params = _decode(metadata["structure"], enumerate(arrays))
-        grouped = isinstance(params, list) if metadata["grouped"] else parameter_groups(params) is not None
-        if grouped != metadata["grouped"]:
+        fits = isinstance(params, list) if grouped else parameter_groups(params) is None
+        if not fits:
             raise ValueError("a list of groups where none is expected, or none where one is")
         paths = [leaf.path for leaf in Layout(params, "params").leaves]
         check_cache_dtype(metadata["cache_dtype"], {array.dtype for array in arrays})
@@ -142,47 +147,24 @@ def params_of(metadata: Metadata, kinds: Mapping[str, Kind] | None) -> Any:
     return params
 
 
-def get_lr(groups: Sequence[Metadata], lr: object, call: str) -> list[bool]:
-    """Return which groups get the learning rate `lr`: those whose rate is not in the metadata, or else all.
+def which_get_lr(metadata: Metadata, lr: object, call: str, error: type[FastrmsError]) -> list[bool]:
+    """Tell for each group whether it gets the caller's `lr`: groups without a saved rate, or else all groups.
 
-    Parameters
-    ----------
-    groups : sequence of mapping
-        The saved options of each group.
-    lr : float, callable or None
-        The caller's rate, or None.
-    call : str
-        The call that an error message recommends.
-
-    Raises
-    ------
-    CheckpointError
-        A rate is missing, and `lr` is None.
+    Raise `error`, which recommends `call`, if a group has no saved rate and `lr` is None.
     """
-    missing = [group.get("lr") is None for group in groups]
+    missing = [group.get("lr") is None for group in metadata["param_groups"]]
     if lr is None and any(missing):
-        raise CheckpointError(
+        raise error(
             "lr: expected a rate for the groups whose rate was a function, as no file can hold a function, got None; "
             f"give it: {call}(path, lr=...)"
         )
-    return missing if any(missing) else [lr is not None] * len(groups)
+    return missing if any(missing) else [lr is not None] * len(missing)
 
 
 def groups_of(metadata: Metadata, dtypes: Sequence[Set[DType]], lr: Sequence[object]) -> list[ParamGroup]:
-    """Return the groups of `metadata` with checked options.
+    """Return the groups of `metadata`, or raise CheckpointError if an option is unknown or out of range.
 
-    Parameters
-    ----------
-    metadata : mapping
-    dtypes : sequence of set of dtype
-        The dtypes of each group's parameters.
-    lr : sequence of float, callable or None
-        For each group a rate to use instead of the saved one; None for the saved one.
-
-    Raises
-    ------
-    CheckpointError
-        An option is unknown or out of range.
+    `dtypes` has the dtypes of each group's parameters; `lr` a new rate for each group, or None for the saved rate.
     """
     groups = []
     for number, options in enumerate(metadata["param_groups"]):
@@ -195,7 +177,7 @@ def groups_of(metadata: Metadata, dtypes: Sequence[Set[DType]], lr: Sequence[obj
 
 
 def check_options(metadata: Metadata) -> None:
-    """Raise CheckpointError where a saved option is unknown or out of range. A learning rate may be missing."""
+    """Raise CheckpointError if a saved option is unknown or out of range. A learning rate may be missing."""
     groups = metadata["param_groups"]
     dtypes: list[set[DType]] = [set() for _ in groups]
     for parameter in metadata["parameters"]:
@@ -205,7 +187,7 @@ def check_options(metadata: Metadata) -> None:
 
 
 def _empty_arrays(parameters: list[Metadata], kinds: Mapping[str, Kind] | None) -> list[Array]:
-    """Return an array of zeros for each parameter, which takes no memory. The sizes in `kinds` must agree."""
+    """Return an array of zeros without memory for each parameter. Sizes must be equal to those in `kinds`, if given."""
     sizes: dict[str, int] = {}
     for number, parameter in enumerate(parameters):
         shape, dtype = parameter.get("shape"), parameter.get("dtype")
@@ -215,8 +197,8 @@ def _empty_arrays(parameters: list[Metadata], kinds: Mapping[str, Kind] | None) 
             raise CheckpointError(f"parameters[{number}]: expected a shape, got {shape!r}")
         sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     for dtype, size in sizes.items():
-        kind = (np.dtype(dtype), (size,)) if kinds is None else kinds.get(f"params/{dtype}")
-        if kind != (np.dtype(dtype), (size,)):
+        kind = None if kinds is None else kinds.get(f"params/{dtype}")
+        if kinds is not None and kind != (np.dtype(dtype), (size,)):
             raise CheckpointError(f"arrays['params/{dtype}']: expected {size} numbers as the shapes say, got {kind}")
     try:
         return [np.broadcast_to(np.zeros((), p["dtype"]), p["shape"]) for p in parameters]
@@ -225,18 +207,12 @@ def _empty_arrays(parameters: list[Metadata], kinds: Mapping[str, Kind] | None) 
 
 
 def encode(tree: object) -> Any:
-    """Return a nesting of dicts, lists and tuples as nested lists, which JSON has.
+    """Return a nesting of dicts, lists and tuples as nested lists for JSON, from which `_decode` restores it.
 
-    `_decode` restores it. A namedtuple becomes a tuple.
-
-    Raises
-    ------
-    StructureError
-        A dict has a key that JSON cannot restore: anything but None, str, int, float or bool; or NaN, which is not
-        equal to itself.
+    A namedtuple becomes a tuple. Raise StructureError for a key that JSON cannot restore.
     """
     if isinstance(tree, dict):
-        for key in tree:
+        for key in tree:  # NaN is not equal to itself
             if not (key is None or type(key) in (str, int, float, bool)) or key != key:
                 kind = "" if key != key else f" ({type(key).__name__})"
                 raise StructureError(f"expected dicts whose keys are None, str, int, float or bool, got {key!r}{kind}")
@@ -247,10 +223,9 @@ def encode(tree: object) -> Any:
 
 
 def check_keys(tree: object) -> None:
-    """Raise CheckpointError where the repr of a key does not identify it in a file.
+    """Raise CheckpointError if the repr of a key does not identify the key in a file.
 
-    The repr differs between processes where it contains an address, or a set of several items. Two keys may also have
-    the same repr.
+    A repr with an address, or with a set of several items, differs between processes. Two keys may have the same repr.
     """
     if isinstance(tree, dict):
         texts = set()
@@ -280,7 +255,7 @@ def _has_set(key: object) -> bool:
 
 
 def _decode(code: Any, leaves: Iterator[tuple[int, Any]]) -> Any:
-    """Return the nesting that `encode` was given, with each number replaced by its leaf."""
+    """Return the nesting from which `encode` made `code`, with each number replaced by its leaf."""
     if type(code) is int:
         number, leaf = next(leaves, (None, None))
         if number != code:
