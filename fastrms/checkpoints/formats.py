@@ -41,34 +41,20 @@ class Source(Protocol):
     @property
     def metadata(self) -> Metadata:
         """The metadata."""
-        ...
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
         """The dtype and shape of each array."""
-        ...
 
     def read(self, name: str) -> Array:
         """Return an array whose checksum is right, or raise CheckpointError."""
-        ...
 
     def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
         """Iterate over slices of an array, without comparing its checksum."""
-        ...
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:
-    """Write 1-D arrays and metadata to a file, in the format of its suffix.
-
-    Parameters
-    ----------
-    path : Path
-    arrays : mapping of str to ndarray
-    metadata : str
-        JSON.
-    in_parts : callable
-        Cuts an array into slices, which are written one after another.
-    """
+    """Write 1-D arrays and metadata (JSON) to a file, in the format of its suffix, and arrays in parts."""
     as_safetensors = is_safetensors(path)
     with replaced(path) as temporary:
         if as_safetensors:
@@ -82,8 +68,8 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: str, in_parts: Call
         entries: dict[str, Array] = {**arrays, _METADATA: np.frombuffer(metadata.encode(), np.uint8)}
         with zipfile.ZipFile(temporary, "w") as archive:  # as np.savez, but in parts
             for name, array in entries.items():
-                # Entered twice: Ctrl-C in the inner exit must not leave the entry open, because then the archive
-                # raises an error of its own instead of KeyboardInterrupt.
+                # Entered twice: after Ctrl-C in the inner exit the outer exit closes the entry. The archive would
+                # raise an error of its own for an open entry, instead of KeyboardInterrupt.
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry, entry:
                     header = np.lib.format.header_data_from_array_1_0(array)
                     np.lib.format.write_array_header_1_0(entry, header)
@@ -148,12 +134,9 @@ class _Npz:
 
 
 def _npy_kind(stream: Any) -> Kind:
-    """Read the header of an array in NumPy's format, and return dtype and shape.
-
-    The version must be 1.0, as `np.savez` writes it for plain numbers.
-    """
+    """Read the header of an array in NumPy's format, and return dtype and shape."""
     version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
+    if version != (1, 0):  # np.savez writes no other version for plain numbers
         raise CheckpointError(f"expected an array in version 1.0 of NumPy's format, got {version}")
     try:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -194,14 +177,9 @@ class _Safetensors:
 
 @contextlib.contextmanager
 def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
-    """Return a context with the source that reads the file. A CheckpointError within it is prefixed with `path`.
+    """Return a context with the source that reads a file. A CheckpointError within the context is prefixed with `path`.
 
-    Raises
-    ------
-    CheckpointError
-        The file is damaged, has another suffix, or is larger than `most_bytes`.
-    OSError
-        It cannot be opened.
+    Raise CheckpointError if the file is damaged, has another suffix, or is larger than `most_bytes` (None: any size).
     """
     absolute = path.absolute()  # safetensors opens the file a second time
     as_safetensors = is_safetensors(path)
@@ -219,9 +197,9 @@ def opened(path: Path, most_bytes: int | None) -> Iterator[Source]:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Return a context that turns errors of reading a damaged file into a CheckpointError.
+    """Return a context, for reading only, that turns errors of a damaged file into a CheckpointError.
 
-    Nothing but reading belongs in it. Errors of the machine keep their type: no memory, an unreadable disk.
+    Errors of the machine, such as no memory or an unreadable disk, keep their type.
     """
     try:
         yield
@@ -240,13 +218,8 @@ def reading() -> Iterator[None]:
 def replaced(path: Path) -> Iterator[Path]:
     """Return a context with a temporary file, which replaces the file at `path` when it is on the disk.
 
-    After an error the temporary file is removed. Where `path` is a link, its target is replaced. Mode, owner and
+    After an error the temporary file is removed. The target of a link is replaced, not the link. Mode, owner and
     extended attributes of an older file are kept.
-
-    Raises
-    ------
-    OSError
-        There is no such folder; or at `path` is something else than an ordinary file that may be written.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -283,7 +256,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def _old(target: Path, path: Path) -> os.stat_result | None:
-    """Return the status of the file to replace, or None if there is none; raise OSError if it must not be replaced."""
+    """Return the status of the file to replace, or None without a file; raise OSError if it must not be replaced."""
     try:
         old = target.lstat()
     except FileNotFoundError:
@@ -333,7 +306,7 @@ def _make_alike(temporary: Path, target: Path, old: os.stat_result) -> None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Tell whether a path has the suffix .safetensors, and raise CheckpointError where it has neither that nor .npz."""
+    """Tell whether a path has the suffix .safetensors; raise CheckpointError if the suffix is not .npz either."""
     if path.suffix not in (".npz", ".safetensors"):
         raise CheckpointError(f"{path}: expected a name that ends in .npz or .safetensors")
     return path.suffix == ".safetensors"

@@ -36,50 +36,40 @@ class Target(Protocol):
     @property
     def state(self) -> OptimizerState:
         """The data of the optimizer."""
-        ...
 
     @property
     def in_parts(self) -> bool:
         """Whether buffers may be larger than memory, and are read and written part by part."""
-        ...
 
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros."""
-        ...
 
     def read(self, segment: Array) -> Array:
         """Return a segment of a buffer as an array on the host."""
-        ...
 
     def write(self, segment: Array, values: Array | float) -> None:
         """Set the elements of a segment of a buffer."""
-        ...
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of an array, small enough to be in memory."""
-        ...
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context for all writes of a load."""
-        ...
 
     def settle(self) -> Counts:
         """Return the counts, after the last step has been counted."""
-        ...
 
     def counts_changed(self) -> None:
         """Use the counts that were written to `state`, from the next step on."""
-        ...
 
     def options_changed(self) -> None:
         """Use the options that were written to `state`, from the next step on."""
-        ...
 
 
 def state_dict(target: Target) -> dict[str, Any]:
-    """Return a copy of everything that decides the next steps of an optimizer."""
+    """Return a copy of all that determines the next steps of an optimizer."""
     counts = target.settle()
-    # First, because a signal handler may set an option later, which makes a buffer that this metadata knows nothing of.
+    # First, because a signal handler may set an option later, and thereby make a buffer that is not in this metadata.
     metadata = metadata_of(target.state)
     arrays = {_ABSENT: counts.absent.copy()}
     for name, segment in _segments(target):
@@ -122,27 +112,17 @@ def _segments(target: Target) -> Iterator[tuple[str, Array]]:
 
 
 def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = None) -> None:
-    """Check all of `source`, then copy it into an optimizer.
+    """Check all of `source`, then copy it into an optimizer. After a CheckpointError nothing is changed.
 
-    Parameters
-    ----------
-    target : Target
-    source : Source
-    keep_lr : sequence of bool or None, default None
-        Which groups keep their own learning rate; None for none.
-
-    Raises
-    ------
-    CheckpointError
-        `source` is damaged, or of another optimizer. Nothing is changed then.
+    `keep_lr` tells for each group whether it keeps its own learning rate; None if no group does.
     """
     state = target.state
     with reading():
         loaded = _checked(target, source, keep_lr or [False] * len(state.param_groups))
-    # First everything that may fail for lack of memory or disk space.
+    # First the allocations, which can fail for lack of memory or disk space.
     state.add_buffers(loaded.names, target.new_buffer)
     counts, metadata = target.settle(), source.metadata
-    # From here on only a second reading, for storage, can fail. The folder is marked as broken off then.
+    # From here on only the second reading, for storage, can fail. The folder is then marked as broken off.
     with target.loading():
         for name, segment in _segments(target):
             if not target.in_parts:
@@ -156,7 +136,7 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
         counts.absent = loaded.arrays[_ABSENT]
         counts.steps, counts.skipped_steps = metadata["steps"], metadata["skipped_steps"]
         target.counts_changed()
-        target.options_changed()  # also ahead of the change, as Ctrl-C may come in between
+        target.options_changed()  # before the change too, as Ctrl-C may come right after it
         state.global_clip_norm = check_option("global_clip_norm", metadata["global_clip_norm"])
         state.nonfinite = metadata["nonfinite"]
         for group, options in zip(state.param_groups, loaded.groups, strict=True):
@@ -164,41 +144,32 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
         target.options_changed()
 
 
-# Pairs of slices: elements of an array in a file, and their place in the segment of that name.
+# Pairs of slices: elements of an array in a file, and their place in the segment of the same name.
 _Moves = list[tuple[slice, slice]]
 
 
 class _Loaded(NamedTuple):
-    """A state that was checked, in the order of the optimizer's parameters.
+    """A state that was checked, in the order of the optimizer's parameters."""
 
-    Attributes
-    ----------
-    names : list of str
-        The names of the buffers.
-    groups : list of ParamGroup
-    arrays : dict of str to ndarray
-        By name; only `_ABSENT` where the target works in parts.
-    moves : dict of str to list of (slice, slice)
-        For each array of the file, which elements belong where in its segment.
-    """
-
-    names: list[str]
+    names: list[str]  # of the buffers
     groups: list[ParamGroup]
-    arrays: dict[str, Array]
-    moves: dict[str, _Moves]
+    arrays: dict[str, Array]  # by name; only `_ABSENT` if the target works in parts
+    moves: dict[str, _Moves]  # of the elements of each array of the file
 
 
 def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded:
-    """Return the state in `source`, or raise CheckpointError where it does not fit the optimizer."""
+    """Return the state in `source`, or raise CheckpointError if it does not fit the optimizer."""
     metadata, state = source.metadata, target.state
     check_metadata(metadata)
     order = _matched(metadata_of(state), metadata)
-    keep = [old or group.get("lr") is None for old, group in zip(keep_lr, metadata["param_groups"], strict=True)]
-    rates = [group["lr"] if old else None for old, group in zip(keep, state.param_groups, strict=True)]
+    rates = [
+        group["lr"] if keep or saved.get("lr") is None else None
+        for group, saved, keep in zip(state.param_groups, metadata["param_groups"], keep_lr, strict=True)
+    ]
     groups = groups_of(metadata, [group.dtypes for group in state.param_groups], rates)
 
     needed = optional_state(groups)
-    # State that no option asks for any more is kept: an option may be set again.
+    # State that no option needs any more is kept, because the option may be set again.
     kept = [name for name in STATE_OPTIONS if name not in needed and _has(source.kinds, name)]
     names = ["params", "cache", *needed, *kept]
     expected: dict[str, Kind] = {_ABSENT: (np.dtype(np.int64), state.counts.absent.shape)}
@@ -206,28 +177,25 @@ def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded
     moves_of_segments = _moves(state.layout, order)
     for name in names:
         segments = state.buffers["params" if name == "params" else "cache"].segments
-        for segment, there in zip(segments, moves_of_segments, strict=True):
+        for segment, of_segment in zip(segments, moves_of_segments, strict=True):
             expected[f"{name}/{segment.dtype}"] = segment.dtype, segment.shape
-            moves[f"{name}/{segment.dtype}"] = there
+            moves[f"{name}/{segment.dtype}"] = of_segment
     _check_kinds(source.kinds, expected)
     absent = source.read(_ABSENT)
     check_absent(absent, metadata["steps"])
     arrays = {_ABSENT: absent[order]}
-    for name, (_, (size,)) in expected.items():
+    for name, of_array in moves.items():
         if target.in_parts:  # read once to check, and a second time to copy
-            _verify(source, name, size)
-        elif name in moves:
-            arrays[name] = _arranged(source.read(name), moves[name])
+            _verify(source, name, expected[name])
+        else:
+            arrays[name] = _arranged(source.read(name), of_array)
     return _Loaded(names, groups, arrays, moves)
 
 
 def _matched(own: Metadata, found: Metadata) -> list[int]:
-    """Return the `_order` of parameters in a file, or raise CheckpointError where they differ from the optimizer's.
+    """Return the `_order` of parameters from the metadata of an optimizer (`own`) and of a file (`found`).
 
-    Parameters
-    ----------
-    own, found : mapping
-        The metadata of the optimizer, and of the file.
+    Raise CheckpointError if their parameters differ.
     """
     for name in ("parameters", "param_groups"):
         if len(found[name]) != len(own[name]):
@@ -256,10 +224,7 @@ def _check_kinds(kinds: Mapping[str, Kind], expected: Mapping[str, Kind]) -> Non
 
 
 def _order(own: Sequence[Metadata], found: Sequence[Metadata]) -> list[int]:
-    """Return for each parameter of the optimizer the number of the one with its path in the file.
-
-    The order may differ, because the keys of a dict may come in any order.
-    """
+    """Return for each parameter of the optimizer its number in the file. The keys of dicts may be in another order."""
     paths, ours = [parameter.get("path") for parameter in found], [parameter["path"] for parameter in own]
     if paths == ours:
         return list(range(len(ours)))
@@ -277,7 +242,7 @@ def _order(own: Sequence[Metadata], found: Sequence[Metadata]) -> list[int]:
 
 
 def _moves(layout: Layout, order: Sequence[int]) -> list[_Moves]:
-    """Return for each segment where the elements of the file belong. Parameters that stay neighbours share a slice."""
+    """Return for each segment the places of the file's elements. Parameters that stay neighbours share a slice."""
     moves: list[_Moves] = [[] for _ in layout.segments]
     start = [0] * len(layout.segments)
     for number in np.argsort(order):  # in the order of the file
@@ -317,7 +282,7 @@ def _read_in_parts(target: Target, source: Source, name: str, segment: Array, mo
 
 
 class _StateDict:
-    """A source of what `state_dict` returned. Arrays that alias `buffers` are copied, since `restore` writes there."""
+    """A source that reads a result of `state_dict`. Arrays that alias `buffers` are copied: `restore` writes there."""
 
     def __init__(self, state: Any, buffers: Iterable[FlatBuffer]) -> None:
         check_metadata(state)
@@ -343,9 +308,10 @@ class _StateDict:
             yield part, self._arrays[name][part]
 
 
-def _verify(source: Source, name: str, size: int) -> None:
-    """Compare the checksum of an array as `source.read` does, without having all of it in memory."""
+def _verify(source: Source, name: str, kind: Kind) -> None:
+    """Compare the checksum of an array as `source.read` does, but part by part."""
     if not isinstance(source, _StateDict):  # which has no checksums
+        _, (size,) = kind
         slices = (slice(start, min(start + _PART, size)) for start in range(0, size, _PART))
         compare_checksum(source.metadata, name, (values for _, values in source.parts(name, slices)))
 
