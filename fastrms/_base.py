@@ -25,7 +25,7 @@ _Bound: TypeAlias = Attribute[float | None, float | None]
 
 
 class _Views(Protocol):
-    """The type of a property with arrays in the structure of the parameters."""
+    """The type of a property whose value is arrays in the structure of the parameters."""
 
     def __get__(self, instance: "OptimizerBase[P]", owner: type | None = None, /) -> P: ...
 
@@ -33,7 +33,7 @@ class _Views(Protocol):
 
 
 class _StateViews(Protocol):
-    """The type of a property with such arrays, or None where no option needs them."""
+    """The type of a property whose value is such arrays, or None if no option needs them."""
 
     def __get__(self, instance: "OptimizerBase[P]", owner: type | None = None, /) -> P | None: ...
 
@@ -56,13 +56,13 @@ class OptimizerBase(Guarded, Generic[P]):
 
     @property
     def backend(self) -> Backend:
-        """The object that has the buffers and takes the steps, for adapters to other libraries."""
+        """The object that holds the buffers and takes the steps, for adapters to other libraries."""
         return self._backend
 
     @property
     def buffers(self) -> Mapping[str, FlatBuffer]:
         """The flat buffers behind the views, by name: ``opt.buffers["grads"].flat`` is one dense vector."""
-        return MappingProxyType(self._state.buffers)  # a buffer that was put into it would never be updated
+        return MappingProxyType(self._state.buffers)  # no step would update a buffer that a user adds
 
     @property
     def param_groups(self) -> ParamGroups:
@@ -99,11 +99,11 @@ class OptimizerBase(Guarded, Generic[P]):
     )
     cache: _Views = views("cache", "The running mean of squared gradients, v in the equations.")
     momentum_buffer: _StateViews = views(
-        "momentum_buffer", "The momentum buffer, or None where no group uses momentum."
+        "momentum_buffer", "The momentum buffer, or None if no group uses momentum."
     )
-    grad_avg: _StateViews = views("grad_avg", "The running mean of gradients, or None where no group is centered.")
+    grad_avg: _StateViews = views("grad_avg", "The running mean of gradients, or None if no group is centered.")
 
-    # A function can be read, too. Its exact type would make an error of `opt.lr *= 0.5`.
+    # Reading can return a function. With its exact type, a type checker would refuse `opt.lr *= 0.5`.
     lr: Attribute[float | Any, LearningRate] = option_of_all_groups(
         "lr", "Learning rate, or the function that returns it."
     )
@@ -153,7 +153,7 @@ class OptimizerBase(Guarded, Generic[P]):
 
     @property
     def stream(self) -> Any:
-        """The stream of all work on a GPU, one of Numba's, or None on the host. To be set to what `RMSProp` takes."""
+        """The stream of all work on a GPU, as Numba's object; None on the host. Set it to any `stream` of `RMSProp`."""
         return self._backend.stream
 
     @stream.setter

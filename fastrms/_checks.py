@@ -15,7 +15,7 @@ __all__ = [
     "check_threads", "shown",
 ]  # fmt: skip
 
-# The words that arguments may be.
+# The words that an argument can be.
 HOST_KERNELS: tuple[HostKernel, ...] = get_args(HostKernel)
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 NONFINITE: tuple[NonFinite, ...] = get_args(NonFinite)
@@ -27,7 +27,7 @@ _Word = TypeVar("_Word", bound=str)
 
 
 class _Range(NamedTuple):
-    """Default and range of a number; `high` is not part of the range, and `low` may not be."""
+    """Default and range of a number. The range excludes `high`, and `low` unless `includes_low`."""
 
     default: float | None
     low: float
@@ -63,19 +63,14 @@ GROUP_DEFAULTS: dict[str, Any] = {name: number.default for name, number in _NUMB
 # The options of the optimizer as a whole: one norm over all groups.
 _GLOBAL_NUMBERS = {"global_clip_norm": _Range(None, 0.0, math.inf, False, or_none=True)}
 
-# bfloat16 keeps 8 bits of a number, so that a change by less than 2**-8 of it can round back to the same number.
+# bfloat16 keeps 8 bits of a number: a change by less than 2**-8 of the number can be rounded away.
 BFLOAT16_STEP = 2.0**-8
 
 
 def check_option(name: str, value: object) -> Any:
-    """Return `value` as a plain float, bool, None or callable, if option `name` may have it.
+    """Return `value` as a plain float, bool, None or callable.
 
-    Raises
-    ------
-    OptionTypeError
-        `value` is of the wrong kind.
-    OptionError
-        `value` is NaN, infinite or out of range.
+    Raise OptionTypeError for a value of the wrong kind, and OptionError for NaN, inf, or a value out of range.
     """
     if name in _FLAGS:
         if not isinstance(value, bool | np.bool_):
@@ -91,7 +86,7 @@ def check_option(name: str, value: object) -> Any:
         raise OptionTypeError(f"{name}: expected {kinds}, got {shown(value)} ({type(value).__name__})")
     try:
         with np.errstate(all="ignore"):  # a longdouble that is too large
-            # PyTorch warns where a gradient of the number would be lost.
+            # Without `detach`, PyTorch warns if the number has a gradient.
             number = float(getattr(value, "detach", lambda: value)())
     except Exception as error:  # an int too large for a float, or any error of a type of the user's own
         kind = OptionTypeError if isinstance(error, TypeError) else OptionError
@@ -102,13 +97,13 @@ def check_option(name: str, value: object) -> Any:
     return number
 
 
-# Parts of the names of dtypes whose scalars are no real numbers, although `float` may take them: it would read a time
-# as a number, or lose an imaginary part.
+# Parts of the names of dtypes whose scalars are no real numbers. `float` would read a time as a number, or lose an
+# imaginary part.
 _NO_REAL_NUMBER = ("bool", "complex", "datetime", "timedelta", "str", "<U", ">U", "|S", "|V")
 
 
 def _is_number(value: object) -> TypeGuard[SupportsFloat]:
-    """Tell whether `value` is one real number: of Python, or a scalar or 0-d array of any library."""
+    """Tell whether `value` is a real number of Python, or a real scalar or 0-d array of any library."""
     if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == object:
         value = value[()]
     # bool is a number to Python, but lr=True is a slip.
@@ -131,7 +126,7 @@ def shown(value: object) -> str:
 
 
 def check_threads(value: object, available: int) -> int | None:
-    """Return `value` if it is None or a number of threads from 1 to `available`, and raise otherwise."""
+    """Return None or a number of threads from 1 to `available` as it is; raise for another value."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -145,7 +140,7 @@ def check_threads(value: object, available: int) -> int | None:
 
 
 def check_count(name: str, value: object) -> int:
-    """Return `value` as an int if it is a number of steps, from 0 to 2**53, and raise otherwise."""
+    """Return a number of steps from 0 to 2**53 as an int; raise for another value."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise OptionTypeError(f"{name}: expected a whole number, got {shown(value)} ({type(value).__name__})")
     if not 0 <= value <= 2**53:
@@ -154,7 +149,7 @@ def check_count(name: str, value: object) -> int:
 
 
 def check_one_of(name: str, value: object, choices: tuple[_Word, ...]) -> _Word:
-    """Return `value` if it is one of the words `choices`, and raise otherwise."""
+    """Return one of the words `choices` as it is; raise for another value."""
     if not isinstance(value, str):
         raise OptionTypeError(f"{name}: expected one of {choices}, got {shown(value)} ({type(value).__name__})")
     if value not in choices:
@@ -163,7 +158,7 @@ def check_one_of(name: str, value: object, choices: tuple[_Word, ...]) -> _Word:
 
 
 def check_cache_dtype(value: object, dtypes: Set[DType]) -> CacheDType | None:
-    """Return `value` if it is None or "bfloat16" and parameters of `dtypes` can have such state; raise otherwise."""
+    """Return None or "bfloat16" as it is; raise for another value, or if parameters of `dtypes` cannot have it."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -178,7 +173,7 @@ def check_cache_dtype(value: object, dtypes: Set[DType]) -> CacheDType | None:
 
 
 def check_for_dtype(name: str, value: float, dtype: DType) -> None:
-    """Raise OptionError if `value` has no useful counterpart in `dtype`: inf for a finite number, or 0 for epsilon."""
+    """Raise OptionError if `value` becomes inf in `dtype`, or 0 for an option that must not be 0."""
     with np.errstate(over="ignore", under="ignore"):
         there = dtype.type(value)
     if not np.isfinite(there):

@@ -12,15 +12,10 @@ __all__ = ["Guarded", "refuse_unknown"]
 
 
 class Guarded:
-    """Base of classes that refuse to set a public attribute which nothing reads, such as ``opt.learning_rate = 0.1``.
+    """Base of classes that refuse to set an unknown public attribute, such as ``opt.learning_rate = 0.1``.
 
-    A class outside this package that derives from one of these may have attributes of its own, as long as their names
-    do not look like an option's.
-
-    Parameters
-    ----------
-    set_once : iterable of str, default ()
-        Keyword of the class statement: public attributes that are no properties, and cannot be set a second time.
+    A derived class outside this package may have attributes of its own, if their names do not look like an option's.
+    `set_once` in the class statement names public attributes that are no properties, and can be set only once.
     """
 
     _set_once: ClassVar[frozenset[str]] = frozenset()
@@ -55,21 +50,8 @@ def _is_ours(cls: type) -> bool:
 
 
 def refuse_unknown(cls: type, options: Mapping[str, object]) -> None:
-    """Raise if a class of this package is called with names that its constructor does not take.
-
-    Parameters
-    ----------
-    cls : type
-        A class whose bases of this package share their options.
-    options : mapping of str to value
-        Arguments given by name.
-
-    Raises
-    ------
-    OptionTypeError
-        The message says which name is meant.
-    """
-    if _is_ours(cls):  # a class of the user's own may take anything
+    """Raise OptionTypeError, with a hint, if no constructor of a class of this package takes one of the names."""
+    if _is_ours(cls):  # a class of the user's own may take any name
         known = _arguments(cls)
         for name in options:
             if name not in known:
@@ -78,7 +60,7 @@ def refuse_unknown(cls: type, options: Mapping[str, object]) -> None:
 
 @cache
 def _arguments(cls: type) -> list[str]:
-    """Return the names of all arguments that the constructors of a class and of its bases take."""
+    """Return the names of all arguments of the constructors of a class and its bases."""
     return [
         name
         for base in cls.__mro__

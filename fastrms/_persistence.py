@@ -22,7 +22,7 @@ __all__ = ["Persistent"]
 
 _T = TypeVar("_T")
 
-# Optimizers with storage, which are closed when the program ends.
+# Optimizers with storage. They are closed when the program ends.
 _open: "weakref.WeakSet[Persistent]" = weakref.WeakSet()
 
 
@@ -53,8 +53,8 @@ class Persistent(OptimizerBase[P]):
         Parameters
         ----------
         state : dict
-            From `state_dict`, of this or an earlier version. Where it has no learning rate, the present one stays. The
-            keys of dicts of parameters may be in another order.
+            From `state_dict`, of this or an earlier version. A group without a learning rate in it keeps its present
+            rate. The keys of dicts of parameters may be in another order.
 
         Raises
         ------
@@ -161,7 +161,7 @@ class Persistent(OptimizerBase[P]):
 
     @property
     def storage(self) -> Path | None:
-        """The folder of the buffers, or None where they are in memory."""
+        """The folder of the buffers; None if they are in memory."""
         folder = self._backend.storage
         return None if folder is None else folder.path
 
@@ -175,7 +175,7 @@ class Persistent(OptimizerBase[P]):
         num_threads: int | None = None,
         after_crash: AfterCrash = "raise",
     ) -> Self:
-        """Make the optimizer again that was made with ``storage=path`` and closed: same bits, options and steps.
+        """Make an optimizer again, with the same bits, options and steps, after it was made with ``storage=path``.
 
         Parameters
         ----------
@@ -189,13 +189,13 @@ class Persistent(OptimizerBase[P]):
         num_threads : int or None, default None
             As for `RMSProp`; not saved either.
         after_crash : {"raise", "use"}, default "raise"
-            The reaction where a process ended without closing the folder, so that parameters and state may be of
-            different steps: raise StorageError, whose message says what is known, or use them as they are.
+            The reaction if a process ended without closing the folder. Parameters and state may then be of different
+            steps. "raise" raises StorageError with all that is known; "use" takes them as they are.
 
         Returns
         -------
         optimizer : RMSProp
-            Its buffers are the mapped files, which are read when they are used.
+            Its buffers are the mapped files. They are read at their first use.
 
         Raises
         ------

@@ -19,7 +19,7 @@ _Taken = TypeVar("_Taken", contravariant=True)
 
 
 class Attribute(Protocol[_Value, _Taken]):
-    """The type of a property that has values of one type, and takes those of another."""
+    """The type of a property that returns values of one type, and takes values of another type."""
 
     def __get__(self, instance: object, owner: type | None = None, /) -> _Value: ...
 
@@ -27,7 +27,7 @@ class Attribute(Protocol[_Value, _Taken]):
 
 
 class _Optimizer(Protocol):
-    """An optimizer with these properties."""
+    """An optimizer that has such properties."""
 
     _state: OptimizerState
     _backend: Backend
@@ -43,7 +43,7 @@ class _Optimizer(Protocol):
 
 
 def views(name: str, meaning: str) -> property:
-    """Return a read-only property for the views of a buffer, or None where the buffer does not exist."""
+    """Return a read-only property for the views of a buffer; its value is None without the buffer."""
 
     def get(self: _Optimizer) -> Any:
         buffer = self.buffers.get(name)
@@ -61,12 +61,12 @@ def views(name: str, meaning: str) -> property:
 
 
 def option_of_all_groups(name: str, meaning: str) -> property:
-    """Return a property for an option of groups. Reading needs equal values in all groups; setting changes all."""
+    """Return a property for an option of all groups. It can be read if the values of all groups are equal."""
 
     def get(self: _Optimizer) -> Any:
         values = [group[name] for group in self.param_groups]
         if any(value != values[0] for value in values):
-            # Returning the value of one group would be a trap: `opt.lr *= 0.5` would set it for all groups.
+            # With the value of one group, `opt.lr *= 0.5` would set all groups to half of it.
             raise OptionError(f"{name}: differs between groups, {values}; use opt.param_groups[i][{name!r}]")
         return values[0]
 
@@ -77,11 +77,7 @@ def option_of_all_groups(name: str, meaning: str) -> property:
 
 
 def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) -> property:
-    """Return a property for an option of the whole optimizer, an attribute of its `OptimizerState`.
-
-    Setting it checks the value with `check`, and calls the method `changed` of the backend. After an error the option
-    is as before.
-    """
+    """Return a property for an option of the whole optimizer, whose values `check` checks (see `change`)."""
 
     def get(self: _Optimizer) -> Any:
         return getattr(self._state, name)
@@ -93,7 +89,7 @@ def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) 
 
 
 def change(optimizer: _Optimizer, name: str, value: object, changed: str) -> None:
-    """Set an option of the whole optimizer, and call the method `changed` of the backend. Undo it after an error."""
+    """Set an attribute of the `OptimizerState`, and call the method `changed` of the backend; undo after an error."""
     with optimizer._turns.lock:  # wait for a step on another thread
         before = getattr(optimizer._state, name)
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 import numpy as np
@@ -23,39 +24,29 @@ STATE_OPTIONS = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 
 
 def optional_state(groups: Iterable[Options]) -> list[str]:
-    """Return the names of the state buffers beside the cache that groups with these options need."""
+    """Return the names of the state buffers, beside the cache, that groups with these options need."""
     groups = list(groups)
     return [name for name, option in STATE_OPTIONS.items() if any(group[option] for group in groups)]
 
 
 class Counts:
-    """The counts of steps, and whether a write is in progress.
-
-    Attributes
-    ----------
-    steps : int
-        Steps taken.
-    skipped_steps : int
-        Steps skipped because a gradient was not finite.
-    absent : ndarray of int64, shape (parameters,)
-        For each parameter the number of steps in which it had no gradient.
-    writing : bool
-        Whether parameters, state and counts are being written, and may belong to different steps.
-    memory : ndarray of int64, shape (2,)
-        `steps`, and the ticket of the `backends.at_once.AtOnce` whose calls may take a step now; 0 for none. Compiled
-        code reads and writes both.
-    """
+    """The counts of steps, and whether a write is in progress."""
 
     __slots__ = ("absent", "memory", "skipped_steps", "writing")
 
     def __init__(self, parameters: int) -> None:
+        # `steps`, and the ticket of the `backends.at_once.AtOnce` whose calls may take a step now, or 0. Compiled code
+        # reads and writes both.
         self.memory: NDArray[np.int64] = np.zeros(2, np.int64)
         self.skipped_steps = 0
+        # For each parameter the number of steps in which it had no gradient.
         self.absent: NDArray[np.int64] = np.zeros(parameters, np.int64)
+        # While parameters, state and counts are written, they may belong to different steps.
         self.writing = False
 
     @property
     def steps(self) -> int:
+        """The number of steps taken."""
         return int(self.memory[0])
 
     @steps.setter
@@ -73,17 +64,9 @@ class Counts:
 
 @dataclass
 class Settings:
-    """All arguments of an optimizer except its parameters.
+    """All arguments of an optimizer except its parameters."""
 
-    Attributes
-    ----------
-    defaults : mapping of str to option
-        Options for groups that have no values of their own.
-    kernel, num_threads, cache_dtype, nonfinite, global_clip_norm
-        As for `fastrms.RMSProp`. `check` checks them.
-    """
-
-    defaults: Options
+    defaults: Options  # for groups without values of their own
     kernel: Kernel
     num_threads: int | None
     cache_dtype: CacheDType | None
@@ -103,50 +86,17 @@ class Settings:
         return cls(GROUP_DEFAULTS | of_groups, **{name: options.get(name, value) for name, value in whole.items()})
 
     def check(self) -> None:
-        """Check the options of all groups, and replace each by its checked form.
-
-        Raises
-        ------
-        OptionError, OptionTypeError
-            An option is out of range, or of the wrong kind.
-        """
+        """Check `global_clip_norm`, `nonfinite` and `num_threads`, and replace each by its checked form."""
         self.global_clip_norm = check_option("global_clip_norm", self.global_clip_norm)
         self.nonfinite = check_one_of("nonfinite", self.nonfinite, NONFINITE)
         self.num_threads = check_threads(self.num_threads, threads.max_threads())
 
 
 class OptimizerState:
-    """Everything that determines the next steps of an optimizer.
+    """All that determines the next steps of an optimizer.
 
-    The constructor checks parameters and options. It makes no buffers: a backend makes them, in its own memory.
-
-    Parameters
-    ----------
-    params : as for `fastrms.RMSProp`
-    settings : Settings
-        Checked.
-
-    Attributes
-    ----------
-    arrays : the structure of `params`
-        The initial values, without the options of groups; None after `forget_arrays`.
-    layout : Layout
-        Of all parameters.
-    buffers : dict of str to FlatBuffer
-        "params", "grads", "cache", and where options need them "momentum_buffer" and "grad_avg".
-    param_groups : ParamGroups
-    grouped : bool
-        Whether `params` was a list of groups. Otherwise one group has all parameters.
-    group_of : ndarray of int, shape (parameters,)
-        The number of each parameter's group.
-    counts : Counts
-    kernel, num_threads, cache_dtype, nonfinite, global_clip_norm
-        As for `fastrms.RMSProp`.
-
-    Raises
-    ------
-    StructureError, DtypeError, OptionError, OptionTypeError
-        As for `fastrms.RMSProp`.
+    The constructor checks the parameters and the options of groups; `settings` are checked. A backend makes the
+    buffers, in its own memory.
     """
 
     kernel: Kernel
@@ -157,7 +107,8 @@ class OptimizerState:
         self.kernel, self.num_threads = settings.kernel, settings.num_threads
         self.nonfinite, self.global_clip_norm = settings.nonfinite, settings.global_clip_norm
         groups = parameter_groups(params)
-        self.grouped = groups is not None
+        self.grouped = groups is not None  # otherwise one group has all parameters
+        # The initial values without the options of groups; None after `forget_arrays`.
         self.arrays: Any = params if groups is None else [group["params"] for group in groups]
         self.layout = layout = Layout(self.arrays, "params")
         for leaf in layout.leaves:
@@ -169,23 +120,24 @@ class OptimizerState:
         self.cache_dtype = check_cache_dtype(settings.cache_dtype, {segment.dtype for segment in layout.segments})
         # With groups, the outermost list of the structure is the list of groups.
         sizes = layout.child_sizes() if self.grouped else [len(layout.leaves)]
+        # The number of each parameter's group.
         self.group_of: NDArray[np.intp] = np.repeat(np.arange(len(sizes)), sizes)
-        made = []
-        bounds = np.concatenate([[0], np.cumsum(sizes)])
-        for number, group in enumerate(groups or [{}]):
-            own = {name: value for name, value in group.items() if name != "params"}
-            dtypes = {layout.dtype_of(leaf) for leaf in layout.leaves[bounds[number] : bounds[number + 1]]}
-            made.append(ParamGroup({**settings.defaults, **own}, f"param_groups[{number}]", dtypes, self.cache_dtype))
+        made, leaves = [], iter(layout.leaves)
+        for number, (group, size) in enumerate(zip(groups or [{}], sizes, strict=True)):
+            options = {name: value for name, value in {**settings.defaults, **group}.items() if name != "params"}
+            dtypes = {layout.dtype_of(leaf) for leaf in islice(leaves, size)}
+            made.append(ParamGroup(options, f"param_groups[{number}]", dtypes, self.cache_dtype))
         self.param_groups = ParamGroups(made)
+        # "params", "grads", "cache", and if options need them "momentum_buffer" and "grad_avg".
         self.buffers: dict[str, FlatBuffer] = {}
         self.counts = Counts(len(layout.leaves))
 
     def forget_arrays(self) -> None:
-        """Drop the references to the initial values, which are in the buffers by now."""
+        """Drop the references to the initial values, after they were copied to the buffers."""
         self.arrays = None
 
     def add_buffers(self, names: Iterable[str], new_buffer: Callable[[str], FlatBuffer]) -> None:
-        """Make those of the named state buffers that do not exist; after an error, none."""
+        """Make the named state buffers that do not exist yet; none of them after an error."""
         self.buffers.update({name: new_buffer(name) for name in names if name not in self.buffers})
 
     @property
@@ -200,7 +152,7 @@ class OptimizerState:
 
     @property
     def state_in_use(self) -> list[tuple[bool, bool]]:
-        """For each group whether it uses the momentum buffer and the mean gradient."""
+        """For each group whether it uses the momentum buffer, and whether it uses the mean gradient."""
         return [(group["momentum"] > 0, group["centered"]) for group in self.param_groups]
 
     def state_layout(self, layout: Layout) -> Layout:

@@ -1,4 +1,4 @@
-"""Types that annotations share: arrays, options, and the words that arguments may be."""
+"""Types that annotations share: arrays, options, and the words that an argument can be."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, SupportsFloat, TypeAlias
@@ -11,11 +11,11 @@ __all__ = [
     "NonFinite", "Options", "ParamsCheck", "Reduction",
 ]  # fmt: skip
 
-# Of any dtype, which only a run knows.
+# Of any dtype.
 Array: TypeAlias = NDArray[Any]
 DType: TypeAlias = np.dtype[Any]
 
-# One object for each array of a structure; as_arrays and the kernels check them.
+# One object for each array of a structure, not yet checked.
 Items: TypeAlias = tuple[Any, ...]
 
 # Options of a group or of the optimizer by name, and the metadata of a checkpoint, whose values differ in type.
@@ -24,7 +24,7 @@ Metadata: TypeAlias = Mapping[str, Any]
 
 LearningRate: TypeAlias = SupportsFloat | Callable[[int], SupportsFloat]
 
-# `fastrms._checks` has each of them as a tuple, for the check at run time.
+# `fastrms._checks` has the words of each type as a tuple, for the check at run time.
 HostKernel: TypeAlias = Literal["auto", "numpy", "serial", "parallel"]
 Kernel: TypeAlias = Literal[HostKernel, "cuda"]
 NonFinite: TypeAlias = Literal["propagate", "raise", "skip"]

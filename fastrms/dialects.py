@@ -13,33 +13,15 @@ __all__ = ["DIALECTS", "dialect", "meant"]
 
 @dataclass(frozen=True)
 class Dialect:
-    """The RMSProp of one project.
+    """The RMSProp of one project."""
 
-    Attributes
-    ----------
-    names : mapping of str to str
-        Our option for each argument of the project.
-    defaults : mapping of str to value
-        By argument. Where an argument is missing here, our default is the same.
-    fixed : mapping of str to value
-        Our options that the project's update rule implies.
-    required : tuple of str
-        Arguments without a default.
-    none_is_off : tuple of str
-        Arguments that None turns off.
-    ignored : tuple of str
-        Arguments that change no number.
-    state : mapping of str to str
-        The project's name for each of our buffers.
-    """
-
-    names: Mapping[str, str]
-    defaults: Options
-    fixed: Options = field(default_factory=dict)
-    required: tuple[str, ...] = ()
-    none_is_off: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    state: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str]  # our option for each argument of the project
+    defaults: Options  # by argument; the default of an argument that is missing here is equal to ours
+    fixed: Options = field(default_factory=dict)  # our options that the project's update rule implies
+    required: tuple[str, ...] = ()  # arguments without a default
+    none_is_off: tuple[str, ...] = ()  # arguments that None turns off
+    ignored: tuple[str, ...] = ()  # arguments that change no number
+    state: Mapping[str, str] = field(default_factory=dict)  # the project's name for each of our buffers
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -170,20 +152,7 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Return a hint about the option that an unknown name may stand for.
-
-    Parameters
-    ----------
-    name : str
-        The unknown name.
-    known : iterable of str
-        The names of the options.
-
-    Returns
-    -------
-    text : str
-        The option that other projects call `name`, and these projects; or the most similar name; or all names.
-    """
+    """Return a hint for an unknown name: the option of this name in other projects, or a similar `known` name."""
     projects = [project for project, peer in DIALECTS.items() if name in peer.names]
     projects.sort(key=("torch", "keras", "optax", *DIALECTS).index)  # the best known first
     if projects:

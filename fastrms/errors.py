@@ -68,7 +68,7 @@ class CheckpointError(FastrmsError, ValueError):
 
 
 class DeviceError(FastrmsError, RuntimeError):
-    """A GPU was asked for and cannot be used; the message says what is missing."""
+    """A GPU was asked for and cannot be used. The message names the missing part."""
 
 
 class StepInProgressError(FastrmsError, RuntimeError):

@@ -133,7 +133,7 @@ def from_keras(config: Metadata, variables: object, params: object, **options: A
         ``optimizer.variables``, or the dict that ``optimizer.save_own_variables`` filled.
     params : list, tuple, dict, array or Keras variable, or any nesting of these
         The present parameters in the order of ``optimizer.build``, usually ``model.trainable_variables``; copied. Or
-        parameter groups: those without weight decay, which `config` does not tell, with ``"weight_decay": 0.0``.
+        parameter groups: give groups without weight decay, which `config` does not name, ``"weight_decay": 0.0``.
     **options
         Options of `RMSProp` that replace those of `config`. Give a learning rate schedule as ``lr``, a function of the
         step, such as ``lambda k: float(schedule(k))``.
@@ -360,7 +360,7 @@ def _arrays(tree: object) -> Any:
     """Return the same nesting with arrays in the place of tensors and variables."""
     try:
         return _map(tree)
-    except RecursionError:  # RMSProp says what is wrong
+    except RecursionError:  # RMSProp raises an error with a better message
         return tree
 
 

@@ -48,7 +48,7 @@ class RMSProp(Persistent[P]):
         Look one step ahead along the momentum buffer. Needs momentum > 0.
     centered : bool, default False
         Divide by the root of the variance v - m^2, with m the mean gradient, instead of the mean square. The variance
-        is clamped at 0, below which rounding can bring it.
+        is clamped at 0, because rounding can make it negative.
     weight_decay : float, default 0.0
         Coefficient of weight decay, >= 0. Added to the gradient (L2) unless `decoupled_weight_decay`.
     decoupled_weight_decay : bool, default False
@@ -67,19 +67,19 @@ class RMSProp(Persistent[P]):
     clip_value : float or None, default None
         Limit each gradient element to [-clip_value, clip_value].
     clip_norm : float or None, default None
-        Scale the gradient of each parameter down to this Euclidean norm where its norm is larger.
+        Scale the gradient of each parameter down to this Euclidean norm if its norm is larger.
     global_clip_norm : float or None, default None
         Scale the gradients of all groups together down to this norm, after the other two.
     flush_subnormals : bool, default True
         Count weighted squares and state below the smallest normal number as 0: subnormal numbers make a vector of
-        arithmetic many times slower and arise in ordinary training. Elements in which none arises keep their bits;
+        arithmetic many times slower and arise in ordinary training. Elements without subnormal numbers keep their bits;
         the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
     kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
         Kernel of the update. All give the same bits. "auto" begins with serial. With many parameters it tries parallel
         after some seconds, and keeps the kernel with the faster training steps (`explain` says which). "cuda" keeps
         all buffers on a GPU.
     num_threads : int or None, default None
-        Threads of the parallel kernel, at most those of Numba; None for all of them.
+        Threads of the parallel kernel, at most Numba's number of threads; None for all.
     cache_dtype : {"bfloat16"} or None, default None
         "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
         bytes move through memory for each parameter. Steps compute in float32, and stored values are rounded to
@@ -88,7 +88,7 @@ class RMSProp(Persistent[P]):
     nonfinite : {"propagate", "raise", "skip"}, default "propagate"
         Reaction of a step to a gradient with an inf or NaN: use it, which spoils only its element; raise
         NonfiniteError; or skip the step and count it in `skipped_steps`. The latter two leave parameters, state and
-        `steps` unchanged. They cost one pass over the gradients, or none where clipping computes norms anyway.
+        `steps` unchanged. They cost one pass over the gradients, or none if clipping computes norms anyway.
     storage : path of a new or empty folder, or None, default None
         Keep the buffers in memory-mapped files in this folder, and take steps in parts: for parameters larger than
         memory. `flush` and `close` write all to the disk, and `reopen` continues later. Bits are the same.
@@ -102,7 +102,7 @@ class RMSProp(Persistent[P]):
         Views of flat buffers, the same arrays for the optimizer's life. With parameter groups a list with the
         structure of each group. Gradients that are written straight into `grads` before `step()` are not copied.
     momentum_buffer, grad_avg : the structure of `params`, or None
-        State of `momentum` and `centered`; None where no group has used them.
+        State of `momentum` and `centered`; None if no group has used them.
     param_groups : list of ParamGroup
         One mapping of options for each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
     buffers : mapping of str to FlatBuffer
@@ -119,7 +119,7 @@ class RMSProp(Persistent[P]):
     OptionError, OptionTypeError
         An option out of range or of the wrong kind, unknown in a group, or of no use in the dtype of a parameter.
     DeviceError
-        With kernel="cuda", where there is no GPU that can be used.
+        With kernel="cuda", if no GPU can be used.
 
     Examples
     --------
@@ -138,8 +138,8 @@ class RMSProp(Persistent[P]):
         refuse_unknown(cls, options)
         return super().__new__(cls)
 
-    # For type checkers: where arrays stay NumPy's, in the dtypes and the structure that were given, `params` and so on
-    # have the type of the argument. In all other cases nothing is promised.
+    # For type checkers: if arrays stay NumPy arrays of the given dtypes and structure, `params` and so on have the type
+    # of the argument. In all other cases their type is Any.
     @overload
     def __init__(
         self: "RMSProp[Any]",
@@ -341,7 +341,7 @@ class RMSProp(Persistent[P]):
 
     def __getstate__(self) -> dict[str, Any]:
         self._backend.refuse_copy()
-        # A copy, since pickle writes it later, when other threads may step.
+        # A copy: pickle writes later, when other threads may step.
         with self._turns.between_steps("pickle", changes=False):
             return copy.deepcopy(self._to_copy(), {id(self): self})  # a method of its own may be lr
 

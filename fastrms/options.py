@@ -11,12 +11,12 @@ from fastrms.errors import OptionError, OptionTypeError, StructureError
 
 __all__ = ["Group", "Keywords", "ParamGroup", "ParamGroups", "parameter_groups", "resolve_lr"]
 
-# Sets options of several groups, all or none.
+# Sets options of several groups: all, or none after an error.
 SetOptions: TypeAlias = Callable[[Iterable[tuple["ParamGroup", Options]]], None]
 
 
 class _Extensions(TypedDict, total=False):
-    """The options of a group that the reference does not have."""
+    """The options of a group that the reference lacks."""
 
     momentum: float
     nesterov: bool
@@ -113,19 +113,7 @@ class ParamGroup(MutableMapping[str, Any]):
             As for the class.
         """
         for name, value in changes.items():
-            if name == "params":
-                raise OptionError(
-                    f"{self._label}: 'params' cannot be set; write into them: group['params'][...] = value"
-                )
-            if name not in GROUP_DEFAULTS:
-                raise OptionError(
-                    f"{self._label}: {name!r} is no option of a parameter group; {meant(name, GROUP_DEFAULTS)}"
-                )
-            if name == "initial_scale" and value != self._values.get(name, value):
-                raise OptionError(
-                    f"initial_scale: set at construction only, got {shown(value)} later; it is what the cache started "
-                    "from. To change the cache now, write to it: opt.cache[0][...] = value"
-                )
+            self._refuse_fixed(name, value)
         checked = self._values | {name: check_option(name, value) for name, value in changes.items()}
         for dtype in sorted(self.dtypes, key=str):
             for name in changes:
@@ -144,8 +132,22 @@ class ParamGroup(MutableMapping[str, Any]):
             )
         return checked
 
+    def _refuse_fixed(self, name: str, value: object) -> None:
+        """Raise OptionError for a name that is unknown or cannot be set, and for another initial scale."""
+        if name == "params":
+            raise OptionError(f"{self._label}: 'params' cannot be set; write into them: group['params'][...] = value")
+        if name not in GROUP_DEFAULTS:
+            raise OptionError(
+                f"{self._label}: {name!r} is no option of a parameter group; {meant(name, GROUP_DEFAULTS)}"
+            )
+        if name == "initial_scale" and value != self._values.get(name, value):
+            raise OptionError(
+                f"initial_scale: set at construction only, got {shown(value)} later; it is what the cache started "
+                "from. To change the cache now, write to it: opt.cache[0][...] = value"
+            )
+
     def assign(self, values: Options) -> None:
-        """Set options that were checked; the optimizer is not told.
+        """Set checked options without a call to the optimizer.
 
         Parameters
         ----------
@@ -155,7 +157,7 @@ class ParamGroup(MutableMapping[str, Any]):
         self._values.update(values._values if isinstance(values, ParamGroup) else values)
 
     def bind(self, params: object, set_options: SetOptions) -> None:
-        """Connect the group with its optimizer, which calls this itself.
+        """Connect the group with its optimizer. The optimizer calls this method.
 
         Parameters
         ----------
@@ -165,7 +167,7 @@ class ParamGroup(MutableMapping[str, Any]):
             Called for each change of options, with pairs of group and new values.
         """
         self._params = params
-        # A strong reference would be a cycle: buffers go at once when nobody else has the optimizer.
+        # A strong reference would be a cycle, and keep the buffers alive after the last reference of the user.
         self._set_options = WeakMethod(set_options)
 
     def update(self, *others: Any, **options: Any) -> None:
@@ -231,7 +233,7 @@ class ParamGroup(MutableMapping[str, Any]):
 
 
 class ParamGroups(list[ParamGroup]):
-    """The groups of an optimizer, of a fixed number: no step would update a group that was put in later."""
+    """The groups of an optimizer. Their number is fixed: no step would update a group that is added later."""
 
     def _refuse(self: Any, *arguments: object, **options: object) -> NoReturn:
         raise StructureError(
@@ -247,7 +249,7 @@ class ParamGroups(list[ParamGroup]):
     remove = pop = clear = reverse = sort = _refuse
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[Self], tuple[list[ParamGroup]]]:
-        return type(self), (list(self),)  # by default an empty list, which is appended to
+        return type(self), (list(self),)  # the default would append to an empty list
 
 
 def _none() -> None:
@@ -255,14 +257,9 @@ def _none() -> None:
 
 
 def parameter_groups(params: object) -> list[Options] | None:
-    """Return `params` as a list of groups if it is a list of dicts with "params", and None otherwise.
+    """Return `params` as a list of groups if it is a list of dicts with the key "params", and None otherwise.
 
-    A list of dicts without that key is a list of layers.
-
-    Raises
-    ------
-    StructureError
-        Only some items of the list are groups.
+    Dicts without the key are layers. Raise StructureError if only some items of the list are groups.
     """
     if not isinstance(params, list | tuple) or not any(isinstance(p, Mapping) and "params" in p for p in params):
         return None
@@ -276,13 +273,7 @@ def parameter_groups(params: object) -> list[Options] | None:
 
 
 def resolve_lr(group: ParamGroup, step: int) -> float:
-    """Return the learning rate of a group at step number `step`, counted from 0.
-
-    Raises
-    ------
-    OptionError, OptionTypeError
-        The group's function of the step returned no learning rate.
-    """
+    """Return the learning rate of a group at a step, counted from 0; raise if the group's function returns none."""
     lr = group["lr"]
     if not callable(lr):
         return float(lr)

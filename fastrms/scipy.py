@@ -92,18 +92,18 @@ def rmsprop(
         Called after each iteration with x, or with an OptimizeResult of x and fun if its only parameter is called
         ``intermediate_result``. StopIteration ends the run.
     tol : float, optional
-        The value of `gtol` where `gtol` is None.
+        The value of `gtol` if `gtol` is None.
     gtol : float, default 1e-5
-        Success where no component of the gradient, or with bounds of the projected gradient, is larger. >= 0.
+        Success if no component of the gradient (with bounds: of the projected gradient) is larger. >= 0.
     maxiter : float, default 15000
         The number of iterations, >= 0, not necessarily whole. The default is that of L-BFGS-B.
     disp : bool, default False
-        Print the outcome, and warn where it is no success.
+        Print the outcome, and warn if it is no success.
     return_all : bool, default False
         Add ``allvecs`` to the result: `x0` and x after each iteration.
     finite_diff : {"2-point", "3-point", "cs"}, default "2-point"
-        Forward differences, central differences or a complex step where `jac` is None: n, 2 n or n evaluations of `fun`
-        for n variables.
+        Forward differences, central differences or a complex step, used if `jac` is None. They take n, 2 n or n
+        evaluations of `fun` for n variables.
     finite_diff_rel_step : float or array of n, optional
         The step of the differences relative to ``max(1, abs(x))``; by default SciPy chooses it.
     **options
@@ -113,7 +113,7 @@ def rmsprop(
     Returns
     -------
     result : scipy.optimize.OptimizeResult
-        x, fun, jac, nit, nfev, njev, success, message, and status: 0 for success, 1 after `maxiter` iterations, 3 where
+        x, fun, jac, nit, nfev, njev, success, message, and status: 0 for success, 1 after `maxiter` iterations, 3 if
         `fun` or the gradient at x is inf or NaN, 99 after StopIteration. x is the end of the run, which need not be the
         lowest point. With finite differences jac is NaN for variables that bounds fix.
 
@@ -210,7 +210,7 @@ def _iterate(
 
 
 class _Objective:
-    """The function and its gradient. Calls are counted, and get a copy of x that the user may change."""
+    """The function and its gradient. Calls are counted, and get a copy of x, as users may change their argument."""
 
     def __init__(self, fun: Any, jac: Jac, args: Any, box: Box, finite_diff: str, rel_step: ArrayLike | None) -> None:
         self.nfev = self.njev = 0
@@ -278,7 +278,7 @@ def _number(value: object, x: NDArray[Any]) -> Any:
 
 
 def _gradient(value: ArrayLike, x: Array) -> Array:
-    """Return the value of `jac` at x, copied: the user's function may reuse its array."""
+    """Return the value of `jac` at x as a copy: the user's function may reuse its array."""
     gradient = _real("jac", value)
     if gradient.size != x.size or max(gradient.shape, default=1) != x.size:  # (1, n) of a Jacobian is fine
         raise StructureError(f"jac: expected to return shape {x.shape}, got {gradient.shape}")
@@ -299,7 +299,7 @@ def _real(name: str, value: object) -> Array:
 
 
 def _of_length(name: str, value: ArrayLike, where: NDArray[np.bool_]) -> Array:
-    """Return a number for each variable where `where` is True, from one for all or one for each."""
+    """Return a number for each variable selected by `where`, from one number for all or one for each."""
     try:
         return np.broadcast_to(_real(name, value), where.shape)[where]
     except ValueError:
@@ -307,7 +307,7 @@ def _of_length(name: str, value: ArrayLike, where: NDArray[np.bool_]) -> Array:
 
 
 def _box(bounds: Any, size: int) -> Box:
-    """Return the lower and the upper bound of each variable, infinite where a variable has none."""
+    """Return the lower and the upper bound of each variable; infinite without a bound."""
     if bounds is None:
         bounds = Bounds()
     try:
@@ -329,7 +329,7 @@ def _box(bounds: Any, size: int) -> Box:
 
 
 def _with_result_or_x(callback: Callable[..., object]) -> Callable[[OptimizeResult], object]:
-    """Return a function that calls `callback` with a result or with x: as in SciPy, its parameter's name decides."""
+    """Return a function that calls `callback` with a result or with x. As in SciPy, its parameter's name decides."""
     if set(inspect.signature(callback).parameters) == {"intermediate_result"}:
         return lambda result: callback(intermediate_result=result)
     return lambda result: callback(result.x)

@@ -1,7 +1,7 @@
-"""Parameters that alias one another, so that an update of one would be an update of the other."""
+"""Refusal of parameters that alias one another: an update of one would update the other too."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,26 +11,20 @@ from fastrms.errors import StructureError
 
 __all__ = ["refuse_overlap"]
 
-_shares_memory: Any = np.shares_memory  # any number is right for `max_work`, which its type does not know
+_shares_memory: Any = np.shares_memory  # its type does not allow numbers for `max_work`
 
-_Span = tuple[int, int, str, Array]  # the bounds of an array in memory, its path, and the array
+
+class _Span(NamedTuple):
+    """An array with its bounds [low, high) in memory, and its path."""
+
+    low: int
+    high: int
+    path: str
+    array: Array
 
 
 def refuse_overlap(layout: Layout, arrays: object) -> None:
-    """Raise StructureError if two parameters share memory.
-
-    Parameters
-    ----------
-    layout : Layout
-        The structure of the parameters.
-    arrays : list, tuple, dict or array, or any nesting of these
-        The parameters. Items that are no ndarray share nothing.
-
-    Raises
-    ------
-    StructureError
-        The message names the paths of the first such pair.
-    """
+    """Raise StructureError, with the paths of the first pair, if two ndarrays among the parameters share memory."""
     if overlap := _find_overlap(layout, arrays):
         raise StructureError(
             f"params{overlap[0]} and params{overlap[1]} share memory; give tied parameters once and add up their "
@@ -39,46 +33,43 @@ def refuse_overlap(layout: Layout, arrays: object) -> None:
 
 
 def _find_overlap(layout: Layout, arrays: object) -> tuple[str, str] | None:
-    """Return the paths of two arrays that share an element, or None.
-
-    Two views whose bounds overlap without a shared element, such as ``a[::2]`` and ``a[1::2]``, do not count.
-    """
+    """Return the paths of two arrays that share an element, or None. ``a[::2]`` and ``a[1::2]`` share none."""
     spans: list[_Span] = []
     for item, leaf in zip(layout.flatten(arrays, "arrays"), layout.leaves, strict=True):
         if isinstance(item, np.ndarray) and item.size:
-            spans.append((*np.lib.array_utils.byte_bounds(item), leaf.path, item))
-    spans.sort(key=lambda span: span[0])
+            spans.append(_Span(*np.lib.array_utils.byte_bounds(item), leaf.path, item))
+    spans.sort(key=lambda span: span.low)
     cluster: list[_Span] = []  # arrays whose bounds overlap
     end = 0
     for span in spans:
-        if span[0] >= end and cluster:
+        if span.low >= end and cluster:
             if found := _overlap_within(cluster):
                 return found
             cluster = []
         cluster.append(span)
-        end = max(end, span[1])
+        end = max(end, span.high)
     return _overlap_within(cluster)
 
 
 def _overlap_within(cluster: list[_Span]) -> tuple[str, str] | None:
-    """Return the paths of two arrays that share memory, or None; the cluster is sorted by lower bounds."""
+    """Return the paths of two arrays that share memory, or None. The cluster is sorted by lower bounds."""
     if len(cluster) < 2:
         return None
-    start = cluster[0][0]
-    pieces = [_pieces(item) for _, _, _, item in cluster]
+    start = cluster[0].low
+    pieces = [_pieces(span.array) for span in cluster]
     cell = math.gcd(
-        *(low - start for low, _, _, _ in cluster),
+        *(span.low - start for span in cluster),
         *(width for _, _, width in pieces),
         *(stride for _, strides, _ in pieces for stride in strides),
     )
-    cells = (max(high for _, high, _, _ in cluster) - start) // cell
-    # Comparing takes about a microsecond for each pair of arrays. Marking takes about a nanosecond and a byte for each
-    # cell. So many columns of one array are marked, and two halves of a huge array are compared.
+    cells = (max(span.high for span in cluster) - start) // cell
+    # To compare a pair of arrays takes about a microsecond. To mark a cell takes about a nanosecond and a byte. So many
+    # columns of one array are marked, and two halves of a huge array are compared.
     if cells > 1000 * len(cluster) ** 2:
         return _compare(cluster)
     taken = np.zeros(cells, bool)
     parts = [
-        np.ndarray((*shape, width // cell), bool, taken, (span[0] - start) // cell, (*(s // cell for s in strides), 1))
+        np.ndarray((*shape, width // cell), bool, taken, (span.low - start) // cell, (*(s // cell for s in strides), 1))
         for span, (shape, strides, width) in zip(cluster, pieces, strict=True)
     ]
     for k, part in enumerate(parts):
@@ -86,13 +77,13 @@ def _overlap_within(cluster: list[_Span]) -> tuple[str, str] | None:
             taken[...] = False
             part[...] = True
             other = next(i for i in range(k) if parts[i].any())
-            return cluster[other][2], cluster[k][2]
+            return cluster[other].path, cluster[k].path
         part[...] = True
     return None
 
 
 def _pieces(item: Array) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Return an array as pieces of contiguous memory: counts and strides by axis, and the bytes of a piece."""
+    """Return the pieces of contiguous memory of an array: counts and strides by axis, and the bytes of a piece."""
     axes = sorted((abs(stride), size) for stride, size in zip(item.strides, item.shape, strict=True) if size > 1)
     axes = [axis for axis in axes if axis[0]]
     width = item.itemsize
@@ -106,9 +97,9 @@ def _compare(cluster: list[_Span]) -> tuple[str, str] | None:
     for k, span in enumerate(cluster):
         for other in cluster[:k]:
             try:
-                shared = other[1] > span[0] and _shares_memory(other[3], span[3], max_work=100_000)
+                shared = other.high > span.low and _shares_memory(other.array, span.array, max_work=100_000)
             except np.exceptions.TooHardError:
                 shared = True
             if shared:
-                return other[2], span[2]
+                return other.path, span.path
     return None

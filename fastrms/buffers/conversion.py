@@ -13,26 +13,10 @@ _REGISTERED = 2
 
 
 def as_array(item: object, name: str, target: DType | None = None) -> Array:
-    """Return `item` as an array of numbers.
+    """Return `item` as an array of NumPy's bool, integer, float or complex kinds, or raise DtypeError.
 
-    Parameters
-    ----------
-    item : ndarray, object with ``__array__``, number, or list or tuple of numbers
-        An ordinary array comes back as it is.
-    name : str
-        What error messages call `item`.
-    target : dtype or None, default None
-        The dtype for numbers of a dtype that another package has added; None to refuse them.
-
-    Returns
-    -------
-    array : ndarray
-        Of NumPy's bool, integer, float and complex kinds.
-
-    Raises
-    ------
-    DtypeError
-        `item` is no array of numbers.
+    An ordinary array comes back as it is. Numbers of a dtype that another package has added are cast to `target`, and
+    refused if `target` is None.
     """
     if isinstance(item, np.ma.MaskedArray):
         raise DtypeError(f"{name}: expected an array, got a masked array; use .filled(value), the mask would be lost")

@@ -40,7 +40,7 @@ class Segment:
     size: int
 
     def __reduce__(self) -> Items:
-        # An unpickled dtype is equal to NumPy's own object but not that object, by which a step knows usual gradients.
+        # An unpickled dtype is not NumPy's own object. A step compares dtypes by identity.
         return _segment, (self.dtype.char, self.offset, self.size)
 
 
@@ -98,7 +98,11 @@ class Layout:
         if not items:
             raise StructureError(f"{name}: expected at least one array, got {describe(arrays)} without any")
         self._place(items, name)
-        # One call takes a plain list or dict of arrays apart, the most frequent structures.
+        self._prepare_flatten()
+
+    def _prepare_flatten(self) -> None:
+        """Prepare all that `flatten` needs to know of the structure."""
+        # One call takes a plain list or dict of arrays, the most frequent structures, apart.
         flat = self._root is not None and not any(self._root.children)
         keys = self._root.keys if flat and self._root is not None else None
         self._is_flat_sequence = flat and keys is None
@@ -108,7 +112,7 @@ class Layout:
         while nodes:
             self._levels.append(Level(nodes))
             nodes = self._levels[-1].below
-        # Levels give leaves in the order of their depth.
+        # Levels return leaves by depth.
         numbers = self._by_level(self.structure(range(len(self.leaves))))
         assert numbers is not None
         self._order = None if numbers == sorted(numbers) else itemgetter(*np.argsort(numbers).tolist())
@@ -120,7 +124,7 @@ class Layout:
         leaves: list[Leaf] = []
         for path, item in items:
             array = as_array(item, name + path)
-            # In native byte order, and NumPy's own object for the dtype, so that `is` recognises a usual gradient.
+            # In native byte order, and NumPy's own object: a step compares dtypes by identity.
             dtype = np.dtype(array.dtype.char)
             if dtype not in dtypes:
                 dtypes.append(dtype)
@@ -236,7 +240,7 @@ class Layout:
         Returns
         -------
         items : tuple or None
-            As `flatten` returns them; None where `tree` is not a list, tuple or dict of this structure, or the
+            As `flatten` returns them; None if `tree` is not a list, tuple or dict of this structure, or if the
             structure is nested.
         """
         if self._is_flat_sequence and type(tree) in (list, tuple) and len(tree) == len(self.leaves):

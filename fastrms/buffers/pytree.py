@@ -40,13 +40,13 @@ class _OnDevice(Protocol):
 # Mapping.
 ArrayTree: TypeAlias = Array | Sequence["ArrayTree"] | Mapping[Any, "ArrayTree"]
 
-# The same of everything that is taken for an array, with None for an array that is missing.
+# The same with any object that is taken for an array, and None for a missing array.
 PyTree: TypeAlias = _OnHost | _OnDevice | complex | Sequence["PyTree"] | Mapping[Any, "PyTree"] | None
 
-# The parameters of an optimizer as users give them: arrays, or groups of them with options.
+# The parameters of an optimizer as users give them: arrays, or groups with arrays and options.
 Params: TypeAlias = PyTree | Sequence[Options]
 
-# The structure of an optimizer's parameters. Any where it is not known.
+# The structure of an optimizer's parameters; Any if it is unknown.
 if TYPE_CHECKING:
     P = TypeVar("P", bound=ArrayTree, default=Any)
 else:
@@ -70,7 +70,7 @@ class Node:
 
 
 def take_apart(tree: object, path: str = "") -> tuple[Node | None, list[tuple[str, Any]]]:
-    """Return the structure of `tree`, and its items with their paths, which begin with `path`."""
+    """Return the structure of `tree`, and its items with their paths. Each path begins with `path`."""
     items: list[tuple[str, Any]] = []
     return _node_of(tree, path, items), items
 
@@ -100,18 +100,7 @@ def count_items(node: Node | None) -> int:
 
 
 class Level:
-    """All containers at one depth of a nesting, whose items are taken in C.
-
-    Parameters
-    ----------
-    nodes : list of Node
-        The containers, in order.
-
-    Attributes
-    ----------
-    below : list of Node
-        The containers one level deeper.
-    """
+    """All containers at one depth of a nesting, in order. Functions in C take their items."""
 
     def __init__(self, nodes: list[Node]) -> None:
         self._nodes = nodes
@@ -119,7 +108,7 @@ class Level:
         self._sizes = [len(node.children) for node in nodes]
         self._getters = [_getter(node.keys) for node in nodes]
         children = [child for node in nodes for child in node.children]
-        self.below = [child for child in children if child is not None]
+        self.below = [child for child in children if child is not None]  # the containers one level deeper
         self._is_leaf = [child is None for child in children]
         self._is_node = [child is not None for child in children]
 
@@ -147,7 +136,7 @@ _items = cast("Callable[[_Getter, Any], Iterable[Any]]", call)  # calls its firs
 
 
 def _getter(keys: tuple[Any, ...] | None) -> _Getter:
-    """Return a function that gives the items of a list or tuple, or the items of a dict in the order of `keys`."""
+    """Return a function that returns the items of a sequence, or of a dict in the order of `keys`."""
     if not keys:
         return iter
     return partial(_only_item, keys[0]) if len(keys) == 1 else itemgetter(*keys)
@@ -158,7 +147,7 @@ def _only_item(key: Any, tree: Any) -> tuple[Any]:
 
 
 def _can_be(tree: object, node: Node) -> bool:
-    """Tell whether a container may stand for that of `node`: a sequence for a sequence, a mapping with the keys."""
+    """Tell whether a container can stand for `node`: a list or tuple for either, a mapping with the keys for a dict."""
     if node.keys is None:
         return isinstance(tree, list | tuple)
     # A defaultdict would make a missing key when asked for it.
@@ -166,22 +155,7 @@ def _can_be(tree: object, node: Node) -> bool:
 
 
 def refuse_structure(node: Node | None, tree: Any, name: str) -> None:
-    """Raise StructureError at the first difference between the structures of `tree` and `node`.
-
-    Parameters
-    ----------
-    node : Node or None
-        The structure expected.
-    tree : list, tuple, dict or anything else
-        The nesting given.
-    name : str
-        What the error message calls `tree`.
-
-    Raises
-    ------
-    StructureError
-        Another kind of container, another count, or missing or unknown keys.
-    """
+    """Raise StructureError at the first difference between the structures of `tree` and `node`."""
     if node is None:
         return
     if node.keys is not None:

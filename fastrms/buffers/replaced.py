@@ -1,4 +1,4 @@
-"""Views that were replaced or changed: what a step compares, and what `RMSProp.check` reports."""
+"""Views that were replaced or changed: the comparison in each step, and the report of `RMSProp.check`."""
 
 from operator import is_, itemgetter
 from typing import Any
@@ -13,55 +13,32 @@ __all__ = ["Watch", "are_intact", "changed_views", "paths_outside", "refuse_repl
 
 
 class Watch:
-    """The views of a buffer as they were at first, to notice when another object is put in the place of a view.
+    """The original views of a buffer, to notice that another object took the place of a view.
 
-    ``watch.views == watch.kept`` finds most replacements: it compares objects by identity first, at some nanoseconds
-    each and without a Python call. It cannot tell arrays of one element apart whose values are equal, for which there
-    is `has_its_scalars`.
-
-    Parameters
-    ----------
-    buffer : FlatBuffer
-        The buffer whose `views` are watched.
-
-    Attributes
-    ----------
-    buffer : FlatBuffer
-        The same buffer.
-    views : list, tuple or dict, or None
-        The views that users hold; None for a single array, which has no container to be replaced in.
-    kept : list, tuple or dict, or None
-        The same views in containers of its own.
-    has_scalars : bool
-        Whether `has_its_scalars` has anything to compare.
+    ``watch.views == watch.kept`` finds most replacements. It compares objects by identity first, at some nanoseconds
+    each and without a Python call. It misses a replacement by an equal array of one element, which `has_its_scalars`
+    finds.
     """
 
     def __init__(self, buffer: FlatBuffer) -> None:
         self.buffer = buffer
+        # The views that users hold, and the same views in other containers. A single array has no container.
         single = buffer.views is buffer.leaves[0]
         self.views: Any = None if single else buffer.views
         self.kept: Any = None if single else buffer.layout.structure(buffer.leaves)
         ones = [k for k, leaf in enumerate(buffer.layout.leaves) if leaf.stop - leaf.start == 1]
         self.has_scalars = bool(ones) and not single
-        # The first one twice, so that the answer is a tuple also for one array.
+        # The first one twice: with one argument `itemgetter` would not return a tuple.
         self._scalars = itemgetter(*ones, ones[0]) if ones else None
 
     def has_its_scalars(self) -> bool:
-        """Tell whether the items of `views` with one element are the views that were there at first."""
+        """Tell whether the items of `views` with one element are the original views."""
         items = self.buffer.layout.flatten(self.buffer.views, "views")
         return self._scalars is None or all(map(is_, self._scalars(items), self._scalars(self.buffer.leaves)))
 
 
 def are_intact(params: Watch, grads: Watch | None = None) -> bool:
-    """Tell whether no object was put in the place of a view of the parameters, or of the gradients that a step reads.
-
-    Parameters
-    ----------
-    params : Watch
-        The parameters.
-    grads : Watch or None, default None
-        The gradient buffer; None for a step that does not read it.
-    """
+    """Tell whether all views of the parameters, and of the gradient buffer unless it is None, are the original ones."""
     try:
         intact = params.views == params.kept and (grads is None or grads.views == grads.kept)
         if params.has_scalars and intact:
@@ -72,7 +49,7 @@ def are_intact(params: Watch, grads: Watch | None = None) -> bool:
 
 
 def refuse_replaced(params: Watch, grads: Watch | None = None) -> None:
-    """Raise StructureError, which names the first such view, where views are not intact (see `are_intact`)."""
+    """Raise StructureError, with the name of the first replaced view, unless `are_intact`."""
     if are_intact(params, grads):
         return
     for name, watch in (("params", params), ("grads", grads)):
@@ -81,19 +58,9 @@ def refuse_replaced(params: Watch, grads: Watch | None = None) -> None:
 
 
 def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
-    """Describe all views that were replaced, or no longer show their part of the block.
+    """Return a sentence for each view that was replaced, or that no longer shows its part of the block.
 
-    Parameters
-    ----------
-    buffer : FlatBuffer
-        The buffer, on the host or on a device.
-    name : str
-        What the sentences call `buffer.views`.
-
-    Returns
-    -------
-    problems : list of str
-        A sentence for each such view; empty if all are as they were at first.
+    The buffer is on the host or on a device. The sentences call its views `name`.
     """
     try:
         items = buffer.layout.flatten(buffer.views, name)
@@ -120,20 +87,5 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
 
 
 def paths_outside(buffer: FlatBuffer, tree: object, name: str) -> list[str]:
-    """Return the paths of all items of `tree` that do not lie in the block.
-
-    Parameters
-    ----------
-    buffer : FlatBuffer
-        The buffer, on the host or on a device.
-    tree : array, or list, tuple or dict of these, or any nesting
-        Of any structure; an item that is no array does not lie in the block.
-    name : str
-        The beginning of all paths.
-
-    Returns
-    -------
-    paths : list of str
-        Empty if all items are views of the buffer.
-    """
+    """Return the paths, from `name` on, of all items of `tree` that are no arrays in the block of the buffer."""
     return [path for path, item in take_apart(tree, name)[1] if not buffer.contains(item)]

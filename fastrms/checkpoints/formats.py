@@ -49,8 +49,8 @@ class Source(Protocol):
     def read(self, name: str) -> Array:
         """Return an array whose checksum is right, or raise CheckpointError."""
 
-    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
-        """Iterate over slices of an array, without comparing its checksum."""
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[Array]:
+        """Iterate over parts of an array, in order, without comparing its checksum."""
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:
@@ -91,18 +91,14 @@ class _Npz:
                 raise CheckpointError(f"{name}: expected once, got twice")
             if info.header_offset + info.file_size > size:
                 raise CheckpointError(f"{name}: expected an entry inside the file, got one of {info.file_size} bytes")
-            self._entries[name] = info, self._kind(info)
+            with self._archive.open(info) as entry:
+                self._entries[name] = info, _npy_kind(entry)
         dtype, shape = self._entries.get(_METADATA, (None, (None, ())))[1]
         if dtype != np.uint8 or len(shape) != 1:
             raise CheckpointError(f"expected a file of RMSProp.save(), got one without the entry {_METADATA!r}")
         self.metadata = _parse(self._bytes(_METADATA))
         self.kinds = {name: (kind[0].newbyteorder("="), kind[1]) for name, (_, kind) in self._entries.items()}
         self.kinds.pop(_METADATA)
-
-    def _kind(self, info: zipfile.ZipInfo) -> Kind:
-        """Return dtype and shape of the array in an entry."""
-        with self._archive.open(info) as stream:
-            return _npy_kind(stream)
 
     def _bytes(self, name: str) -> bytes:
         """Return the elements of an array, after the archive has compared its own checksum."""
@@ -123,12 +119,12 @@ class _Npz:
         compare_checksum(self.metadata, name, [array])
         return array
 
-    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[Array]:
         info, (dtype, (size,)) = self._entries[name]
         with self._archive.open(info) as stream:
             _npy_kind(stream)
             for part in slices:
-                yield part, np.frombuffer(stream.read((part.stop - part.start) * dtype.itemsize), dtype)
+                yield np.frombuffer(stream.read((part.stop - part.start) * dtype.itemsize), dtype)
             if stream.read(1):  # at the end the archive compares its own checksum, too
                 raise CheckpointError(f"{name}: expected {size} numbers, got more")
 
@@ -169,10 +165,10 @@ class _Safetensors:
         compare_checksum(self.metadata, name, [array])
         return array
 
-    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[Array]:
         tensor = self._file.get_slice(name)
         for part in slices:
-            yield part, tensor[part]
+            yield tensor[part]
 
 
 @contextlib.contextmanager
@@ -247,7 +243,7 @@ def replaced(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # the new name reaches the disk too, where the system lets folders be opened
+    with contextlib.suppress(OSError):  # the new name reaches the disk too, if the system can open folders
         descriptor = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -27,7 +27,7 @@ __all__ = ["Target", "load_file", "load_state", "restore", "save_file", "state_d
 _ABSENT = "skipped"  # the array with the number of steps in which each parameter had no gradient
 # An upper bound on the bytes of a file that are not elements: in all, and for each parameter.
 _EXTRA, _EXTRA_EACH = 1 << 16, 1 << 11
-_PART = 1 << 18  # elements that are read at a time where an array may be larger than memory
+_PART = 1 << 18  # elements that are read at a time if an array may be larger than memory
 
 
 class Target(Protocol):
@@ -270,14 +270,14 @@ def _read_in_parts(target: Target, source: Source, name: str, segment: Array, mo
     """Copy an array of the file into a segment, part by part."""
     destination = segment
 
-    def slices() -> Iterator[slice]:
+    def slices() -> Iterator[slice]:  # one at a time: `target.parts` gives back the pages of each part before the next
         nonlocal destination
         for there, here in moves:
             for part in target.parts(segment[here]):
                 destination = segment[here][part]
                 yield slice(there.start + part.start, there.start + part.stop)
 
-    for _, numbers in source.parts(name, slices()):
+    for numbers in source.parts(name, slices()):
         destination[...] = numbers
 
 
@@ -303,9 +303,8 @@ class _StateDict:
         array: Array = self._arrays[name]
         return array
 
-    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[tuple[slice, Array]]:
-        for part in slices:
-            yield part, self._arrays[name][part]
+    def parts(self, name: str, slices: Iterable[slice]) -> Iterator[Array]:
+        return (self._arrays[name][part] for part in slices)
 
 
 def _verify(source: Source, name: str, kind: Kind) -> None:
@@ -313,7 +312,7 @@ def _verify(source: Source, name: str, kind: Kind) -> None:
     if not isinstance(source, _StateDict):  # which has no checksums
         _, (size,) = kind
         slices = (slice(start, min(start + _PART, size)) for start in range(0, size, _PART))
-        compare_checksum(source.metadata, name, (values for _, values in source.parts(name, slices)))
+        compare_checksum(source.metadata, name, source.parts(name, slices))
 
 
 def _has(kinds: Mapping[str, Kind], name: str) -> bool:

@@ -19,7 +19,7 @@ UPDATES: dict[str, Update] = {"numpy": reference.update, "serial": cpu.serial, "
 
 
 def check_host_kernel(value: object) -> HostKernel:
-    """Return `value` if it is a kernel that runs on the host, or raise OptionError or OptionTypeError."""
+    """Return a kernel that runs on the host as it is; raise for another value."""
     if isinstance(value, str) and value == "cuda":
         raise OptionError(
             'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
@@ -30,7 +30,7 @@ def check_host_kernel(value: object) -> HostKernel:
 
 
 def check_cuda_kernel(value: object) -> Literal["cuda"]:
-    """Return "cuda" if `value` is a kernel of an optimizer on a GPU, "cuda" or "auto", or raise OptionError."""
+    """Return "cuda" for "cuda" or "auto", the kernels of an optimizer on a GPU; raise OptionError for another value."""
     if value not in ("cuda", "auto"):
         raise OptionError(
             f'kernel: expected "cuda", as all buffers are on the GPU, got {value!r}; make a new optimizer for the '

@@ -15,8 +15,8 @@ __all__ = [
     "store_state",
 ]  # fmt: skip
 
-# A state array holds numbers of the parameters' dtype, or bfloat16 numbers as uint16, or there is none. The compiler
-# chooses the function for the type of the array (`overload`); the interpreter chooses it at each call.
+# A state array has the parameters' dtype, or is uint16 with bfloat16 numbers, or is None. The compiler chooses the
+# function for the type of the array (`overload`); the interpreter chooses it at each call.
 
 
 def _load_nothing(state, i):
@@ -43,7 +43,7 @@ def _store_number(state, i, x):
 def _store_bfloat16(state, i, x):
     """Write `x` rounded to nearest, ties to even."""
     bits = np.float32(x).view(np.uint32)
-    # The sum of just under half of the last kept place, and that place itself, carries where rounding goes up.
+    # The sum of just under half of the last kept place and that place itself carries if rounding goes up.
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
     carried = np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd))
     # A carry could make NaN inf.
@@ -64,7 +64,7 @@ def load_state(state, i):
 
 
 def store_state(state, i, x):
-    """Round `x` to the kind of number of a state array, and write it to element `i`; nothing without the array."""
+    """Round `x` to the numbers of a state array, and write it to element `i`; do nothing without the array."""
     _form(state, _store_nothing, _store_bfloat16, _store_number)(state, i, x)
 
 
@@ -74,8 +74,10 @@ def state_part(state, start, stop):
 
 
 def prefetch(array: Any, i: int) -> None:
-    """Ask the processor to fetch the cache line of element `i` of an array, or of None; a hint that changes nothing."""
-    # The interpreter has no use for it.
+    """Ask the processor to fetch the cache line of element `i` of an array; do nothing for None.
+
+    The interpreter ignores this hint.
+    """
 
 
 def _form(state, for_nothing, for_bfloat16, for_numbers):
@@ -155,7 +157,7 @@ def integers_at(address, shape):
 
 @inner
 def gradient_part(grads, spans, k, start, stop):
-    """Return elements [start, stop) of the run, all in span `k`, from `grads` or from the address of the span."""
+    """Return elements [start, stop) of the run, within span `k`, from `grads` or from the address of the span."""
     address = spans[k, 2]
     if address == 0:
         return grads[start:stop]

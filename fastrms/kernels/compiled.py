@@ -38,11 +38,11 @@ from numba.core.serialize import dumps
 
 __all__ = ["entry_point", "inner", "inner_options", "jit"]
 
-# Settings from the environment that change what is compiled.
+# Settings from the environment that change compiled code.
 _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE")
 
-# For functions that only compiled code calls, and that are cached inside their callers. They need no file of their own,
-# and no wrappers for Python and for C, a quarter of the time of compiling. A call from Python would crash.
+# For functions that only compiled code calls; they are cached inside their callers. Without wrappers for Python and for
+# C, compiling takes a quarter less time. A call from Python would crash.
 inner_options: Any = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 inner: Callable[[Callable[..., Any]], Any] = numba.njit(**inner_options)
 
@@ -50,7 +50,7 @@ inner: Callable[[Callable[..., Any]], Any] = numba.njit(**inner_options)
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return ``numba.njit`` with these options for functions that Python calls, cached on disk.
 
-    Without a place for files (a read-only installation without a home folder, a cache folder of somebody else's) each
+    Without a place for files (a read-only installation without a home folder, a cache folder of another user) each
     process compiles for itself, and warns once with a RuntimeWarning.
     """
 
@@ -70,8 +70,8 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def entry_point(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     """Return the form of a `jit` function for arguments of these types, compiled if need be.
 
-    Its calls do not look at the types again, which takes half of the time of a call with ten arguments. Call it with
-    these types only. With the JIT off it is the function.
+    Call it with these types only: it does not check types, which takes half of the time of a call with ten arguments.
+    With the JIT off the form is the function.
     """
     if not isinstance(function, Dispatcher):
         return function
@@ -83,15 +83,15 @@ def entry_point(function: Callable[..., Any], *arguments: Any) -> Callable[..., 
 
 
 def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a function that runs `compile_` on a thread of its own, and waits; an interrupt ends the wait only."""
+    """Return a function that runs `compile_` on another thread, and waits. An interrupt ends only the wait."""
 
     def compile_on_a_thread(signature: Any) -> Any:
-        if global_compiler_lock.is_locked():  # by this thread, which is compiling a caller of this function
+        if global_compiler_lock.is_locked():  # this thread is compiling a caller of this function
             return compile_(signature)
         outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
         def work() -> None:
-            sys.setprofile(None)  # a profiler of threading.setprofile would see each call of the compiler
+            sys.setprofile(None)  # set by threading.setprofile, it would see each call of the compiler
             try:
                 outcome.put((compile_(signature), None))
             except BaseException as error:
@@ -112,7 +112,7 @@ def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             _raise(error)
         finally:
-            del error  # which holds this frame
+            del error  # its traceback holds this frame
 
     return compile_on_a_thread
 
@@ -121,7 +121,7 @@ _first_failure = ""
 
 
 def _raise(error: BaseException) -> NoReturn:
-    """Raise the error of a compilation; after an earlier error, say that this one may follow from it."""
+    """Raise the error of a compilation; after an earlier error, say that this error may follow from that one."""
     global _first_failure
     if _first_failure and not isinstance(error, MemoryError | Warning):
         raise RuntimeError(
@@ -136,16 +136,8 @@ def _raise(error: BaseException) -> NoReturn:
 class _Files:
     """The files of one function in the cache, ``name-stamp-key.nbc``.
 
-    Parameters
-    ----------
-    folder : Path
-        The cache.
-    name : str
-        Identifies the function.
-    stamp : str
-        Identifies source and versions; files with another stamp are out of date.
-    trusted : set of int or None
-        The owners whose files count; None where files have no owners.
+    `stamp` identifies source and versions: files with another stamp are out of date. `trusted` has the owners whose
+    files count; None if files have no owners.
     """
 
     def __init__(self, folder: Path, name: str, stamp: str, trusted: set[int] | None) -> None:
@@ -155,7 +147,7 @@ class _Files:
         self._trusted = trusted
 
     def load(self, key: object) -> Any:
-        """Return the data that were saved under this key, or None."""
+        """Return the data saved under this key, or None."""
         path = self._path(key)
         try:
             with path.open("rb") as stream:
@@ -168,7 +160,7 @@ class _Files:
         return pickle.loads(data) if _digest(path.name.encode() + data).encode() == digest else None
 
     def save(self, key: object, data: Any) -> None:
-        """Write the data, and remove files of other stamps: a process with older source compiles anew."""
+        """Write the data, and remove files of other stamps."""
         data = dumps(data)
         path = self._path(key)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
@@ -230,7 +222,7 @@ class _Cache(caching.FunctionCache):
         self._cache_file: Any = _Files(folder, name, stamp, trusted)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        # Any error of a file is a cache miss.
+        # Every error of a file is a cache miss.
         with suppress(Exception):
             return super().load_overload(sig, target_context)
         return None
@@ -243,7 +235,7 @@ class _Cache(caching.FunctionCache):
 
 
 class _NoCache(caching.NullCache):
-    """The cache without a place for files, which warns."""
+    """The cache without a place for files. It warns once."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -272,7 +264,7 @@ def _say_that_it_is_not_kept(reason: str) -> None:
 
 
 def _trusted(source: Path) -> set[int] | None:
-    """Return the users who could run any code here without the cache: this one, the superuser, the source's owner."""
+    """Return the users who can run code here anyway: this one, the superuser, the source's owner. None: no users."""
     if not hasattr(os, "geteuid"):
         return None
     owners = {os.geteuid(), 0}

@@ -28,10 +28,10 @@ __all__ = [
     "parallel", "serial", "serial_from",
 ]  # fmt: skip
 
-# Whether these functions are compiled; the interpreter has no use for prefetching.
+# Whether these functions are compiled. The interpreter ignores prefetching.
 COMPILED = not numba.config.DISABLE_JIT
 
-# The results of `serial_from` where all arrays are as expected, or all but None; or where its ticket is not admitted.
+# The results of `serial_from` if all arrays are as expected, if some are None, and if the ticket is not admitted.
 FOUND, FOUND_SOME, NOT_ADMITTED = -1, -2, -3
 
 # About the fewest elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough
@@ -67,7 +67,10 @@ _rule = numba.njit(**inner_options, forceinline=True)(rule)
 
 @inner
 def _find(items, expected, shapes, sources):
-    """Write the addresses of the arrays to `sources`; return as `serial_from`. `pointers` has the offsets of fields."""
+    """Write the addresses of the arrays to `sources`, and return a status of `serial_from`.
+
+    `pointers` has the offsets of fields.
+    """
     status = FOUND
     for k in range(sources.shape[0]):
         array = int64_at(items + 8 * shapes[k, 0])
@@ -96,7 +99,7 @@ def _find(items, expected, shapes, sources):
 
 @inner
 def _gather(sources, grads):
-    """Copy each array that was found to its place in the gradient buffer, and let `sources` point there."""
+    """Copy each array with an address to its place in the gradient buffer, and set the address to 0."""
     for k in range(sources.shape[0]):
         if sources[k, 2] == 0:
             continue
@@ -109,7 +112,7 @@ def _gather(sources, grads):
 
 @inner
 def _unpack(hyper):
-    """Return all numbers of `hyper` as locals, to be read once: in the loop a store to cache could alias `hyper`."""
+    """Return all numbers of `hyper` as locals. In the loop each store could alias `hyper`, and force a second read."""
     return (hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5], hyper[6], hyper[7], hyper[8], hyper[9],
             hyper[10], hyper[11], hyper[12], hyper[13], hyper[14])  # fmt: skip
 
@@ -128,7 +131,7 @@ def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correctio
 
 @numba.njit(**inner_options, forceinline=True)
 def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended, lines_ahead):
-    """Update in strips, each after a request to prefetch a later strip; or in one strip where `lines_ahead` is 0."""
+    """Update in strips, each after a request to prefetch a later strip; in one strip if `lines_ahead` is 0."""
     line = 64 // params.itemsize
     strip = STRIP_LINES * line if lines_ahead else max(1, params.size)
     ahead = lines_ahead * line
@@ -175,8 +178,8 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
         c = cache[start:stop]
         b = state_part(momentum_buffer, start, stop)
         m = state_part(grad_avg, start, stop)
-        # The same call twice, and inlined: in each LLVM knows `extended`, and keeps the numbers of that loop in
-        # registers from strip to strip. Numba compiles one function.
+        # The same call twice, inlined: LLVM knows `extended` in each, and keeps the numbers of the loop in registers
+        # from strip to strip. Numba compiles one function.
         if extended:
             _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, lines_ahead)
         else:
@@ -200,27 +203,16 @@ def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factor
 
 @jit()
 def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
-    """Find the gradients in a tuple of arrays, then update as `serial`; nothing is updated unless all are as expected.
+    """Find the gradients in a tuple of arrays, and update as `serial` if all are as expected; return the status.
 
-    The caller holds the tuple, so that the arrays live until they were read.
+    `items` is the address of the items of the tuple (`pointers.items_of`), which the caller holds; 0 if the spans have
+    all addresses already. The status is `FOUND`; `FOUND_SOME` if some are None; the number of the first array that is
+    not exactly as expected; or `NOT_ADMITTED`. Nothing is updated unless it is `FOUND`.
 
-    Parameters
-    ----------
-    table : ndarray of `TABLE`, shape (1,)
-        Of these arrays, `expected` has type, dtype, bytes of an element and None (`pointers.identity`), and then
-        [low, high) of each piece of memory that no gradient may alias: the arrays that the step writes, and the
-        gradient buffer. `shapes` has for each gradient its number in the tuple, its number of dimensions, and its
-        shape. `sources` has its [start, stop) in the run, and its address, which is written; 0 for None.
-    hyper, cache, momentum_buffer, grad_avg : ndarray or None
-        As for `serial`.
-    items : int
-        Address of the items of the tuple (`pointers.items_of`), or 0 where the spans have all addresses already.
-
-    Returns
-    -------
-    status : int
-        `FOUND`; or `FOUND_SOME` where some are None and the others as expected; or the number of the first array that
-        is not exactly as expected; or `NOT_ADMITTED`.
+    Of the arrays in `table`, `expected` has type, dtype, bytes of an element and None (`pointers.identity`), and then
+    [low, high) of each piece of memory that no gradient may alias: the arrays that the step writes, and the gradient
+    buffer. `shapes` has for each gradient its number in the tuple, its number of dimensions, and its shape. `sources`
+    has its [start, stop) in the run, and its address, which this function writes; 0 for None.
     """
     t = table[0]
     control = integers_at(t.control_at, 2)
@@ -246,7 +238,7 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
 
 @jit(parallel=True)
 def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended, lines_ahead):
-    """Update as `serial`, block by block on Numba's threads; no bit depends on the blocks or the number of threads."""
+    """Update as `serial`, block by block on Numba's threads. No bit depends on blocks or threads."""
     size = block_size(params.size)
     for block in numba.prange((params.size + size - 1) // size):
         low = block * size

@@ -50,8 +50,8 @@ IN_BUFFER, ABSENT = 0, -1
 
 PRESCALE = norms.PRESCALE
 
-# The spans for `square_chunks` and `add_partials`: every span; spans whose sum has left the range of float64, at either
-# end; spans whose norm is not finite.
+# The spans for `square_chunks` and `add_partials`: every span; spans with a sum below or above the range of float64;
+# spans with a norm that is not finite.
 EVERY, TOO_SMALL, TOO_LARGE, DOUBTFUL = range(4)
 
 # An exact sum of squares of numbers of at most 1 has digits of 32 bits, from the lowest bit that `math.frexp` gives to
@@ -98,11 +98,11 @@ def _span_of(chunk, first_chunk):
 
 @cache
 def update_kernel(dtype, momentum, centered, extended, factored, guarded):
-    """Return the kernel that updates the parameters of a run, compiled for the options that are used.
+    """Return the kernel that updates the parameters of a run, compiled for their dtype and the options in use.
 
-    The kernel takes 1-D arrays on the device (`params`, `grads`, `cache`, and for options with such state
-    `momentum_buffer` and `grad_avg`; anything otherwise), the tuple `hyper` of `hyper.HYPER_FIELDS` in the parameters'
-    dtype, `scale` and `correction` for all parameters in the same dtype, and then
+    The kernel takes 1-D arrays on the device (`params`, `grads`, `cache`, `momentum_buffer` and `grad_avg`; the last
+    two can be anything if unused), the tuple `hyper` of `hyper.HYPER_FIELDS` in the parameters' dtype, `scale` and
+    `correction` for all parameters in the same dtype, and then
 
     bounds : int64, shape (k, 2)
         Elements [start, stop) of each span.
@@ -111,20 +111,9 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
     sources : int64, shape (k,)
         The source of the gradient of each span: an address, `IN_BUFFER` or `ABSENT`.
     factors : float64, shape (k, 2)
-        Instead of `scale` and `correction`, with `factored`.
+        If `factored`, which needs `extended`: used instead of `scale` and `correction`.
     go : int64, shape (1,)
-        With `guarded`: 0 to update nothing.
-
-    Parameters
-    ----------
-    dtype : numpy.dtype
-        Of the parameters: float32 or float64.
-    momentum, centered : bool
-        Whether there is such state.
-    extended : bool
-        Whether `hyper.needs_extended_rule`, or `factored`.
-    factored, guarded : bool
-        Whether there are `factors`, and `go`.
+        If `guarded`: 0 to update nothing.
     """
     number = dtype.type
     more = True if extended else None
@@ -183,6 +172,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
 
 @cuda.jit(device=True)
 def _is_wanted(which, total, norm):
+    """Tell whether `which` selects a span with this sum of squares and norm."""
     if which == TOO_SMALL:
         return total < norms.LEAST_SUM
     if which == TOO_LARGE:
@@ -192,13 +182,13 @@ def _is_wanted(which, total, norm):
 
 @cuda.jit
 def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, sums, span_norms, partials):
-    """Write the sum of squares of each chunk of the spans that `which` selects to `partials`; with `LANES` threads."""
-    lanes = cuda.shared.array(_LANES_AND_SUMS, numba.float64)  # then the sums of pairs of lanes, pairs of those, ...
+    """Write the sum of squares of each chunk of the spans selected by `which` to `partials`; with `LANES` threads."""
+    lanes = cuda.shared.array(_LANES_AND_SUMS, numba.float64)  # lanes, then sums of pairs, pairs of pairs, ...
     lane = cuda.threadIdx.x
     for chunk in range(cuda.blockIdx.x, first_chunk[first_chunk.size - 1], cuda.gridDim.x):
         k = _span_of(chunk, first_chunk)
         source = sources[k]
-        if source != ABSENT and _is_wanted(which, sums[k], span_norms[k]):  # alike for all threads of the block
+        if source != ABSENT and _is_wanted(which, sums[k], span_norms[k]):  # the same for all threads
             start = bounds[k, 0] + (chunk - first_chunk[k]) * CHUNK
             stop = _smaller(start + CHUNK, bounds[k, 1])
             total = 0.0
@@ -221,7 +211,7 @@ def square_chunks(grads, bounds, first_chunk, sources, clip, prescale, which, su
 
 @cuda.jit
 def add_partials(first_chunk, sources, which, prescale, partials, sums, span_norms, finite):
-    """Add up the chunks of each span in their order, for its norm, and whether its gradient is finite."""
+    """Add up the chunks of each span in order, and write its norm and whether its gradient is finite."""
     tile = cuda.shared.array(THREADS, numba.float64)
     for k in range(cuda.blockIdx.x, sources.size, cuda.gridDim.x):
         wanted = _is_wanted(which, sums[k], span_norms[k])
@@ -251,7 +241,7 @@ def add_partials(first_chunk, sources, which, prescale, partials, sums, span_nor
 
 @cuda.jit(device=True)
 def _add_exactly(digits, x):
-    """Add a number from 0 to 1 to a number of `_DIGITS` digits of 32 bits, which may exceed 32 bits meanwhile."""
+    """Add a number from 0 to 1 to a number of `_DIGITS` digits of 32 bits; `_rounded` carries what exceeds 32 bits."""
     fraction, exponent = math.frexp(x)
     mantissa = np.int64(fraction * 9007199254740992.0)  # 2**53
     shift = exponent - 53 - _LOWEST
@@ -290,13 +280,13 @@ def _rounded(digits):
 @cuda.jit
 def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, rows, corrections, calls, sat_out, missed,
            factors, go):  # fmt: skip
-    """Decide whether there is a step, and on the factors of each parameter, from norms and counts; with one block.
+    """Decide from norms and counts whether there is a step, and the factors of each parameter; with one block.
 
     The kernel reads for each parameter `sources`, `span_norms` and `finite`; `limits`, the bound on its norm (inf for
     none); `signs`, the sign of its gradient; and `rows`, the row of `corrections` with its factors by number of steps
-    (-1 without bias correction). The number of steps of a parameter is `calls` less the `missed` ones, less the ones
-    it `sat_out`. `global_limit` is the bound on the norm of all gradients. The kernel writes `factors`, `go` (0 where
-    `guarded` and a gradient is not finite), `sat_out` and `missed`.
+    (-1 without bias correction). The number of steps of a parameter is ``calls - missed - sat_out``. `global_limit` is
+    the bound on the norm of all gradients. The kernel writes `factors`, `go` (0 if `guarded` and a gradient is not
+    finite), `sat_out` and `missed`.
     """
     digits = cuda.shared.array(_DIGITS, numba.int64)
     largest_of = cuda.shared.array(THREADS, numba.float64)

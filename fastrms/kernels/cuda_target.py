@@ -1,14 +1,13 @@
-"""The CUDA target of Numba: functions with the processor's bits, arrays and streams of other libraries, its absence.
+"""The CUDA target of Numba: functions with the processor's bits, arrays and streams of other libraries, and absence.
 
-This is the only module that imports CUDA: `numba.cuda`, which is numba-cuda where that is installed, and Numba's own
-target otherwise. Numba's simulator (NUMBA_ENABLE_CUDASIM=1) runs all of it in the interpreter, on ordinary memory.
+This is the only module that imports CUDA: `numba.cuda`, that is numba-cuda if it is installed, and otherwise Numba's
+own target. Numba's simulator (NUMBA_ENABLE_CUDASIM=1) runs all of it in the interpreter, on ordinary memory.
 
-Two things in the update rule mean something else on a GPU. The compiler would contract a product and a sum to one
-instruction that rounds once, and neither CUDA target of Numba has a switch for it (NVVM has the option; they do not
-pass it on). And `np.sqrt` is not known there. So the rule's source is compiled with each ``a * b`` as `multiply`, an
-instruction that is never contracted (``mul.rn``), and with CUDA's own square root. Division and square root round
-correctly unless fastmath is asked for, and subnormal numbers are kept. `tests/kernels/test_ptx.py` compiles everything
-without a GPU and reads the result.
+Two operations of the update rule differ on a GPU. The compiler would contract a product and a sum to one instruction
+that rounds once; NVVM has an option against this, but neither CUDA target of Numba passes it on. And there is no
+`np.sqrt`. So the rule's source is compiled with each ``a * b`` as `multiply`, an instruction that is never contracted
+(``mul.rn``), and with CUDA's own square root. Division and square root round correctly unless fastmath is asked for,
+and subnormal numbers are kept. `tests/kernels/test_ptx.py` compiles everything without a GPU and reads the result.
 """
 
 import ast
@@ -36,7 +35,7 @@ __all__ = [
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
-# The number of the default stream of a device, which waits for most others and they for it.
+# The number of the default stream of a device. It and most other streams wait for each other.
 LEGACY_STREAM = 1
 
 
@@ -62,14 +61,14 @@ else:
             function = builder.module.declare_intrinsic(name, (), ir.FunctionType(number, [number, number]))
             return builder.call(function, arguments)
 
-        return (a(a, b), codegen) if a == b else None  # otherwise one of them was meant to be cast
+        return (a(a, b), codegen) if a == b else None  # otherwise a cast is missing
 
     @intrinsic
     def number_at(typingctx, address, like):
         """Return the number at an address, of the type of `like`."""
 
         def codegen(context, builder, signature, arguments):
-            # Address space 1 is the device's own memory; without it each load would have to find its space out.
+            # Address space 1 is the device's own memory. Without it each load would have to find out its space.
             return builder.load(builder.inttoptr(arguments[0], context.get_value_type(like).as_pointer(1)))
 
         return like(address, like), codegen
@@ -102,18 +101,18 @@ def for_device(function):
 
 
 def interface_of(thing: Any) -> dict[str, Any] | None:
-    """Return the CUDA array interface of an array on the device, or None for anything else."""
+    """Return the CUDA array interface of an array on the device, or None for any other object."""
     try:
         found = getattr(thing, "__cuda_array_interface__", None)
-        if found is None and getattr(thing, "__cuda_ndarray__", False):  # the simulator's, in ordinary memory
+        if found is None and getattr(thing, "__cuda_ndarray__", False):  # an array of the simulator, in ordinary memory
             found = thing.__array_interface__
-    except Exception:  # any error of an attribute of the user's own; torch's, for dtypes without a description
+    except Exception:  # any error of a user's attribute; torch raises for dtypes without a description
         return None
     return found
 
 
 def handle_of(stream: Any) -> int:
-    """Return the number by which libraries know a stream; the simulator has the default stream only."""
+    """Return the number of a stream in other libraries; the simulator has the default stream only."""
     return int(stream) or LEGACY_STREAM if hasattr(stream, "__int__") else LEGACY_STREAM
 
 
@@ -127,7 +126,7 @@ def driver_version() -> tuple[int, int]:
 
 @cache
 def _unfit() -> str | None:
-    """Return why nothing can be compiled though CUDA is there, or None; the compiler loads NumPy's types late."""
+    """Return why nothing can be compiled although CUDA is there, or None. The compiler loads NumPy's types late."""
     from numba.cuda import descriptor
 
     try:

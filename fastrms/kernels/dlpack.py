@@ -1,7 +1,7 @@
 """Addresses of the tensors of other frameworks, from DLPack's C exchange API, in compiled code.
 
 A type with ``__dlpack_c_exchange_api__`` (DLPack 1.2 and later) gives the address of a C function that describes a
-tensor without making an object: some 15 ns, where address, shape and strides from Python take 50 ns each.
+tensor without making an object. The call takes some 15 ns; address, shape and strides from Python take 50 ns each.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ __all__ = [
 # The states of a tensor that `locate` writes.
 ORDINARY, ABSENT, UNUSUAL = 0, 1, 2
 
-# Struct DLPackExchangeAPI: version (major, minor: 32 bits each), previous table, then functions, of which these are the
-# fourth and the fifth.
+# Struct DLPackExchangeAPI, in words of 64 bits: version (major, minor: 32 bits each), previous table, then functions.
+# Here are the fourth and the fifth function.
 _FUNCTION, _STREAM = 5, 6
 # Struct DLTensor, in words of 64 bits: data, device (type, number: 32 bits each), dimensions and dtype (32 bits each),
 # shape, strides, byte offset.
@@ -39,7 +39,7 @@ def exchange_function(kind: type) -> int:
 
 
 def current_stream(kind: type, device: int) -> int:
-    """Return the number of the stream on which this thread computes tensors of a type on a device now."""
+    """Return the number of this thread's current stream for tensors of a type on a device."""
     ask = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
     stream = ctypes.c_void_p()
     ask(_function(kind, _STREAM))(device & 0xFFFFFFFF, device >> 32, ctypes.byref(stream))
@@ -63,7 +63,7 @@ def kind_of(itemsize: int) -> int:
 
 @intrinsic
 def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
-    """Call the function to describe the object at address `tensor` in the array `words`; tell whether it could."""
+    """Let the function describe the object at address `tensor` in the array `words`; tell whether it succeeded."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -71,7 +71,7 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
         data = context.make_array(words)(context, builder, arguments[2]).data
         status = builder.call(describe, [builder.inttoptr(arguments[1], byte), builder.bitcast(data, byte)])
         failed = builder.icmp_signed("!=", status, ir.Constant(ir.IntType(32), 0))
-        with builder.if_then(failed):  # with an exception set, which nobody handles
+        with builder.if_then(failed):  # it has set an exception
             clear = ir.FunctionType(ir.VoidType(), [])
             builder.call(cgutils.get_or_insert_function(builder.module, clear, "PyErr_Clear"), [])
         return builder.not_(failed)
@@ -81,7 +81,7 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
 
 @inner
 def _elements(words, expected, k, device):
-    """Return the size of a described tensor, or -1 unless it is contiguous, on `device`, of this dtype and shape."""
+    """Return the size of a tensor; -1 unless it is contiguous, on `device`, and of the expected dtype and shape."""
     if words[1] != device or words[2] & 0xFFFFFFFF != expected[k, 1]:
         return -1
     if (words[2] >> 32) & 0xFFFFFFFF != expected[k, 0]:
@@ -100,18 +100,18 @@ def _elements(words, expected, k, device):
 
 @jit()
 def locate(function, tensors, kinds, none, expected, excluded, words, addresses, states, device):
-    """Write the addresses of tensors; tell whether all are ordinary, and whether nothing has changed.
+    """Write addresses and states of tensors; tell whether all are ordinary, and whether all were the same before.
 
     Parameters
     ----------
     function : int
         From `exchange_function`.
     tensors : int
-        Address of the items of a tuple of tensors, which the caller holds.
+        Address of the items of a tuple of tensors, which the caller holds. None is an absent tensor.
     kinds : ndarray of int64, shape (m,)
         The ``id`` of each type that the function is for, without subclasses.
     none : int
-        ``id(None)``; None stands for an absent tensor.
+        ``id(None)``.
     expected : ndarray of int64, shape (k, 2 + most dimensions)
         For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
     excluded : ndarray of int64, shape (m, 2)
@@ -121,16 +121,10 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
     addresses : ndarray of int64, shape (k,)
         Written: the address of the elements; 0 unless the tensor is ordinary.
     states : ndarray of int64, shape (k,)
-        Written: `ORDINARY` for a contiguous tensor on the device of that dtype and shape, `ABSENT`, or `UNUSUAL`.
+        Written: `ORDINARY` for a contiguous tensor on the device with the expected dtype and shape, `ABSENT`, or
+        `UNUSUAL`.
     device : int
         `CPU`, or `CUDA` plus the number of the device times 2**32.
-
-    Returns
-    -------
-    ordinary : bool
-        Whether all states are `ORDINARY`.
-    unchanged : bool
-        Whether all addresses and states had been there before.
     """
     ordinary = unchanged = True
     for k in range(addresses.size):

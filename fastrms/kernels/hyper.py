@@ -11,7 +11,7 @@ __all__ = ["HYPER_FIELDS", "hyper_values", "needs_extended_rule"]
 
 # In this order and in the dtype of the arrays. docs/options.md has the equations.
 HYPER_FIELDS = (
-    "lr_inside",  # multiplies the gradient: ahead of the momentum buffer where there is one
+    "lr_inside",  # multiplies the gradient, before the momentum buffer if there is one
     "lr_outside",  # multiplies the momentum buffer
     "decay",
     "rest",  # 1 - decay, rounded once from float64 as NumPy does
@@ -30,22 +30,7 @@ HYPER_FIELDS = (
 
 
 def hyper_values(options: Options, lr: float, dtype: DType) -> list[float]:
-    """Return the values of `HYPER_FIELDS`.
-
-    Parameters
-    ----------
-    options : mapping of str to option
-        The options of a parameter group.
-    lr : float
-        The learning rate of the step.
-    dtype : dtype
-        Of the parameters, on which the floors depend.
-
-    Returns
-    -------
-    values : list of float
-        One for each of `HYPER_FIELDS`.
-    """
+    """Return the values of `HYPER_FIELDS` for the options of a group, and the learning rate and dtype of a step."""
     eps = options["epsilon"]
     rest = 1.0 - options["decay_rate"]
     lr_goes_outside = options["momentum"] > 0 and not options["lr_in_momentum"]
@@ -71,7 +56,7 @@ def hyper_values(options: Options, lr: float, dtype: DType) -> list[float]:
 
 
 def needs_extended_rule(options: Options) -> bool:
-    """Tell whether `options` use a term that the short form of the compiled rule leaves out."""
+    """Tell whether `options` use a term that the short form of the compiled rule omits."""
     return bool(
         options["weight_decay"] > 0
         or options["maximize"]
@@ -85,8 +70,7 @@ def needs_extended_rule(options: Options) -> bool:
 def _smallest_with_normal_square(dtype: DType, weight: float) -> float:
     """Return the smallest positive x for which ``weight * (x * x)``, rounded twice in `dtype`, is a normal number.
 
-    The product grows with x. So a comparison of x with this bound decides as a comparison of the product would, without
-    the subnormal number.
+    The product grows with x. So x is below this bound if and only if the product would be subnormal.
     """
     tiny = np.finfo(dtype).tiny
     factor = dtype.type(weight)

@@ -1,4 +1,4 @@
-"""The objects that dicts and attributes hold, read by compiled code with functions of CPython's C API.
+"""The objects in dicts and attributes, read by compiled code with functions of CPython's C API.
 
 A loop in Python over the state of 1,000 small arrays would take longer than their update.
 """
@@ -20,13 +20,9 @@ __all__ = ["Record", "attributes"]
 
 
 class Record:
-    """The objects of a dict, and of the dicts among its values, at one time.
+    """The present objects of a dict and of the dicts among its values, compared by identity.
 
-    A value of a subclass of dict counts as one object. Objects are compared by identity.
-
-    Parameters
-    ----------
-    dictionary : dict
+    A value of a subclass of dict counts as one object.
     """
 
     def __init__(self, dictionary: dict[Any, Any]) -> None:
@@ -36,7 +32,7 @@ class Record:
         self._held = objects  # so that no new object gets one of their ids
 
     def is_of(self, dictionary: dict[Any, Any]) -> bool:
-        """Return whether a dict has the recorded objects, and no others, in the same order."""
+        """Tell whether a dict has the recorded objects, and no others, in the same order."""
         if pointers.available() and isinstance(dictionary, dict):
             return bool(_equals(id(dictionary), id(dict), id(_END), self._array))
         return list(map(id, _objects(dictionary))) == self._identities
@@ -55,11 +51,11 @@ def _objects(dictionary: dict[Any, Any]) -> Iterator[object]:
 
 
 def attributes(objects: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    """Return an attribute of each object."""
+    """Return the attribute `name` of each object."""
     values: list[Any] = [None] * len(objects)
     if pointers.available() and _read(pointers.items_of(objects), id(name), id(values), len(objects)):
         return tuple(values)
-    return tuple(map(operator.attrgetter(name), objects))  # which raises the error of an object without it
+    return tuple(map(operator.attrgetter(name), objects))  # raises the error of an object without it
 
 
 @intrinsic
@@ -83,7 +79,7 @@ def _next(typingctx: Any, dictionary: Any, position: Any) -> Any:
 
 @inner
 def _after(dictionary, expected, i):
-    """Return the index in `expected` after the items of a dict, which begin at `i`; -1 if it has others."""
+    """Compare the items of a dict with `expected` from `i` on; return the index after them, or -1 at a difference."""
     position, key, value = _next(dictionary, 0)
     while position:
         if i + 2 > expected.size or key != expected[i] or value != expected[i + 1]:
@@ -116,9 +112,9 @@ def _equals(dictionary, kind, end, expected):
 
 @intrinsic
 def _move(typingctx: Any, source: Any, name: Any, values: Any, k: Any) -> Any:
-    """Put an attribute of the object at address `source` into item `k` of the list at `values`; tell whether it could.
+    """Put the attribute `name` of the object `source` into item `k` of the list `values`; tell whether it succeeded.
 
-    `name` is the address of a str.
+    The arguments except `k` are addresses.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -142,9 +138,9 @@ def _move(typingctx: Any, source: Any, name: Any, values: Any, k: Any) -> Any:
 
 @jit()
 def _read(objects, name, values, count):
-    """Put an attribute of each object into a list of as many items; tell whether this was possible.
+    """Put the attribute `name` of each object into the list `values`; tell whether it succeeded.
 
-    `objects` is the address of the items of a tuple, `name` that of a str, and `values` that of the list.
+    The arguments except `count` are addresses; `objects` is that of the items of a tuple.
     """
     k = 0
     while k < count and _move(int64_at(objects + 8 * k), name, values, k):

@@ -1,11 +1,11 @@
 """The memory layout of tuples and arrays, from which compiled code reads the addresses of gradients.
 
-A question from Python for the address of an array costs 0.5 us or more, for 1,000 small arrays many times the whole
-update. So `cpu.serial_from` reads type, dtype, flags, shape and data pointer from the memory of the objects, as CPython
+In Python the address of an array costs 0.5 us or more, for 1,000 small arrays many times the whole update. So
+`cpu.serial_from` reads type, dtype, flags, shape and data pointer from the memory of the objects, as CPython
 (``PyTupleObject``, ``PyObject``) and NumPy (``PyArrayObject_fields``, part of its public C API) lay them out. It
-accepts an array only if every field is exactly as expected, and leaves all others to the general path.
+accepts an array only if every field is exactly as expected, and leaves all other arrays to the general path.
 
-`available` compares those bytes with the answers of Python itself, once, and turns the path off at any difference:
+`available` compares these bytes with the answers of Python itself, once, and turns the path off at any difference:
 other interpreters, builds without the GIL, 32 bits, a NumPy with another layout. ``FASTRMS_ZERO_COPY=0`` in the
 environment turns it off by hand.
 """
@@ -25,7 +25,7 @@ from fastrms._types import Array, DType, Items
 
 __all__ = ["GATHER_BELOW", "available", "identity", "items_of"]
 
-# Arrays of a run with fewer elements than this on average are copied together, and not read where they lie.
+# Arrays of a run with fewer elements on average are copied together, and not read where they lie.
 GATHER_BELOW = 512
 
 # Byte offsets on 64-bit CPython with the GIL: an object starts with reference count and type; the items of a tuple
@@ -43,24 +43,16 @@ def items_of(arrays: Items) -> int:
 
 
 def identity(dtype: DType) -> NDArray[np.int64]:
-    """Return the numbers by which `cpu.serial_from` recognises None and an ordinary array.
+    """Return the numbers by which `cpu.serial_from` recognises None and an ordinary array of NumPy's own `dtype`.
 
-    Parameters
-    ----------
-    dtype : numpy.dtype
-        Of the array; NumPy's own object.
-
-    Returns
-    -------
-    numbers : ndarray of int64, shape (4,)
-        Address of the type, address of the dtype, bytes of an element, address of None.
+    They are: address of the type, address of the dtype, bytes of an element, address of None.
     """
     return np.array([id(np.ndarray), id(dtype), dtype.itemsize, id(None)], np.int64)
 
 
 @cache
 def available() -> bool:
-    """Tell whether this interpreter, this NumPy and the user allow to read gradients where they lie."""
+    """Tell whether compiled code can read gradients where they lie: with this interpreter, NumPy and environment."""
     return (
         os.environ.get("FASTRMS_ZERO_COPY", "1") != "0"
         and not numba.config.DISABLE_JIT
@@ -74,6 +66,7 @@ def available() -> bool:
 
 
 def _samples() -> list[Array]:
+    """Return arrays that differ in shape, strides, dtype and flags."""
     square = np.arange(12.0, dtype=np.float32).reshape(3, 4)
     return [square, square.T, square[:, 1:], square.astype(np.float64), np.array(1.0), np.zeros((0, 2)), square[0]]
 

@@ -14,7 +14,7 @@ from fastrms.kernels.hyper import HYPER_FIELDS
 
 __all__ = ["ReferenceRMSProp", "from_bfloat16", "sum_squares", "to_bfloat16", "update"]
 
-# The number of elements that `update` works on at a time.
+# Elements that `update` works on at a time.
 _PART = 16_384
 
 
@@ -23,14 +23,7 @@ class ReferenceRMSProp:
 
     ``cache = decay_rate * cache + (1 - decay_rate) * grad**2`` and
     ``param = param - lr * grad / (sqrt(cache) + epsilon)`` (G. Hinton, Neural Networks for Machine Learning,
-    lecture 6e, 2012).
-
-    Parameters
-    ----------
-    params : sequence of ndarray
-        Copied.
-    lr, decay_rate, epsilon : float
-        Learning rate, decay rate of the mean square, and the constant added to its root.
+    lecture 6e, 2012). The constructor copies `params`.
     """
 
     def __init__(
@@ -69,7 +62,7 @@ def update(
     params : ndarray, shape (n,), float32 or float64
         Read and written.
     cache : ndarray, shape (n,), the same dtype, or uint16
-        Read and written. uint16 holds bfloat16 numbers: the step computes in float32 and rounds what it stores.
+        Read and written. uint16 holds bfloat16 numbers: the step computes in float32 and rounds stored values.
     grads : ndarray, shape (n,), the same dtype
         Read.
     momentum_buffer, grad_avg : ndarray, shape (n,), the dtype of the cache, or None
@@ -101,8 +94,8 @@ def update(
                 if h["l2"] > 0:
                     g = g + h["l2"] * p
 
-                # Multiply by 0 numbers whose squares are subnormal, which are as slow here as in compiled code. (A
-                # product takes half the time of np.where. NaN and inf come through. The square drops the sign of 0.)
+                # Set numbers with subnormal squares to 0: such squares are as slow here as in compiled code. (A product
+                # takes half the time of np.where. NaN and inf come through. The square drops the sign of 0.)
                 squarable = g * (np.abs(g) >= h["gradient_floor"])
                 c[:] = h["decay"] * c + h["rest"] * squarable**2
                 _flush(c, tiny)
@@ -133,7 +126,7 @@ def update(
 
 
 def _without(drop: Array, x: Array) -> Array:
-    """Return `x` with 0 where `drop`, by its bits: np.where takes twice as long for an irregular `drop`."""
+    """Set `x` to 0 where `drop`, with operations on bits: np.where takes twice as long for an irregular `drop`."""
     integer = np.dtype(f"i{x.dtype.itemsize}")
     bits = x.view(integer) & np.subtract(drop.view(np.int8), 1, dtype=integer)
     return bits.view(x.dtype)
@@ -152,17 +145,9 @@ def _state(state: Array, start: int, stop: int) -> Array:
 
 
 def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
-    """Round float32 numbers to bfloat16, to nearest and ties to even, and return their bits as uint16.
+    """Round numbers to float32, then to bfloat16, to nearest and ties to even; return the bits as uint16.
 
-    Parameters
-    ----------
-    array : array-like of numbers
-        Rounded to float32 first.
-
-    Returns
-    -------
-    bits : ndarray of uint16
-        The upper half of the bits of each rounded float32; 0x7FC0 for NaN.
+    The bits are the upper half of the bits of each rounded float32; 0x7FC0 for NaN.
     """
     array = np.asarray(array, np.float32, order="C")
     bits = array.view(np.uint32)
@@ -197,7 +182,7 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 def sum_squares(
     grads: Array, spans: NDArray[np.int64], clip: float, prescale: float, chunk: int, lanes: int
 ) -> NDArray[np.float64]:
-    """Return the sum of squares of each span, in the order of `fastrms.kernels.norms`, which describes arguments."""
+    """Return the sums of `fastrms.kernels.norms.SpanNorms.sum_squares`, added in the same order."""
     sums = np.zeros(len(spans))
     with np.errstate(all="ignore"):
         for k, (start, stop, _) in enumerate(spans):

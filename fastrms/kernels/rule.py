@@ -1,9 +1,8 @@
 """The update rule of one element, written once: compiled for processors and for GPUs.
 
-Only options that change the memory that is touched are decided at compile time: the momentum buffer and the mean
-gradient, each an array or ``None`` (Numba prunes ``is not None`` branches). Every other option is a number in `h`, and
-the number for "off" leaves the bits alone: a factor of 1, a bound of inf, a threshold of 0. So a change of an option
-compiles nothing.
+Only options with state of their own are decided at compile time: the momentum buffer and the mean gradient are each an
+array or ``None`` (Numba prunes ``is not None`` branches). Every other option is a number in `h`. The number for "off"
+leaves the bits as they are: a factor of 1, a bound of inf, a threshold of 0. So a change of an option compiles nothing.
 
 The bits are equal to NumPy's, because ``fastmath`` is off, nothing is contracted into fused multiply-adds, every scalar
 has the dtype of the arrays, and the operations stand in the reference's order. ``error_model="numpy"`` is needed for
@@ -18,10 +17,10 @@ __all__ = ["rule"]
 def rule(p, g, c, b, m, h, scale, correction, extended):
     """Update one element: take parameter, gradient and state, return parameter and state, ``(p, c, b, m)``.
 
-    `c` is the cache, `b` the momentum buffer and `m` the mean gradient; the last two are None where unused, and then
-    returned as None. `h` is the tuple of `hyper.HYPER_FIELDS`. `scale` multiplies the gradient (norm clipping, and -1
-    to maximize), `correction` is 1/(1 - decay^t) or 1. `extended` is None to leave out all terms that default options
-    do not need. `docs/options.md` has the equations; `reference.update` is the same in plain NumPy.
+    `c` is the cache, `b` the momentum buffer and `m` the mean gradient; `b` and `m` stay None if unused. `h` is the
+    tuple of `hyper.HYPER_FIELDS`. `scale` multiplies the gradient (norm clipping, and -1 to maximize), `correction` is
+    1/(1 - decay^t) or 1. `extended` is None to omit all terms that default options do not need. `docs/options.md` has
+    the equations; `reference.update` is the same in plain NumPy.
 
     Selections are written ``0 if x < bound else x`` so that NaN falls through unchanged.
     """

@@ -19,7 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-_numba: Any = numba  # its types lack the settings, and the functions that it passes on
+_numba: Any = numba  # its types lack settings and some functions
 
 
 def max_threads() -> int:
@@ -47,15 +47,15 @@ SPIN_COUNT = 10_000
 
 
 def start_threads() -> None:
-    """Start Numba's threads, unless they are running, such that idle threads spin only for a moment.
+    """Start Numba's threads, unless they are running, so that idle threads spin only for a moment.
 
-    GNU OpenMP reads its environment when it is loaded, which is now, unless another library has loaded it. For that
-    moment GOMP_SPINCOUNT is `SPIN_COUNT`. Settings of the user's own stay as they are.
+    GNU OpenMP reads its environment when it is loaded. This function loads it, unless another library has, and sets
+    GOMP_SPINCOUNT to `SPIN_COUNT` meanwhile. The user's own settings stay as they are.
 
-    A thread starts Numba's threads and ends. With OpenMP, Numba sets two things for the thread that starts them: the
-    number of threads of its next parallel region, and whether regions may be nested. On the user's thread they would
-    hold for other libraries with the same OpenMP too, such as PyTorch. And Numba takes a lock from multiprocessing,
-    which fixes the start method; this function leaves it open.
+    Another thread starts Numba's threads, and ends. With OpenMP, Numba sets for the starting thread the number of
+    threads of its next parallel region, and whether regions may be nested. On the user's thread other libraries with
+    the same OpenMP, such as PyTorch, would use these settings too. Numba also takes a lock from multiprocessing, which
+    fixes the start method; this function leaves the method open.
     """
     if _layer() is not None:
         return
@@ -68,7 +68,7 @@ def start_threads() -> None:
             starter = threading.Thread(target=_start, name="fastrms starts Numba's threads")
             starter.start()
             starter.join()
-        numba.get_num_threads()  # raises the error that `_start` suppressed
+        numba.get_num_threads()  # raises the error that `_start` has suppressed
     finally:
         if spin is not None:
             del os.environ["GOMP_SPINCOUNT"]
@@ -81,8 +81,8 @@ def _start() -> None:
         numba.get_num_threads()
 
 
-# A child of fork() has only the thread that called it. Numba's TBB and workqueue layers start new threads. GNU OpenMP
-# still counts on the lost ones, so that a parallel kernel would end the process.
+# A child of fork() has only the thread that called fork(). Numba's TBB and workqueue layers start new threads. GNU
+# OpenMP would use the lost ones: a parallel kernel would end the process.
 _lost_threads = False
 _after_fork: "weakref.WeakKeyDictionary[Any, Callable[[Any], None]]" = weakref.WeakKeyDictionary()
 
@@ -92,8 +92,8 @@ _region = threading.Lock()
 def one_at_a_time(kernel: Callable[..., None]) -> Callable[..., None]:
     """Return a kernel with a parallel loop in a form that several threads can call at once.
 
-    Parallel loops run without the GIL, and the workqueue layer ends the process when two threads enter it at once. On
-    that layer threads take turns; on others the kernel comes back as it is.
+    The workqueue layer ends the process if two threads enter it at once. With this layer threads take turns; with
+    other layers the kernel is returned as it is.
     """
     start_threads()
     if _layer() != "workqueue":
@@ -120,12 +120,9 @@ def threads_work() -> bool:
 
 
 def call_after_fork(method: Callable[[], None]) -> None:
-    """Register a bound method to be called in children of this process, for as long as its object lives.
+    """Register a bound method to be called in forked children while its object lives.
 
-    Parameters
-    ----------
-    method : bound method of a hashable object
-        One for each object; a second one replaces the first.
+    Each object, which is hashable, has one such method: a second one replaces the first.
     """
     assert isinstance(method, MethodType)
     _after_fork[method.__self__] = method.__func__
