@@ -98,9 +98,7 @@ class OptimizerBase(Guarded, Generic[P]):
         "gradients here too, so the values are undefined after it.",
     )
     cache: _Views = views("cache", "The running mean of squared gradients, v in the equations.")
-    momentum_buffer: _StateViews = views(
-        "momentum_buffer", "The momentum buffer, or None if no group uses momentum."
-    )
+    momentum_buffer: _StateViews = views("momentum_buffer", "The momentum buffer, or None if no group uses momentum.")
     grad_avg: _StateViews = views("grad_avg", "The running mean of gradients, or None if no group is centered.")
 
     # Reading can return a function. With its exact type, a type checker would refuse `opt.lr *= 0.5`.

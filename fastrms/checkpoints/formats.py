@@ -41,40 +41,47 @@ class Source(Protocol):
     @property
     def metadata(self) -> Metadata:
         """The metadata."""
+        ...
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
         """The dtype and shape of each array."""
+        ...
 
     def read(self, name: str) -> Array:
         """Return an array whose checksum is right, or raise CheckpointError."""
+        ...
 
     def parts(self, name: str, slices: Iterable[slice]) -> Iterator[Array]:
         """Iterate over parts of an array, in order, without comparing its checksum."""
+        ...
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:
     """Write 1-D arrays and metadata (JSON) to a file, in the format of its suffix, and arrays in parts."""
     as_safetensors = is_safetensors(path)
     with replaced(path) as temporary:
-        if as_safetensors:
-            try:
-                _safetensors("numpy").save_file(dict(arrays), temporary, metadata={_METADATA: metadata})
-            except Exception as error:  # its own error type, even for a full disk
-                if isinstance(error, OSError | ImportError | MemoryError):
-                    raise
-                raise OSError(f"{path}: cannot be written: {error}") from None
+        if not as_safetensors:
+            _write_npz(temporary, {**arrays, _METADATA: np.frombuffer(metadata.encode(), np.uint8)}, in_parts)
             return
-        entries: dict[str, Array] = {**arrays, _METADATA: np.frombuffer(metadata.encode(), np.uint8)}
-        with zipfile.ZipFile(temporary, "w") as archive:  # as np.savez, but in parts
-            for name, array in entries.items():
-                # Entered twice: after Ctrl-C in the inner exit the outer exit closes the entry. The archive would
-                # raise an error of its own for an open entry, instead of KeyboardInterrupt.
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry, entry:
-                    header = np.lib.format.header_data_from_array_1_0(array)
-                    np.lib.format.write_array_header_1_0(entry, header)
-                    for part in in_parts(array):
-                        entry.write(array[part].data)
+        try:
+            _safetensors("numpy").save_file(dict(arrays), temporary, metadata={_METADATA: metadata})
+        except Exception as error:  # its own error type, even for a full disk
+            if isinstance(error, OSError | ImportError | MemoryError):
+                raise
+            raise OSError(f"{path}: cannot be written: {error}") from None
+
+
+def _write_npz(path: Path, entries: Mapping[str, Array], in_parts: Callable[[Array], Iterable[slice]]) -> None:
+    """Write a file as `np.savez`, but in parts."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in entries.items():
+            # Entered twice: after Ctrl-C in the inner exit the outer exit closes the entry. The archive would raise an
+            # error of its own for an open entry, instead of KeyboardInterrupt.
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry, entry:
+                np.lib.format.write_array_header_1_0(entry, np.lib.format.header_data_from_array_1_0(array))
+                for part in in_parts(array):
+                    entry.write(array[part].data)
 
 
 class _Npz:
@@ -225,13 +232,7 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = target.with_name(_temporary_name(target.name))
     try:
         # The replacement of a private file is private from its first byte on.
-        try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if old is None else 0o600))
-        except PermissionError as error:
-            raise PermissionError(
-                error.errno, "expected a folder in which a file can be made, got one that is read-only", str(path)
-            ) from None
-        mode = stat.S_IMODE(temporary.stat().st_mode)
+        mode = _create(temporary, 0o666 if old is None else 0o600, path)
         yield temporary
         if old is None:
             temporary.chmod(mode)  # safetensors makes files that only their owner can read
@@ -249,6 +250,17 @@ def replaced(path: Path) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _create(temporary: Path, mode: int, path: Path) -> int:
+    """Make an empty file, and return its mode as the system has set it; errors name `path`."""
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno, "expected a folder in which a file can be made, got one that is read-only", str(path)
+        ) from None
+    return stat.S_IMODE(temporary.stat().st_mode)
 
 
 def _old(target: Path, path: Path) -> os.stat_result | None:

@@ -36,34 +36,44 @@ class Target(Protocol):
     @property
     def state(self) -> OptimizerState:
         """The data of the optimizer."""
+        ...
 
     @property
     def in_parts(self) -> bool:
         """Whether buffers may be larger than memory, and are read and written part by part."""
+        ...
 
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros."""
+        ...
 
     def read(self, segment: Array) -> Array:
         """Return a segment of a buffer as an array on the host."""
+        ...
 
     def write(self, segment: Array, values: Array | float) -> None:
         """Set the elements of a segment of a buffer."""
+        ...
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of an array, small enough to be in memory."""
+        ...
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context for all writes of a load."""
+        ...
 
     def settle(self) -> Counts:
         """Return the counts, after the last step has been counted."""
+        ...
 
     def counts_changed(self) -> None:
         """Use the counts that were written to `state`, from the next step on."""
+        ...
 
     def options_changed(self) -> None:
         """Use the options that were written to `state`, from the next step on."""
+        ...
 
 
 def state_dict(target: Target) -> dict[str, Any]:

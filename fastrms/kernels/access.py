@@ -1,18 +1,18 @@
-"""Memory as compiled code sees it: state in float or bfloat16, addresses of arrays, and requests to prefetch."""
+"""Memory and C in compiled code: state in float or bfloat16, addresses of arrays, prefetching, calls of C functions."""
 
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import carray
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 from fastrms.kernels.compiled import inner, inner_options
 
 __all__ = [
-    "array_at", "gradient_part", "int32_at", "int64_at", "integers_at", "load_state", "prefetch", "state_part",
-    "store_state",
+    "array_at", "call_c", "gradient_part", "int32_at", "int64_at", "integers_at", "load_state", "prefetch",
+    "state_part", "store_state",
 ]  # fmt: skip
 
 # A state array has the parameters' dtype, or is uint16 with bfloat16 numbers, or is None. The compiler chooses the
@@ -107,6 +107,12 @@ def _typed_prefetch(array, i):
     if isinstance(array, types.NoneType):
         return lambda array, i: None
     return lambda array, i: _prefetch_line(array, i)
+
+
+def call_c(builder, name, result, *arguments):
+    """Emit a call of the C function `name`, which returns a value of the type `result`."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def _as_pointer(context, builder, signature, arguments):

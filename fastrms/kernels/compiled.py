@@ -91,7 +91,7 @@ def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
         outcome: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
         def work() -> None:
-            sys.setprofile(None)  # set by threading.setprofile, it would see each call of the compiler
+            sys.setprofile(None)  # a profiler of threading.setprofile would see each call of the compiler
             try:
                 outcome.put((compile_(signature), None))
             except BaseException as error:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numba
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
-from fastrms.kernels.access import int64_at
+from fastrms.kernels.access import call_c, int64_at
 from fastrms.kernels.compiled import inner, jit
 
 __all__ = [
@@ -72,8 +72,7 @@ def _describe(typingctx: Any, function: Any, tensor: Any, words: Any) -> Any:
         status = builder.call(describe, [builder.inttoptr(arguments[1], byte), builder.bitcast(data, byte)])
         failed = builder.icmp_signed("!=", status, ir.Constant(ir.IntType(32), 0))
         with builder.if_then(failed):  # it has set an exception
-            clear = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, clear, "PyErr_Clear"), [])
+            call_c(builder, "PyErr_Clear", ir.VoidType())
         return builder.not_(failed)
 
     return types.boolean(types.int64, types.int64, words), codegen

@@ -13,7 +13,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from fastrms.kernels import pointers
-from fastrms.kernels.access import int64_at
+from fastrms.kernels.access import call_c, int64_at
 from fastrms.kernels.compiled import inner, jit
 
 __all__ = ["Record", "attributes"]
@@ -67,9 +67,7 @@ def _next(typingctx: Any, dictionary: Any, position: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         slots = [cgutils.alloca_once(builder, number) for _ in range(3)]
         builder.store(arguments[1], slots[0])
-        kind = ir.FunctionType(ir.IntType(32), [byte, *[number.as_pointer()] * 3])
-        step = cgutils.get_or_insert_function(builder.module, kind, "PyDict_Next")
-        more = builder.call(step, [builder.inttoptr(arguments[0], byte), *slots])
+        more = call_c(builder, "PyDict_Next", ir.IntType(32), builder.inttoptr(arguments[0], byte), *slots)
         there = builder.icmp_signed("!=", more, ir.Constant(ir.IntType(32), 0))
         values = [builder.select(there, builder.load(slot), ir.Constant(number, 0)) for slot in slots]
         return context.make_tuple(builder, signature.return_type, values)
@@ -120,17 +118,13 @@ def _move(typingctx: Any, source: Any, name: Any, values: Any, k: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         source, name, values = (builder.inttoptr(argument, byte) for argument in arguments[:3])
-        get = cgutils.get_or_insert_function(builder.module, ir.FunctionType(byte, [byte, byte]), "PyObject_GetAttr")
-        value = builder.call(get, [source, name])
+        value = call_c(builder, "PyObject_GetAttr", byte, source, name)
         failed = cgutils.is_null(builder, value)
         with builder.if_else(failed) as (otherwise, then):
             with otherwise:
-                clear = ir.FunctionType(ir.VoidType(), [])
-                builder.call(cgutils.get_or_insert_function(builder.module, clear, "PyErr_Clear"), [])
+                call_c(builder, "PyErr_Clear", ir.VoidType())
             with then:  # the list takes over the reference
-                kind = ir.FunctionType(ir.IntType(32), [byte, ir.IntType(64), byte])
-                put = cgutils.get_or_insert_function(builder.module, kind, "PyList_SetItem")
-                builder.call(put, [values, arguments[3], value])
+                call_c(builder, "PyList_SetItem", ir.IntType(32), values, arguments[3], value)
         return builder.not_(failed)
 
     return types.boolean(types.int64, types.int64, types.int64, types.int64), codegen
