@@ -175,12 +175,12 @@ class Persistent(OptimizerBase[P]):
         num_threads: int | None = None,
         after_crash: AfterCrash = "raise",
     ) -> Self:
-        """Make an optimizer again, with the same bits, options and steps, after it was made with ``storage=path``.
+        """Make the optimizer of a closed storage folder again, with the same bits, options and steps.
 
         Parameters
         ----------
         path : str or path-like
-            The folder.
+            The folder, given as ``storage=path`` when the optimizer was made.
         lr : float or callable, optional
             The rate of the groups whose own rate was a function, which no file can hold; required if there are such
             groups. If there are none, `lr` replaces the saved rates of all groups.

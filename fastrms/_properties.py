@@ -77,7 +77,7 @@ def option_of_all_groups(name: str, meaning: str) -> property:
 
 
 def checked(name: str, check: Callable[[Any], Any], changed: str, meaning: str) -> property:
-    """Return a property for an option of the whole optimizer, whose values `check` checks (see `change`)."""
+    """Return a property for an option of the whole optimizer. Setting it calls `check`, and then `change`."""
 
     def get(self: _Optimizer) -> Any:
         return getattr(self._state, name)

@@ -139,7 +139,7 @@ class RMSProp(Persistent[P]):
         return super().__new__(cls)
 
     # For type checkers: if arrays stay NumPy arrays of the given dtypes and structure, `params` and so on have the type
-    # of the argument. In all other cases their type is Any.
+    # of the argument. In all other cases their type promises nothing.
     @overload
     def __init__(
         self: "RMSProp[Any]",

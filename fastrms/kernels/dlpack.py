@@ -97,6 +97,24 @@ def _elements(words, expected, k, device):
     return dense
 
 
+@inner
+def _has(numbers, number):
+    """Tell whether a 1-D array has a number."""
+    for i in range(numbers.size):  # noqa: SIM110 - Numba does not compile `any`
+        if numbers[i] == number:
+            return True
+    return False
+
+
+@inner
+def _overlaps(start, end, pieces):
+    """Tell whether [start, end) overlaps a piece of memory [low, high), one a row."""
+    for j in range(pieces.shape[0]):  # noqa: SIM110
+        if start < pieces[j, 1] and end > pieces[j, 0]:
+            return True
+    return False
+
+
 @jit()
 def locate(function, tensors, kinds, none, expected, excluded, words, addresses, states, device):
     """Write addresses and states of tensors; tell whether all are ordinary, and whether all were the same before.
@@ -131,21 +149,14 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
         state, address = UNUSUAL, 0
         if tensor == none:
             state = ABSENT
-        else:
-            kind = int64_at(tensor + 8)
-            for i in range(kinds.size):
-                if kind == kinds[i]:
-                    size = _elements(words, expected, k, device) if _describe(function, tensor, words) else -1
-                    if size >= 0:
-                        state, address = ORDINARY, words[0] + words[5]
-                        # The dtype is in the upper half of its word: code, bits, lanes.
-                        end = address + size * (expected[k, 0] >> 8 & 0xFF) // 8
-                        for j in range(excluded.shape[0]):
-                            if address < excluded[j, 1] and end > excluded[j, 0]:
-                                state = UNUSUAL
-                        if state == UNUSUAL:
-                            address = 0
-                    break
+        elif _has(kinds, int64_at(tensor + 8)) and _describe(function, tensor, words):
+            size = _elements(words, expected, k, device)
+            if size >= 0:
+                start = words[0] + words[5]
+                # The dtype is in the upper half of its word: code, bits, lanes.
+                end = start + size * (expected[k, 0] >> 8 & 0xFF) // 8
+                if not _overlaps(start, end, excluded):
+                    state, address = ORDINARY, start
         ordinary = ordinary and state == ORDINARY
         unchanged = unchanged and state == states[k] and address == addresses[k]
         addresses[k], states[k] = address, state
