@@ -87,7 +87,7 @@ def check_option(name: str, value: object) -> Any:
     try:
         with np.errstate(all="ignore"):  # a longdouble that is too large
             # Without `detach`, PyTorch warns if the number has a gradient.
-            number = float(value.detach() if hasattr(value, "detach") else value)
+            number = float(getattr(value, "detach", lambda: value)())
     except Exception as error:  # an int too large for a float, or any error of a type of the user's own
         kind = OptionTypeError if isinstance(error, TypeError) else OptionError
         raise kind(f"{name}: expected {kinds}, got {shown(value)}: {error}") from None
