@@ -4,9 +4,9 @@ import ctypes
 import errno
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,37 +30,43 @@ _POPULATE_READ, _POPULATE_WRITE = 22, 23
 
 
 class Pages:
-    """The pages of the files of one folder.
-
-    Parameters
-    ----------
-    path : Path
-        The folder, for error messages.
-    files : mapping of str to MappedFile
-        By name of the buffer. It grows while the optimizer lives.
-    """
+    """The pages of the files of one folder. `files` grows while the optimizer lives."""
 
     def __init__(self, path: Path, files: Mapping[str, "MappedFile"]) -> None:
         self._path, self._files = path, files
 
     def mapped_elsewhere(self) -> list[Array]:
         """Return other mappings of the same files in this process, as arrays. Only Linux can find them."""
-        return _mapped_elsewhere(self._files.values())
+        if sys.platform != "linux":
+            return []
+        found = []  # address, end, and (device, inode) of the file
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            bounds, _, _, device, inode = line.split(maxsplit=5)[:5]
+            low, high = (int(bound, 16) for bound in bounds.split("-"))
+            found.append((low, high, (device, inode)))
+        own = {file.memory.ctypes.data for file in self._files.values()}
+        # The identity comes from the maps too, because `os.stat` gives other numbers on some file systems.
+        names = {name for low, high, name in found if any(low <= address < high for address in own)}
+        return [
+            np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
+            for low, high, name in found
+            if name in names and not any(low <= address < high for address in own)
+        ]
 
     def shows(self, arrays: tuple[object, ...]) -> bool:
-        """Tell whether an array aliases a buffer through another mapping of its file."""
+        """Return whether an array aliases a buffer through another mapping of its file."""
         viewing = [array for array in arrays if isinstance(array, np.ndarray) and not array.flags.owndata]
         places = self.mapped_elsewhere() if viewing else []
         return any(np.may_share_memory(array, place) for array in viewing for place in places)
 
-    def release(self, array: Array) -> None:
-        """Give back the pages of a dense array, if it lies in one of the files. The page cache keeps the content."""
+    def release(self, array: Array | None) -> None:
+        """Give back the pages of a dense array that lies in one of the files. The page cache keeps the content."""
         # Other systems lack this advice, or may discard changed pages.
         if sys.platform == "linux":
             self._advise(array, mmap.MADV_DONTNEED)
 
-    def _populate(self, array: Array, advice: int) -> None:
-        """Map all pages of a dense array at once, if it lies in one of the files and the system can do so."""
+    def _populate(self, array: Array | None, advice: int) -> None:
+        """Map all pages of a dense array at once, if the system can do so."""
         if sys.platform == "linux":
             try:
                 self._advise(array, advice)
@@ -69,10 +75,10 @@ class Pages:
                 if error.errno == errno.EFAULT:
                     raise OSError(errno.EIO, "cannot be read or written", str(self._path)) from None
 
-    def _advise(self, array: Array, advice: int) -> None:
-        """Call `madvise` for the pages of a dense array, if it lies in one of the files."""
+    def _advise(self, array: Array | None, advice: int) -> None:
+        """Call `madvise` for the pages of a dense array. Do nothing for None and for an array outside the files."""
         for file in self._files.values():
-            if array.nbytes and file.has(array):
+            if array is not None and array.nbytes and file.has(array):
                 file.advise(array, advice)
 
     def parts(self, array: Array) -> Iterator[slice]:
@@ -83,64 +89,36 @@ class Pages:
             yield part
             self.release(array[part])
 
-    def call_in_parts(
-        self,
-        update: Callable[..., None],
-        params: Array,
-        grads: Array,
-        cache: Array,
-        momentum_buffer: Array | None,
-        grad_avg: Array | None,
-        hyper: Array,
-        spans: NDArray[np.int64],
-        factors: Array,
-        extended: bool,
-        lines_ahead: int,
-    ) -> None:
-        """Make a kernel call part by part, as calls on slices of its arrays.
-
-        The arguments are `update` and those of `kernels.reference.update`.
-        """
-        starts, stops = (np.ascontiguousarray(spans[:, column]) for column in (0, 1))
-        size = PART_BYTES // params.itemsize
-        for low in range(0, len(params), size):
-            high = min(low + size, len(params))
-            own = slice(np.searchsorted(stops, low, side="right"), np.searchsorted(starts, high, side="left"))
-            here = spans[own].copy()
-            if not len(here):
-                continue
-            # Cut the first and the last span to this part, and the arrays to the spans.
-            first, last = max(low, here[0, 0]), min(here[-1, 1], high)
-            if here[0, 2]:  # the address of its gradient, of which an earlier part may have read the beginning
-                here[0, 2] += (first - here[0, 0]) * grads.itemsize
-            here[0, 0], here[-1, 1] = first, last
-            here[:, :2] -= first
-            arrays = [None if a is None else a[first:last] for a in (params, grads, cache, momentum_buffer, grad_avg)]
-            there = [array for array in arrays if array is not None]
-            for array in there:
-                if array is not arrays[1]:
-                    self._populate(array, _POPULATE_WRITE)
-                elif not here[:, 2].any():
-                    self._populate(array, _POPULATE_READ)
-            update(*arrays, hyper, here, factors[own], extended, lines_ahead)
-            for array in there:
+    def call_in_parts(self, *call: Any) -> None:
+        """Make a kernel call part by part, as calls on slices of its arrays."""
+        update, *buffers, hyper, spans, factors, extended, lines_ahead = call
+        params, grads = buffers[:2]
+        for elements, rows, cut in _cut(spans, len(params), params.itemsize):
+            arrays = [None if buffer is None else buffer[elements] for buffer in buffers]
+            for array in (arrays[0], *arrays[2:]):
+                self._populate(array, _POPULATE_WRITE)
+            if not cut[:, 2].any():  # gradients are in the gradient buffer
+                self._populate(grads[elements], _POPULATE_READ)
+            update(*arrays, hyper, cut, factors[rows], extended, lines_ahead)
+            for array in arrays:
                 self.release(array)
 
 
-def _mapped_elsewhere(files: Iterable["MappedFile"]) -> list[Array]:
-    """Return other mappings of the files in this process, as arrays; none where the system is not Linux."""
-    if sys.platform != "linux":
-        return []
-    found = []  # address, end, and (device, inode) of the file
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-        bounds, _, _, device, inode = line.split(maxsplit=5)[:5]
-        low, high = (int(bound, 16) for bound in bounds.split("-"))
-        found.append((low, high, (device, inode)))
-    own = {file.memory.ctypes.data for file in files}
-    # The identity comes from the maps too, because `os.stat` gives other numbers on some file systems.
-    names = {name for low, high, name in found if any(low <= address < high for address in own)}
-    return [
-        np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
-        for low, high, name in found
-        if name in names and not any(low <= address < high for address in own)
-    ]
+def _cut(spans: NDArray[np.int64], size: int, itemsize: int) -> Iterator[tuple[slice, slice, NDArray[np.int64]]]:
+    """Cut the spans of an update of `size` elements into parts.
+
+    Yield for each part the elements of its arrays, the rows of `spans` in it, and these rows as spans of the part.
+    """
+    starts, stops = (np.ascontiguousarray(spans[:, column]) for column in (0, 1))
+    step = PART_BYTES // itemsize
+    for low in range(0, size, step):
+        high = min(low + step, size)
+        rows = slice(np.searchsorted(stops, low, side="right"), np.searchsorted(starts, high, side="left"))
+        cut = spans[rows].copy()
+        if len(cut):
+            first, last = max(low, cut[0, 0]), min(high, cut[-1, 1])
+            if cut[0, 2]:  # the address of a gradient, whose beginning may be in an earlier part
+                cut[0, 2] += (first - cut[0, 0]) * itemsize
+            cut[0, 0], cut[-1, 1] = first, last
+            cut[:, :2] -= first
+            yield slice(first, last), rows, cut
