@@ -5,18 +5,22 @@ tensor without making an object. The call takes some 15 ns; address, shape and s
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from fastrms.kernels.access import call_c, int64_at
 from fastrms.kernels.compiled import inner, jit
 
 __all__ = [
-    "ABSENT", "CPU", "CUDA", "ORDINARY", "UNUSUAL", "WORDS", "current_stream", "exchange_function", "kind_of", "locate",
+    "ABSENT", "CPU", "CUDA", "ORDINARY", "UNUSUAL", "WORDS", "current_stream", "exchange_function", "expected_of",
+    "locate",
 ]  # fmt: skip
 
 # The states of a tensor that `locate` writes.
@@ -56,9 +60,13 @@ def _function(kind: type, number: int) -> int:
     return table[number] if table[0] & 0xFFFFFFFF == 1 else 0
 
 
-def kind_of(itemsize: int) -> int:
-    """Return the upper half of a DLTensor's third word (code, bits, lanes) for floats of this many bytes."""
-    return _FLOAT | 8 * itemsize << 8 | 1 << 16
+def expected_of(arrays: Sequence[Any]) -> NDArray[np.int64]:
+    """Return for `locate` a row for each array: the upper half of a DLTensor's third word, dimensions, and shape."""
+    rows = np.zeros((len(arrays), 2 + max(len(array.shape) for array in arrays)), np.int64)
+    for row, array in zip(rows, arrays, strict=True):
+        kind, dimensions = _FLOAT | 8 * array.dtype.itemsize << 8 | 1 << 16, len(array.shape)  # code, bits, lanes
+        row[:2], row[2 : 2 + dimensions] = (kind, dimensions), array.shape
+    return rows
 
 
 @intrinsic
@@ -130,7 +138,7 @@ def locate(function, tensors, kinds, none, expected, excluded, words, addresses,
     none : int
         ``id(None)``.
     expected : ndarray of int64, shape (k, 2 + most dimensions)
-        For each tensor `kind_of` its dtype, its number of dimensions, and its shape.
+        From `expected_of`.
     excluded : ndarray of int64, shape (m, 2)
         Pieces of memory [low, high) that an ordinary tensor does not alias.
     words : ndarray of int64, shape (`WORDS`,)

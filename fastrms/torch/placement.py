@@ -168,9 +168,7 @@ class Locator:
         self._function = dlpack.exchange_function(torch.Tensor) if compiled else 0
         self.compiled = self._function != 0
         self._types = np.array([id(kind) for kind in _TYPES], np.int64)
-        self._expected = np.zeros((len(parts), 2 + max(part.ndim for part in parts)), np.int64)
-        for row, part in zip(self._expected, parts, strict=True):
-            row[:2], row[2 : 2 + part.ndim] = (dlpack.kind_of(part.itemsize), part.ndim), part.shape
+        self._expected = dlpack.expected_of(parts)
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._nothing = np.zeros((0, 2), np.int64)
 

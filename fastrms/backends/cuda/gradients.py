@@ -22,52 +22,32 @@ __all__ = ["Finder", "Found"]
 
 
 class Found:
-    """The location of the gradients of a step.
-
-    Attributes
-    ----------
-    sources : ndarray of int64
-        For each parameter the address of its gradient, or `IN_BUFFER`, or `ABSENT`.
-    arrays : list of ndarray or None
-        The gradients on the host, and None for all others; empty where there are none on the host.
-    others : list of (int, interface, bool)
-        The gradients on the device that must be copied to the gradient buffer: number of the parameter, interface, and
-        whether the gradient lies in memory that the step writes.
-    streams : set of int
-        The streams that compute gradients.
-    kept : list
-        Objects that must live until the step is launched.
-    """
+    """The location of the gradients of a step."""
 
     def __init__(self, count: int) -> None:
+        # For each parameter the address of its gradient, or `IN_BUFFER`, or `ABSENT`.
         self.sources = np.zeros(count, np.int64)
+        # The gradients on the host, and None for all others. The list is empty if none is on the host.
         self.arrays: list[Any] = []
+        # The gradients on the device that must be copied to the gradient buffer: the number of the parameter, the
+        # interface, and whether the gradient lies in memory that the step writes.
         self.others: list[tuple[int, Interface, bool]] = []
-        self.streams: set[int] = set()
-        self.kept: list[Any] = []
+        self.streams: set[int] = set()  # the numbers of the streams that compute gradients
+        self.kept: list[Any] = []  # objects that must live until the step is launched
 
 
 class Finder:
-    """The search for gradients, with all checks. It writes nothing to buffers.
-
-    Parameters
-    ----------
-    grads : DeviceBuffer
-        The gradient buffer.
-    """
+    """The search for gradients, with all checks. It writes nothing to buffers. `grads` is the gradient buffer."""
 
     def __init__(self, grads: DeviceBuffer) -> None:
         self._grads = grads
         layout = grads.layout
         self._leaves = layout.leaves
         self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
-        # (typestr of a gradient, dtype of its parameter): dtype of the gradient, where it can be cast.
+        # (typestr of a gradient, dtype of its parameter): dtype of the gradient, if it can be cast.
         self._known: dict[tuple[str, DType], DType] = {}
         # For `dlpack.locate`.
-        self._expected = np.zeros((len(self._leaves), 2 + max(len(leaf.shape) for leaf in self._leaves)), np.int64)
-        for row, leaf, dtype in zip(self._expected, self._leaves, self._dtypes, strict=True):
-            row[0], row[1] = dlpack.kind_of(dtype.itemsize), len(leaf.shape)
-            row[2 : 2 + len(leaf.shape)] = leaf.shape
+        self._expected = dlpack.expected_of(grads.leaves)
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places = np.zeros((2, len(self._leaves)), np.int64)
         self._device = dlpack.CUDA | getattr(getattr(cuda.current_context(), "device", None), "id", 0) << 32
@@ -75,18 +55,10 @@ class Finder:
         self._singles = [k for k, leaf in enumerate(self._leaves) if leaf.stop - leaf.start == 1]
 
     def find(self, items: Items, written: NDArray[np.int64]) -> Found:
-        """Return the location of gradients, one for each parameter, or None.
+        """Return the location of gradients, or raise StructureError or DtypeError.
 
-        Parameters
-        ----------
-        items : tuple
-        written : ndarray of int64, shape (m, 2)
-            Pieces of memory [low, high) that the step writes. Gradients in them are copied first.
-
-        Raises
-        ------
-        StructureError, DtypeError
-            As `RMSProp.step` raises them.
+        There is an item for each parameter: a gradient or None. `written` has the pieces of memory [low, high) that the
+        step writes, shape (m, 2). Gradients there are copied first.
         """
         found = Found(len(items))
         spans = written.tolist()
@@ -108,6 +80,7 @@ class Finder:
                     found.kept.append(item)
                     interface = kernels.interface_of(item) or interface
                 self._locate_one(k, item, interface, spans, found)
+        found.streams.discard(0)
         if on_host:
             wanted = set(on_host)
             chosen = [item if k in wanted else None for k, item in enumerate(items)]
@@ -115,7 +88,7 @@ class Finder:
         return found
 
     def _locate(self, items: Items, written: NDArray[np.int64], found: Found) -> list[int]:
-        """Locate gradients by compiled code, and return the numbers of those that it leaves."""
+        """Locate gradients by compiled code, and return the numbers of the gradients that it cannot locate."""
         kind = type(items[0])
         addresses, states = self._places
         dlpack.locate(
