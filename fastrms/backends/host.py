@@ -13,7 +13,7 @@ from fastrms._types import Items, Options
 from fastrms.backends import plan, tuner
 from fastrms.backends.at_once import AtOnce
 from fastrms.backends.base import Backend, Call, Memory, Ranks
-from fastrms.backends.plan import IN_BUFFER, IN_PLACE, Located, Run, Variant
+from fastrms.backends.plan import IN_BUFFER, IN_PLACE, HostRun, Located, Variant
 from fastrms.backends.storage import Storage
 from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
@@ -28,14 +28,7 @@ __all__ = ["HostBackend"]
 class HostBackend(Backend):
     """The backend of an optimizer whose buffers are on the host.
 
-    Parameters
-    ----------
-    state : OptimizerState
-        With the buffers "params" and "grads".
-    memory : Memory
-        Where state buffers are made.
-    ranks : Ranks or None, default None
-        The processes among which the optimizer is divided; None for this one alone.
+    `state` has the buffers "params" and "grads". Without `ranks` the optimizer belongs to this process alone.
     """
 
     def __init__(self, state: OptimizerState, memory: Memory, ranks: Ranks | None = None) -> None:
@@ -49,11 +42,11 @@ class HostBackend(Backend):
         self._run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
         self._runs = [
-            Run(k, state.param_groups[k], layout, numbers, memory)
+            HostRun(k, state.param_groups[k], layout, numbers, memory)
             for k, numbers in plan.split_runs(layout, state.group_of)
         ]
-        self._computed_from: object = None  # the version of the options from which `use_options` has computed
-        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use`, as computed last
+        self._computed_from: object = None  # the version of the options that `use_options` used last
+        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.kernel_changed()
         threads.call_after_fork(self.after_fork)
 
@@ -84,7 +77,7 @@ class HostBackend(Backend):
         super().add_state(options)
 
     def check_kernel(self, value: Any) -> str:
-        """Return the kernel that `value` names, or raise where it does not run on the host."""
+        """Return the kernel that `value` names, or raise if it does not run on the host."""
         return kernels.check_host_kernel(value)
 
     def kernel_changed(self) -> None:
@@ -107,8 +100,8 @@ class HostBackend(Backend):
         """
         if self._ranks is not None:
             self._ranks.options_change()
-        # The calls of steady steps, by (whether gradients are read in place, variant). A step that is in progress
-        # writes its calls to the dict of its beginning, so calls from old options never get into the new dict.
+        # The calls of steady steps, by (whether gradients are read in place, variant). A step in progress writes its
+        # calls to the dict that it began with, so calls from old options never get into the new dict.
         self._steady_calls: dict[tuple[bool, str], list[Call]] = {}
         alone = len(self._runs) == 1 and self._runs[0].from_table and self._ranks is None and self._tuner is None
         if alone and self.state.kernel in ("auto", "serial") and self.state.nonfinite == "propagate":
@@ -119,7 +112,7 @@ class HostBackend(Backend):
         self._version = object()
 
     def use_options(self) -> None:
-        """Compute everything that depends on options only, unless it is up to date."""
+        """Compute everything that depends on options only, unless they are unchanged."""
         version = self._version
         if self._computed_from is version:
             return
@@ -133,7 +126,7 @@ class HostBackend(Backend):
 
     @property
     def variant(self) -> str:
-        """The kernel of large runs in the next step, and whether it prefetches; "auto" stands for serial."""
+        """The variant of large runs in the next step: a key of `tuner.VARIANTS`, or the option `kernel`."""
         return self.state.kernel if self._tuner is None else self._tuner.variant
 
     def _threads(self) -> int:
@@ -143,14 +136,11 @@ class HostBackend(Backend):
     # Steps.
 
     def step(self, gradients: Any) -> None:
-        """Take one step with gradients in the structure of the parameters, or None for the gradient buffer.
-
-        The caller holds the lock of `turns`.
-        """
+        """Take one step, as `Backend.step`."""
         if self._ranks is not None and self._ranks.exchange:
             self._ranks.step(self, gradients)
             return
-        # First everything that may call functions of the user, which may set options: rates, then items of a mapping.
+        # Functions of the user come first, because they may set options: rates, then items of a mapping.
         rates = self.rates() if self._computed_from is not self._version or self._scheduled else None
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
@@ -163,27 +153,17 @@ class HostBackend(Backend):
             self.storage.check_open()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         variant = self.state.kernel if self._tuner is None else self._tuner.variant  # the property, without a call
-        located = IN_BUFFER
-        if items is not None:
-            in_place = None
-            if self._zero_copy and (self.storage is None or not self.storage.pages.shows(items)):
-                in_place = self._locate(pointers.items_of(items))
-            located = self._copy(items) if in_place is None else in_place
+        located = IN_BUFFER if items is None else self._locate(items)
         self.take(located, rates, variant, items if located.in_place else None)
         if self.at_once is not None:
             self.at_once.admit()
 
     def step_at(self, addresses: NDArray[np.int64], present: NDArray[np.bool_] | None) -> None:
-        """Take one step with gradients at these addresses. Adapters that have checked their tensors call it.
+        """Take one step with the gradients at these addresses, one for each parameter.
 
-        It is not for the NumPy kernel, which cannot read there, nor for another `nonfinite` than "propagate".
-
-        Parameters
-        ----------
-        addresses : ndarray of int64, shape (parameters,)
-            Each gradient is dense, has the dtype and shape of its parameter, and shares no memory with the optimizer.
-        present : ndarray of bool, shape (parameters,), or None
-            Which parameters have a gradient; None where all have one.
+        Each gradient is dense, has the dtype and shape of its parameter, and shares no memory with the optimizer. The
+        caller has checked this. `present` tells for each parameter whether it has a gradient; None if all have one.
+        The kernel is not "numpy", and `nonfinite` is "propagate".
         """
         with self.turns.between_steps("step"):
             rates = self.rates()
@@ -197,19 +177,8 @@ class HostBackend(Backend):
     def take(self, located: Located, rates: list[float] | None, variant: str, items: Items | None = None) -> None:
         """Update parameters and state with located gradients, and count the step.
 
-        Steps are counted only here and by the calls of `at_once`. One statement makes the kernel calls and counts.
-        From the first update on its bytecode has no call, so no Python signal handler runs between update and count.
-        A handler finds either a step that has not begun, or a counted one. Kernels written in Python are the exception.
-
-        Parameters
-        ----------
-        located : Located
-        rates : list of float or None
-            The learning rate of each group; None where no rate is a function.
-        variant : str
-            For large runs, one of `tuner.VARIANTS`, or the option `kernel`; "auto" stands for serial.
-        items : tuple or None, default None
-            The gradients, for error messages; None where they are in the gradient buffer.
+        `rates` has the learning rate of each group; None if no rate is a function. `items` are the gradients, for
+        error messages; None if they are in the gradient buffer.
         """
         calls = self._steady_calls.get((located.in_place, variant)) if located.present is None else None
         norms = None
@@ -224,27 +193,28 @@ class HostBackend(Backend):
             work, memory, steps = self._run_calls(calls), counts.memory, counts.steps + 1
             absent = counts.absent if located.present is None else counts.absent + ~located.present
             counts.writing = True
+            # One statement updates and counts. After the first update its bytecode has no call, so no signal handler
+            # sees an update without its count. (Kernels in Python are the exception.)
             _, memory[0], counts.absent, counts.writing = [*work], steps, absent, False
             if self.storage is not None:
                 self.storage.step_taken()
         if self._tuner is not None:
             self._tuner.step_done()
 
-    def _locate(self, items: int) -> Located | None:
-        """Locate gradients in place, in the tuple whose items start at this address.
-
-        Return None where a gradient cannot be read in place.
-        """
-        present = None
+    def _locate(self, items: Items) -> Located:
+        """Locate gradients in place, or copy them to the gradient buffer if one cannot be read in place."""
+        if not self._zero_copy or (self.storage is not None and self.storage.pages.shows(items)):
+            return self._copy(items)
+        first, present = pointers.items_of(items), None
         for run in self._runs:
-            status = run.locate(items)
-            if status >= 0:
-                return None
+            status = run.locate(first)
+            if status >= 0:  # the number of a gradient that cannot be read in place
+                return self._copy(items)
             if status == cpu.FOUND_SOME:
                 if present is None:
                     present = np.ones(len(self.state.counts.absent), bool)
                 present[run.numbers] = run.located()
-        for run in self._runs:  # in a loop of its own, so that nothing is written where one gradient is refused
+        for run in self._runs:  # in a loop of its own: nothing is written before all gradients are located
             run.copy_small()
         return IN_PLACE if present is None else Located(True, present)
 
@@ -258,19 +228,19 @@ class HostBackend(Backend):
         return IN_BUFFER
 
     def rates(self) -> list[float] | None:
-        """Return the learning rate of each group, or None where no rate is a function. Calls the functions."""
+        """Return the learning rate of each group, from functions too. Return None if no rate is a function."""
         self.use_options()
         return self.all_rates() if self._scheduled else None
 
     def all_rates(self) -> list[float]:
-        """Return the learning rate of each group. Calls the functions."""
+        """Return the learning rate of each group, from functions too."""
         return [resolve_lr(group, self.state.counts.steps) for group in self.state.param_groups]
 
     @np.errstate(all="ignore")  # the user's settings may raise, and are for the user's own arithmetic
     def _make_calls(
         self, located: Located, rates: list[float] | None, variant: str
     ) -> tuple[list[Call], NDArray[np.float64] | None]:
-        """Return the kernel calls of the next step, and the norms of gradients if clipping computed them."""
+        """Return the kernel calls of the next step, and the norms of gradients; None if nothing is clipped by norm."""
         version = self._version
         self.use_options()
         steady_calls, at_once = self._steady_calls, self.at_once
@@ -281,12 +251,8 @@ class HostBackend(Backend):
         counts = self.state.counts
         scales = norms = None
         if self._clips:
-            grads, ranks, limit = self._own["grads"], self._ranks, self.state.global_clip_norm
-            of_runs = [
-                run.gradient_norms(grads, kernel, ranks)
-                for run, (kernel, _) in zip(self._runs, variant_of, strict=True)
-            ]
-            scales, norms = plan.clip_scales(self._runs, of_runs, limit, located.present, len(counts.absent))
+            grads, limit = self._own["grads"], self.state.global_clip_norm
+            scales, norms = plan.clip_scales(self._runs, variant_of, grads, self._ranks, limit, located.present)
         rate_of_run = [plan.rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
         calls, steady = plan.make_plan(self._runs, variant_of, rate_of_run, located, scales, counts)
         if self._version is not version:  # a signal handler has set options
@@ -297,8 +263,8 @@ class HostBackend(Backend):
                 at_once.add(located.in_place, calls[0])
         return calls, norms
 
-    def _variant_of(self, run: Run, variant: str) -> Variant:
-        """Return the kernel of a run, where `variant` is that of large runs."""
+    def _variant_of(self, run: HostRun, variant: str) -> Variant:
+        """Return the variant of a run. `variant` is the variant of large runs."""
         kernel, lines_ahead = tuner.VARIANTS.get(variant, Variant("serial" if variant == "auto" else variant))
         too_small = self._tuner is not None and run.size < tuner.TRY_PARALLEL_FROM
         if kernel == "parallel" and (too_small or not threads.threads_work()):
@@ -306,7 +272,7 @@ class HostBackend(Backend):
         return Variant(kernel, lines_ahead if run.size >= tuner.TRY_PREFETCHING_FROM else 0)
 
     def _skips(self, located: Located, variant: str, norms: NDArray[np.float64] | None, items: Items | None) -> bool:
-        """Return whether a gradient is not finite, so that the step is skipped; or raise NonfiniteError."""
+        """Return whether to skip the step because a gradient is not finite, or raise NonfiniteError."""
         variant_of = [self._variant_of(run, variant) for run in self._runs]
         nonfinite = plan.find_nonfinite(self._runs, variant_of, located, norms, self._own["grads"])
         wrong = np.flatnonzero(nonfinite if self._ranks is None else self._ranks.nonfinite_anywhere(nonfinite))
@@ -335,7 +301,7 @@ class HostBackend(Backend):
         segment[...] = values
 
     def parts(self, array: Array) -> Iterator[slice]:
-        """Iterate over slices of an array, small enough to be in memory."""
+        """Iterate over slices of an array that fit into memory."""
         return self._memory.parts(array)
 
     def loading(self) -> AbstractContextManager[None]:
@@ -343,12 +309,12 @@ class HostBackend(Backend):
         return super().loading() if self.storage is None else self.storage.loading()
 
     def discard(self) -> None:
-        """Remove files that were made, after an error in making the optimizer."""
+        """Remove new files after an error in making the optimizer."""
         if self.storage is not None:
             self.storage.discard()
 
     def refuse_copy(self) -> None:
-        """Raise where the buffers are in files, or divided among ranks."""
+        """Raise if the buffers are in files, or are divided among ranks."""
         if self.storage is not None:
             self.storage.refuse_copy()
         if self._ranks is not None:
@@ -359,7 +325,7 @@ class HostBackend(Backend):
         return self.state
 
     def after_fork(self) -> None:
-        """Prepare the optimizer of a child process: new locks, kernels that work there, and a folder that is closed."""
+        """Prepare the optimizer of a child process: new locks, kernels that work there, and a closed folder."""
         self.turns.after_fork()
         if self.storage is not None:
             self.storage.after_fork()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms import kernels
-from fastrms._state import Counts
+from fastrms._state import STATE_OPTIONS, Counts
 from fastrms.backends.base import Call, Memory, Ranks
 from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import Update, cpu, pointers, threads
@@ -18,51 +18,33 @@ from fastrms.kernels.norms import SpanNorms, combine, scale_to
 from fastrms.options import ParamGroup, resolve_lr
 
 __all__ = [
-    "IN_BUFFER",
-    "IN_PLACE",
-    "Located",
-    "Run",
-    "Variant",
-    "clip_scales",
-    "find_nonfinite",
-    "make_plan",
-    "rate_of",
-    "split_runs",
-]
+    "IN_BUFFER", "IN_PLACE", "HostRun", "Located", "Run", "Variant", "clip_scales", "find_nonfinite", "make_plan",
+    "rate_of", "split_runs",
+]  # fmt: skip
 
 
 class Located(NamedTuple):
-    """Where the gradients of a step lie.
+    """The location of the gradients of a step: in the arrays of the caller (`in_place`), or in the gradient buffer.
 
-    Attributes
-    ----------
-    in_place : bool
-        Whether kernels read them in the caller's arrays, at the addresses that the runs hold. Otherwise they are in
-        the gradient buffer.
-    present : ndarray of bool, shape (parameters,), or None
-        Which parameters have a gradient; None where all have one.
+    `present` tells for each parameter whether it has a gradient; None if all have one.
     """
 
     in_place: bool
     present: NDArray[np.bool_] | None
 
 
-class Variant(NamedTuple):
-    """A kernel, and how it fetches memory.
+IN_BUFFER, IN_PLACE = Located(False, None), Located(True, None)
 
-    Attributes
-    ----------
-    kernel : {"numpy", "serial", "parallel"}
-    lines_ahead : int
-        How many cache lines ahead it prefetches; 0 for none.
-    """
+
+class Variant(NamedTuple):
+    """A kernel of the host, and the number of cache lines by which it prefetches; 0 for no prefetching."""
 
     kernel: str
     lines_ahead: int = 0
 
 
 def split_runs(layout: Layout, group_of: NDArray[np.intp]) -> list[tuple[int, NDArray[np.int64]]]:
-    """Return for each run, one for each group and dtype, the number of its group and those of its leaves."""
+    """Return for each run the number of its group and the numbers of its leaves. Each group and dtype is a run."""
     segment_of = np.array([leaf.segment for leaf in layout.leaves])
     # Sorted once, instead of a search for each group, since there may be thousands.
     order = np.lexsort((group_of, segment_of))
@@ -70,57 +52,54 @@ def split_runs(layout: Layout, group_of: NDArray[np.intp]) -> list[tuple[int, ND
     return [(int(group_of[numbers[0]]), numbers) for numbers in np.split(order, ends)]
 
 
-IN_BUFFER, IN_PLACE = Located(False, None), Located(True, None)
-
-
 class Run:
-    """The parameters of one group and one dtype, which are neighbours in memory. One kernel call updates them.
+    """The parameters of one group and one dtype, which are neighbours in memory. `numbers` are their leaves."""
 
-    Parameters
-    ----------
-    group_number : int
-    group : ParamGroup
-    layout : Layout
-        Of the parameters that this process updates.
-    numbers : ndarray of int
-        The leaves of the layout that belong to the run.
-    memory : Memory
+    def __init__(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> None:
+        leaves = [layout.leaves[i] for i in numbers]
+        self.group_number, self.group, self.numbers = group_number, group, numbers
+        self.dtype = layout.dtype_of(leaves[0])
+        self._segment, self._part = leaves[0].segment, slice(leaves[0].start, leaves[-1].stop)
+        self.size = self._part.stop - self._part.start
+        # Of each parameter, from the start of the run.
+        self.bounds = np.array([(leaf.start, leaf.stop) for leaf in leaves], np.int64) - self._part.start
 
-    Attributes
-    ----------
-    size : int
-        The number of elements.
-    dtype : numpy.dtype
-    from_table : bool
-        Whether calls of the serial kernel are calls of `cpu.serial_from`.
-    """
+    def part_of(self, buffer: FlatBuffer) -> Array:
+        """Return the elements of this run in `buffer`, 1-D."""
+        part: Array = buffer.segments[self._segment][self._part]
+        return part
+
+    def parts_of(self, buffers: Mapping[str, FlatBuffer]) -> list[Any]:
+        """Return the elements of this run in the buffers that kernels take, None for state that its options lack."""
+        always = [self.part_of(buffers[name]) for name in ("params", "grads", "cache")]
+        used = [(name, self.group[option]) for name, option in STATE_OPTIONS.items()]
+        return always + [self.part_of(buffers[name]) if value else None for name, value in used]
+
+
+class HostRun(Run):
+    """A run on the host. One kernel call updates it."""
 
     def __init__(
         self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64], memory: Memory
     ) -> None:
-        leaves = [layout.leaves[i] for i in numbers]
-        self.group_number = group_number
-        self.group = group
-        self.numbers = numbers
-        self._segment = leaves[0].segment
-        self._start, self._stop = leaves[0].start, leaves[-1].stop
-        self.size = self._stop - self._start
-        self.dtype = layout.dtype_of(leaves[0])
-        # Bounds count from the start of the run. The third number is the address of the gradient, 0 for the buffer.
-        self._spans = np.array([(leaf.start - self._start, leaf.stop - self._start, 0) for leaf in leaves], np.int64)
+        super().__init__(group_number, group, layout, numbers)
+        # The third number of a span is the address of the gradient, 0 for the gradient buffer.
+        self._spans = np.zeros((len(numbers), 3), np.int64)
+        self._spans[:, :2] = self.bounds
         self._whole = np.array([(0, self.size, 0)], np.int64)
         self._offsets = self._spans[:, 0] * self.dtype.itemsize
-        self._shapes = np.zeros((len(leaves), 2 + max(len(leaf.shape) for leaf in leaves)), np.int64)
-        for row, number, leaf in zip(self._shapes, numbers, leaves, strict=True):
-            row[0], row[1] = number, len(leaf.shape)
-            row[2 : 2 + len(leaf.shape)] = leaf.shape
+        shapes = [layout.leaves[i].shape for i in numbers]
+        self._shapes = np.zeros((len(shapes), 2 + max(map(len, shapes))), np.int64)
+        for row, number, shape in zip(self._shapes, numbers, shapes, strict=True):
+            row[:2], row[2 : 2 + len(shape)] = (number, len(shape)), shape
         self._memory = memory
-        # Copying small gradients and updating them as one span is faster than many spans, if the copy is in memory.
+        # Whether calls of the serial kernel are calls of `cpu.serial_from`.
         self.from_table = not memory.in_parts and pointers.available()
-        self._copies = self.size < pointers.GATHER_BELOW * len(leaves) and not memory.in_parts
+        # Copying small gradients and updating them as one span is faster than many spans, if the copy is in memory.
+        self._copies = self.size < pointers.GATHER_BELOW * len(shapes) and not memory.in_parts
         # The calls of steady steps hold these arrays, so they are written in place.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
-        self._factors = np.empty((len(leaves), 2), self.dtype)
+        self._factors = np.empty((len(shapes), 2), self.dtype)
         self._whole_factors = np.empty((1, 2), self.dtype)
         self._table = np.zeros(1, cpu.TABLE)
 
@@ -130,16 +109,11 @@ class Run:
         return self._memory.norms(self._spans)
 
     def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
-        """Use the parts of these buffers that belong to the run, with the state that its options need."""
+        """Update the parts of these buffers from now on, with the state that the options of the run need."""
         written = [(buffer.block.ctypes.data, buffer.block.nbytes) for buffer in buffers.values()]
         bounds = [bound for address, nbytes in written for bound in (address, address + nbytes)]
         self._expected = np.array([*pointers.identity(self.dtype), *bounds], np.int64)
-        params, grads = self.part_of(buffers["params"]), self.part_of(buffers["grads"])
-        state = (
-            self.part_of(buffers["cache"]),
-            self.part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else None,
-            self.part_of(buffers["grad_avg"]) if self.group["centered"] else None,
-        )
+        params, grads, *state = self.parts_of(buffers)
         self._arrays = (params, grads, *state, self._hyper)
         self._from_table = (self._hyper, *state)
         self._entry_points: dict[Update, Update] = {}
@@ -154,7 +128,7 @@ class Run:
         self._only_copy["copies"] = 1
 
     def _entry_point(self, kernel: Update, *arguments: Any) -> Update:
-        """Return the form of a compiled kernel for the arguments of this run, whose types never change."""
+        """Return the compiled function of a kernel for arguments of this run. Their types never change."""
         entry = self._entry_points.get(kernel)
         if entry is None:
             entry = self._entry_points[kernel] = entry_point(kernel, *arguments)
@@ -168,13 +142,13 @@ class Run:
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
-        `items` is the address of the first item in the tuple of all gradients.
+        `items` is the address of the items of a tuple with all gradients.
         """
         serial_from, *arguments = self._serial_from(self._no_update, items)
         return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
-        """Return which gradients `locate` found; the others are None. Call it before `copy_small`."""
+        """Return for each parameter whether `locate` found a gradient, and not None. `copy_small` comes later."""
         located: NDArray[np.bool_] = self._spans[:, 2] != 0
         return located
 
@@ -189,21 +163,16 @@ class Run:
         self._spans[:, 2] = self._whole[:, 2] = 0
 
     def point_to(self, addresses: NDArray[np.int64]) -> None:
-        """Read gradients at these addresses in the next calls: one for each parameter of the optimizer."""
+        """Read gradients at these addresses in the next calls. There is one for each parameter of the optimizer."""
         own = addresses[self.numbers]
         self.point_to_buffer()
         start = own[0] - self._offsets[0]
-        # The last one first, which mostly differs too where they are not parts of one array.
+        # The last one first: it mostly differs if the gradients are not parts of one array.
         together = self._copies and own[-1] - self._offsets[-1] == start
         if together and bool(np.all(own - self._offsets == start)):
             self._whole[:, 2] = start  # nothing has to be copied
         else:
             self._spans[:, 2] = own
-
-    def part_of(self, buffer: FlatBuffer) -> Array:
-        """Return the elements of this run in `buffer`, 1-D."""
-        part: Array = buffer.segments[self._segment][self._start : self._stop]
-        return part
 
     def gradient_norms(self, grads: FlatBuffer, kernel: str, ranks: Ranks | None) -> NDArray[np.float64]:
         """Return the norm of each parameter's gradient after clipping by value, over the shards of all ranks."""
@@ -221,20 +190,13 @@ class Run:
     ) -> Call:
         """Return the arguments of a kernel (see `kernels.reference.update`).
 
-        Parameters whose gradients are neighbours and whose factors are equal become one span.
-
-        Parameters
-        ----------
-        lr : float
-        located : Located
-        scales, corrections : ndarray of float64, shape (parameters of the run,), or None
-            The factors of clipping by norm and of bias correction.
-        lines_ahead : int, default 0
-            How many cache lines ahead the kernel prefetches.
+        `scales` are the factors of clipping by norm, and `corrections` those of bias correction, one for each
+        parameter of the run. The whole run is one span if its gradients are neighbours and its factors are equal.
         """
         options, present = self.group, None if located.present is None else located.present[self.numbers]
-        one_span = (self._copies or not located.in_place) and present is None and scales is None
-        one_span = one_span and (corrections is None or bool(np.all(corrections == corrections[0])))
+        neighbours = present is None and (self._copies or not located.in_place)
+        equal = scales is None and (corrections is None or bool(np.all(corrections == corrections[0])))
+        one_span = neighbours and equal
         spans, factors = (self._whole, self._whole_factors) if one_span else (self._spans, self._factors)
         sign = -1.0 if options["maximize"] else 1.0
         factors[:, 0] = sign if scales is None else sign * scales
@@ -245,12 +207,8 @@ class Run:
         return (*self._arrays, spans, factors, needs_extended_rule(options) or scales is not None, lines_ahead)
 
     def call(self, kernel: str, arguments: Call, in_place: bool) -> Call:
-        """Return the call of a kernel with the arguments from `arguments`.
-
-        The serial kernel is called through `cpu.serial_from` where `from_table`, so that most programs compile one
-        function only.
-        """
-        if self.from_table and kernel == "serial":
+        """Return the call of a kernel with the arguments from `arguments`."""
+        if self.from_table and kernel == "serial":  # through `serial_from`: most programs compile one function only
             *_, spans, factors, extended, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
@@ -265,7 +223,7 @@ class Run:
 
 
 def make_plan(
-    runs: Sequence[Run],
+    runs: Sequence[HostRun],
     variant_of: Sequence[Variant],
     rates: Sequence[float],
     located: Located,
@@ -274,18 +232,7 @@ def make_plan(
 ) -> tuple[list[Call], bool]:
     """Return the kernel calls of the next step, and whether the step is steady: later steps make the same calls.
 
-    Parameters
-    ----------
-    runs : sequence of Run
-    variant_of : sequence of Variant
-        The kernel of each run.
-    rates : sequence of float
-        The learning rate of each run.
-    located : Located
-    scales : ndarray of float64, shape (parameters,), or None
-        The factors of clipping by norm.
-    counts : Counts
-        Before the step.
+    `rates` has a learning rate for each run. `scales` has a factor of clipping by norm for each parameter.
     """
     steady = scales is None and located.present is None
     calls: list[Call] = []
@@ -303,29 +250,21 @@ def make_plan(
 
 
 def clip_scales(
-    runs: Sequence[Run],
-    norms_of: Sequence[NDArray[np.float64]],
+    runs: Sequence[HostRun],
+    variant_of: Sequence[Variant],
+    grads: FlatBuffer,
+    ranks: Ranks | None,
     global_clip_norm: float | None,
     present: NDArray[np.bool_] | None,
-    parameters: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the factors of clipping by norm, and the norms of unclipped gradients, for each parameter.
+    """Return the factor of clipping by norm and the norm of the gradient, for each parameter.
 
-    A norm is NaN where gradients are clipped by value, because that hides an inf.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-    norms_of : sequence of ndarray of float64
-        For each run the norms of its gradients.
-    global_clip_norm : float or None
-    present : ndarray of bool, shape (parameters,), or None
-        Which parameters have a gradient; None for all.
-    parameters : int
-        The number of all parameters.
+    A norm is NaN if gradients are clipped by value: clipping hides an inf.
     """
-    scales, norms, unclipped = np.ones(parameters), np.zeros(parameters), np.full(parameters, np.nan)
-    for run, own in zip(runs, norms_of, strict=True):
+    count = len(grads.leaves)
+    scales, norms, unclipped = np.ones(count), np.zeros(count), np.full(count, np.nan)
+    for run, (kernel, _) in zip(runs, variant_of, strict=True):
+        own = run.gradient_norms(grads, kernel, ranks)
         if run.group["clip_value"] is None:
             unclipped[run.numbers] = own
         limit = run.group["clip_norm"]
@@ -341,38 +280,29 @@ def clip_scales(
 
 
 def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps: int) -> float:
-    """Return the learning rate of a group: from `rates` where it is a function.
+    """Return the learning rate of a group. `rates` has the results of functions.
 
-    `rates` has the results of the functions. A function that has replaced itself by a number counts as that number.
+    A function may have replaced itself by a number. Then the number counts.
     """
     return rates[number] if rates and callable(group["lr"]) else resolve_lr(group, steps)
 
 
 def find_nonfinite(
-    runs: Sequence[Run],
+    runs: Sequence[HostRun],
     variant_of: Sequence[Variant],
     located: Located,
     norms: NDArray[np.float64] | None,
     grads: FlatBuffer,
 ) -> NDArray[np.bool_]:
-    """Return which parameters have a gradient with an inf or NaN.
+    """Return for each parameter whether its gradient has an inf or NaN.
 
-    Parameters
-    ----------
-    runs : sequence of Run
-    variant_of : sequence of Variant
-        The kernel of each run.
-    located : Located
-    norms : ndarray of float64, shape (parameters,), or None
-        From `clip_scales`; None where nothing is clipped by norm.
-    grads : FlatBuffer
-        The gradient buffer.
+    `norms` are from `clip_scales`, or None if nothing is clipped by norm.
     """
     present = located.present
     finite = np.zeros(len(grads.leaves), bool) if norms is None else np.isfinite(norms)
     if present is not None:
         finite |= ~present
-    # A norm can overflow although all values are finite, and is NaN where it is unknown. So read the gradients.
+    # A norm can overflow although all values are finite, and may be unknown. So read the gradients.
     if not finite.all():
         for run, (kernel, _) in zip(runs, variant_of, strict=True):
             if not located.in_place:

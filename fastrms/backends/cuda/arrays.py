@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
-    "DeviceArray", "Interface", "Stream", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "shadows",
-    "stream_of", "to_host",
+    "DeviceArray", "Interface", "Stream", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "require_gpu",
+    "shadows", "stream_of", "to_host",
 ]  # fmt: skip
 
 Interface = Options
@@ -34,13 +34,7 @@ class Stream(Protocol):
 
 
 def as_stream(value: Any) -> Stream:
-    """Return a stream of Numba for None, a number, or a stream of another library.
-
-    Raises
-    ------
-    OptionTypeError
-        `value` is none of these.
-    """
+    """Return a stream of Numba for None, a number, or a stream of another library, or raise OptionTypeError."""
     given = value
     if value is None:
         return _default_stream()
@@ -57,37 +51,21 @@ def as_stream(value: Any) -> Stream:
         )
     if value <= kernels.LEGACY_STREAM:
         return _default_stream()
-    stream = cuda.external_stream(int(value))
+    stream: Any = cuda.external_stream(int(value))
     stream.given = given  # keeps the stream of the other library alive
-    made: Stream = stream
-    return made
+    return cast("Stream", stream)
 
 
 def _default_stream() -> Stream:
-    """Return the default stream."""
     # The simulator has no `legacy_default_stream`.
-    stream: Stream = getattr(cuda, "legacy_default_stream", cuda.stream)()
-    return stream
+    return cast("Stream", getattr(cuda, "legacy_default_stream", cuda.stream)())
 
 
-def let_wait(waiting: Stream, handle: int, for_it: bool) -> None:
-    """Make future work on one stream wait for the present work on another.
-
-    Parameters
-    ----------
-    waiting : stream of Numba's
-        The stream that waits.
-    handle : int
-        The number of the other stream; 0 for none.
-    for_it : bool
-        True if `waiting` waits for the other stream; False if the other stream waits for it.
-    """
-    if handle in (kernels.handle_of(waiting), 0):
-        return
-    other = cuda.external_stream(handle)
+def let_wait(waiting: Stream, other: Stream) -> None:
+    """Make future work on one stream wait for the present work on another."""
     event = cuda.event()
-    event.record(other if for_it else waiting)
-    event.wait(waiting if for_it else other)
+    event.record(other)
+    event.wait(waiting)
 
 
 def dense_strides(shape: tuple[int, ...], dtype: DType) -> tuple[int, ...]:
@@ -96,7 +74,7 @@ def dense_strides(shape: tuple[int, ...], dtype: DType) -> tuple[int, ...]:
 
 
 def stream_of(item: Any, interface: Interface) -> int:
-    """Return the number of the stream that computes an array, or 0 where there is nothing to wait for."""
+    """Return the number of the stream that computes an array, or 0 if it is unknown or there is none."""
     if interface.get("stream") is not None:
         return int(interface["stream"])
     torch = sys.modules.get("torch")
@@ -119,16 +97,17 @@ def copy_in(target: DeviceArray, interface: Interface, stream: Stream) -> None:
 
 
 def to_host(tree: Any, stream: Stream) -> Any:
-    """Return a copy of a nesting of lists, tuples and dicts with all arrays on the host.
+    """Return a copy of a nesting with all arrays on the host. Arrays of other dtypes than float32 and float64 become 0.
 
-    Arrays of other dtypes than float32 and float64, which an optimizer refuses, become zeros.
+    An optimizer refuses them later.
     """
 
     def copied(item: Any, interface: Interface) -> Array:
         shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
         if dtype not in (np.float32, np.float64) or not dtype.isnative or not math.prod(shape):
             return np.broadcast_to(np.zeros((), dtype), shape)
-        let_wait(stream, stream_of(item, interface), True)
+        if theirs := stream_of(item, interface):
+            let_wait(stream, as_stream(theirs))
         dense = cuda.device_array(math.prod(shape), dtype)
         copy_in(dense, interface, stream)
         host: Array = dense.copy_to_host(stream=stream)
@@ -139,7 +118,7 @@ def to_host(tree: Any, stream: Stream) -> Any:
 
 
 def shadows(tree: object) -> Any:
-    """Return a copy of a nesting with NumPy arrays at the device addresses, for comparing addresses only."""
+    """Return a copy of a nesting with NumPy arrays at the addresses of its arrays on the device. Do not read them."""
 
     def shadow(item: object, interface: Interface) -> Array:
         return np.asarray(SimpleNamespace(__array_interface__={**interface, "version": 3}))
@@ -159,7 +138,7 @@ def _mapped(tree: object, change: Callable[[Any, Interface], Any]) -> Any:
 
 
 def require_gpu() -> None:
-    """Raise DeviceError where there is no GPU that can be used."""
+    """Raise DeviceError if there is no GPU that can be used."""
     reason = kernels.missing()
     if reason is not None:
         raise DeviceError(f'kernel: expected a GPU for "cuda", got none: {reason}')

@@ -25,17 +25,10 @@ __all__ = ["CudaBackend"]
 
 
 class CudaBackend(Backend):
-    """The backend of an optimizer whose buffers are on a GPU.
+    """The backend of an optimizer whose buffers are on a GPU. It replaces the buffers in `state` by copies there.
 
-    The counts on the host may be behind those of the device: with nonfinite="skip" the device decides whether a step
-    is taken or skipped, and counts for each parameter the steps without a gradient. `settle` brings the counts up to
-    date.
-
-    Parameters
-    ----------
-    state : OptimizerState
-        With buffers on the host, which are copied to the device and replaced.
-    stream : as for `fastrms.cuda.CudaRMSProp`
+    With nonfinite="skip" the device decides whether a step is taken or skipped, and counts for each parameter the
+    steps without a gradient. Then the counts on the host are old, until `settle` asks the device.
     """
 
     def __init__(self, state: OptimizerState, stream: Stream) -> None:
@@ -56,11 +49,11 @@ class CudaBackend(Backend):
         self._tables: Tables | None = None
         self._forked = False
         self._device_counts = False  # whether the device, not the host, counts `absent`
-        self._pending = 0  # steps that the device has taken or skipped since the host asked last
+        self._pending = 0  # steps since the host last asked the device whether it has taken or skipped them
         self._absent_changed = False  # whether `absent` on the device is newer than on the host
         self._written = np.zeros((0, 2), np.int64)  # bounds of the memory that a step writes
-        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use`, as computed last
-        self._computed_from: object = None  # the version of the options from which `_use_options` has computed
+        self._computed_from: object = None  # the version of the options that `_use_options` used last
+        self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.options_changed()
         threads.call_after_fork(self.after_fork)
 
@@ -80,9 +73,7 @@ class CudaBackend(Backend):
     def stream(self, value: object) -> None:
         new = as_stream(value)
         with self.turns.lock:
-            event = cuda.event()
-            event.record(self._stream)
-            event.wait(new)
+            let_wait(new, self._stream)
             self._stream = new
             for name in self.state.buffers:
                 self._on_device(name).use(new)
@@ -96,7 +87,7 @@ class CudaBackend(Backend):
         return self._params.like()
 
     def check_kernel(self, value: object) -> str:
-        """Return "cuda" where `value` names the only kernel on a GPU, or raise OptionError."""
+        """Return "cuda" if `value` names the only kernel on a GPU, or raise OptionError."""
         return check_cuda_kernel(value)
 
     def kernel_changed(self) -> None:
@@ -107,7 +98,7 @@ class CudaBackend(Backend):
         self._version = object()
 
     def _use_options(self) -> None:
-        """Compute everything on the host that depends on options only; `_prepare_tables` writes it to the device."""
+        """Compute everything on the host that depends on options only. `_prepare_tables` does so on the device."""
         version = self._version
         self._scheduled = self.state.scheduled
         used = self.state.state_in_use
@@ -122,7 +113,7 @@ class CudaBackend(Backend):
     # Counts.
 
     def settle(self) -> Counts:
-        """Return the counts, after asking the device about the last steps, which waits for it."""
+        """Return the counts, after waiting for the last steps if the device decides about them."""
         counts = self.settle_steps()
         if self._absent_changed:
             with self.turns.lock:
@@ -130,7 +121,7 @@ class CudaBackend(Backend):
         return counts
 
     def settle_steps(self) -> Counts:
-        """Return the counts, of which `absent` may be older. Waits for the device where that decides about steps."""
+        """Return the counts as `settle` does, except that `absent` may be that of an earlier step."""
         counts, tables = self.state.counts, self._tables
         if tables is not None and self._pending:
             with self.turns.lock:
@@ -142,7 +133,7 @@ class CudaBackend(Backend):
         return counts
 
     def _read_absent(self) -> None:
-        """Copy `absent` from the device, where it has changed."""
+        """Copy `absent` from the device, if it has changed there."""
         if self._absent_changed and self._tables is not None:
             self.state.counts.absent[self._tables.order] = self._params.read(self._tables.absent)
             self._absent_changed = False
@@ -155,16 +146,13 @@ class CudaBackend(Backend):
     # Steps.
 
     def step(self, gradients: object) -> None:
-        """Take one step with gradients in the structure of the parameters, or None for the gradient buffer.
-
-        The caller holds the lock of `turns`.
-        """
+        """Take one step, as `Backend.step`."""
         if self._forked:
             raise DeviceError(
                 "step: this process was forked from one that used the GPU, which CUDA does not allow; start processes "
                 'with the method "spawn", and load a checkpoint there'
             )
-        # First everything that may call functions of the user, which may set options: rates, mappings, arrays.
+        # Functions of the user come first, because they may set options: rates, mappings, arrays.
         rates = self._rates()
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
@@ -183,8 +171,9 @@ class CudaBackend(Backend):
         if self._corrects:
             tables.correct_up_to(counts.steps + self._pending + 1, self._stream)
 
-        for handle in found.streams:
-            let_wait(self._stream, handle, True)
+        others = [as_stream(number) for number in found.streams - {kernels.handle_of(self._stream)}]
+        for other in others:
+            let_wait(self._stream, other)
         self._copy(found)
         tables.sources.write(found.sources[tables.order], self._stream)
         if self._clips or self.state.nonfinite != "propagate":
@@ -193,8 +182,8 @@ class CudaBackend(Backend):
             self._raise_if_nonfinite(tables, found, items)
         counts.writing = True  # until the step was counted
         self._update(tables, found)
-        for handle in found.streams:  # which may write their gradients again after the step has read them
-            let_wait(self._stream, handle, False)
+        for other in others:  # so that it does not write its gradients again before the step has read them
+            let_wait(other, self._stream)
 
         absent = found.sources == kernels.ABSENT
         if self._device_counts:
@@ -208,7 +197,7 @@ class CudaBackend(Backend):
         counts.writing = False
 
     def _rates(self) -> list[float] | None:
-        """Return the learning rate of each group, or None where no rate is a function. Calls the functions."""
+        """Return the learning rate of each group, from functions too. Return None if no rate is a function."""
         if self._computed_from is not self._version:
             self._use_options()
         if not self._scheduled:
@@ -217,7 +206,7 @@ class CudaBackend(Backend):
         return [resolve_lr(group, steps) for group in self.state.param_groups]
 
     def _prepare_tables(self) -> Tables:
-        """Return the tables of the device, after writing to them the numbers that depend on options."""
+        """Return the tables of the device, with the present options in them."""
         if self._tables is None:
             self._tables = Tables(self._runs, self._stream)
         tables = self._tables
@@ -237,23 +226,21 @@ class CudaBackend(Backend):
 
     def _copy(self, found: Found) -> None:
         """Copy gradients that cannot be read in place to the gradient buffer."""
-        grads = self._grads
-        sources: list[tuple[Any, Any, Any]] = []
-        for k, interface, ours in found.others:
-            leaf = grads.layout.leaves[k]
+        grads, saved = self._grads, []
+        for i, (k, interface, ours) in enumerate(found.others):
             if ours:  # another gradient may be copied there first, so save this one
-                apart = cuda.device_array(leaf.stop - leaf.start, np.dtype(interface["typestr"]))
+                apart = cuda.device_array(grads.leaves[k].size, np.dtype(interface["typestr"]))
                 copy_in(apart, interface, self._stream)
-                sources.append((k, kernels.interface_of(apart), apart))
-            else:
-                sources.append((k, interface, None))
+                found.others[i] = k, kernels.interface_of(apart) or interface, ours
+                saved.append(apart)
         if found.arrays:
-            self._upload(found, grads)
-        for k, source, _ in sources:
-            copy_in(grads.part(k), source, self._stream)
+            self._upload(found)
+        for k, interface, _ in found.others:
+            copy_in(grads.part(k), interface, self._stream)
 
-    def _upload(self, found: Found, grads: DeviceBuffer) -> None:
+    def _upload(self, found: Found) -> None:
         """Copy gradients from the host to the gradient buffer, through pinned memory."""
+        grads = self._grads
         if len(self._pinned) < 2:  # one is filled while the other is being copied
             self._pinned.append((Pinned(grads.layout), cuda.event()))
         else:
@@ -274,20 +261,9 @@ class CudaBackend(Backend):
     def _measure(self, tables: Tables) -> None:
         """Compute the norms of gradients, and whether they are finite, as options need it."""
         for run in self._runs:
-            bound = NO_BOUND if run.group["clip_value"] is None else run.group["clip_value"]
-            passes = []
-            if self._clips:
-                passes.append((kernels.EVERY, 1.0, bound))
-                if run.dtype == np.float64:
-                    passes.append((kernels.TOO_SMALL, kernels.PRESCALE, bound))
-                    passes.append((kernels.TOO_LARGE, 1 / kernels.PRESCALE, bound))
-            if self.state.nonfinite != "propagate":
-                # A finite norm proves a finite gradient, unless values were clipped. Otherwise read the values.
-                by_norm = self._clips and bound == NO_BOUND
-                passes.append((kernels.DOUBTFUL if by_norm else kernels.EVERY, 0.0, NO_BOUND))
             sources, sums, norms, finite, _ = run.tables
             bounds, first_chunk = run.each
-            for which, prescale, limit in passes:
+            for which, prescale, limit in self._passes(run):
                 if run.chunks:
                     kernels.launch(
                         kernels.square_chunks, run.chunks, kernels.LANES, self._stream, run.arrays[1], bounds,
@@ -298,8 +274,23 @@ class CudaBackend(Backend):
                     prescale, tables.partials, sums, norms, finite,
                 )  # fmt: skip
 
+    def _passes(self, run: DeviceRun) -> list[tuple[int, float, float]]:
+        """Return the passes over the gradients of a run: which gradients, the scale of values, and their bound."""
+        bound = NO_BOUND if run.group["clip_value"] is None else run.group["clip_value"]
+        passes = []
+        if self._clips:
+            passes.append((kernels.EVERY, 1.0, bound))
+            if run.dtype == np.float64:
+                passes.append((kernels.TOO_SMALL, kernels.PRESCALE, bound))
+                passes.append((kernels.TOO_LARGE, 1 / kernels.PRESCALE, bound))
+        if self.state.nonfinite != "propagate":
+            # A finite norm proves a finite gradient, unless values were clipped. Otherwise read the values.
+            by_norm = self._clips and bound == NO_BOUND
+            passes.append((kernels.DOUBTFUL if by_norm else kernels.EVERY, 0.0, NO_BOUND))
+        return passes
+
     def _raise_if_nonfinite(self, tables: Tables, found: Found, items: Items) -> None:
-        """Wait for the device, and raise NonfiniteError where a gradient is not finite."""
+        """Wait for the device, and raise NonfiniteError if a gradient is not finite."""
         grads = self._grads
         wrong = sorted(tables.order[grads.read(tables.finite) == 0].tolist())
         if wrong:

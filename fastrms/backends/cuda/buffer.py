@@ -14,18 +14,14 @@ from fastrms.kernels import cuda as kernels
 
 __all__ = ["DeviceBuffer", "Pinned", "Staged"]
 
-# The number of copies of a table that can be in flight to the device. With more the host waits.
+# The number of copies of a table that can be in flight to the device. Before a further copy the host waits.
 _IN_FLIGHT = 16
 
 
 class DeviceBuffer(FlatBuffer):
     """A `FlatBuffer` whose memory is on the device: `flat`, `segments`, `leaves` and `views` are Numba's device arrays.
 
-    Parameters
-    ----------
-    layout : Layout
-    stream : stream of Numba's
-        The stream of all work, which other libraries see in the arrays.
+    Other libraries see in the arrays the `stream` of all work.
     """
 
     def __init__(self, layout: Layout, stream: Stream) -> None:
@@ -64,7 +60,7 @@ class DeviceBuffer(FlatBuffer):
         return low, low + self.nbytes
 
     def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "DeviceBuffer":
-        """Return a new buffer of the same structure on the device; as `FlatBuffer.like`."""
+        """Return a new buffer of the same structure on the device, as `FlatBuffer.like`."""
         other = DeviceBuffer(self.layout if dtype is None else self.layout.with_dtype(dtype), self._stream)
         for segment in other.segments:
             other.write(segment, fill)
@@ -94,7 +90,7 @@ class DeviceBuffer(FlatBuffer):
         return self.segments[leaf.segment][leaf.start : leaf.stop]
 
     def store(self, arrays: Sequence[Any]) -> None:
-        """Copy arrays on the host to the device; None leaves a leaf as it is."""
+        """Copy arrays on the host to the device. None leaves a leaf unchanged."""
         for k, (array, view) in enumerate(zip(arrays, self.leaves, strict=True)):
             if array is not None and view.size:
                 with np.errstate(all="ignore"):  # values that are too large become inf, as on the device
@@ -102,7 +98,7 @@ class DeviceBuffer(FlatBuffer):
                 self.part(k).copy_to_device(dense.reshape(-1), stream=self._stream)
 
     def aliases(self, arrays: Sequence[Any]) -> list[bool]:
-        """Return False for each array, as arrays on the host share no memory with the device."""
+        """Return False for each array: arrays on the host share no memory with the device."""
         return [False] * len(arrays)
 
     def to_host(self) -> FlatBuffer:
@@ -121,7 +117,7 @@ class DeviceBuffer(FlatBuffer):
         return buffer
 
     def contains(self, item: object) -> bool:
-        """Tell whether an array on the device lies in the buffer, as `FlatBuffer.contains`."""
+        """Return whether an array on the device lies in the buffer, as `FlatBuffer.contains`."""
         interface = kernels.interface_of(item)
         if interface is None or not math.prod(interface["shape"]):
             return interface is not None
@@ -136,22 +132,14 @@ class DeviceBuffer(FlatBuffer):
 
 
 class Pinned(FlatBuffer):
-    """A `FlatBuffer` in pinned memory of the host, from which copies to the device are asynchronous."""
+    """A `FlatBuffer` in pinned memory of the host. Copies from there to the device are asynchronous."""
 
     def __init__(self, layout: Layout) -> None:
         self._allocate(layout, cuda.pinned_array)
 
 
 class Staged:
-    """A 1-D array on the device that the host writes asynchronously, through pinned memory.
-
-    Parameters
-    ----------
-    values : ndarray, shape (n,)
-        The initial values.
-    stream : stream of Numba's
-        The stream that copies them.
-    """
+    """A 1-D array on the device that the host writes asynchronously, through pinned memory."""
 
     def __init__(self, values: Array, stream: Stream) -> None:
         self.array: DeviceArray = cuda.device_array(max(1, values.size), values.dtype)

@@ -13,15 +13,7 @@ __all__ = ["CudaBackend", "new_cuda_backend"]
 
 
 def new_cuda_backend(params: Params, settings: Settings, stream: object) -> CudaBackend:
-    """Return a backend with new buffers on the device.
-
-    Parameters
-    ----------
-    params : as for `fastrms.RMSProp`
-        On the host or on the device.
-    settings : Settings
-    stream : as for `fastrms.cuda.CudaRMSProp`
-    """
+    """Return a backend with new buffers on the device. The values in `params` may be on the host or on the device."""
     if settings.cache_dtype is not None:
         raise OptionError(
             f'cache_dtype: expected None with kernel="cuda", which keeps state in the dtype of the parameters, got '

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from fastrms.backends.cuda.arrays import DeviceArray, Stream, cuda
 from fastrms.backends.cuda.buffer import Staged
+from fastrms.backends.plan import Run
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels.hyper import hyper_values
@@ -18,30 +19,17 @@ __all__ = ["NO_BOUND", "DeviceRun", "Tables"]
 NO_BOUND = math.inf
 
 
-class DeviceRun:
-    """The parameters of one group and one dtype, which are neighbours on the device. One launch updates them.
-
-    Parameters
-    ----------
-    group_number : int
-    group : ParamGroup
-    layout : Layout
-    numbers : ndarray of int
-        The leaves of the layout that belong to the run.
-    """
+class DeviceRun(Run):
+    """A run on the device. One launch updates it."""
 
     def __init__(self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64]) -> None:
-        leaves = [layout.leaves[i] for i in numbers]
-        self.group_number, self.group, self.numbers = group_number, group, numbers
-        self.dtype = layout.dtype_of(leaves[0])
-        self._segment, self._part = leaves[0].segment, slice(leaves[0].start, leaves[-1].stop)
-        self.size = self._part.stop - self._part.start
-        bounds = np.array([(leaf.start, leaf.stop) for leaf in leaves], np.int64) - self._part.start
-        first_chunk = np.concatenate([[0], np.cumsum(-(-(bounds[:, 1] - bounds[:, 0]) // kernels.CHUNK))])
+        super().__init__(group_number, group, layout, numbers)
+        sizes = self.bounds[:, 1] - self.bounds[:, 0]
+        first_chunk = np.concatenate([[0], np.cumsum(-(-sizes // kernels.CHUNK))])
         self.chunks = int(first_chunk[-1])
         self.whole_chunks = -(-self.size // kernels.CHUNK)
-        # Bounds and first chunks of each parameter; and of all as one span, whose gradient is in the gradient buffer.
-        self.each = tuple(map(cuda.to_device, (bounds, first_chunk)))
+        # Bounds and first chunks: of each parameter, and of the run as one span with its gradient in the buffer.
+        self.each = tuple(map(cuda.to_device, (self.bounds, first_chunk)))
         whole = np.array([[0, self.size]]), np.array([0, self.whole_chunks]), np.array([kernels.IN_BUFFER])
         self.whole = tuple(map(cuda.to_device, whole))
         self.slots = slice(0, 0)  # its rows in the tables
@@ -50,21 +38,14 @@ class DeviceRun:
         self.arrays: tuple[DeviceArray, ...] = ()
 
     def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
-        """Use the parts of these buffers that belong to the run, with the state that its options need."""
-        params = self._part_of(buffers["params"])
-        self.arrays = (
-            params,
-            self._part_of(buffers["grads"]),
-            self._part_of(buffers["cache"]),
-            # A kernel that does not use this state still needs an array as argument.
-            self._part_of(buffers["momentum_buffer"]) if self.group["momentum"] > 0 else params,
-            self._part_of(buffers["grad_avg"]) if self.group["centered"] else params,
-        )
+        """Update the parts of these buffers from now on, with the state that the options of the run need."""
+        params, *others = self.parts_of(buffers)
+        # A kernel that lacks a kind of state still needs an array as argument.
+        self.arrays = (params, *(params if array is None else array for array in others))
 
-    def _part_of(self, buffer: FlatBuffer) -> DeviceArray:
-        """Return the elements of this run in `buffer`, 1-D."""
-        segment = buffer.segments[self._segment]
-        return segment[self._part] if self.size else segment
+    def part_of(self, buffer: FlatBuffer) -> DeviceArray:
+        """Return the elements of this run in `buffer`, 1-D. An empty run, which cannot be cut out, gets any array."""
+        return super().part_of(buffer) if self.size else buffer.segments[self._segment]
 
     def set_hyper(self, lr: float) -> None:
         """Compute the numbers that the kernel takes for options and learning rate."""
@@ -73,14 +54,7 @@ class DeviceRun:
 
 
 class Tables:
-    """Arrays on the device with a row for each parameter, in the order of the runs.
-
-    Parameters
-    ----------
-    runs : sequence of DeviceRun
-        Each gets its slots and tables.
-    stream : stream of Numba's
-    """
+    """Arrays on the device with a row for each parameter, in the order of the runs. Each run gets its rows."""
 
     def __init__(self, runs: Sequence[DeviceRun], stream: Stream) -> None:
         self.order = np.concatenate([run.numbers for run in runs])
@@ -109,7 +83,7 @@ class Tables:
         self.corrections_there = cuda.to_device(self.corrections)
 
     def set_options(self, runs: Sequence[DeviceRun], stream: Stream) -> None:
-        """Write the numbers of each parameter that depend on options."""
+        """Write the numbers that depend on options, for each parameter."""
         limits, signs, rows = np.zeros(len(self.order)), np.zeros(len(self.order)), np.full(len(self.order), -1)
         rates = sorted({run.group["decay_rate"] for run in runs if run.group["bias_correction"]})
         for run in runs:
@@ -126,7 +100,7 @@ class Tables:
             self.corrections = np.zeros((max(1, len(rates)), 0))
 
     def correct_up_to(self, steps: int, stream: Stream) -> None:
-        """Extend the factors of bias correction to so many steps, unless the last ones are all 1."""
+        """Extend the factors of bias correction to this number of steps, unless the last factors are all 1."""
         known = self.corrections.shape[1]
         if known >= steps or (known and bool((self.corrections[:, -1] == 1).all())):
             return
