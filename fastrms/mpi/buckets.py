@@ -16,35 +16,15 @@ __all__ = ["GradientBuckets"]
 # in one reduction of all.
 BUCKET_SIZE = 1 << 20
 
-# Up to so many ranks, each bucket is reduced by a reduce-scatter, also one that lies in the shard of a single rank.
+# Up to this number of ranks, each bucket is reduced by a reduce-scatter, also a bucket in the shard of a single rank.
 FEW_RANKS = 4
 
 
 class GradientBuckets:
     """The buckets of an optimizer: which gradients of a step are ready, and which reductions have started.
 
-    Buckets start in one order on all ranks, whatever the order in which gradients become ready: from the end of the
-    buffer to its beginning, as back-propagation finds them.
-
-    Parameters
-    ----------
-    comm : Communicator
-        The ranks.
-    grads : FlatBuffer
-        The gradients of this rank.
-    sums : FlatBuffer
-        This rank's shard of the sum over ranks.
-    bounds : sequence of ndarray of int
-        For each segment, where the shards begin.
-
-    Attributes
-    ----------
-    ready : list of bool
-        For each parameter, whether its gradient was handed over since the last step.
-    present : list of bool
-        For each parameter, whether that gradient is an array and not None.
-    begun : bool
-        Whether any gradient was handed over since the last step.
+    Buckets start in the same order on all ranks, from the end of the buffer to its beginning, as back-propagation finds
+    gradients. `grads` has the gradients of this rank, and `sums` this rank's shard of their sum over ranks.
     """
 
     def __init__(self, comm: Communicator, grads: FlatBuffer, sums: FlatBuffer, bounds: Sequence[Bounds]) -> None:
@@ -58,15 +38,15 @@ class GradientBuckets:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new step, for which no gradient is ready."""
-        self.ready = [False] * len(self._buckets_of)
-        self.present = [False] * len(self._buckets_of)
-        self.begun = False
+        """Begin a new step. No gradient is ready."""
+        self.ready = [False] * len(self._buckets_of)  # whether the gradient of each parameter was handed over
+        self.present = [False] * len(self._buckets_of)  # whether it was an array, not None
+        self.begun = False  # whether any gradient was handed over
         self._missing = [len(bucket.leaves) for bucket in self._buckets]
         self._next = 0
 
     def mark_ready(self, k: int, present: bool) -> None:
-        """Note that the gradient of parameter `k` is in the buffer, and start the buckets that are complete with it."""
+        """Note that the gradient of parameter `k` is in the buffer, and start the buckets that are now complete."""
         self.begun = self.ready[k] = True
         self.present[k] = present
         for number in self._buckets_of[k]:
@@ -85,6 +65,7 @@ class GradientBuckets:
         self.reset()
 
     def _start_next(self) -> None:
+        """Start the reduction of the next bucket."""
         bucket = self._buckets[self._next]
         comm = self._channel.buckets
         whole = self._grads.segments[bucket.segment][bucket.whole]
@@ -99,30 +80,14 @@ class GradientBuckets:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """A range of one segment of the gradient buffer, which is reduced in one call.
-
-    Attributes
-    ----------
-    segment : int
-        The number of the segment.
-    leaves : list of int
-        The numbers of the parameters that have elements in the bucket, in ascending order.
-    whole : slice
-        The elements in the segment.
-    own : slice
-        This rank's elements of the bucket, in its shard of the segment.
-    counts : list of int, one for each rank
-        The number of elements of each rank.
-    root : int or None
-        The rank that gets all elements by a reduce, or None for a reduce-scatter.
-    """
+    """A range of one segment of the gradient buffer. One call reduces it."""
 
     segment: int
-    leaves: list[int]
-    whole: slice
-    own: slice
-    counts: list[int]
-    root: int | None
+    leaves: list[int]  # the numbers of the parameters with elements in the bucket, in ascending order
+    whole: slice  # the elements in the segment
+    own: slice  # the elements in this rank's shard of the segment
+    counts: list[int]  # the number of elements in the shard of each rank
+    root: int | None  # the rank that gets all elements by a reduce, or None for a reduce-scatter
 
 
 def _buckets(layout: Layout, bounds: Sequence[Bounds], rank: int) -> Iterator[_Bucket]:
@@ -136,9 +101,9 @@ def _buckets(layout: Layout, bounds: Sequence[Bounds], rank: int) -> Iterator[_B
             lows, highs = np.clip(bounds[number][:-1], start, stop), np.clip(bounds[number][1:], start, stop)
             counts = (highs - lows).tolist()
             first = int(lows[rank] - bounds[number][rank]) if counts[rank] else 0
-            # MPICH is fastest at a reduce-scatter: 1e7 float32 on 2 ranks take 15 ms, with reductions to one rank each
-            # 40 ms. But of many ranks all would send to the rank that has the whole bucket. A long reduction to one
-            # rank is divided among all.
+            # MPICH is fastest at a reduce-scatter: 1e7 float32 on 2 ranks take 15 ms, and 40 ms as reductions to one
+            # rank each. But if the bucket is in one shard, all ranks would send to its rank. A reduction to one rank
+            # divides this work among all ranks.
             one_rank = max(counts) == stop - start and len(counts) > FEW_RANKS
             root = counts.index(stop - start) if one_rank else None
             yield _Bucket(number, inside, slice(start, stop), slice(first, first + counts[rank]), counts, root)

@@ -1,4 +1,4 @@
-"""Private communicators: each communicator of the user's has a pool of them, one for each optimizer that is alive."""
+"""Private communicators: each communicator of the user has a pool of them, with one pair for each living optimizer."""
 
 import os
 from dataclasses import dataclass, field
@@ -14,55 +14,31 @@ _KEYVAL = MPI.Comm.Create_keyval()
 
 @dataclass
 class Channel:
-    """Two duplicates of a user's communicator, so that messages of the library and of the user never meet.
+    """Two duplicates of a user's communicator, so that messages of the library and of the user never meet."""
 
-    Attributes
-    ----------
-    control : mpi4py.MPI.Intracomm
-        For calls that all ranks make in the same order.
-    buckets : mpi4py.MPI.Intracomm
-        For reductions of gradient buckets. A bucket may start before all ranks have joined the step, and so in no
-        fixed order with the calls on `control`.
-    requests : list of mpi4py.MPI.Request
-        Reductions of buckets that are in flight.
-    taken : bool
-        Whether an optimizer of this rank uses the channel.
-    """
-
-    control: MPI.Intracomm
+    control: MPI.Intracomm  # for calls that all ranks make in the same order
+    # For reductions of gradient buckets. A bucket may start before all ranks have joined the step, so these calls have
+    # no fixed order with the calls on `control`.
     buckets: MPI.Intracomm
-    requests: list[MPI.Request] = field(default_factory=list)
-    taken: bool = True
+    requests: list[MPI.Request] = field(default_factory=list)  # reductions of buckets in flight
+    taken: bool = True  # whether an optimizer of this rank uses the channel
 
     def release(self) -> None:
-        """Offer the channel to the next optimizer, unless a reduction is in flight: then it is never used again."""
+        """Offer the channel to the next optimizer. With a reduction in flight it is never used again."""
         self.taken = bool(self.requests)
 
 
 class Pool:
-    """The channels of one communicator of the user's, which are used again: MPI has only some thousand communicators.
-
-    Attributes
-    ----------
-    channels : list of Channel
-        All channels, in the same order on all ranks.
-    threads : int
-        The cores that this process may use, each divided by the number of ranks that may use it; 0 before `take`.
-    """
+    """The channels of one communicator of the user. They are used again: MPI has only some thousand communicators."""
 
     def __init__(self) -> None:
-        self.channels: list[Channel] = []
-        self.threads = 0
+        self.channels: list[Channel] = []  # in the same order on all ranks
+        self.threads = 0  # as `_threads` returns, after the first `take`
 
     def take(self, comm: MPI.Intracomm, taken: NDArray[np.bool_]) -> Channel:
         """Return the first channel that is free on all ranks, or a new one. All ranks call it at the same time.
 
-        Parameters
-        ----------
-        comm : mpi4py.MPI.Intracomm
-            The communicator of this pool.
-        taken : ndarray of bool, shape (channels,)
-            For each channel, whether any rank uses it: optimizers may be collected at different times on the ranks.
+        `taken` tells for each channel whether any rank uses it. Ranks may collect an optimizer at different times.
         """
         if not self.threads:
             self.threads = _threads(comm)
@@ -75,7 +51,7 @@ class Pool:
 
 
 def pool_of(comm: MPI.Intracomm) -> Pool:
-    """Return the pool of a communicator, which the first call makes."""
+    """Return the pool of a communicator. The first call makes it."""
     pool = comm.Get_attr(_KEYVAL)
     if not isinstance(pool, Pool):
         pool = Pool()
@@ -84,7 +60,7 @@ def pool_of(comm: MPI.Intracomm) -> Pool:
 
 
 def _threads(comm: MPI.Intracomm) -> int:
-    """Count the cores that this process may use, each divided by the number of ranks that may use it."""
+    """Count the cores of this process. Divide each core by the number of ranks that may use it."""
     try:
         cores = os.sched_getaffinity(0)
     except AttributeError:  # macOS, Windows

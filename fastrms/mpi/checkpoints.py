@@ -163,11 +163,10 @@ class Unsharded(RMSProp[P]):
 
         with ranks.leaving():
             _on_first(ranks, read)
-            layout, grouped, cache_dtype = ranks.control.bcast(
-                None
-                if whole is None
-                else (whole.buffers["params"].layout, whole.backend.state.grouped, whole.cache_dtype)
-            )
+            sent = None
+            if whole is not None:
+                sent = whole.buffers["params"].layout, whole.backend.state.grouped, whole.cache_dtype
+            layout, grouped, cache_dtype = ranks.control.bcast(sent)
         params = layout.structure(np.zeros(leaf.shape, layout.dtype_of(leaf)) for leaf in layout.leaves)
         options = {"kernel": kernel, "num_threads": num_threads, "cache_dtype": cache_dtype}
         groups = [{"params": part} for part in params] if grouped else params
@@ -192,7 +191,7 @@ def _on_first(ranks: Communicator, act: Callable[[], None]) -> None:
 
 
 def _whole(opt: Unsharded, on_all: bool = False) -> RMSProp | None:
-    """Return an `RMSProp` like `opt`, on rank 0 or on all ranks; None elsewhere. Its state is still to be filled."""
+    """Return an `RMSProp` like `opt`, with empty state, on rank 0 or on all ranks. Return None elsewhere."""
     whole, error = None, None
     try:
         if on_all or opt._ranks.rank == 0:
@@ -226,10 +225,7 @@ def _state_of(opt: RMSProp) -> list[str]:
 
 
 def _segments(opt: Unsharded, whole: RMSProp | None) -> Iterator[tuple[Array, Array | None, Bounds]]:
-    """Iterate over the segments of the state.
-
-    Yield the segment of this rank's shard, the whole segment (None on ranks without `whole`), and the bounds of shards.
-    """
+    """Yield for each segment of the state this rank's shard, the whole segment or None, and the bounds of shards."""
     for name in _state_of(opt):
         for number, own in enumerate(opt.buffers[name].segments):
             yield own, None if whole is None else whole.buffers[name].segments[number], opt._shards.bounds[number]

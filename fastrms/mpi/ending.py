@@ -1,4 +1,4 @@
-"""End all ranks when one ends: ranks that wait for it in a collective call would wait for ever."""
+"""End all ranks when one ends: the others would wait for it for ever in a collective call."""
 
 import os
 import sys
@@ -34,15 +34,15 @@ def end_all(message: str = "") -> None:
 
 
 def install_excepthook() -> None:
-    """Install a `sys.excepthook` under which an uncaught exception of this process ends all ranks. Once is enough.
+    """Install a `sys.excepthook` that ends all ranks at an uncaught exception of this process. Later calls do nothing.
 
-    The hook calls the previous hook, writes which rank ends and why, and calls `end_all`. In an interactive session it
-    calls the previous hook only. It sees neither `sys.exit()` nor exceptions of other threads.
+    The hook calls the previous hook first. In an interactive session it does nothing else. It sees neither `sys.exit()`
+    nor exceptions of other threads.
     """
-    # The constructor of ShardedRMSProp calls this, on more than one rank: from there on the ranks wait for one another.
-    # mpi4py has the same for programs that are started by its runner (`mpiexec -n 4 python -m mpi4py train.py`), and
-    # the runner sees sys.exit() too. But a program that was started without it, as most are, would hang instead of
-    # end. An import must not change settings of the process, and would do so in programs that make no optimizer.
+    # The constructor of ShardedRMSProp calls this on more than one rank, because from then on ranks wait for one
+    # another. An import must not do it: programs without an optimizer would have a changed process. The runner of
+    # mpi4py (`mpiexec -n 4 python -m mpi4py train.py`) has a hook too, and sees sys.exit(). Most programs are started
+    # without it, and would hang.
     global _installed
     with _lock:
         if _installed:

@@ -190,9 +190,8 @@ class ShardedRMSProp(Unsharded[P]):
                     f"than on rank 0 on {named(others)}"
                 ))  # fmt: skip
             # Learning rates that are functions are compared by each step.
-            facts_of_step = self._shards.facts("step", self._shards.fixed_rates())
-            self._shards.check_facts(facts_of_step)
-            self._ranks.prepare_meet(2 + len(leaves) + 2 * len(facts_of_step))
+            self._shards.check_facts(self._shards.facts("step", self._shards.fixed_rates()))
+            self._shards.prepare_meet()
             if check_params == "raise":
                 self._compare_params()
             else:

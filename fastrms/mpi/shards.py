@@ -29,23 +29,14 @@ from fastrms.mpi.waiting import named
 __all__ = ["Shards"]
 
 _CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load")
+_FACTS = 3  # the number of facts without learning rates
 
 
 class Shards:
     """The shards of an optimizer: each rank has the state of its shard, and updates it. The `Ranks` of a host backend.
 
-    Parameters
-    ----------
-    communicator : Communicator
-    state : OptimizerState
-    reduction : {"mean", "sum"}
-
-    Attributes
-    ----------
-    bounds : list of ndarray of int64, shape (ranks + 1,)
-        For each segment of the buffers the start of each shard, and the end of the last.
-    slices : list of slice
-        For each segment the elements of this rank.
+    For each segment of the buffers, `bounds` has the start of each shard and the end of the last one, and `slices` has
+    the elements of this rank.
     """
 
     def __init__(self, communicator: Communicator, state: OptimizerState, reduction: Reduction) -> None:
@@ -55,12 +46,11 @@ class Shards:
         rank = communicator.rank
         self.slices = [slice(*bounds[rank : rank + 2].tolist()) for bounds in self.bounds]
         self._digest: int | None = None
-        # Whether a step is in progress in which ranks compare options, or have compared them.
-        self._options_fixed = False
+        self._options_fixed = False  # whether ranks compare options, or have compared them, for a step in progress
         self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
         self._leaves: dict[int, _Part] = {}
 
-    # The methods of `Ranks`, without `step`.
+    # The methods of `Ranks` but `step`.
 
     def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
         """Return the buffers of this rank's shard: its parameters, the sum of their gradients, and the state."""
@@ -75,7 +65,7 @@ class Shards:
         return self._own
 
     def _shard_layout(self) -> Layout:
-        """Return the layout of this rank's shard, whose leaves are the pieces of leaves in the shard."""
+        """Return the layout of this rank's shard. Each leaf is the piece of a parameter that lies there."""
         layout = self._state.layout
         pieces = []
         for leaf in layout.leaves:
@@ -116,7 +106,10 @@ class Shards:
         return add_up
 
     def _pieces_of(self, numbers: NDArray[np.int64]) -> tuple[list[int], NDArray[np.intp]]:
-        """Return how many of these parameters lie partly on each rank, and their places in `numbers`, rank by rank."""
+        """Return the number of these parameters on each rank, and their places in `numbers`, rank by rank.
+
+        A parameter may lie on several ranks.
+        """
         key = int(numbers[0])
         if key not in self._pieces:
             leaves = [self._state.layout.leaves[k] for k in numbers]
@@ -129,7 +122,7 @@ class Shards:
         return self._pieces[key]
 
     def nonfinite_anywhere(self, nonfinite: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return which parameters have a gradient that is not finite on any rank."""
+        """Return for each parameter whether its gradient is not finite on any rank."""
         found = nonfinite.astype(np.uint8)
         self.communicator.allreduce_max(found)
         return found > 0
@@ -147,7 +140,7 @@ class Shards:
         return error
 
     def options_change(self) -> None:
-        """Record that options are about to change, or raise where ranks have compared them already."""
+        """Record that options are about to change, or raise if ranks have compared them already."""
         self._digest = None
         if self._options_fixed:
             raise StepInProgressError(
@@ -171,22 +164,17 @@ class Shards:
             groups = [
                 {k: v for k, v in group.items() if k not in ("params", "lr")} for group in self._state.param_groups
             ]
-            options = (
-                groups,
-                self._state.global_clip_norm,
-                self._state.nonfinite,
-                self._state.cache_dtype,
-                self.reduction,
-            )
+            state = self._state
+            options = groups, state.global_clip_norm, state.nonfinite, state.cache_dtype, self.reduction
             self._digest = zlib.crc32(repr(options).encode())
         return np.array([_CALLS.index(call), self._digest, self._state.counts.steps, *rates])
 
     def fixed_rates(self) -> list[float]:
-        """Return the learning rate of each group, 0 where it is a function."""
+        """Return the learning rate of each group, 0 for a function."""
         return [0.0 if callable(group["lr"]) else group["lr"] for group in self._state.param_groups]
 
     def check_facts(self, facts: NDArray[np.float64]) -> None:
-        """Raise OptionError on all ranks where their facts differ."""
+        """Raise OptionError on all ranks if their facts differ."""
         gathered = self.communicator.control.allgather(facts)
         if others := [rank for rank, theirs in enumerate(gathered) if not np.array_equal(theirs, gathered[0])]:
             parts = {
@@ -202,44 +190,49 @@ class Shards:
                 f"{named(others)}; nothing was changed"
             ))  # fmt: skip
 
+    def prepare_meet(self) -> None:
+        """Make the message that ranks exchange at the beginning of each call. All ranks call it at the same time."""
+        leaves, facts = len(self._whole.leaves), len(self._state.param_groups) + _FACTS
+        message = self.communicator.prepare_meet(2 + leaves + 2 * facts)
+        # The reduction is a maximum. The facts are in it with both signs, for their maximum and their minimum.
+        self._flags, self._present = message[:2], message[2 : 2 + leaves]
+        self._largest, self._negated = message[2 + leaves : -facts], message[-facts:]
+
     def _meet(
         self, call: str, facts: NDArray[np.float64], present: NDArray[np.bool_], error: Exception | None = None
     ) -> tuple[bool, NDArray[np.bool_]]:
         """Begin a call on all ranks: compare errors and facts in one reduction, and raise on all ranks or none.
 
-        `present` says which parameters have a gradient on this rank. Return whether any rank has handed over gradients,
-        and which parameters have a gradient on any rank.
+        `present` tells for each parameter whether it has a gradient on this rank. Return whether any rank has handed
+        over gradients, and for each parameter whether it has a gradient on any rank.
         """
-        # The reduction is a maximum. Facts are sent with both signs, which gives maximum and minimum: they are equal
-        # where all ranks agree.
-        message, count = self.communicator.message, len(facts)
-        message[0], message[1] = error is not None, self._buckets.begun
-        message[2 : -2 * count], message[-2 * count : -count], message[-count:] = present, facts, -facts
+        self._flags[0], self._flags[1], self._present[:] = error is not None, self._buckets.begun, present
+        self._largest[:], self._negated[:] = facts, -facts
         self.communicator.meet(call, self._state.counts.steps)
-        failed, begun = message[:2]
-        largest, smallest = message[-2 * count : -count], -message[-count:]
-        if largest[0] != smallest[0]:
+        failed, begun = self._flags
+        smallest = -self._negated
+        if self._largest[0] != smallest[0]:
             self.communicator.refuse_different(call)
-        if failed or (largest != smallest).any():
+        if failed or (self._largest != smallest).any():
             if begun:  # all ranks take part in reductions that one has begun
                 self._buckets.finish()
             self.communicator.agree(error)
             self.check_facts(facts)
             raise AssertionError("ranks found that they differ, and then that they do not")
-        return bool(begun), message[2 : -2 * count] > 0
+        return bool(begun), self._present > 0
 
     @contextmanager
     def together(self, turns: Turns, call: str) -> Iterator[bool]:
-        """Return a context for a call other than `step` that all ranks make together.
+        """Return a context for a call of all ranks other than `step`.
 
         Its value is whether any rank has handed over gradients.
         """
-        # Not even a read may come in between, since it exchanges messages too.
+        # No other call may come in between, not even a read, because reads exchange messages too.
         with turns.between_steps(call), self.communicator.leaving():
             facts = self.facts(call, self.fixed_rates())
-            if call in ("discard", "load", "load_state_dict"):  # they may be called to make ranks equal again
+            if call in ("discard", "load", "load_state_dict"):  # these may make ranks equal again
                 facts[1:] = 0
-            # All ranks send or receive the same state buffers, also those of options that are off by now.
+            # All ranks send or receive the same state buffers, those of options that are off by now too.
             facts[1] = zlib.crc32(repr((facts[1], sorted(self._state.buffers))).encode())
             yield self._meet(call, facts, np.zeros(len(self._whole.leaves), bool))[0]
 
@@ -264,7 +257,7 @@ class Shards:
         self._buckets.mark_ready(k, grad is not None)
 
     def discard(self) -> None:
-        """Forget the gradients that were handed over. All ranks do so at the same time."""
+        """Forget the gradients that were handed over. All ranks call it at the same time."""
         self._buckets.finish()
 
     def _leaf(self, k: int) -> "_Part":
@@ -278,7 +271,7 @@ class Shards:
 
     @cached_property
     def _numbers(self) -> dict[Hashable, int]:
-        """The number of each leaf by its tuple of keys, outermost first. A single key works without a tuple too."""
+        """The number of each leaf, by its tuple of keys, outermost first, and by a single key also without a tuple."""
         layout = self._state.layout
         numbers: dict[tuple[Hashable, ...], int] = {}
 
@@ -296,7 +289,7 @@ class Shards:
 
     @property
     def exchange(self) -> bool:
-        """Whether the next step is that of `Shards`: there are other ranks, or gradients were handed over."""
+        """Whether the next step exchanges gradients with other ranks, or uses gradients that were handed over."""
         return self.communicator.size > 1 or self._buckets.begun
 
     def step(self, backend: HostBackend, gradients: object) -> None:
@@ -318,25 +311,24 @@ class Shards:
     ) -> tuple[list[float], NDArray[np.bool_], Exception | None]:
         """Compute learning rates, and copy the gradients of this rank to the gradient buffer.
 
-        Return the rates, which parameters have a gradient, and the error of this rank, which `_meet` raises on all.
+        Return the rates, for each parameter whether it has a gradient, and the error of this rank. `_meet` raises it.
         """
         handover, grads = self._buckets, self._whole
         present = np.ones(len(grads.leaves), bool)
         rates = [0.0] * len(self._state.param_groups)
         from_buffer = gradients is None or gradients is grads.views
         try:
-            # First everything that may call functions of the user.
+            # Functions of the user come first, because they may set options.
             found = backend.all_rates()
             arrays = None
             if handover.begun:
                 self._check_handed_over(from_buffer)
                 present = np.array(handover.present)
             elif not from_buffer:
-                arrays = as_arrays(
-                    grads.layout.flatten(gradients, "gradients"), grads.layout, "gradients", allow_none=True
-                )
+                items = grads.layout.flatten(gradients, "gradients")
+                arrays = as_arrays(items, grads.layout, "gradients", allow_none=True)
                 present = np.array([array is not None for array in arrays])
-            # From here on other calls and changes of options are refused, since ranks compare their options.
+            # From here on other calls and changes of options are refused, because ranks compare their options.
             self._state.counts.writing = self._options_fixed = True
             backend.use_options()
             refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
@@ -354,7 +346,7 @@ class Shards:
     ) -> NDArray[np.bool_] | None:
         """Reduce the gradients of all ranks, or raise on all ranks.
 
-        Return which parameters have a gradient on any rank, or None where all have one.
+        Return for each parameter whether it has a gradient on any rank, or None if all have one.
         """
         handover, grads = self._buckets, self._whole
         begun, anywhere = self._meet("step", self.facts("step", rates), present, error)
@@ -388,10 +380,10 @@ class Shards:
 
 
 class _Part(FlatBuffer):
-    """A buffer whose segments are parts of those of another buffer."""
+    """A buffer with parts of the segments of another buffer."""
 
     def __init__(self, whole: FlatBuffer, layout: Layout, segments: Sequence[Array]) -> None:
         self.layout, self.segments = layout, tuple(segments)
-        self._memory, self.block = whole._memory, whole.block
+        (self._memory,), self.block = whole.mappings(), whole.block
         self.leaves = tuple(views_of(self.segments, layout))
         self.views = layout.structure(self.leaves)

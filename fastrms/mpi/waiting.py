@@ -1,4 +1,4 @@
-"""Wait for the other ranks with a time limit, and say which ranks are missing when it is over."""
+"""Wait for the other ranks with a time limit, and name the ranks that are missing after it."""
 
 import math
 import os
@@ -17,14 +17,14 @@ __all__ = ["check_timeout", "free", "named", "wait"]
 _TIMEOUT = 600.0
 _TIMEOUT_VARIABLE = "FASTRMS_MPI_TIMEOUT"
 
-# A waiting rank polls MPI so many times without a pause, some 0.2 ms. Then it yields the core between two polls, and
-# after so many seconds it sleeps between them.
+# A waiting rank first polls MPI this many times without a pause, some 0.2 ms. Then it yields the core between polls.
+# After this many seconds it sleeps between them.
 _POLLS = 1000
 _AWAKE = 0.005
 _yield_core = getattr(os, "sched_yield", lambda: None)  # not on Windows
 
-# Ranks whose time is over tell one another where they wait: the tag of these messages, and the seconds in which a rank
-# collects them.
+# After the time limit ranks tell one another where they wait: the tag of these messages, and the seconds in which a
+# rank collects them.
 _TAG = 32_767
 _COLLECTED_FOR = 1.0
 
@@ -35,17 +35,7 @@ _abandoned: list[MPI.Request] = []
 def check_timeout(value: object) -> float:
     """Return the seconds that a rank waits for the others, inf for no limit.
 
-    Parameters
-    ----------
-    value : float, None or "auto"
-        Seconds, >= 0. 0 and None: no limit. "auto": the environment variable FASTRMS_MPI_TIMEOUT, or 600.
-
-    Raises
-    ------
-    OptionError
-        The number, or the environment variable, is out of range.
-    OptionTypeError
-        The value has another type.
+    `value` is the argument `timeout` of `ShardedRMSProp`. Raise OptionError or OptionTypeError for another value.
     """
     name, kinds = "timeout", 'a number of seconds >= 0, None or "auto"'
     if isinstance(value, str) and value == "auto":
@@ -65,23 +55,10 @@ def check_timeout(value: object) -> float:
 
 
 def wait(comm: MPI.Intracomm, request: MPI.Request, where: str, timeout: float) -> None:
-    """Wait for a nonblocking collective call.
+    """Wait for a nonblocking collective call, at most `timeout` seconds.
 
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Intracomm
-        The communicator of the call.
-    request : mpi4py.MPI.Request
-        The call.
-    where : str
-        The call in words, for the error message.
-    timeout : float
-        Seconds, >= 0; inf for no limit.
-
-    Raises
-    ------
-    RankError
-        The time is over on this rank or on another one. The request must not be used again.
+    Raise RankError after this time on this rank or on another one. Then nobody may use the request again. `where` names
+    the call in the error message.
     """
     try:
         for _ in range(_POLLS):
