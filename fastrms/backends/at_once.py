@@ -1,9 +1,9 @@
 """A steady step as one call of compiled code, which needs no lock.
 
-The call holds the GIL from its first to its last instruction. So no other thread and no signal handler sees a part of
-the step: the update, and its count in `Counts.memory`. The call looks there first whether its ticket is admitted. Each
-save, load and other step withdraws the ticket before it begins, and so does each change of an option. A call that is
-not admitted does nothing, and the step is taken under the lock.
+The call holds the GIL from its first to its last instruction. It updates, and counts the step in `Counts.memory`. No
+other thread and no signal handler sees an update without its count. The call begins only if its ticket is in
+`Counts.memory`. Each save, load, other step and change of an option withdraws the ticket first. Then the call does
+nothing, and the step is taken under the lock.
 """
 
 from functools import partial
@@ -24,14 +24,7 @@ _tickets = count(1)
 
 
 class AtOnce:
-    """The steady steps of a backend, with the options of one moment.
-
-    Parameters
-    ----------
-    counts : Counts
-    params, grads : Watch
-        The views that users hold.
-    """
+    """The steady steps of a backend, with the options of one moment. Users hold the views in `params` and `grads`."""
 
     def __init__(self, counts: Counts, params: Watch, grads: Watch) -> None:
         self._counts, self._params, self._grads = counts, params, grads
@@ -42,9 +35,9 @@ class AtOnce:
         self._in_place: Callable[[int], int] | None = None
 
     def add(self, in_place: bool, call: Call) -> None:
-        """Add the steps with gradients in the caller's arrays (`in_place`), or in the gradient buffer.
+        """Add the steps with gradients in place, or in the gradient buffer.
 
-        `call` is one of `cpu.serial_from`, which takes the step but does not count it.
+        `call` is a call of `cpu.serial_from` that does not count the step.
         """
         serial_from, table, *state, _ = call
         table = table.copy()
@@ -55,7 +48,7 @@ class AtOnce:
             self._from_buffer = partial(serial_from, table, *state)
 
     def admit(self) -> None:
-        """Let `step` take steps, until the ticket is withdrawn."""
+        """Let `step` take steps until the ticket is withdrawn."""
         self._counts.admit(self._ticket)
 
     def step(self, gradients: Any) -> bool:
@@ -63,7 +56,7 @@ class AtOnce:
         if gradients is None:
             call, grads, address = self._from_buffer, self._grads, 0
         else:
-            items = self._plain_items(gradients)  # keeps the arrays alive until they were read
+            items = self._plain_items(gradients)  # keeps the arrays alive until they are read
             if items is None:
                 return False
             call, grads, address = self._in_place, None, pointers.items_of(items)

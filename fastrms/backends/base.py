@@ -33,31 +33,12 @@ class Backend(ABC):
     """The part of an optimizer that has its buffers and takes its steps; a `checkpoints.state.Target`.
 
     The methods that are not abstract are right for buffers in the memory of one process, without files.
-
-    Parameters
-    ----------
-    state : OptimizerState
-
-    Attributes
-    ----------
-    state : OptimizerState
-        The data of the optimizer.
-    turns : Turns
-        The lock of the optimizer.
-    thread_limit : int or None
-        The number of threads to which a step is limited, or None where it is not.
-    in_parts : bool
-        Whether buffers may be larger than memory, and are read and written part by part.
-    storage : Storage or None
-        The folder with the buffers, or None where they are in memory.
-    at_once : AtOnce or None
-        Steps that need no lock, or None where there are none.
     """
 
-    at_once: "AtOnce | None" = None
-    thread_limit: int | None = None
-    in_parts: bool = False
-    storage: "Storage | None" = None
+    at_once: "AtOnce | None" = None  # steps that need no lock
+    thread_limit: int | None = None  # the number of threads of a step
+    in_parts: bool = False  # whether buffers may be larger than memory, and are read and written part by part
+    storage: "Storage | None" = None  # the folder with the buffers
 
     def __init__(self, state: OptimizerState) -> None:
         self.state, self.turns = state, Turns(state.counts)
@@ -81,7 +62,7 @@ class Backend(ABC):
 
     @abstractmethod
     def counts_changed(self) -> None:
-        """Use the counts that were written to `state`, from the next step on."""
+        """Use the counts in `state` from the next step on. They were changed."""
 
     @abstractmethod
     def explain(self) -> list[str]:
@@ -95,7 +76,7 @@ class Backend(ABC):
 
     @abstractmethod
     def check_kernel(self, value: object) -> str:
-        """Return the kernel that `value` names, or raise where the optimizer cannot change to it."""
+        """Return the kernel that `value` names, or raise if the optimizer cannot change to it."""
 
     @abstractmethod
     def kernel_changed(self) -> None:
@@ -133,20 +114,20 @@ class Backend(ABC):
         """Set the elements of a segment of a buffer."""
 
     def parts(self, array: Array) -> Iterator[slice]:
-        """Iterate over slices of an array, small enough to be in memory: here one slice of the whole."""
+        """Iterate over slices of an array that fit into memory; here one slice of the whole."""
         yield slice(None)
 
     def loading(self) -> AbstractContextManager[None]:
-        """Return a context for all writes of a load; here it does nothing."""
+        """Return a context for all writes of a load. Here it does nothing."""
         return nullcontext()
 
     def discard(self) -> None:  # noqa: B027 - a default
-        """Remove files that were made, after an error in making the optimizer; here there are none."""
+        """Remove new files after an error in making the optimizer. Here there are none."""
 
     # Copies and processes.
 
     def refuse_copy(self) -> None:  # noqa: B027 - a default
-        """Raise where the optimizer cannot be copied or pickled; here it can."""
+        """Raise if the optimizer cannot be copied or pickled. Here it can."""
 
     @abstractmethod
     def state_on_host(self) -> OptimizerState:
@@ -166,7 +147,7 @@ class Memory(Protocol):
         ...
 
     def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
-        """Return a buffer of zeros with this layout; an opened folder returns the stored one."""
+        """Return a buffer of zeros with this layout. An opened folder returns the stored buffer."""
         ...
 
     def run(self, calls: Sequence[Call], /) -> Iterable[None]:
@@ -178,7 +159,7 @@ class Memory(Protocol):
         ...
 
     def parts(self, array: Array) -> Iterator[slice]:
-        """Iterate over slices of an array, small enough to be in memory."""
+        """Iterate over slices of an array that fit into memory."""
         ...
 
 
@@ -195,7 +176,7 @@ class Ranks(Protocol):
         ...
 
     def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
-        """Return the buffers of which this process updates every element."""
+        """Return the buffers of this process. It updates all their elements."""
         ...
 
     def run_with(self, run: RunCalls) -> RunCalls:
@@ -203,11 +184,11 @@ class Ranks(Protocol):
         ...
 
     def add_up(self, numbers: NDArray[np.int64]) -> AddUp | None:
-        """Return a function that adds up sums of squares of these parameters over ranks, or None on one rank."""
+        """Return a function that adds up sums of squares of these parameters across ranks, or None on one rank."""
         ...
 
     def nonfinite_anywhere(self, nonfinite: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return which parameters have a gradient that is not finite on any rank."""
+        """Return for each parameter whether its gradient is not finite on any rank."""
         ...
 
     def nonfinite_error(self, numbers: NDArray[np.intp]) -> NonfiniteError:
@@ -215,7 +196,7 @@ class Ranks(Protocol):
         ...
 
     def options_change(self) -> None:
-        """Note that options are about to change, or raise where ranks have compared them already."""
+        """Note that options are about to change, or raise if ranks have compared them already."""
         ...
 
     def refuse_copy(self) -> None:

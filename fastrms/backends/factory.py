@@ -22,19 +22,9 @@ __all__ = ["backend_of", "new_backend"]
 def new_backend(
     params: Params, settings: Settings, storage: str | PathLike[str] | Storage | None, stream: object
 ) -> Backend:
-    """Return the backend of a new optimizer.
+    """Return the backend of a new optimizer. The arguments are those of `fastrms.RMSProp`, and are checked here.
 
-    Parameters
-    ----------
-    params, storage, stream
-        As for `fastrms.RMSProp`. `storage` may also be a Storage that `fastrms.RMSProp.reopen` has opened.
-    settings : Settings
-        The other arguments, not checked yet.
-
-    Raises
-    ------
-    FastrmsError, OSError
-        As for `fastrms.RMSProp`.
+    `storage` may also be a Storage that `fastrms.RMSProp.reopen` has opened.
     """
     settings.check()
     check_one_of("kernel", settings.kernel, KERNELS)

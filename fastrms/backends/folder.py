@@ -12,7 +12,7 @@ from fastrms.errors import FastrmsError, StorageError
 
 __all__ = ["BUFFERS", "METADATA_FILE", "VERSION", "make_folder", "read_metadata", "real_path"]
 
-# The version of the folder. The metadata is that of checkpoints, which has a version of its own.
+# The version of the folder. Its metadata also has the version of checkpoints.
 VERSION = 1
 
 METADATA_FILE = "head.json"
@@ -20,7 +20,7 @@ BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the fir
 
 
 def real_path(path: Path) -> Path:
-    """Return the absolute path without links, which os.chdir() and a changed link leave valid."""
+    """Return the absolute path without links. It stays valid after os.chdir() and changes of links."""
     return Path(os.path.realpath(path))
 
 

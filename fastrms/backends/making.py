@@ -13,14 +13,9 @@ __all__ = ["new_host_backend", "new_sharded_backend"]
 
 
 def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Storage | None = None) -> HostBackend:
-    """Return a backend with new buffers, or with those of an opened folder.
+    """Return a backend with new buffers, or with those of a Storage that `Storage.open` returned.
 
-    Parameters
-    ----------
-    state : OptimizerState
-        With initial values, and without buffers.
-    storage : path, Storage or None, default None
-        A path as for `fastrms.RMSProp`, or a Storage that `Storage.open` returned.
+    `state` has initial values, and no buffers yet.
     """
     if storage is None:
         backend = _with_new_buffers(state, Ram(), None)
@@ -48,7 +43,7 @@ def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:
 
 
 def _with_new_buffers(state: OptimizerState, memory: Memory, ranks: Ranks | None) -> HostBackend:
-    """Return a backend with new buffers in `memory` that have the initial values."""
+    """Return a backend with new buffers in `memory`, with the initial values."""
     for name in ("params", "grads"):
         state.buffers[name] = memory.new_buffer(name, state.layout)
     state.buffers["params"].gather(state.arrays, "params")

@@ -22,12 +22,8 @@ __all__ = ["MappedFile", "PartNorms", "StoredBuffer", "open_own"]
 def open_own(path: Path, flags: int) -> int:
     """Open a file of a storage folder, and return its descriptor.
 
-    Raises
-    ------
-    StorageError
-        It is a symbolic or hard link, so another folder could have the same data.
-    OSError
-        It cannot be opened, or `flags` ask for writing and it is read-only.
+    Raise StorageError for a symbolic or hard link: another folder could have the same data. Raise OSError if the file
+    cannot be opened, or is read-only and `flags` ask for writing.
     """
     if path.is_symlink():
         raise StorageError(f"{path}: expected a file of this folder, got a link to another place")
@@ -57,15 +53,9 @@ def open_own(path: Path, flags: int) -> int:
 
 
 class MappedFile:
-    """A file of fixed size, mapped into memory. The mapping lives as long as any array that aliases it.
+    """A file of `nbytes`, mapped into memory. The mapping lives until the last array that aliases it.
 
-    Parameters
-    ----------
-    path : Path
-    nbytes : int
-        The size to make, or to find.
-    new : bool
-        Whether to make the file. After an error it is removed. An unfinished file of an earlier process is replaced.
+    A `new` file replaces an unfinished file of an earlier process. It is removed after an error.
     """
 
     def __init__(self, path: Path, nbytes: int, new: bool) -> None:
@@ -90,7 +80,7 @@ class MappedFile:
         self._start = self.memory.ctypes.data
 
     def has(self, array: Array) -> bool:
-        """Tell whether a dense array lies in this file."""
+        """Return whether a dense array lies in this file."""
         return 0 <= array.ctypes.data - self._start < self.memory.nbytes
 
     def advise(self, array: Array, advice: int) -> None:
@@ -125,7 +115,7 @@ class StoredBuffer(FlatBuffer, set_once=("pages",)):
         return [*super().mappings(), *self.pages.mapped_elsewhere()]
 
     def copy_in(self, arrays: Any) -> None:
-        """As `FlatBuffer.copy_in`, and give pages back after each part."""
+        """Copy arrays as `FlatBuffer.copy_in`, and give pages back after each part."""
         pending = 0
         for array, view in zip(arrays, self.leaves, strict=True):
             if array is not None:
@@ -156,14 +146,7 @@ class StoredBuffer(FlatBuffer, set_once=("pages",)):
 
 
 class PartNorms(SpanNorms):
-    """`SpanNorms` that read gradients from a file in parts, with the same bits.
-
-    Parameters
-    ----------
-    spans : ndarray of int64, shape (k, 3)
-        As for `SpanNorms`.
-    pages : Pages
-    """
+    """`SpanNorms` that read gradients from a file in parts, with the same bits."""
 
     def __init__(self, spans: NDArray[np.int64], pages: Pages) -> None:
         super().__init__(spans)
@@ -177,7 +160,7 @@ class PartNorms(SpanNorms):
         """Return the sums of `SpanNorms.sum_squares`, from parts of the file."""
         if self.spans[:, 2].any():  # the gradients are in arrays of the user
             return super().sum_squares(grads, clip, prescale, kernel)
-        # One piece for each chunk of a span. `SpanNorms` adds up chunks in order, and so does the loop at the end.
+        # Each chunk of a span is a piece. `SpanNorms` adds up chunks in order, and so does the loop at the end.
         counts = np.diff(self.first_chunk)
         number = np.arange(self.first_chunk[-1]) - np.repeat(self.first_chunk[:-1], counts)
         pieces = np.zeros((len(number), 3), np.int64)

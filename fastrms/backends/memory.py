@@ -1,4 +1,4 @@
-"""The memory of an optimizer whose buffers are ordinary arrays."""
+"""Ordinary memory for the buffers of an optimizer."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

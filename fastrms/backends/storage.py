@@ -3,9 +3,9 @@
 The folder has one file for each buffer, ``head.json`` with the metadata of checkpoints, ``counts.bin`` with the counts
 of steps, and ``lock``, which a process holds while it has the folder open.
 
-The system keeps mapped pages in its page cache, and writes them to the disk at a time of its choice. Only pages that a
-process has accessed count as its memory. So a step updates the arrays in parts, and gives the pages of each part back:
-one kernel call becomes many, on slices. Kernels guarantee that no bit depends on where arrays are cut.
+The system keeps mapped pages in its page cache, and writes them to the disk at any time. Only pages that a process has
+accessed count as its memory. So a step updates the arrays in parts, and gives the pages of each part back. One kernel
+call becomes many, on slices. No bit depends on where arrays are cut.
 """
 
 import contextlib
@@ -48,32 +48,18 @@ _WHAT = {_NOTHING: "nothing was under way", _STEP: "a step was under way", _LOAD
 
 
 class Storage:
-    """A folder with the buffers of an optimizer, and a `Memory`. `create` and `open` return one.
+    """A folder with the buffers of an optimizer, and a `Memory`. `create` and `open` return one."""
 
-    Attributes
-    ----------
-    path : Path
-        Absolute and without links.
-    reopened : bool
-        Whether the folder had buffers before.
-    metadata : dict
-        The content of ``head.json`` when the folder was opened; empty for a new folder.
-    counts : ndarray of int64
-        The content of ``counts.bin``.
-    pages : Pages
-        The pages of all files.
-    """
-
+    path: Path  # absolute and without links
+    reopened: bool  # whether the folder had buffers before
+    metadata: Options  # the content of `head.json` when the folder was opened; empty for a new folder
+    counts: NDArray[np.int64]  # the content of `counts.bin`
     _state: OptimizerState  # set at the end of `making`
-
-    path: Path
-    reopened: bool
-    metadata: Options
     _made_folder: bool = False
 
     @classmethod
     def of(cls, storage: Any, layout: Layout) -> "Storage":
-        """Return `storage` itself if it is a Storage, or a new folder at this path for arrays of this layout."""
+        """Return `storage` if it is a Storage, or a new folder at this path for arrays of this layout."""
         return storage if isinstance(storage, Storage) else cls.create(Path(storage), layout)
 
     @classmethod
@@ -129,10 +115,10 @@ class Storage:
 
     @contextlib.contextmanager
     def making(self, state: OptimizerState) -> Iterator[None]:
-        """Return a context in which the buffers of an optimizer are made, or mapped if the folder was opened.
+        """Return a context for making the buffers of an optimizer, or for mapping those of an opened folder.
 
-        At its end the folder takes its counts from `state`, or `state` from the folder. After an error, new files are
-        removed.
+        At its end `state` takes the counts of an opened folder, and a new folder gets its metadata. An error removes
+        new files.
         """
         try:
             if len(self.counts) != _ABSENT + len(state.layout.leaves):
@@ -160,7 +146,7 @@ class Storage:
         self._marked_open = False  # whether the metadata on the disk lists all buffers and says that they are in use
 
     def _take_lock(self, flags: int) -> None:
-        """Lock the folder, or raise StorageError where another optimizer holds the lock."""
+        """Lock the folder, or raise StorageError if another optimizer holds the lock."""
         try:
             self._lock = open_own(self.path / _LOCK, os.O_RDWR | flags)
             if sys.platform != "win32":
@@ -173,7 +159,7 @@ class Storage:
             ) from None
         except OSError as error:
             if self._lock is None or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise  # otherwise the file system has no locks
+                raise  # the two errors mean that the file system has no locks
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -184,10 +170,10 @@ class Storage:
         """Make or map the file of counts."""
         nbytes = 8 * (_ABSENT + parameters)
         self._counts_file = MappedFile(self.path / _COUNTS, nbytes, not self.reopened)
-        self.counts: NDArray[np.int64] = self._counts_file.memory[:nbytes].view(np.int64)
+        self.counts = self._counts_file.memory[:nbytes].view(np.int64)
 
     def _check_counts(self, absent: NDArray[np.int64]) -> None:
-        """Raise StorageError where counts are impossible."""
+        """Raise StorageError for impossible counts."""
         where = self.path / _COUNTS
         for name, count in (("steps", self.counts[_STEPS]), ("skipped_steps", self.counts[_SKIPPED_STEPS])):
             if not 0 <= count <= MOST_STEPS:
@@ -207,7 +193,7 @@ class Storage:
         return [name for name in BUFFERS if name in found]
 
     def new_buffer(self, name: str, layout: Layout) -> StoredBuffer:
-        """Return the buffer `name` in a mapped file: the stored one, or a new one of zeros."""
+        """Return the stored buffer `name`, or a new one of zeros, in a mapped file."""
         self.check_open()
         new = name not in self.names
         if new:
@@ -230,7 +216,7 @@ class Storage:
             raise StorageError(f"{self.path}: {self._closed}")
 
     def _check_place(self) -> None:
-        """Raise StorageError if the folder was moved or replaced, since writes would go to another place."""
+        """Raise StorageError if the folder was moved or replaced: writes would go to another place."""
         if self._lock is None:
             return
         try:
@@ -246,7 +232,7 @@ class Storage:
     # The work in progress, on the disk.
 
     def _begin(self, what: int) -> None:
-        """Record ahead of the first write that a step or a load is in progress."""
+        """Record that a step or a load is in progress. It has not written yet."""
         self.check_open()
         if not self._marked_open:
             self._write_metadata(clean=False)
@@ -254,7 +240,7 @@ class Storage:
         self._interrupted = True
 
     def step_taken(self) -> None:
-        """Record the counts, and that nothing is in progress any more."""
+        """Record the counts, and the end of a step or load."""
         counts = self._state.counts
         self.counts[_ABSENT:] = counts.absent
         self.counts[_SKIPPED_STEPS] = counts.skipped_steps
@@ -277,7 +263,7 @@ class Storage:
         self._write_metadata(clean=False)  # with the options that were loaded
 
     def flush(self) -> None:
-        """Write all but gradients to the disk, and then record that the folder is complete."""
+        """Write everything but gradients to the disk, and then record that the folder is complete."""
         self.check_open()
         call_all([partial(self._write_out, file) for name, file in self._files.items() if name != "grads"])
         if not self._interrupted:
@@ -306,7 +292,7 @@ class Storage:
         self._closed = reason
 
     def after_fork(self) -> None:
-        """Close the folder for a child process, which shares memory and lock with its parent."""
+        """Close the folder in a child process. It shares memory and lock with its parent."""
         if self._closed is None:
             self._closed = (
                 "expected the process that opened it, got a child of fork(), whose steps would be steps of its "
@@ -315,14 +301,14 @@ class Storage:
             self._unlock()
 
     def discard(self) -> None:
-        """Remove new files after an error. Errors of removing them are ignored, so that the first error is seen."""
+        """Remove new files after an error. Ignore errors of the removal, so that the first error is seen."""
         with contextlib.suppress(StorageError):
             self._check_place()
             self._remove()
         self._end("it was not made")
 
     def _remove(self) -> None:
-        """Remove a new folder, or its files where the folder was there before."""
+        """Remove the files of a new folder, and the folder if it was made."""
         if not self.reopened:
             for name in [*(f"{name}.bin" for name in BUFFERS), _COUNTS, METADATA_FILE, _LOCK]:
                 with contextlib.suppress(OSError):
@@ -332,7 +318,7 @@ class Storage:
                     self.path.rmdir()
 
     def _write_metadata(self, clean: bool) -> None:
-        """Write ``head.json``; `clean` says that the files on the disk are complete and belong together."""
+        """Write ``head.json``. `clean` tells whether the files on the disk are complete and belong together."""
         self._check_place()
         own = {"version": VERSION, "clean": clean, "buffers": self.names}
         with replaced(self.path / METADATA_FILE) as temporary:
@@ -344,14 +330,14 @@ class Storage:
     in_parts = True
 
     def run(self, calls: Sequence[Call]) -> Iterator[None]:
-        """Return an iterator that makes one kernel call for each item, in parts. `step_taken` follows the last."""
+        """Return an iterator that makes one kernel call for each item, in parts. Call `step_taken` after the last."""
         self._begin(_STEP)
         for call in calls:
             self.pages.call_in_parts(*call)
             yield
 
     def refuse_copy(self) -> None:
-        """Raise StorageError: a copy would be in memory, and the buffers may be larger."""
+        """Raise StorageError: a copy would be in memory, and the buffers may be larger than memory."""
         raise StorageError(
             f"{self.path}: an optimizer with storage cannot be copied or pickled; use save() and "
             "RMSProp.from_checkpoint(), or close() and RMSProp.reopen()"

@@ -2,10 +2,10 @@
 
 The time of a kernel alone misleads. In a training loop the threads of matrix products (OpenBLAS) still spin when the
 optimizer begins its step, and the threads of its OpenMP region still spin when the next product begins. Each slows the
-other, and the second cost lies outside the optimizer's own time. Matrix products also push the optimizer's arrays out
-of the caches, so prefetching may gain there and lose elsewhere, and each processor has its own answer. So "auto"
-measures the time from the end of one step to the end of the next, with each variant, and keeps the fastest one. Until
-then it uses the plain serial loop. Bits do not depend on the variant, so trying is harmless.
+other, and the optimizer's own time has only the first cost. Matrix products also push the optimizer's arrays out of the
+caches, so prefetching may gain in training and lose elsewhere, depending on the processor. So "auto" measures the time
+from the end of one step to the end of the next with each variant, and keeps the fastest one. Before that it uses the
+plain serial loop. No bit depends on the variant.
 """
 
 import time
@@ -36,14 +36,9 @@ VARIANTS = {
 
 
 def variants(largest: int, num_threads: int) -> list[str]:
-    """Return which of the `VARIANTS` are worth a trial, the plain serial loop first.
+    """Return the `VARIANTS` that are worth a trial, the plain serial loop first.
 
-    Parameters
-    ----------
-    largest : int
-        The elements of the largest run.
-    num_threads : int
-        Threads of the parallel kernel.
+    `largest` is the number of elements of the largest run, and `num_threads` belongs to the parallel kernel.
     """
     parallel = largest >= TRY_PARALLEL_FROM and num_threads > 1 and threads.threads_work()
     prefetching = largest >= TRY_PREFETCHING_FROM and COMPILED
@@ -57,36 +52,26 @@ def variants(largest: int, num_threads: int) -> list[str]:
 class Tuner:
     """The choice among variants, from times of training steps.
 
-    Parameters
-    ----------
-    candidates : sequence of str
-        Names of `VARIANTS`. The first is used until the first trial, and afterwards unless another one gains.
-    clock : callable, default time.perf_counter
-        Returns seconds.
-
-    Attributes
-    ----------
-    variant : str
-        The candidate of the next step.
-    reason : str
-        The reason for it, for users.
+    The first of the `candidates` is used until the first trial, and later unless another one gains. `variant` is the
+    candidate of the next step, and `reason` says why, for users.
     """
 
-    # Seconds of training until the first trial, so that a short training never compiles the parallel kernel. The time
-    # to each later trial doubles, up to the second number: the load of the machine may have changed.
+    # Seconds of training before the first trial: a short training never compiles the parallel kernel. The time before
+    # each later trial doubles, up to the second number. Later trials notice a change in the load of the machine.
     FIRST_LOOK, LAST_LOOK = 2.0, 600.0
-    # A trial has so many rounds. In each round each candidate takes at least so many steps, for so many seconds. The
-    # first steps after a change are dropped, until the system has distributed the threads among cores.
+    # A trial has `ROUNDS`. In each round each candidate takes at least `STEPS`, for at least `TURN_SECONDS`. The first
+    # steps after a change do not count: the system has not distributed the threads among cores yet.
     ROUNDS, STEPS, DROPPED = 3, 8, 3
     TURN_SECONDS, DROPPED_SECONDS = 0.03, 0.01
-    # Ratios to the time of the first candidate, and to that of the fastest: another candidate is kept below the first
-    # ratio, and leaves the trial above the second.
+    # Another candidate is kept if its time is below `GAIN` times the time of the first. It leaves the trial if its time
+    # is above `GIVE_UP` times the time of the fastest.
     GAIN, GIVE_UP = 0.97, 1.15
-    # So many steps in a row, over so many seconds, so much slower than in the trial: the load of the machine has
-    # changed, and a trial begins at once. (Another program on a core can make parallel ten times slower. A few slow
-    # steps mean nothing: after a pause the system takes some milliseconds to put two threads on two cores.)
+    # A trial begins at once after `SLOW_STEPS` in a row, for `SLOW_SECONDS`, that are slower than in the last trial by
+    # the factor `SLOWER`: the load of the machine has changed. (Another program on a core can make parallel ten times
+    # slower. A few slow steps mean nothing: after a pause the system takes some milliseconds to put two threads on two
+    # cores.)
     SLOW_STEPS, SLOW_SECONDS, SLOWER = 12, 0.1, 1.5
-    # At most so many usual steps count of the time of one step. The rest is a pause, not training.
+    # A step counts as at most this many usual steps. The rest of its time is a pause, not training.
     PAUSE = 10
 
     def __init__(self, candidates: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -112,7 +97,7 @@ class Tuner:
                 self._begin()
         self._last = now
 
-    # Each of these generators yields the variant of the next step, and receives the seconds of that training step.
+    # Each generator yields the variant of the next step, and receives the seconds of that training step.
 
     def _make_plan(self) -> Generator[str, float, None]:
         """Alternate between training with the best variant and trials."""
@@ -129,9 +114,9 @@ class Tuner:
             patience = self.FIRST_LOOK if changed else min(2 * patience, self.LAST_LOOK)
 
     def _train(self, patience: float, expected: float | None) -> Generator[str, float, bool]:
-        """Use the best variant for `patience` seconds, or until steps become slow; return whether they did.
+        """Use the best variant for `patience` seconds, or until steps become slow. Return whether they became slow.
 
-        `expected` is the time of a step from the last trial. Before the first trial it is the median of recent steps.
+        `expected` is the time of a step in the last trial, or None before the first trial.
         """
         recent: deque[float] = deque(maxlen=5)
         spent = slow_seconds = 0.0
@@ -148,7 +133,7 @@ class Tuner:
         return False
 
     def _compare(self) -> Generator[str, float, dict[str, float]]:
-        """Take steps with each candidate in turn; return the median time of a training step with each."""
+        """Take steps with each candidate in turn. Return the median time of a training step with each."""
         periods: dict[str, list[float]] = {name: [] for name in self._candidates}
         in_trial, times = list(self._candidates), dict.fromkeys(self._candidates, 0.0)
         for _ in range(self.ROUNDS):
@@ -169,18 +154,9 @@ class Tuner:
 
 
 def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> str:
-    """Return which kernel updates a run of parameters, and why.
+    """Return which kernel updates a run of `size` elements, and why. `kernel` is the option.
 
-    Parameters
-    ----------
-    size : int
-        The number of elements.
-    kernel : {"auto", "numpy", "serial", "parallel"}
-        The option.
-    tuner : Tuner or None
-        That of the optimizer, or None where nothing is tried.
-    num_threads : int
-        Threads of the parallel kernel.
+    `tuner` is None if nothing is tried.
     """
     if not threads.threads_work() and kernel in ("auto", "parallel"):
         return "serial; this process was forked from one that had started OpenMP threads"

@@ -11,39 +11,25 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """The lock of an optimizer, and whether a call is in progress on the thread that holds it.
+    """The lock of an optimizer. A call that holds it is refused a second call on its own thread.
 
-    Parameters
-    ----------
-    counts : Counts
-        Its `writing` tells whether the call in progress is writing.
-
-    Attributes
-    ----------
-    lock : threading.RLock
-        Held during each call. Other threads wait for it.
-    in_progress : threading.Lock
-        Held during each call by the thread that holds `lock`. A second call on the same thread, as from a signal
-        handler, finds it locked.
+    `counts.writing` tells whether the call in progress is writing.
     """
 
     __slots__ = ("__weakref__", "_counts", "in_progress", "lock")
 
     def __init__(self, counts: Counts) -> None:
         self._counts = counts
+        # Each call holds both. Other threads wait for the first. The same thread, as in a signal handler, gets the
+        # first again, and finds the second locked.
         self.lock = threading.RLock()
         self.in_progress = threading.Lock()
 
     @contextmanager
     def between_steps(self, name: str, *, changes: bool = True) -> Iterator[None]:
-        """Return a context in which no step runs, on other threads or on this one.
+        """Return a context for the call `name` in which no step runs, on other threads or on this one.
 
-        Parameters
-        ----------
-        name : str
-            The name of the call, for error messages.
-        changes : bool, default True
-            Whether the call writes parameters, state or counts.
+        `changes` tells whether the call writes parameters, state or counts.
         """
         with self.lock:
             self.admit(name, changes)
@@ -57,15 +43,10 @@ class Turns:
                 self._counts.writing = False
 
     def admit(self, name: str, changes: bool) -> None:
-        """Raise where a call in progress on this very thread does not allow `name` now.
+        """Raise StepInProgressError if a call in progress on this thread forbids the call `name`.
 
-        A signal handler, or a user's function that a step calls, may call any method in the midst of the step. Reading
-        the state is allowed before the first write of the step and after the last. All else is refused.
-
-        Raises
-        ------
-        StepInProgressError
-            The call is refused.
+        A signal handler, or a user's function that a step calls, may call any method in the midst of the step. It may
+        read the state before the first write of the step and after the last. All else is refused.
         """
         if not self.in_progress.locked():
             self._counts.writing = False  # a step was broken off, as by Ctrl-C
@@ -77,6 +58,6 @@ class Turns:
             )
 
     def after_fork(self) -> None:
-        """Make new locks in a child process, where the thread that held the old ones does not exist."""
+        """Make new locks in a child process. The thread that held the old locks does not exist there."""
         self.lock, self.in_progress = threading.RLock(), threading.Lock()
         self._counts.writing = False
