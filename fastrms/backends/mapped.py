@@ -160,12 +160,11 @@ class PartNorms(SpanNorms):
         """Return the sums of `SpanNorms.sum_squares`, from parts of the file."""
         if self.spans[:, 2].any():  # the gradients are in arrays of the user
             return super().sum_squares(grads, clip, prescale, kernel)
-        # Each chunk of a span is a piece. `SpanNorms` adds up chunks in order, and so does the loop at the end.
-        counts = np.diff(self.first_chunk)
-        number = np.arange(self.first_chunk[-1]) - np.repeat(self.first_chunk[:-1], counts)
-        pieces = np.zeros((len(number), 3), np.int64)
-        pieces[:, 0] = np.repeat(self.spans[:, 0], counts) + number * CHUNK
-        pieces[:, 1] = np.minimum(pieces[:, 0] + CHUNK, np.repeat(self.spans[:, 1], counts))
+        # Each chunk of a span is a piece. `span_of` has the number of its span.
+        span_of = np.repeat(np.arange(len(self.spans)), np.diff(self.first_chunk))
+        pieces = np.zeros((len(span_of), 3), np.int64)
+        pieces[:, 0] = self.spans[span_of, 0] + CHUNK * (np.arange(len(span_of)) - self.first_chunk[span_of])
+        pieces[:, 1] = np.minimum(pieces[:, 0] + CHUNK, self.spans[span_of, 1])
         partials = np.empty(len(pieces))
         first = 0
         while first < len(pieces):
@@ -174,9 +173,6 @@ class PartNorms(SpanNorms):
             partials[first:last] = SpanNorms(pieces[first:last]).sum_squares(grads, clip, prescale, kernel)
             self._pages.release(grads[pieces[first, 0] : pieces[last - 1, 1]])
             first = last
-        sums = np.zeros(len(counts))
-        sums[counts > 0] = partials[self.first_chunk[:-1][counts > 0]]
-        for k in np.flatnonzero(counts > 1):
-            # Sequentially, which `sum` does not guarantee.
-            sums[k] = np.add.accumulate(partials[self.first_chunk[k] : self.first_chunk[k + 1]])[-1]
+        sums = np.zeros(len(self.spans))
+        np.add.at(sums, span_of, partials)  # in order, as `SpanNorms` adds up chunks; `sum` guarantees no order
         return sums
