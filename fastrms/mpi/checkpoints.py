@@ -130,8 +130,8 @@ class Unsharded(RMSProp[P]):
         path : str or path-like
             Its name ends in .npz or .safetensors. That of rank 0 counts.
         lr : float or callable, optional
-            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
-            groups. If there are none, `lr` replaces the saved rates of all groups.
+            The learning rate of groups whose saved rate was a function: required for them, because a file cannot hold
+            a function. Without such groups `lr` replaces the saved rates of all groups.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `ShardedRMSProp`.
         num_threads : int or None, default None
@@ -158,8 +158,7 @@ class Unsharded(RMSProp[P]):
 
         def read() -> None:
             nonlocal whole
-            if ranks.rank == 0:
-                whole = RMSProp.from_checkpoint(path, lr=lr, kernel="numpy")
+            whole = RMSProp.from_checkpoint(path, lr=lr, kernel="numpy")
 
         with ranks.leaving():
             _on_first(ranks, read)
@@ -170,7 +169,7 @@ class Unsharded(RMSProp[P]):
         params = layout.structure(np.zeros(leaf.shape, layout.dtype_of(leaf)) for leaf in layout.leaves)
         options = {"kernel": kernel, "num_threads": num_threads, "cache_dtype": cache_dtype}
         groups = [{"params": part} for part in params] if grouped else params
-        made: Callable[..., Self] = cls  # which takes more arguments than `RMSProp`
+        made: Callable[..., Self] = cls  # it takes more arguments than `RMSProp`
         opt = made(groups, comm=comm, reduction=reduction, timeout=timeout, **options)  # pyright: ignore[reportCallIssue] # as above
         with opt._ranks.leaving():
             if lr is not None:
@@ -220,7 +219,7 @@ def _new_whole(opt: Unsharded) -> RMSProp:
 
 
 def _state_of(opt: RMSProp) -> list[str]:
-    """Return the names of the state buffers, in the same order on all ranks."""
+    """Return the names of the state buffers. The order is the same on all ranks."""
     return sorted(name for name in opt.buffers if name not in ("params", "grads"))
 
 

@@ -54,7 +54,7 @@ class ShardedRMSProp(Unsharded[P]):
         The reduction of the ranks' gradients. The mean is right if the loss of each rank is a mean over equally many
         rows. Otherwise use the sum, and scale each gradient by the rank's share of the batch.
     check_params : {"broadcast", "raise"}, default "broadcast"
-        Whether all ranks start from the values of rank 0, or values have to be the same.
+        "broadcast": all ranks start from the values of rank 0. "raise": values that differ between ranks are an error.
     timeout : float, None or "auto", default "auto"
         Seconds that a rank waits for the others to make the same call (`step`, `save` and so on). After that each
         waiting rank writes where it waits and for which ranks, and all ranks are ended. 0 or None: no limit. "auto":
@@ -68,9 +68,9 @@ class ShardedRMSProp(Unsharded[P]):
     params, grads : the structure of `params`
         All parameters, and the gradients of this rank; views of flat buffers, the same for the optimizer's life.
     cache, momentum_buffer, grad_avg : the structure of `params`
-        State of this rank's shard: for each parameter a 1-D array of those of its elements that lie there, in C order.
+        State of this rank's shard: for each parameter a 1-D array with its elements in the shard, in C order.
     buffers : mapping of str to FlatBuffer
-        The flat buffers behind the views; those of the state are of this rank's shard.
+        The flat buffers behind the views. State buffers have this rank's shard only.
     rank, size : int
         The number of this rank, and the number of ranks.
     shard : list of slice
@@ -84,7 +84,8 @@ class ShardedRMSProp(Unsharded[P]):
         Another rank could not make its optimizer, for an error of `RMSProp` there. Or another rank calls
         `from_checkpoint` at the same time.
     StructureError
-        Ranks have parameters of different structure, shapes or dtypes, or with ``check_params="raise"`` values.
+        The ranks have parameters of different structure, shapes or dtypes. Or ``check_params="raise"``, and they have
+        different values.
 
     Examples
     --------
@@ -158,7 +159,7 @@ class ShardedRMSProp(Unsharded[P]):
         error: Exception | None = None
         try:
             seconds = check_timeout(timeout)
-        except Exception as caught:  # `agree` raises it on all ranks
+        except Exception as caught:  # `_agree` raises it on all ranks
             error, seconds = caught, check_timeout(None)
         self._ranks = Communicator(comm, "ShardedRMSProp", seconds)
         self._reduction: Reduction = reduction
@@ -169,26 +170,11 @@ class ShardedRMSProp(Unsharded[P]):
         with self._ranks.leaving():
             try:
                 if error is None:
-                    check_one_of("reduction", reduction, REDUCTIONS)
-                    check_one_of("check_params", check_params, PARAMS_CHECKS)
-                    for name in ("storage", "stream"):
-                        if options.pop(name, None) is not None:
-                            raise OptionError(
-                                f"{name}: expected None, as a ShardedRMSProp has its buffers in memory, got a "
-                                f"{'path' if name == 'storage' else 'stream'}"
-                            )
-                    self._make(params, options | {"lr": lr, "decay_rate": decay_rate, "epsilon": epsilon})
+                    options |= {"lr": lr, "decay_rate": decay_rate, "epsilon": epsilon}
+                    self._make(params, check_params, options)
             except Exception as caught:
                 error = caught
-            leaves = () if error is not None else self._state.layout.leaves
-            facts = [(leaf.path, leaf.shape, str(self._state.layout.dtype_of(leaf))) for leaf in leaves]
-            digest = hashlib.blake2b(repr((facts, check_params)).encode(), digest_size=8).hexdigest()
-            digests = self._ranks.agree(error, digest)
-            if others := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
-                raise self._ranks.all_raise(StructureError(
-                    "params: expected the same structure, shapes, dtypes and check_params on all ranks, got others "
-                    f"than on rank 0 on {named(others)}"
-                ))  # fmt: skip
+            self._agree(error, check_params)
             # Learning rates that are functions are compared by each step.
             self._shards.check_facts(self._shards.facts("step", self._shards.fixed_rates()))
             self._shards.prepare_meet()
@@ -197,14 +183,31 @@ class ShardedRMSProp(Unsharded[P]):
             else:
                 self._broadcast_params()
 
-    def _make(self, params: Params, options: dict[str, object]) -> None:
-        """Make state, shards and backend."""
+    def _make(self, params: Params, check_params: str, options: dict[str, object]) -> None:
+        """Check the arguments, and make state, shards and backend."""
+        check_one_of("reduction", self._reduction, REDUCTIONS)
+        check_one_of("check_params", check_params, PARAMS_CHECKS)
+        for name, kind in (("storage", "path"), ("stream", "stream")):
+            if options.pop(name, None) is not None:
+                raise OptionError(f"{name}: expected None, as a ShardedRMSProp has its buffers in memory, got a {kind}")
         settings = Settings.of(options)
         settings.check()
         check_host_kernel(settings.kernel)
         state = OptimizerState(params, settings)
         self._shards = Shards(self._ranks, state, self._reduction)
         self._start(new_sharded_backend(state, self._shards))
+
+    def _agree(self, error: Exception | None, check_params: str) -> None:
+        """Raise on all ranks if one has an error, or if their layouts or their `check_params` differ."""
+        leaves = () if error is not None else self._state.layout.leaves
+        facts = [(leaf.path, leaf.shape, str(self._state.layout.dtype_of(leaf))) for leaf in leaves]
+        digest = hashlib.blake2b(repr((facts, check_params)).encode(), digest_size=8).hexdigest()
+        digests = self._ranks.agree(error, digest)
+        if others := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
+            raise self._ranks.all_raise(StructureError(
+                "params: expected the same structure, shapes, dtypes and check_params on all ranks, got others "
+                f"than on rank 0 on {named(others)}"
+            ))  # fmt: skip
 
     @property
     def rank(self) -> int:
@@ -243,7 +246,7 @@ class ShardedRMSProp(Unsharded[P]):
         gradients : the structure of the parameters, or None
             The gradients of this rank, as for `RMSProp.step`. A parameter whose item is None on all ranks has no
             gradient; None on some ranks counts as zeros. Without an argument the step uses the gradients that were
-            handed over to `ready`, or, where none were, those in `grads`.
+            handed over to `ready`. If none were, it uses the gradients in `grads`.
 
         Returns
         -------
@@ -299,7 +302,7 @@ class ShardedRMSProp(Unsharded[P]):
                 self._shards.discard()
 
     def _compare_params(self) -> None:
-        """Raise StructureError on all ranks where parameters differ from those of rank 0."""
+        """Raise StructureError on all ranks if parameters differ from those of rank 0."""
         own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in self.buffers["params"].leaves]
         first = self._ranks.control.bcast(own)
         different = [k for k, (a, b) in enumerate(zip(own, first, strict=True)) if a != b]
