@@ -1,4 +1,4 @@
-"""A steady step as one call of compiled code, which needs no lock.
+"""A steady step as one call of compiled code, without a lock.
 
 The call holds the GIL from its first to its last instruction. It updates, and counts the step in `Counts.memory`. No
 other thread and no signal handler sees an update without its count. The call begins only if its ticket is in

@@ -88,7 +88,7 @@ class HostBackend(Backend):
         largest = max(run.size for run in self._runs)
         variants = tuner.variants(largest, self._threads()) if kernel == "auto" else [kernel]
         self._tuner = tuner.Tuner(variants) if len(variants) > 1 else None
-        # Limiting threads starts them, so there is no limit where nothing parallel can run.
+        # Limiting threads starts them, so there is no limit if nothing parallel can run.
         self.thread_limit = self.state.num_threads if "parallel" in variants else None
         self._zero_copy = kernel != "numpy" and pointers.available()
         self.options_changed()
@@ -145,10 +145,9 @@ class HostBackend(Backend):
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
         items = None if from_buffer else grads.layout.flatten(gradients, "gradients")
-        if self._computed_from is not self._version:
+        if self._computed_from is not self._version:  # an item has set options
+            rates = rates or self.rates()
             self.use_options()
-            if self._scheduled and rates is None:
-                rates = self.all_rates()
         if self.storage is not None:
             self.storage.check_open()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)

@@ -36,7 +36,7 @@ def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Stora
 
 
 def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:
-    """Return a backend with new buffers in memory, which updates the shard of this rank."""
+    """Return a backend with new buffers in memory. It updates the shard of this rank."""
     backend = _with_new_buffers(state, Ram(), ranks)
     state.forget_arrays()
     return backend

@@ -25,7 +25,7 @@ __all__ = ["PART_BYTES", "Pages"]
 PART_BYTES = 1 << 20
 
 # Advice of Linux 5.14 without a name in `mmap`: map all pages at once, instead of each at its first access. A step
-# takes 60 ms instead of 110 where all is in the page cache (5e7 float32).
+# takes 60 ms instead of 110 if all pages are in the page cache (5e7 float32).
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 
 
@@ -117,7 +117,7 @@ def _cut(spans: NDArray[np.int64], size: int, itemsize: int) -> Iterator[tuple[s
         cut = spans[rows].copy()
         if len(cut):
             first, last = max(low, cut[0, 0]), min(high, cut[-1, 1])
-            if cut[0, 2]:  # the address of a gradient, whose beginning may be in an earlier part
+            if cut[0, 2]:  # the address of a gradient. An earlier part may have its beginning
                 cut[0, 2] += (first - cut[0, 0]) * itemsize
             cut[0, 0], cut[-1, 1] = first, last
             cut[:, :2] -= first

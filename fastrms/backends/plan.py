@@ -70,7 +70,7 @@ class Run:
         return part
 
     def parts_of(self, buffers: Mapping[str, FlatBuffer]) -> list[Any]:
-        """Return the elements of this run in the buffers that kernels take, None for state that its options lack."""
+        """Return the elements of this run for a kernel, in parameters, gradients and state. Unused state is None."""
         always = [self.part_of(buffers[name]) for name in ("params", "grads", "cache")]
         used = [(name, self.group[option]) for name, option in STATE_OPTIONS.items()]
         return always + [self.part_of(buffers[name]) if value else None for name, value in used]
@@ -148,7 +148,7 @@ class HostRun(Run):
         return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
-        """Return for each parameter whether `locate` found a gradient, and not None. `copy_small` comes later."""
+        """Return for each parameter whether `locate` found a gradient, and not None. Call it before `copy_small`."""
         located: NDArray[np.bool_] = self._spans[:, 2] != 0
         return located
 

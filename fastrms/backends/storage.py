@@ -1,7 +1,7 @@
-"""A folder with the buffers of an optimizer in memory-mapped files, which may be larger than memory.
+"""A folder with the buffers of an optimizer in memory-mapped files. They may be larger than memory.
 
 The folder has one file for each buffer, ``head.json`` with the metadata of checkpoints, ``counts.bin`` with the counts
-of steps, and ``lock``, which a process holds while it has the folder open.
+of steps, and ``lock``. A process holds the lock while it has the folder open.
 
 The system keeps mapped pages in its page cache, and writes them to the disk at any time. Only pages that a process has
 accessed count as its memory. So a step updates the arrays in parts, and gives the pages of each part back. One kernel

@@ -88,12 +88,12 @@ class Tuner:
         self._plan = plan  # last: Ctrl-C may come at any line
 
     def step_done(self) -> None:
-        """Record the end of a step. The time since the last call is that of a whole training step."""
+        """Record the end of a step. A whole training step lies between two calls."""
         now = self._clock()
         if self._last is not None:
             try:
                 self.variant = self._plan.send(now - self._last)
-            except StopIteration:  # Ctrl-C came within the plan, which ended it
+            except StopIteration:  # Ctrl-C came within the plan, and ended it
                 self._begin()
         self._last = now
 

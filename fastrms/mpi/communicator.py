@@ -136,7 +136,7 @@ class Communicator:
         return error
 
     def refuse_different(self, call: str) -> NoReturn:
-        """Raise RankError on all ranks, which are in different calls."""
+        """Raise RankError on all ranks, because they are in different calls."""
         raise self.all_raise(RankError(_different_calls(self.control.allgather(call))))
 
     def agree(self, error: Exception | None, fact: str = "") -> list[str]:

@@ -19,7 +19,7 @@ _installed = False
 
 
 def is_interactive() -> bool:
-    """Return whether this is an interactive session, in which an uncaught exception does not end the process."""
+    """Return whether this is an interactive session. An uncaught exception does not end its process."""
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 

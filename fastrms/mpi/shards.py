@@ -232,7 +232,7 @@ class Shards:
             facts = self.facts(call, self.fixed_rates())
             if call in ("discard", "load", "load_state_dict"):  # these may make ranks equal again
                 facts[1:] = 0
-            # All ranks send or receive the same state buffers, those of options that are off by now too.
+            # All ranks send or receive the same state buffers, also the buffers of options that are off by now.
             facts[1] = zlib.crc32(repr((facts[1], sorted(self._state.buffers))).encode())
             yield self._meet(call, facts, np.zeros(len(self._whole.leaves), bool))[0]
 
@@ -297,7 +297,7 @@ class Shards:
         self._options_fixed = False
         rates, present, error = self._prepare(backend, gradients)
         counts = self._state.counts
-        try:  # not `leaving()`, whose cost a step would show
+        try:  # not `leaving()`: a context manager costs a step too much
             counts.writing = self._options_fixed = True
             backend.take(Located(False, self._exchange(rates, present, error)), rates, backend.variant)
         except BaseException as caught:

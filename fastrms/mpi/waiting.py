@@ -91,7 +91,7 @@ def named(ranks: Sequence[int]) -> str:
 
 
 def _who_is_missing(comm: MPI.Intracomm, where: str, waited: float) -> str:
-    """Tell the other ranks where this rank waits, and return a message that says where each of them waits."""
+    """Exchange with the other ranks where each one waits, and return a message with the result."""
     others = [rank for rank in range(comm.size) if rank != comm.rank]
     _abandoned.extend(comm.isend(where, rank, _TAG) for rank in others)
     heard: dict[int, str] = {}

@@ -158,9 +158,8 @@ class CudaBackend(Backend):
         from_buffer = gradients is None or gradients is grads.views
         items: Items = () if from_buffer else grads.layout.flatten(gradients, "gradients")
         found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
-        if self._computed_from is not self._version and rates is None:  # a rate may be a function only now
-            rates = self._rates()
-        if self._computed_from is not self._version:
+        if self._computed_from is not self._version:  # an item has set options
+            rates = rates or self._rates()
             self._use_options()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         counts, tables = self.state.counts, self._prepare_tables()
@@ -346,7 +345,7 @@ class CudaBackend(Backend):
         return state
 
     def after_fork(self) -> None:
-        """Refuse steps in a child process, which cannot use the GPU of its parent."""
+        """Refuse steps in a child process. It cannot use the GPU of its parent."""
         self.turns.after_fork()
         self._forked = True
 

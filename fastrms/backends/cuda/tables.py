@@ -44,7 +44,7 @@ class DeviceRun(Run):
         self.arrays = (params, *(params if array is None else array for array in others))
 
     def part_of(self, buffer: FlatBuffer) -> DeviceArray:
-        """Return the elements of this run in `buffer`, 1-D. An empty run, which cannot be cut out, gets any array."""
+        """Return the elements of this run in `buffer`, 1-D. An empty run gets any array: it cannot be cut out."""
         return super().part_of(buffer) if self.size else buffer.segments[self._segment]
 
     def set_hyper(self, lr: float) -> None:
