@@ -332,8 +332,5 @@ class HostBackend(Backend):
 
     def explain(self) -> list[str]:
         """Return a line for each group and dtype: which kernel updates it, and why."""
-        return [
-            f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays: "
-            f"{tuner.explain(run.size, self.state.kernel, self._tuner, self._threads())}"
-            for run in self._runs
-        ]
+        kernel, num_threads = self.state.kernel, self._threads()
+        return [f"{run}: {tuner.explain(run.size, kernel, self._tuner, num_threads)}" for run in self._runs]

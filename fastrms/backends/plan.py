@@ -64,6 +64,9 @@ class Run:
         # Of each parameter, from the start of the run.
         self.bounds = np.array([(leaf.start, leaf.stop) for leaf in leaves], np.int64) - self._part.start
 
+    def __str__(self) -> str:
+        return f"group {self.group_number}, {self.size:,} {self.dtype} in {len(self.numbers):,} arrays"
+
     def part_of(self, buffer: FlatBuffer) -> Array:
         """Return the elements of this run in `buffer`, 1-D."""
         part: Array = buffer.segments[self._segment][self._part]

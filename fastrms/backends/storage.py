@@ -287,18 +287,17 @@ class Storage:
                 buffer.make_read_only()
 
     def _end(self, reason: str) -> None:
-        """Unlock the folder. `reason` is the error of later calls."""
-        self._unlock()
+        """Close and unlock the folder. `reason` is the error of later calls."""
         self._closed = reason
+        self._unlock()
 
     def after_fork(self) -> None:
         """Close the folder in a child process. It shares memory and lock with its parent."""
         if self._closed is None:
-            self._closed = (
+            self._end(
                 "expected the process that opened it, got a child of fork(), whose steps would be steps of its "
                 "parent's parameters; close it before the fork, or open another folder"
             )
-            self._unlock()
 
     def discard(self) -> None:
         """Remove new files after an error. Ignore errors of the removal, so that the first error is seen."""

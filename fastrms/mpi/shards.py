@@ -206,7 +206,8 @@ class Shards:
         `present` tells for each parameter whether it has a gradient on this rank. Return whether any rank has handed
         over gradients, and for each parameter whether it has a gradient on any rank.
         """
-        self._flags[0], self._flags[1], self._present[:] = error is not None, self._buckets.begun, present
+        self._flags[0], self._flags[1] = error is not None, self._buckets.begun
+        self._present[:] = present
         self._largest[:], self._negated[:] = facts, -facts
         self.communicator.meet(call, self._state.counts.steps)
         failed, begun = self._flags
@@ -271,7 +272,7 @@ class Shards:
 
     @cached_property
     def _numbers(self) -> dict[Hashable, int]:
-        """The number of each leaf, by its tuple of keys, outermost first, and by a single key also without a tuple."""
+        """The number of each leaf by its tuple of keys, outermost first. A single key works without a tuple too."""
         layout = self._state.layout
         numbers: dict[tuple[Hashable, ...], int] = {}
 
@@ -315,7 +316,7 @@ class Shards:
         """
         handover, grads = self._buckets, self._whole
         present = np.ones(len(grads.leaves), bool)
-        rates = [0.0] * len(self._state.param_groups)
+        rates, error = [0.0] * len(self._state.param_groups), None
         from_buffer = gradients is None or gradients is grads.views
         try:
             # Functions of the user come first, because they may set options.
@@ -338,8 +339,8 @@ class Shards:
             if arrays is not None:
                 grads.store(arrays)
         except Exception as caught:
-            return rates, present, caught
-        return rates, present, None
+            error = caught
+        return rates, present, error
 
     def _exchange(
         self, rates: list[float], present: NDArray[np.bool_], error: Exception | None
@@ -354,12 +355,13 @@ class Shards:
             grads.leaves[k][...] = 0
         if begun:
             handover.finish()
-        for whole, own, bounds in zip(grads.segments, self._own["grads"].segments, self.bounds, strict=True):
-            if self.communicator.size > 1 and not begun:
-                self.communicator.reduce_scatter(whole, own, bounds)
-            if self.reduction == "mean" and self.communicator.size > 1:
-                with np.errstate(all="ignore"):
-                    own /= own.dtype.type(self.communicator.size)
+        if self.communicator.size > 1:
+            for whole, own, bounds in zip(grads.segments, self._own["grads"].segments, self.bounds, strict=True):
+                if not begun:
+                    self.communicator.reduce_scatter(whole, own, bounds)
+                if self.reduction == "mean":
+                    with np.errstate(all="ignore"):
+                        own /= own.dtype.type(self.communicator.size)
         return None if anywhere.all() else anywhere
 
     def _check_handed_over(self, from_buffer: bool) -> None:

@@ -351,7 +351,4 @@ class CudaBackend(Backend):
 
     def explain(self) -> list[str]:
         """Return a line for each group and dtype: the kernel that updates it."""
-        return [
-            f"group {run.group_number}, {run.size:,} {run.dtype} in {len(run.numbers):,} arrays: cuda, as asked for"
-            for run in self._runs
-        ]
+        return [f"{run}: cuda, as asked for" for run in self._runs]
