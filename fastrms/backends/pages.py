@@ -59,13 +59,13 @@ class Pages:
         places = self.mapped_elsewhere() if viewing else []
         return any(np.may_share_memory(array, place) for array in viewing for place in places)
 
-    def release(self, array: Array | None) -> None:
+    def release(self, array: Array) -> None:
         """Give back the pages of a dense array that lies in one of the files. The page cache keeps the content."""
         # Other systems lack this advice, or may discard changed pages.
         if sys.platform == "linux":
             self._advise(array, mmap.MADV_DONTNEED)
 
-    def _populate(self, array: Array | None, advice: int) -> None:
+    def _populate(self, array: Array, advice: int) -> None:
         """Map all pages of a dense array at once, if the system can do so."""
         if sys.platform == "linux":
             try:
@@ -75,10 +75,10 @@ class Pages:
                 if error.errno == errno.EFAULT:
                     raise OSError(errno.EIO, "cannot be read or written", str(self._path)) from None
 
-    def _advise(self, array: Array | None, advice: int) -> None:
-        """Call `madvise` for the pages of a dense array. Do nothing for None and for an array outside the files."""
+    def _advise(self, array: Array, advice: int) -> None:
+        """Call `madvise` for the pages of a dense array. Do nothing for an array outside the files."""
         for file in self._files.values():
-            if array is not None and array.nbytes and file.has(array):
+            if array.nbytes and file.has(array):
                 file.advise(array, advice)
 
     def parts(self, array: Array) -> Iterator[slice]:
@@ -92,15 +92,15 @@ class Pages:
     def call_in_parts(self, *call: Any) -> None:
         """Make a kernel call part by part, as calls on slices of its arrays."""
         update, *buffers, hyper, spans, factors, extended, lines_ahead = call
-        params, grads = buffers[:2]
-        for elements, rows, cut in _cut(spans, len(params), params.itemsize):
+        for elements, rows, cut in _cut(spans, len(buffers[0]), buffers[0].itemsize):
             arrays = [None if buffer is None else buffer[elements] for buffer in buffers]
-            for array in (arrays[0], *arrays[2:]):
+            params, grads, *state = (array for array in arrays if array is not None)
+            for array in (params, *state):
                 self._populate(array, _POPULATE_WRITE)
             if not cut[:, 2].any():  # gradients are in the gradient buffer
-                self._populate(grads[elements], _POPULATE_READ)
+                self._populate(grads, _POPULATE_READ)
             update(*arrays, hyper, cut, factors[rows], extended, lines_ahead)
-            for array in arrays:
+            for array in (params, grads, *state):
                 self.release(array)
 
 
