@@ -95,19 +95,7 @@ class Storage:
         try:
             old.metadata = read_metadata(path / METADATA_FILE)
             old._map_counts(len(old.metadata["parameters"]))
-            under_way, steps = old.counts[_UNDER_WAY], old.counts[_STEPS]
-            if old.metadata["storage"]["clean"]:
-                old._check_counts(old.counts[_ABSENT:])
-            elif after_crash == "raise":
-                raise StorageError(
-                    f"{path}: expected a folder that was closed, got one of a process that ended without: "
-                    f"{_WHAT.get(int(under_way), 'it is damaged')}, {steps} steps were finished, "
-                    f"{old.metadata['steps']} when it was flushed last. Parameters and state may be of different "
-                    'steps; after_crash="use" takes them as they are'
-                )
-            else:
-                # Some of these counts may have reached the disk without the others.
-                old._check_counts(np.minimum(old.counts[_ABSENT:], steps))
+            old._check_content(after_crash)
         except BaseException:
             old._unlock()
             raise
@@ -171,6 +159,21 @@ class Storage:
         nbytes = 8 * (_ABSENT + parameters)
         self._counts_file = MappedFile(self.path / _COUNTS, nbytes, not self.reopened)
         self.counts = self._counts_file.memory[:nbytes].view(np.int64)
+
+    def _check_content(self, after_crash: str) -> None:
+        """Raise StorageError for impossible counts, or after a crash if `after_crash` is "raise"."""
+        under_way, steps, absent = self.counts[_UNDER_WAY], self.counts[_STEPS], self.counts[_ABSENT:]
+        if self.metadata["storage"]["clean"]:
+            self._check_counts(absent)
+        elif after_crash == "raise":
+            raise StorageError(
+                f"{self.path}: expected a folder that was closed, got one of a process that ended without: "
+                f"{_WHAT.get(int(under_way), 'it is damaged')}, {steps} steps were finished, "
+                f"{self.metadata['steps']} when it was flushed last. Parameters and state may be of different "
+                'steps; after_crash="use" takes them as they are'
+            )
+        else:
+            self._check_counts(np.minimum(absent, steps))  # some counts may have reached the disk without others
 
     def _check_counts(self, absent: NDArray[np.int64]) -> None:
         """Raise StorageError for impossible counts."""

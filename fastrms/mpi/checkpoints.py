@@ -184,7 +184,7 @@ def _on_first(ranks: Communicator, act: Callable[[], None]) -> None:
     try:
         if ranks.rank == 0:
             act()
-    except BaseException as caught:  # Ctrl-C and sys.exit() too, since the other ranks wait
+    except BaseException as caught:  # Ctrl-C and sys.exit() too, because the other ranks wait
         error = caught
     ranks.broadcast_error(error)
 
@@ -234,9 +234,10 @@ def _distribute(opt: Unsharded, whole: RMSProp | None) -> None:
     """Copy parameters, state, options and counts of an `RMSProp` on rank 0 to all ranks."""
     sent = None
     if whole is not None:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in whole.param_groups]
-        for options in groups:
-            options["lr"] = None if callable(options["lr"]) else options["lr"]
+        groups = [
+            {name: None if callable(value) else value for name, value in group.items() if name != "params"}
+            for group in whole.param_groups
+        ]
         numbers = (whole.global_clip_norm, whole.nonfinite, whole.backend.state.counts)
         sent = groups, numbers, _state_of(whole)
         for mine, theirs in zip(opt.buffers["params"].segments, whole.buffers["params"].segments, strict=True):

@@ -72,9 +72,9 @@ class Communicator:
     # Meet, and end together.
 
     def prepare_meet(self, length: int) -> NDArray[np.float64]:
-        """Return the message that `meet` exchanges, with this number of numbers. All ranks call it once, together.
+        """Return the message that `meet` exchanges, an array of this length. All ranks call it once, together.
 
-        The length is the same on all ranks and for all calls. So ranks in different calls can compare them.
+        The length is the same on all ranks and for all calls. So ranks in different calls can compare their messages.
         """
         self._message = np.zeros(length)
         self._meeting: MPI.Prequest | None = None
