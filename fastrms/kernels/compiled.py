@@ -71,8 +71,8 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def entry_point(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     """Return the form of a `jit` function for arguments of these types, compiled if need be.
 
-    Call it with these types only, and with contiguous, writable arrays: it does not check types, which takes half of the
-    time of a call with ten arguments. With the JIT off the form is the function.
+    Call it with these types only, and with contiguous, writable arrays. It does not check types, which takes half of
+    the time of a call with ten arguments. With the JIT off the form is the function.
     """
     if not isinstance(function, Dispatcher):
         return function
