@@ -55,7 +55,7 @@ def optimizer(**options):
 
 def saves_alone():
     """Only rank 0 saves, and the others are through."""
-    opt = optimizer(timeout=0.5)
+    opt = optimizer(timeout=2)
     opt.step([np.ones(50)])
     if FIRST:
         opt.save("run.npz")
@@ -71,7 +71,7 @@ def saves_alone_while_others_step():
 
 def fewer_steps():
     """The last rank has fewer batches, and ends its program."""
-    opt = optimizer(timeout=0.5)
+    opt = optimizer(timeout=2)
     for _ in range(2 if LAST else 3):
         opt.step([np.ones(50)])
 
@@ -88,7 +88,7 @@ def fewer_steps_and_busy():
 
 def raised_and_caught():
     """One rank leaves out a step after an error of its own program."""
-    opt = optimizer(timeout=0.5)
+    opt = optimizer(timeout=2)
     for k in range(3):
         try:
             if LAST and k == 1:
@@ -100,7 +100,7 @@ def raised_and_caught():
 
 def handed_over():
     """One rank is through when the others have handed gradients over, whose reductions have begun."""
-    opt = optimizer(timeout=0.5)
+    opt = optimizer(timeout=2)
     if not LAST:
         opt.ready(0, np.ones(50))
         opt.step()
@@ -108,7 +108,7 @@ def handed_over():
 
 def made_alone():
     if FIRST:
-        optimizer(timeout=0.5)
+        optimizer(timeout=2)
 
 
 def loaded_alone():
@@ -121,7 +121,7 @@ def loaded_alone():
 
 def crossed():
     """Two optimizers, which step in another order on one rank."""
-    pair = [optimizer(timeout=0.5), optimizer(timeout=0.5)]
+    pair = [optimizer(timeout=2), optimizer(timeout=0.5)]
     for opt in reversed(pair) if LAST else pair:
         opt.step([np.ones(50)])
 
