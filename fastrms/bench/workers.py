@@ -27,8 +27,8 @@ from fastrms.bench.problem import Problem, Runner, check
 
 __all__ = ["SETTLE_FROM", "LocalWorker", "RemoteWorker", "Worker", "first_line", "settle"]
 
-# "auto" tries kernels from this many elements on, after 2 s of training, for 0.2 s or some tens of steps.
-SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS = 65_536, 2.4, 64
+# "auto" tries variants from this many elements on, after 2 s of training, for 0.4 s or some hundred steps.
+SETTLE_FROM, SETTLE_SECONDS, SETTLE_STEPS = 65_536, 3.0, 128
 
 # Seconds of warm-up in each turn.
 WARM_SECONDS = 0.02
