@@ -121,7 +121,7 @@ def loaded_alone():
 
 def crossed():
     """Two optimizers, which step in another order on one rank."""
-    pair = [optimizer(timeout=2), optimizer(timeout=0.5)]
+    pair = [optimizer(timeout=2), optimizer(timeout=2)]
     for opt in reversed(pair) if LAST else pair:
         opt.step([np.ones(50)])
 
