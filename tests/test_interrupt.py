@@ -94,13 +94,11 @@ def ways(opt, gradients):
 @pytest.mark.skipif(not JIT, reason="compiled code cannot be interrupted, the interpreter's can")
 @pytest.mark.parametrize("steady", [False, True])
 @pytest.mark.parametrize("way", ["list", "cast", "none", "buffer"])
+@pytest.mark.parametrize("kernel", ["serial", "parallel", "auto"])
 @pytest.mark.parametrize(
-    ("kernel", "options"),
-    [
-        ("serial", {}), ("parallel", {}), ("auto", {}), ("parallel", {"num_threads": 1}),
-        ("serial", {"momentum": 0.9, "nonfinite": "raise"}),
-        ("parallel", {"clip_norm": 1.0, "centered": True, "bias_correction": True}),
-    ],
+    "options",
+    [{}, {"momentum": 0.9, "nonfinite": "raise"}, {"clip_norm": 1.0, "centered": True, "bias_correction": True},
+     {"num_threads": 1}],
     ids=str,
 )  # fmt: skip
 def test_ctrl_c_at_every_line_of_a_step(options, kernel, way, steady, rng):

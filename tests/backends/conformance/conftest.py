@@ -1,13 +1,16 @@
 """Each test here runs with every backend. The processes that some backends need are started once, for all their tests.
 
 In such a process, on each rank, the selected tests run as elsewhere, and their outcomes are written to a file. Here a
-test has the outcome that it had there.
+test has the outcome that it had there. The processes start as soon as the tests are selected, and run beside all other
+tests: the simulator of CUDA takes a minute, for which a test would only wait.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -43,7 +46,7 @@ def pytest_pyfunc_call(pyfuncitem):
         pytest.importorskip("mpi4py")
         if mpiexec(2) is None:
             pytest.skip("there is no mpiexec")
-    printed, *ranks = outcomes(pyfuncitem.session, name)
+    printed, *ranks = outcomes(folder_of(pyfuncitem.session, name), name)
     for rank, found in enumerate(ranks):
         outcome, text = found.get(pyfuncitem.nodeid, ("missing", f"no outcome on rank {rank}, with\n{printed}"))
         if outcome == "skipped":
@@ -53,37 +56,42 @@ def pytest_pyfunc_call(pyfuncitem):
     return True
 
 
-def outcomes(session, name, started={}):  # noqa: B006 - once in each process
-    """Return what the processes of a backend printed, and for each rank the outcomes by test.
-
-    The first of the workers of pytest-xdist starts the processes, and the others wait for it.
-    """
-    if name not in started:
-        folder = session.config._tmp_path_factory.getbasetemp()
-        if hasattr(session.config, "workerinput"):
-            folder = folder.parent
-        folder = folder / f"backend-{name}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            end = time.monotonic() + SECONDS
-            while not (folder / "printed").exists():
-                assert time.monotonic() < end, f"no outcomes of {name} after {SECONDS} s"
-                time.sleep(0.1)
-        else:
-            run(session, name, folder)
-        reports = [folder / f"report-{rank}" for rank in range(BACKENDS[name].processes)]
-        started[name] = [(folder / "printed").read_text(), *map(read, reports)]
-    return started[name]
+def is_elsewhere(item):
+    return (
+        hasattr(item, "callspec") and "backend" in item.callspec.params and elsewhere(item.callspec.params["backend"])
+    )
 
 
-def run(session, name, folder):
-    backend = BACKENDS[name]
-    tests = [
-        item.nodeid
-        for item in session.items
-        if hasattr(item, "callspec") and item.callspec.params.get("backend") == name
-    ]
+def pytest_collection_modifyitems(items):
+    items.sort(key=is_elsewhere)  # last, when their outcomes are there
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly or STARTED_FOR:
+        return
+    for name in filter(elsewhere, BACKENDS):
+        tests = [
+            item.nodeid
+            for item in session.items
+            if hasattr(item, "callspec") and item.callspec.params.get("backend") == name
+        ]
+        if tests and (BACKENDS[name].processes == 1 or mpiexec(2) is not None):
+            start(session, name, tests)
+
+
+def folder_of(session, name):
+    """Return the folder of a backend's outcomes, the same in all workers of pytest-xdist."""
+    folder = session.config._tmp_path_factory.getbasetemp()
+    return (folder.parent if hasattr(session.config, "workerinput") else folder) / f"backend-{name}"
+
+
+def start(session, name, tests):
+    """Start the processes of a backend, unless another worker of pytest-xdist has done so."""
+    folder, backend = folder_of(session, name), BACKENDS[name]
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *backend.arguments, *tests]
     if backend.processes > 1:
         command = [*mpiexec(backend.processes), *command]
@@ -94,14 +102,29 @@ def run(session, name, folder):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     with open(folder / "output", "wb") as output:
-        try:
-            subprocess.run(
-                command, env=environment, cwd=session.config.rootpath, stdout=output, stderr=subprocess.STDOUT,
-                timeout=SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            output.write(f"\nno end after {SECONDS} s".encode())
-    (folder / "output").rename(folder / "printed")
+        process = subprocess.Popen(
+            command, env=environment, cwd=session.config.rootpath, stdout=output, stderr=subprocess.STDOUT
+        )
+    session.config.add_cleanup(lambda: stop(process))
+    threading.Thread(target=lambda: (process.wait(), (folder / "ended").touch()), daemon=True).start()
+
+
+def stop(process):
+    """End processes that nobody waits for any more, as after Ctrl-C or with -x."""
+    process.terminate()
+    process.wait()
+
+
+@functools.cache
+def outcomes(folder, name):
+    """Return what the processes of a backend printed, and for each rank the outcomes by test."""
+    end = time.monotonic() + SECONDS
+    while not (folder / "ended").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    printed = (folder / "output").read_text()
+    if not (folder / "ended").exists():
+        printed += f"\nno end after {SECONDS} s"
+    return printed, *(read(folder / f"report-{rank}") for rank in range(BACKENDS[name].processes))
 
 
 def read(path):
