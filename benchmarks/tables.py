@@ -295,7 +295,7 @@ def summary(runs: Sequence[Results]) -> str:
                 mine = [row for row in rows if (row["network"], row["kernel"]) == (base["network"], "auto")]
                 faster = [f"{format_seconds(row['step_seconds'])} ({row['times_faster']:.2f}×)" for row in mine]
                 body.append([run.processor, base["network"], format_seconds(base["step_seconds"]), *faster])
-    header = ["", "a training step of", "NumPy reference", "fastrms, `step(list)`", "fastrms, gradients in `opt.grads`"]
+    header = ["processor", "layers of the network", "NumPy reference", "`opt.step(list)`", "`opt.step()`"]
     return markdown(header, body)
 
 

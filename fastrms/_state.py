@@ -24,7 +24,7 @@ STATE_OPTIONS = {"momentum_buffer": "momentum", "grad_avg": "centered"}
 
 
 def optional_state(groups: Iterable[Options]) -> list[str]:
-    """Return the names of the state buffers, beside the cache, that groups with these options need."""
+    """Return the names of the buffers that these groups need: of "momentum_buffer" and "grad_avg"."""
     groups = list(groups)
     return [name for name, option in STATE_OPTIONS.items() if any(group[option] for group in groups)]
 

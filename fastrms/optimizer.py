@@ -76,8 +76,8 @@ class RMSProp(Persistent[P]):
         the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
     kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
         Kernel of the update. All give the same bits. "auto" begins with serial. With many parameters it tries parallel
-        after some seconds, and keeps the kernel with the faster training steps (`explain` says which). "cuda" keeps
-        all buffers on a GPU.
+        and prefetching after some seconds, and keeps what makes training steps fastest (`explain` says which). "cuda"
+        keeps all buffers on a GPU.
     num_threads : int or None, default None
         Threads of the parallel kernel, at most Numba's number of threads; None for all.
     cache_dtype : {"bfloat16"} or None, default None
