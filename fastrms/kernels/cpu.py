@@ -41,9 +41,9 @@ BLOCK = 4096
 
 # A processor fetches memory ahead by itself, but not beyond a page of 4 KiB. So the loop can ask, ahead of each strip
 # of 8 cache lines, for the lines of each array that come `LINES_AHEAD` later. Whether this helps depends on the
-# processor: a step over 5e7 float32 takes 12 % less time on an Intel Xeon (Skylake), and up to 50 % more on an AMD EPYC
-# (Zen 4). Hence the caller decides, and `backends.tuner` measures. On the Xeon 24 to 48 lines are much the same; strips
-# of 16 gain half, and so do requests array by array instead of line by line.
+# processor (benchmarks/prefetch.py): a step over 5e7 float32 took 12 % less time on an Intel Xeon (Skylake), and up to
+# 50 % more on an AMD EPYC (Zen 4). Hence the caller decides, and `backends.tuner` measures. On the Xeon 24 to 48 lines
+# are much the same; strips of 16 gain half, and so do requests array by array instead of line by line.
 STRIP_LINES, LINES_AHEAD = 8, 48
 
 
