@@ -157,12 +157,18 @@ def case_of(row: StepRow) -> tuple[int, str, str]:
     return row["arrays"], row["shape"], row["dtype"]
 
 
+def cases_of(rows: Sequence[StepRow]) -> list[tuple[int, str, str]]:
+    """The cases of rows, by dtype and size."""
+    sizes = {case_of(row): (row["dtype"], row["params"]) for row in rows}
+    return sorted(sizes, key=lambda case: sizes[case])
+
+
 def steps(run: Results, dtype: str, many: bool = False) -> str:
     """Times of a step: a row for each way, a column for each case; bold where a way beats ours."""
     rows = [row for row in run.steps if row["dtype"] == dtype and (row["arrays"] > 1) == many]
     if not rows:
         return ""
-    cases = list(dict.fromkeys(map(case_of, rows)))
+    cases = cases_of(rows)
     found = {(row["label"], row["threads"], case_of(row)): row for row in rows}
     body = []
     for label, threads in dict.fromkeys((row["label"], row["threads"]) for row in rows):
@@ -193,7 +199,7 @@ def beaten(row: StepRow, rows: Sequence[StepRow]) -> list[StepRow]:
 def limit(run: Results) -> str:
     """Percent of the machine's limit, and the bound that makes it."""
     rows = [row for row in run.steps if row["kernel"] != "limit" and row["arrays"] == 1]
-    cases = list(dict.fromkeys(map(case_of, rows)))
+    cases = cases_of(rows)
     if not rows:
         return ""
     bounds = {case_of(row): row["bound"] for row in rows if row["kernel"] in ("auto", "parallel")}
@@ -212,9 +218,8 @@ def against_naive(runs: Sequence[Results]) -> str:
         for run in runs if any(row["kernel"] == "naive" for row in run.steps)
         for kernel, theirs in pairs.items() for ours in (kernel, f"{kernel}-list")
     ]  # fmt: skip
-    cases = dict.fromkeys(case_of(row) for run, *_ in columns for row in run.steps if row["arrays"] == 1)
     body = []
-    for _, shape, dtype in cases:
+    for _, shape, dtype in cases_of([row for run, *_ in columns for row in run.steps if row["arrays"] == 1]):
         case = Case(1, (int(shape),), dtype)
         values = [targets.faster(case, ours, theirs)(run) for run, ours, theirs, _ in columns]
         body.append([f"{int(shape):,} {dtype}", *("–" if value is None else f"{value:.2f}×" for value in values)])

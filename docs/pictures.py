@@ -279,7 +279,7 @@ def throughput() -> Figure:
         for label, *times in rows:
             kernel = "limit" if label.startswith("limit") else WAYS.get(label)
             for size, time in zip(heading[1:], times, strict=True):
-                if kernel is not None and time[-1] == "%":  # not a dash
+                if kernel is not None and "%" in time:  # not a dash
                     params = int(size.replace(",", ""))
                     speed = params / _seconds(time) / 1e9
                     threads = re.search(r"(\d+) thread", label)
