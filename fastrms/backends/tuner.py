@@ -5,9 +5,10 @@ optimizer begins its step, and the threads of its OpenMP region still spin when 
 other, and the optimizer's own time has only the first cost. Matrix products also push the optimizer's arrays out of the
 caches, so prefetching may gain in training and lose elsewhere, depending on the processor. So "auto" measures the time
 from the end of one step to the end of the next with each variant, and keeps the fastest one. Before that it uses the
-plain serial loop. No bit depends on the variant.
+plain serial loop. ``FASTRMS_TUNE=0`` in the environment turns the trials off. No bit depends on the variant.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -40,8 +41,9 @@ def variants(largest: int, num_threads: int) -> list[str]:
 
     `largest` is the number of elements of the largest run, and `num_threads` belongs to the parallel kernel.
     """
-    parallel = largest >= TRY_PARALLEL_FROM and num_threads > 1 and threads.threads_work()
-    prefetching = largest >= TRY_PREFETCHING_FROM and COMPILED
+    tunes = os.environ.get("FASTRMS_TUNE", "1") != "0"
+    parallel = tunes and largest >= TRY_PARALLEL_FROM and num_threads > 1 and threads.threads_work()
+    prefetching = tunes and largest >= TRY_PREFETCHING_FROM and COMPILED
     return [
         name
         for name, (kernel, lines_ahead) in VARIANTS.items()
@@ -164,6 +166,8 @@ def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> st
         return f"{kernel}, as asked for"
     if tuner is not None and size >= TRY_PARALLEL_FROM:
         return f"{tuner.variant}; {tuner.reason}"
+    if os.environ.get("FASTRMS_TUNE") == "0":
+        return "serial; FASTRMS_TUNE is 0 in the environment"
     if num_threads > 1:
         return f"serial; {TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
     return "serial; there is one thread"

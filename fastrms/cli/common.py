@@ -71,9 +71,9 @@ def load_numba() -> None:
     if wrong := [each for each in features.split(",") if each.strip() and each.strip()[0] not in "+-"]:
         # LLVM would end the process.
         raise CommandError(f"NUMBA_CPU_FEATURES: expected names that begin with + or -, got {wrong[0]!r}")
-    zero_copy = os.environ.get("FASTRMS_ZERO_COPY", "1")
-    if zero_copy not in ("0", "1"):
-        raise CommandError(f"FASTRMS_ZERO_COPY: expected 0 or 1, got {zero_copy!r}")
+    for name in ("FASTRMS_ZERO_COPY", "FASTRMS_TUNE"):
+        if (value := os.environ.get(name, "1")) not in ("0", "1"):
+            raise CommandError(f"{name}: expected 0 or 1, got {value!r}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         try:

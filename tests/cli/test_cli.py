@@ -294,6 +294,7 @@ def test_closed_streams(tmp_path):
         ("NUMBA_CPU_FEATURES", "avx", ": error: NUMBA_CPU_FEATURES: expected names that begin with + or -, got 'avx'"),
         ("NUMBA_THREADING_LAYER", "rust", " info: error: Numba's threads cannot be started: The threading layer"),
         ("FASTRMS_ZERO_COPY", "off", ": error: FASTRMS_ZERO_COPY: expected 0 or 1, got 'off'"),
+        ("FASTRMS_TUNE", "", ": error: FASTRMS_TUNE: expected 0 or 1, got ''"),
         ("MPLBACKEND", "paper", " path: error: matplotlib cannot be imported (MPLBACKEND=paper): "),
         ("MPLBACKEND", "paper", " demo: error: matplotlib cannot be imported (MPLBACKEND=paper): "),
     ],

@@ -119,13 +119,14 @@ def test_information_for_files_holds_no_path(monkeypatch):
     assert about["numba_threads"] == numba.config.NUMBA_NUM_THREADS
 
 
-def test_zero_copy_switched_off_and_no_extra_needed():
+def test_tuner_and_zero_copy_switched_off_and_no_extra_needed():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['rich', 'matplotlib', 'sklearn'])); "
         f"from fastrms.cli import main; sys.exit(main({SHORT}))"
     )
-    environment = os.environ | {"FASTRMS_ZERO_COPY": "0"}
+    environment = os.environ | {"FASTRMS_ZERO_COPY": "0", "FASTRMS_TUNE": "0"}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "step(list) copies every gradient (FASTRMS_ZERO_COPY=0)" in done.stdout
+    assert "arrays: serial; FASTRMS_TUNE is 0 in the environment" in done.stdout
