@@ -103,9 +103,9 @@ class HostBackend(Backend):
         # The calls of steady steps, by (whether gradients are read in place, variant). A step in progress writes its
         # calls to the dict that it began with, so calls from old options never get into the new dict.
         self._steady_calls: dict[tuple[bool, str], list[Call]] = {}
-        alone = len(self._runs) == 1 and self._runs[0].from_table and self._ranks is None and self._tuner is None
-        if alone and self.state.kernel in ("auto", "serial") and self.state.nonfinite == "propagate":
-            self.at_once = AtOnce(self.state.counts, self._watched_params, self._watched_grads)
+        one_call = len(self._runs) == 1 and self._runs[0].from_table and self._ranks is None
+        if one_call and self.state.kernel != "numpy" and self.state.nonfinite == "propagate" and not self.thread_limit:
+            self.at_once = AtOnce(self._watched_params, self._watched_grads, self.turns, self.state, self._tuner)
         else:
             self.at_once = None
         self.state.counts.admit(0)
@@ -168,9 +168,7 @@ class HostBackend(Backend):
             rates = self.rates()
             variant = self.variant
             for run in self._runs:
-                run.point_to(addresses)
-                if self._variant_of(run, variant).kernel != "serial":  # the serial kernel copies by itself
-                    run.copy_small()
+                run.point_to(addresses)  # the kernels copy small gradients
             self.take(IN_PLACE if present is None else Located(True, present), rates, variant)
 
     def take(self, located: Located, rates: list[float] | None, variant: str, items: Items | None = None) -> None:
@@ -259,7 +257,7 @@ class HostBackend(Backend):
         if steady:
             steady_calls[located.in_place, variant] = calls
             if at_once is not None:
-                at_once.add(located.in_place, calls[0])
+                at_once.add(located.in_place, variant, calls[0])
         return calls, norms
 
     def _variant_of(self, run: HostRun, variant: str) -> Variant:

@@ -18,8 +18,8 @@ from fastrms.kernels.norms import SpanNorms, combine, scale_to
 from fastrms.options import ParamGroup, resolve_lr
 
 __all__ = [
-    "IN_BUFFER", "IN_PLACE", "HostRun", "Located", "Run", "Variant", "clip_scales", "find_nonfinite", "make_plan",
-    "rate_of", "split_runs",
+    "FROM_TABLE", "IN_BUFFER", "IN_PLACE", "HostRun", "Located", "Run", "Variant", "clip_scales", "find_nonfinite",
+    "make_plan", "rate_of", "split_runs",
 ]  # fmt: skip
 
 
@@ -34,6 +34,9 @@ class Located(NamedTuple):
 
 
 IN_BUFFER, IN_PLACE = Located(False, None), Located(True, None)
+
+# The kernels that read their arguments from a table (`cpu.TABLE`), and can find the gradients in a tuple.
+FROM_TABLE: dict[str, Update] = {"serial": cpu.serial_from, "parallel": cpu.parallel_from}
 
 
 class Variant(NamedTuple):
@@ -96,7 +99,7 @@ class HostRun(Run):
         for row, number, shape in zip(self._shapes, numbers, shapes, strict=True):
             row[:2], row[2 : 2 + len(shape)] = (number, len(shape)), shape
         self._memory = memory
-        # Whether calls of the serial kernel are calls of `cpu.serial_from`.
+        # Whether calls of compiled kernels are calls of `FROM_TABLE`.
         self.from_table = not memory.in_parts and pointers.available()
         # Copying small gradients and updating them as one span is faster than many spans, if the copy is in memory.
         self._copies = self.size < pointers.GATHER_BELOW * len(shapes) and not memory.in_parts
@@ -137,17 +140,17 @@ class HostRun(Run):
             entry = self._entry_points[kernel] = entry_point(kernel, *arguments)
         return entry
 
-    def _serial_from(self, table: NDArray[Any], items: int = 0) -> Call:
-        """Return a call of `cpu.serial_from`."""
+    def _from(self, kernel: str, table: NDArray[Any], items: int = 0) -> Call:
+        """Return a call of a function in `FROM_TABLE`."""
         arguments = (table, *self._from_table, items)
-        return (self._entry_point(cpu.serial_from, *arguments), *arguments)
+        return (self._entry_point(FROM_TABLE[kernel], *arguments), *arguments)
 
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
         `items` is the address of the items of a tuple with all gradients.
         """
-        serial_from, *arguments = self._serial_from(self._no_update, items)
+        serial_from, *arguments = self._from("serial", self._no_update, items)
         return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
@@ -158,7 +161,7 @@ class HostRun(Run):
     def copy_small(self) -> None:
         """Copy located gradients to the gradient buffer, if they are small."""
         if self._copies:
-            serial_from, *arguments = self._serial_from(self._only_copy)
+            serial_from, *arguments = self._from("serial", self._only_copy)
             serial_from(*arguments)
 
     def point_to_buffer(self) -> None:
@@ -211,18 +214,19 @@ class HostRun(Run):
 
     def call(self, kernel: str, arguments: Call, in_place: bool) -> Call:
         """Return the call of a kernel with the arguments from `arguments`."""
-        if self.from_table and kernel == "serial":  # through `serial_from`: most programs compile one function only
+        if kernel == "parallel":
+            threads.start_threads()  # before Numba does so, as it loads the kernel
+        if self.from_table and kernel in FROM_TABLE:  # most programs compile one function only
             *_, spans, factors, extended, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
             row["extended"], row["lines_ahead"], row["copies"] = extended, lines_ahead, in_place and self._copies
             self._kept = spans, factors  # the table has only their addresses
-            return self._serial_from(table)
-        if kernel == "parallel":
-            threads.start_threads()  # before Numba does so, as it loads the kernel
-        update = self._entry_point(kernels.UPDATES[kernel], *arguments)
-        return (threads.one_at_a_time(update) if kernel == "parallel" else update, *arguments)
+            update, *rest = self._from(kernel, table)
+        else:
+            update, *rest = self._entry_point(kernels.UPDATES[kernel], *arguments), *arguments
+        return (threads.one_at_a_time(update) if kernel == "parallel" else update, *rest)
 
 
 def make_plan(

@@ -21,7 +21,7 @@ from fastrms.bench.problem import Problem, Runner
 from fastrms.kernels import threads
 from fastrms.kernels.access import prefetch
 from fastrms.kernels.compiled import inner, jit
-from fastrms.kernels.cpu import block_size
+from fastrms.kernels.cpu import share
 
 __all__ = [
     "FETCHES", "divide_parallel", "divide_serial", "divider", "divider_speedup", "memory", "touch_parallel",
@@ -75,9 +75,9 @@ def touch_serial(params: Array, grads: Array, cache: Array, half: Scalar, strip_
 @jit(parallel=True)
 def touch_parallel(params: Array, grads: Array, cache: Array, half: Scalar, strip_lines: int, lines_ahead: int) -> None:
     """Do the same on all threads of Numba."""
-    size = block_size(params.size)
-    for block in numba.prange((params.size + size - 1) // size):
-        low = block * size
+    size = share(params.size)
+    for k in numba.prange((params.size + size - 1) // size):
+        low = k * size
         high = min(low + size, params.size)
         _touch_in_strips(params[low:high], grads[low:high], cache[low:high], half, strip_lines, lines_ahead)
 

@@ -4,7 +4,7 @@ Every kernel has the signature of `reference.update` and gives the same bits. `f
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from fastrms._checks import HOST_KERNELS, check_one_of
 from fastrms._types import HostKernel
@@ -13,7 +13,7 @@ from fastrms.kernels import cpu, reference
 
 __all__ = ["UPDATES", "Update", "check_cuda_kernel", "check_host_kernel"]
 
-Update: TypeAlias = Callable[..., None]
+Update: TypeAlias = Callable[..., Any]
 
 UPDATES: dict[str, Update] = {"numpy": reference.update, "serial": cpu.serial, "parallel": cpu.parallel}
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray
@@ -11,8 +12,8 @@ from numba.extending import intrinsic, overload
 from fastrms.kernels.compiled import inner, inner_options
 
 __all__ = [
-    "array_at", "call_c", "gradient_part", "int32_at", "int64_at", "integers_at", "load_state", "prefetch",
-    "state_part", "store_state",
+    "array_at", "call_c", "gradient_part", "int32_at", "int64_at", "integers_at", "load_state", "num_threads",
+    "prefetch", "state_part", "store_state",
 ]  # fmt: skip
 
 # A state array has the parameters' dtype, or is uint16 with bfloat16 numbers, or is None. The compiler chooses the
@@ -78,6 +79,14 @@ def prefetch(array: Any, i: int) -> None:
 
     The interpreter ignores this hint.
     """
+
+
+def num_threads() -> int:
+    """Return the number of threads of the next parallel loop.
+
+    ``numba.get_num_threads`` would keep compiled code from being cached. Start Numba's threads before.
+    """
+    return numba.get_num_threads()
 
 
 def _form(state, for_nothing, for_bfloat16, for_numbers):
@@ -147,6 +156,21 @@ def _prefetch_line(typingctx, array, i):
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
+
+
+@overload(num_threads, jit_options=inner_options)
+def _typed_num_threads():
+    return lambda: _num_threads()
+
+
+@intrinsic
+def _num_threads(typingctx):
+    """Emit a call of Numba's own function, which each parallel loop calls too."""
+
+    def codegen(context, builder, signature, arguments):
+        return call_c(builder, "get_num_threads", ir.IntType(types.intp.bitwidth))
+
+    return types.intp(), codegen
 
 
 @inner

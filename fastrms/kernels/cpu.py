@@ -16,6 +16,7 @@ from fastrms.kernels.access import (
     int64_at,
     integers_at,
     load_state,
+    num_threads,
     prefetch,
     state_part,
     store_state,
@@ -24,8 +25,8 @@ from fastrms.kernels.compiled import inner, inner_options, jit
 from fastrms.kernels.rule import rule
 
 __all__ = [
-    "BLOCK", "COMPILED", "FOUND", "FOUND_SOME", "LINES_AHEAD", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "block_size",
-    "parallel", "serial", "serial_from",
+    "COMPILED", "FOUND", "FOUND_SOME", "LINES_AHEAD", "MIN_SHARE", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "parallel",
+    "parallel_from", "serial", "serial_from", "share",
 ]  # fmt: skip
 
 # Whether these functions are compiled. The interpreter ignores prefetching.
@@ -34,10 +35,8 @@ COMPILED = not numba.config.DISABLE_JIT
 # The results of `serial_from` if all arrays are as expected, if some are None, and if the ticket is not admitted.
 FOUND, FOUND_SOME, NOT_ADMITTED = -1, -2, -3
 
-# About the fewest elements in one work item of a parallel loop: small enough to share 1e5 elements evenly, large enough
-# that finding its spans (some 30 ns) does not show. Large arrays have 256 work items: with 4,096 elements each, a step
-# over 5e7 took 22.1 ms instead of 21.0. Multiples of a cache line, so that threads never write to the same one.
-BLOCK = 4096
+# The fewest elements of a thread in a parallel loop: a thread takes longer to wake up than to update these.
+MIN_SHARE = 1024
 
 # A processor fetches memory ahead by itself, but not beyond a page of 4 KiB. So the loop can ask, ahead of each strip
 # of 8 cache lines, for the lines of each array that come `LINES_AHEAD` later. Whether this helps depends on the
@@ -187,11 +186,11 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
 
 
 @inner
-def block_size(size):
-    """Return the number of elements of a work item of a parallel loop over `size` elements."""
-    # A multiple of 16 work items, so that usual numbers of threads have as many each: 25 for 1e5 took 3 % longer.
-    blocks = min(256, (size // BLOCK + 16) // 16 * 16)
-    return max(1024, (size // blocks + 64) // 64 * 64)
+def share(size):
+    """Return the number of elements of each thread in a parallel loop over `size` elements."""
+    threads = num_threads()
+    # Multiples of a cache line in all dtypes, so that two threads never write to the same line.
+    return max(MIN_SHARE, ((size + threads - 1) // threads + 63) // 64 * 64)
 
 
 @jit()
@@ -199,6 +198,41 @@ def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factor
     """Update `params` and the state in place on the calling thread. Arguments as for `reference.update`."""
     _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
                     lines_ahead)  # fmt: skip
+
+
+@inner
+def _prepare(t, hyper, items):
+    """Find the gradients of a step and copy small ones; return the status of `serial_from`."""
+    if t.control_at != 0 and integers_at(t.control_at, 2)[1] != t.ticket:
+        return NOT_ADMITTED
+    sources = integers_at(t.sources_at, (t.source_count, 3))
+    if items != 0:
+        expected = integers_at(t.expected_at, t.expected_size)
+        shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
+        status = _find(items, expected, shapes, sources)
+        if status != FOUND:
+            return status
+    if t.copies:
+        _gather(sources, array_at(t.grads_at, t.size, hyper))
+    return FOUND
+
+
+@inner
+def _arrays(t, hyper):
+    """Return parameters, gradients, spans and factors of a run."""
+    return (
+        array_at(t.params_at, t.size, hyper),
+        array_at(t.grads_at, t.size, hyper),
+        integers_at(t.spans_at, (t.span_count, 3)),
+        array_at(t.factors_at, (t.span_count, 2), hyper),
+    )
+
+
+@inner
+def _count(t):
+    """Count the step, if it is the call that does."""
+    if t.control_at != 0:
+        integers_at(t.control_at, 2)[0] += 1
 
 
 @jit()
@@ -215,33 +249,35 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
     has its [start, stop) in the run, and its address, which this function writes; 0 for None.
     """
     t = table[0]
-    control = integers_at(t.control_at, 2)
-    if t.control_at != 0 and control[1] != t.ticket:
-        return NOT_ADMITTED
-    grads = array_at(t.grads_at, t.size, hyper)
-    sources = integers_at(t.sources_at, (t.source_count, 3))
-    if items != 0:
-        expected = integers_at(t.expected_at, t.expected_size)
-        shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
-        status = _find(items, expected, shapes, sources)
-        if status != FOUND:
-            return status
-    if t.copies:
-        _gather(sources, grads)
-    _update_between(0, t.size, array_at(t.params_at, t.size, hyper), grads, cache, momentum_buffer, grad_avg, hyper,
-                    integers_at(t.spans_at, (t.span_count, 3)), array_at(t.factors_at, (t.span_count, 2), hyper),
-                    t.extended != 0, t.lines_ahead)  # fmt: skip
-    if t.control_at != 0:
-        control[0] += 1
-    return FOUND
+    status = _prepare(t, hyper, items)
+    if status == FOUND:
+        params, grads, spans, factors = _arrays(t, hyper)
+        _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors,
+                        t.extended != 0, t.lines_ahead)  # fmt: skip
+        _count(t)
+    return status
+
+
+@jit(parallel=True)
+def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, items):
+    """Do the same as `serial_from`, and update as `parallel`."""
+    t = table[0]
+    status = _prepare(t, hyper, items)
+    if status == FOUND:
+        params, grads, spans, factors = _arrays(t, hyper)
+        extended, lines_ahead = t.extended != 0, t.lines_ahead
+        size = share(params.size)
+        for k in numba.prange((params.size + size - 1) // size):
+            _update_between(k * size, min(params.size, (k + 1) * size), params, grads, cache, momentum_buffer, grad_avg,
+                            hyper, spans, factors, extended, lines_ahead)  # fmt: skip
+        _count(t)
+    return status
 
 
 @jit(parallel=True)
 def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended, lines_ahead):
-    """Update as `serial`, block by block on Numba's threads. No bit depends on blocks or threads."""
-    size = block_size(params.size)
-    for block in numba.prange((params.size + size - 1) // size):
-        low = block * size
-        high = min(params.size, low + size)
-        _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
-                        lines_ahead)  # fmt: skip
+    """Update as `serial`, on Numba's threads, each with a share of the elements. No bit depends on their number."""
+    size = share(params.size)
+    for k in numba.prange((params.size + size - 1) // size):
+        _update_between(k * size, min(params.size, (k + 1) * size), params, grads, cache, momentum_buffer, grad_avg,
+                        hyper, spans, factors, extended, lines_ahead)  # fmt: skip

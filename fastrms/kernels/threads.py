@@ -89,7 +89,7 @@ _after_fork: "weakref.WeakKeyDictionary[Any, Callable[[Any], None]]" = weakref.W
 _region = threading.Lock()
 
 
-def one_at_a_time(kernel: Callable[..., None]) -> Callable[..., None]:
+def one_at_a_time(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel with a parallel loop in a form that several threads can call at once.
 
     The workqueue layer ends the process if two threads enter it at once. With this layer threads take turns; with
@@ -99,9 +99,9 @@ def one_at_a_time(kernel: Callable[..., None]) -> Callable[..., None]:
     if _layer() != "workqueue":
         return kernel
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: Any) -> Any:
         with _region:
-            kernel(*arguments)
+            return kernel(*arguments)
 
     return run
 

@@ -1,21 +1,23 @@
 """Steady steps that are one compiled call: when they are taken, when they are not, and what they count."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from helpers import JIT, assert_same_bits, count_calls
 
 from fastrms import RMSProp
+from fastrms.backends import tuner
 from fastrms.kernels import cpu
 
 pytestmark = pytest.mark.skipif(not JIT, reason="the interpreter has no such call")
 
 
-@pytest.fixture
-def opt():
+@pytest.fixture(params=["auto", "parallel"])
+def opt(request):
     """An optimizer whose next step is one call, with gradients of 1 in the buffer."""
-    opt = RMSProp([np.zeros(5), np.zeros((2, 3))], lr=0.1)
+    opt = RMSProp([np.zeros(5), np.zeros((2, 3))], lr=0.1, kernel=request.param)
     opt.step([np.ones(5), np.ones((2, 3))])
     opt.buffers["grads"].flat[:] = 1
     opt.step()
@@ -99,6 +101,10 @@ def test_calls_from_before_a_change_take_no_step_after_it(change, opt):
     assert opt.steps == twin.steps
 
 
+WITHOUT_A_LOCK = pytest.mark.parametrize("opt", ["auto"], indirect=True)
+
+
+@WITHOUT_A_LOCK
 def test_it_waits_while_another_thread_holds_the_optimizer(opt):
     turns, held, done = opt.backend.turns, threading.Event(), threading.Event()
 
@@ -123,6 +129,7 @@ def test_it_waits_while_another_thread_holds_the_optimizer(opt):
     assert takes_one_call(opt)  # the step has admitted it again
 
 
+@WITHOUT_A_LOCK
 def test_it_waits_for_a_step_of_another_thread(opt):
     begun, done = threading.Event(), threading.Event()
 
@@ -145,12 +152,12 @@ def test_it_waits_for_a_step_of_another_thread(opt):
     "make",
     [
         lambda: RMSProp([np.zeros(3)], kernel="numpy"),
-        lambda: RMSProp([np.zeros(3)], kernel="parallel"),
+        lambda: RMSProp([np.zeros(3)], kernel="parallel", num_threads=1),
         lambda: RMSProp([np.zeros(3)], nonfinite="raise"),
         lambda: RMSProp([np.zeros(3), np.zeros(3, np.float32)]),
         lambda: RMSProp([{"params": [np.zeros(3)]}, {"params": [np.zeros(3)]}]),
     ],
-    ids=["numpy", "parallel", "nonfinite", "two dtypes", "two groups"],
+    ids=["numpy", "num_threads", "nonfinite", "two dtypes", "two groups"],
 )
 def test_steps_that_need_more_than_one_call_never_are_one(make):
     opt = make()
@@ -180,3 +187,39 @@ def test_a_ticket_counts_for_its_own_optimizer_only(opt):
 def test_the_call_that_is_not_admitted_returns_a_status_of_its_own():
     assert len({cpu.FOUND, cpu.FOUND_SOME, cpu.NOT_ADMITTED}) == 3
     assert max(cpu.FOUND, cpu.FOUND_SOME, cpu.NOT_ADMITTED) < 0
+
+
+def test_the_tuner_chooses_among_calls_and_learns_of_each():
+    size = tuner.TRY_PARALLEL_FROM
+    opt, twin = RMSProp([np.zeros(size)]), RMSProp([np.zeros(size)], kernel="numpy")
+    chosen, learnt = opt.backend._tuner, []
+    chosen.step_done = lambda: learnt.append(chosen.variant)
+    gradient = np.random.default_rng(0).standard_normal(size)
+    for chosen.variant in ("serial", "parallel", "serial", "parallel"):
+        known = chosen.variant in learnt
+        assert opt.backend.at_once.step([gradient]) == known
+        if not known:
+            opt.step([gradient])
+        twin.step([gradient])
+    assert learnt == ["serial", "parallel", "serial", "parallel"]
+    assert opt.steps == 4
+    assert_same_bits(opt.buffers["params"].flat, twin.buffers["params"].flat)
+
+
+def test_threads_that_step_one_optimizer_take_turns():
+    size, steps = 20_000, 100
+    opt, twin = RMSProp([np.zeros(size)], kernel="parallel"), RMSProp([np.zeros(size)])
+    gradient = np.ones(size)
+    opt.step([gradient])
+
+    def train():
+        for _ in range(steps):
+            opt.step([gradient])
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in pool.map(lambda _: train(), range(3)):
+            pass
+    for _ in range(1 + 3 * steps):
+        twin.step([gradient])
+    assert opt.steps == twin.steps
+    assert_same_bits(opt.buffers["params"].flat, twin.buffers["params"].flat)

@@ -10,7 +10,7 @@ import pytest
 from helpers import JIT
 
 from fastrms import RMSProp
-from fastrms.backends import tuner
+from fastrms.backends import plan, tuner
 from fastrms.backends.tuner import VARIANTS, Tuner
 from fastrms.kernels import UPDATES, cpu, threads
 
@@ -204,13 +204,22 @@ def test_only_auto_with_many_elements_and_threads_is_watched():
         assert one_thread.explain()[0].endswith("; after 2 s of training also tried: serial with prefetching")
 
 
+def test_a_variable_of_the_environment_turns_trials_off(monkeypatch):
+    many = [np.zeros(tuner.TRY_PREFETCHING_FROM)]
+    for value, tries in {"0": False, "1": True}.items():
+        monkeypatch.setenv("FASTRMS_TUNE", value)
+        opt = RMSProp(many)
+        assert (opt.backend._tuner is not None) == tries
+        assert ("FASTRMS_TUNE" in opt.explain()[0]) == (not tries)
+
+
 def test_num_threads_holds_during_the_step_only(monkeypatch):
     seen = []
 
     def note(*arguments):
         seen.append(numba.get_num_threads())
 
-    monkeypatch.setitem(UPDATES, "parallel", note)
+    monkeypatch.setitem(plan.FROM_TABLE if JIT else UPDATES, "parallel", note)
     before = numba.get_num_threads()
     opt = RMSProp([np.zeros(10)], kernel="parallel", num_threads=1)
     opt.step()
@@ -226,7 +235,7 @@ def test_num_threads_is_given_back_after_an_error(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(UPDATES, "parallel", fail)
+    monkeypatch.setitem(plan.FROM_TABLE if JIT else UPDATES, "parallel", fail)
     before = numba.get_num_threads()
     with pytest.raises(KeyboardInterrupt):
         RMSProp([np.zeros(10)], kernel="parallel", num_threads=1).step()

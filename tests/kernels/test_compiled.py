@@ -105,7 +105,7 @@ def test_sixteen_processes_that_start_at_once_on_an_empty_cache(number, tmp_path
     for process in processes:
         output, errors = process.communicate(timeout=300)
         assert (process.returncode, output) == (0, "True\n"), errors
-    assert len(files(tmp_path)) == 8  # serial_from and parallel, four forms each
+    assert len(files(tmp_path)) == 8  # serial_from and parallel_from, four forms each
     assert not list(tmp_path.rglob("*.tmp"))
     # What they left is right too.
     program = """

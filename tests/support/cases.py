@@ -13,7 +13,7 @@ from helpers import JIT, wide
 from fastrms import DtypeError, StructureError
 from fastrms.kernels import cpu, norms
 
-EDGES = sorted({edge * k + d for edge in (cpu.BLOCK, norms.CHUNK) for k in (1, 2, 3) for d in (-1, 0, 1)})
+EDGES = sorted({edge * k + d for edge in (cpu.MIN_SHARE, norms.CHUNK) for k in (1, 2, 3) for d in (-1, 0, 1)})
 
 SIZES = [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, *(EDGES if JIT else EDGES[:3])]
 
