@@ -168,7 +168,7 @@ class HostBackend(Backend):
             rates = self.rates()
             variant = self.variant
             for run in self._runs:
-                run.point_to(addresses)  # the kernels copy small gradients
+                run.point_to(addresses)
             self.take(IN_PLACE if present is None else Located(True, present), rates, variant)
 
     def take(self, located: Located, rates: list[float] | None, variant: str, items: Items | None = None) -> None:
@@ -211,8 +211,6 @@ class HostBackend(Backend):
                 if present is None:
                     present = np.ones(len(self.state.counts.absent), bool)
                 present[run.numbers] = run.located()
-        for run in self._runs:  # in a loop of its own: nothing is written before all gradients are located
-            run.copy_small()
         return IN_PLACE if present is None else Located(True, present)
 
     def _copy(self, items: Items) -> Located:

@@ -130,8 +130,6 @@ class HostRun(Run):
         table["expected_at"], table["expected_size"] = self._expected.ctypes.data, len(self._expected)
         self._no_update = self._table.copy()
         self._no_update["factors_at"], self._no_update["spans_at"] = self._factors.ctypes.data, self._spans.ctypes.data
-        self._only_copy = self._no_update.copy()
-        self._only_copy["copies"] = 1
 
     def _entry_point(self, kernel: Update, *arguments: Any) -> Update:
         """Return the compiled function of a kernel for arguments of this run. Their types never change."""
@@ -150,19 +148,14 @@ class HostRun(Run):
 
         `items` is the address of the items of a tuple with all gradients.
         """
+        self._whole[:, 2] = 0
         serial_from, *arguments = self._from("serial", self._no_update, items)
         return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
-        """Return for each parameter whether `locate` found a gradient, and not None. Call it before `copy_small`."""
+        """Return for each parameter whether `locate` found a gradient, and not None."""
         located: NDArray[np.bool_] = self._spans[:, 2] != 0
         return located
-
-    def copy_small(self) -> None:
-        """Copy located gradients to the gradient buffer, if they are small."""
-        if self._copies:
-            serial_from, *arguments = self._from("serial", self._only_copy)
-            serial_from(*arguments)
 
     def point_to_buffer(self) -> None:
         """Read gradients from the gradient buffer in the next calls."""
@@ -220,8 +213,9 @@ class HostRun(Run):
             *_, spans, factors, extended, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
+            copies = in_place and spans is self._whole  # otherwise each is read where it is
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
-            row["extended"], row["lines_ahead"], row["copies"] = extended, lines_ahead, in_place and self._copies
+            row["extended"], row["lines_ahead"], row["copies"] = extended, lines_ahead, copies
             self._kept = spans, factors  # the table has only their addresses
             update, *rest = self._from(kernel, table)
         else:

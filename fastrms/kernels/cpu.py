@@ -54,7 +54,7 @@ TABLE = np.dtype([
     ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 3)
     ("factors_at", np.int64),  # shape (span_count, 2)
     ("extended", np.int64), ("lines_ahead", np.int64),
-    ("copies", np.int64),  # whether located gradients are copied to the gradient buffer
+    ("copies", np.int64),  # whether gradients with addresses are copied to the gradient buffer first
     ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 3): the spans of all gradients
     ("shapes_at", np.int64), ("shape_columns", np.int64),  # int64, shape (source_count, shape_columns)
     ("expected_at", np.int64), ("expected_size", np.int64),  # int64, shape (expected_size,)
@@ -97,16 +97,33 @@ def _find(items, expected, shapes, sources):
 
 
 @inner
-def _gather(sources, grads):
-    """Copy each array with an address to its place in the gradient buffer, and set the address to 0."""
-    for k in range(sources.shape[0]):
+def _first_from(spans, low):
+    """Return the number of the first span that ends after element `low`. Spans are sorted and disjoint."""
+    # (np.searchsorted would add a quarter to the time that compiling takes.)
+    first = 0
+    last = spans.shape[0]
+    while first < last:
+        middle = (first + last) // 2
+        if spans[middle, 1] <= low:
+            first = middle + 1
+        else:
+            last = middle
+    return first
+
+
+@inner
+def _gather(low, high, sources, grads):
+    """Copy the elements [low, high) of gradients with addresses to the gradient buffer."""
+    for k in range(_first_from(sources, low), sources.shape[0]):
+        if sources[k, 0] >= high:
+            break
         if sources[k, 2] == 0:
             continue
-        target = grads[sources[k, 0] : sources[k, 1]]
-        source = array_at(sources[k, 2], target.size, grads)
+        start = max(low, sources[k, 0])
+        target = grads[start : min(high, sources[k, 1])]
+        source = array_at(sources[k, 2] + (start - sources[k, 0]) * grads.itemsize, target.size, grads)
         for i in range(target.size):
             target[i] = source[i]
-        sources[k, 2] = 0
 
 
 @inner
@@ -156,17 +173,7 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
                     lines_ahead):  # fmt: skip
     """Update all elements of `spans` in [low, high)."""
     h = _unpack(hyper)
-    # Bisect for the first span that ends after `low`; spans are sorted and disjoint. (np.searchsorted would add a
-    # quarter to the time that compiling takes.)
-    first = 0
-    last = spans.shape[0]
-    while first < last:
-        middle = (first + last) // 2
-        if spans[middle, 1] <= low:
-            first = middle + 1
-        else:
-            last = middle
-    for k in range(first, spans.shape[0]):
+    for k in range(_first_from(spans, low), spans.shape[0]):
         if spans[k, 0] >= high:
             break
         start = max(low, spans[k, 0])
@@ -201,36 +208,32 @@ def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factor
 
 
 @inner
-def _prepare(t, hyper, items):
-    """Find the gradients of a step and copy small ones; return the status of `serial_from`."""
+def _locate(t, items):
+    """Find the gradients of a step, and return the status of `serial_from`."""
     if t.control_at != 0 and integers_at(t.control_at, 2)[1] != t.ticket:
         return NOT_ADMITTED
-    sources = integers_at(t.sources_at, (t.source_count, 3))
-    if items != 0:
-        expected = integers_at(t.expected_at, t.expected_size)
-        shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
-        status = _find(items, expected, shapes, sources)
-        if status != FOUND:
-            return status
-    if t.copies:
-        _gather(sources, array_at(t.grads_at, t.size, hyper))
-    return FOUND
+    if items == 0:
+        return FOUND
+    expected = integers_at(t.expected_at, t.expected_size)
+    shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
+    return _find(items, expected, shapes, integers_at(t.sources_at, (t.source_count, 3)))
 
 
 @inner
-def _arrays(t, hyper):
-    """Return parameters, gradients, spans and factors of a run."""
-    return (
-        array_at(t.params_at, t.size, hyper),
-        array_at(t.grads_at, t.size, hyper),
-        integers_at(t.spans_at, (t.span_count, 3)),
-        array_at(t.factors_at, (t.span_count, 2), hyper),
-    )
+def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg):
+    """Copy gradients to the gradient buffer if the table says so, and update, all of it in [low, high)."""
+    t = table[0]
+    grads = array_at(t.grads_at, t.size, hyper)
+    if t.copies:
+        _gather(low, high, integers_at(t.sources_at, (t.source_count, 3)), grads)
+    _update_between(low, high, array_at(t.params_at, t.size, hyper), grads, cache, momentum_buffer, grad_avg, hyper,
+                    integers_at(t.spans_at, (t.span_count, 3)), array_at(t.factors_at, (t.span_count, 2), hyper),
+                    t.extended != 0, t.lines_ahead)  # fmt: skip
 
 
 @inner
 def _count(t):
-    """Count the step, if it is the call that does."""
+    """Count the step, if this call does."""
     if t.control_at != 0:
         integers_at(t.control_at, 2)[0] += 1
 
@@ -249,11 +252,9 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
     has its [start, stop) in the run, and its address, which this function writes; 0 for None.
     """
     t = table[0]
-    status = _prepare(t, hyper, items)
+    status = _locate(t, items)
     if status == FOUND:
-        params, grads, spans, factors = _arrays(t, hyper)
-        _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors,
-                        t.extended != 0, t.lines_ahead)  # fmt: skip
+        _update_from(0, t.size, table, hyper, cache, momentum_buffer, grad_avg)
         _count(t)
     return status
 
@@ -262,14 +263,12 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
 def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, items):
     """Do the same as `serial_from`, and update as `parallel`."""
     t = table[0]
-    status = _prepare(t, hyper, items)
+    status = _locate(t, items)
     if status == FOUND:
-        params, grads, spans, factors = _arrays(t, hyper)
-        extended, lines_ahead = t.extended != 0, t.lines_ahead
-        size = share(params.size)
-        for k in numba.prange((params.size + size - 1) // size):
-            _update_between(k * size, min(params.size, (k + 1) * size), params, grads, cache, momentum_buffer, grad_avg,
-                            hyper, spans, factors, extended, lines_ahead)  # fmt: skip
+        elements = t.size  # Numba cannot give a record to the threads
+        size = share(elements)
+        for k in numba.prange((elements + size - 1) // size):
+            _update_from(k * size, min(elements, (k + 1) * size), table, hyper, cache, momentum_buffer, grad_avg)
         _count(t)
     return status
 
