@@ -46,6 +46,7 @@ class Results:
     settings: dict[str, object]
     steps: list[StepRow] = field(default_factory=list)
     training: list[TrainingRow] = field(default_factory=list)
+    training_with_sleep: list[TrainingRow] = field(default_factory=list)
     state: list[StateRow] = field(default_factory=list)
     torch: list[TorchRow] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)

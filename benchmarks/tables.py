@@ -12,6 +12,7 @@ pages is written by hand. A page shows the newest results of each machine.
 import argparse
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -37,14 +38,17 @@ from fastrms.plots import format_seconds
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 
-# The runs of `fastrms bench`, each in a process of its own, and the file that each writes.
+# The runs of `fastrms bench`, each in a process of its own, the file that each writes, and its options.
 STEPS, TRAINING = "fastrms-bench.json", "fastrms-bench-in-situ.json"
 RUNS = {
     "flat": (STEPS, []),
     "thousand": (STEPS, ["--arrays", str(MANY_ARRAYS[0]), "--shape", *map(str, MANY_ARRAYS[1]), "--dtypes", "float32"]),
     "hundred": (STEPS, ["--arrays", "100", "--shape", "100", "100", "--dtypes", "float32"]),
     "in-situ": (TRAINING, ["--in-situ"]),
+    "in-situ-with-sleep": (TRAINING, ["--in-situ", "--networks", "784-512-512-10"]),
 }
+# Variables of the environment of a run.
+ENVIRONMENT = {"in-situ-with-sleep": {"OPENBLAS_THREAD_TIMEOUT": "20"}}
 # Training with 16-bit state, whose results are losses.
 STATE = Path(__file__).parent / "bench_bfloat16.py"
 
@@ -85,7 +89,7 @@ def measure(min_time: float, quick: bool = False) -> Results:
             output = Path(folder) / name
             command = [sys.executable, "-m", "fastrms", "bench", *arguments, *more, "--output", str(output)]
             print("\n$", *command[1:], flush=True)
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env=os.environ | ENVIRONMENT.get(name, {}))
             documents[name] = json.loads((output / file).read_text(encoding="utf-8"))
         path = Path(folder) / "state.json"
         print("\n$", STATE, flush=True)
@@ -96,7 +100,8 @@ def measure(min_time: float, quick: bool = False) -> Results:
     trained = [name for name in bench_torch.CASES if name.startswith("training step")]
     return Results(
         first["date"], first["machine"], first["quiet"], {**first["settings"], "quick": quick}, steps=steps,
-        training=documents["in-situ"]["results"], state=state, left_out=first["left_out"],
+        training=documents["in-situ"]["results"], training_with_sleep=documents["in-situ-with-sleep"]["results"],
+        state=state, left_out=first["left_out"],
         torch=targets.beside_torch_rows(trained, 1.0 if quick else 7 * min_time),
     )  # fmt: skip
 
@@ -112,7 +117,8 @@ def tables(runs: Sequence[Results]) -> dict[str, str]:
         "machine": "\n".join(map(machine, runs)),
         "naive": loops(),
         "against-naive": against_naive(runs),
-        "in-situ": each(in_situ),
+        "in-situ": each(lambda run: in_situ(run.training)),
+        "in-situ-with-sleep": each(lambda run: in_situ(run.training_with_sleep)),
         "float32": each(lambda run: steps(run, "float32")),
         "float64": each(lambda run: steps(run, "float64")),
         "limit": each(limit),
@@ -227,10 +233,10 @@ def against_naive(runs: Sequence[Results]) -> str:
     return markdown(header, body) if body else "(Not in these runs.)"
 
 
-def in_situ(run: Results) -> str:
+def in_situ(rows: Sequence[TrainingRow]) -> str:
     """Whole training steps."""
     body = []
-    for row in run.training:
+    for row in rows:
         over = row["over_no_optimizer"]
         body.append(
             [
