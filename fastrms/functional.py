@@ -87,7 +87,8 @@ def warmup(
     kernels : sequence of str, default ("serial", "parallel")
         Kernels to compile; "auto" chooses from the default two.
     **options
-        Options of the `RMSProp`. Kernels differ only with momentum, centering, clipping by norm and a 16-bit cache.
+        Options of the `RMSProp`. Kernels differ with momentum, centering and a 16-bit cache; and one form has weight
+        decay, maximizing, epsilon under the root, bias correction and clipping together.
 
     Raises
     ------

@@ -117,6 +117,8 @@ class HostBackend(Backend):
         if self._computed_from is version:
             return
         self._scheduled, self._clips = self.state.scheduled, self.state.clips_by_norm
+        for run in self._runs:
+            run.use_options(self._clips)
         used = self.state.state_in_use
         if used != self._used:
             for run in self._runs:
@@ -264,7 +266,10 @@ class HostBackend(Backend):
         too_small = self._tuner is not None and run.size < tuner.TRY_PARALLEL_FROM
         if kernel == "parallel" and (too_small or not threads.threads_work()):
             kernel = "serial"
-        return Variant(kernel, lines_ahead if run.size >= tuner.TRY_PREFETCHING_FROM else 0)
+        if run.size < tuner.TRY_PREFETCHING_FROM:
+            lines_ahead = None
+        # The parallel loop is compiled once, for both: training has to wait for that.
+        return Variant(kernel, lines_ahead or 0 if kernel == "parallel" else lines_ahead)
 
     def _skips(self, located: Located, variant: str, norms: NDArray[np.float64] | None, items: Items | None) -> bool:
         """Return whether to skip the step because a gradient is not finite, or raise NonfiniteError."""

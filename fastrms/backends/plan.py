@@ -40,10 +40,10 @@ FROM_TABLE: dict[str, Update] = {"serial": cpu.serial_from, "parallel": cpu.para
 
 
 class Variant(NamedTuple):
-    """A kernel of the host, and the number of cache lines by which it prefetches; 0 for no prefetching."""
+    """A kernel of the host, and the number of cache lines by which it prefetches; None for no prefetching."""
 
     kernel: str
-    lines_ahead: int = 0
+    lines_ahead: int | None = None
 
 
 def split_runs(layout: Layout, group_of: NDArray[np.intp]) -> list[tuple[int, NDArray[np.int64]]]:
@@ -114,6 +114,10 @@ class HostRun(Run):
         """The object that computes the norm of each parameter's gradient."""
         return self._memory.norms(self._spans)
 
+    def use_options(self, clips_by_norm: bool) -> None:
+        """Use the rule that the options of the group need, or clipping by a norm."""
+        self._extended = True if clips_by_norm or needs_extended_rule(self.group) else None
+
     def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
         """Update the parts of these buffers from now on, with the state that the options of the run need."""
         written = [(buffer.block.ctypes.data, buffer.block.nbytes) for buffer in buffers.values()]
@@ -122,7 +126,7 @@ class HostRun(Run):
         params, grads, *state = self.parts_of(buffers)
         self._arrays = (params, grads, *state, self._hyper)
         self._from_table = (self._hyper, *state)
-        self._entry_points: dict[Update, Update] = {}
+        self._entry_points: dict[tuple[Update, tuple[Any, Any]], Update] = {}
         table = self._table[0]
         table["size"], table["params_at"], table["grads_at"] = self.size, params.ctypes.data, grads.ctypes.data
         table["sources_at"], table["source_count"] = self._spans.ctypes.data, len(self._spans)
@@ -131,17 +135,20 @@ class HostRun(Run):
         self._no_update = self._table.copy()
         self._no_update["factors_at"], self._no_update["spans_at"] = self._factors.ctypes.data, self._spans.ctypes.data
 
-    def _entry_point(self, kernel: Update, *arguments: Any) -> Update:
-        """Return the compiled function of a kernel for arguments of this run. Their types never change."""
-        entry = self._entry_points.get(kernel)
+    def _entry_point(self, kernel: Update, form: tuple[Any, Any], *arguments: Any) -> Update:
+        """Return the compiled function of a kernel for arguments of this run.
+
+        `form` are the arguments `extended` and `lines_ahead`. The types of all others never change.
+        """
+        entry = self._entry_points.get((kernel, form))
         if entry is None:
-            entry = self._entry_points[kernel] = entry_point(kernel, *arguments)
+            entry = self._entry_points[kernel, form] = entry_point(kernel, *arguments)
         return entry
 
-    def _from(self, kernel: str, table: NDArray[Any], items: int = 0) -> Call:
+    def _from(self, kernel: str, table: NDArray[Any], lines_ahead: int | None = None, items: int = 0) -> Call:
         """Return a call of a function in `FROM_TABLE`."""
-        arguments = (table, *self._from_table, items)
-        return (self._entry_point(FROM_TABLE[kernel], *arguments), *arguments)
+        arguments = (table, *self._from_table, self._extended, lines_ahead, items)
+        return (self._entry_point(FROM_TABLE[kernel], (self._extended, lines_ahead), *arguments), *arguments)
 
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
@@ -149,7 +156,7 @@ class HostRun(Run):
         `items` is the address of the items of a tuple with all gradients.
         """
         self._whole[:, 2] = 0
-        serial_from, *arguments = self._from("serial", self._no_update, items)
+        serial_from, *arguments = self._from("serial", self._no_update, items=items)
         return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
@@ -185,7 +192,7 @@ class HostRun(Run):
         located: Located,
         scales: NDArray[np.float64] | None,
         corrections: NDArray[np.float64] | None,
-        lines_ahead: int = 0,
+        lines_ahead: int | None = None,
     ) -> Call:
         """Return the arguments of a kernel (see `kernels.reference.update`).
 
@@ -203,23 +210,23 @@ class HostRun(Run):
         if present is not None:
             spans, factors = spans[present], factors[present]
         self._hyper[:] = hyper_values(options, lr, self.dtype)
-        return (*self._arrays, spans, factors, needs_extended_rule(options) or scales is not None, lines_ahead)
+        return (*self._arrays, spans, factors, self._extended, lines_ahead)
 
     def call(self, kernel: str, arguments: Call, in_place: bool) -> Call:
         """Return the call of a kernel with the arguments from `arguments`."""
         if kernel == "parallel":
             threads.start_threads()  # before Numba does so, as it loads the kernel
         if self.from_table and kernel in FROM_TABLE:  # most programs compile one function only
-            *_, spans, factors, extended, lines_ahead = arguments
+            *_, spans, factors, _, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
             copies = in_place and spans is self._whole  # otherwise each is read where it is
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
-            row["extended"], row["lines_ahead"], row["copies"] = extended, lines_ahead, copies
+            row["copies"] = copies
             self._kept = spans, factors  # the table has only their addresses
-            update, *rest = self._from(kernel, table)
+            update, *rest = self._from(kernel, table, lines_ahead)
         else:
-            update, *rest = self._entry_point(kernels.UPDATES[kernel], *arguments), *arguments
+            update, *rest = self._entry_point(kernels.UPDATES[kernel], arguments[-2:], *arguments), *arguments
         return (threads.one_at_a_time(update) if kernel == "parallel" else update, *rest)
 
 

@@ -47,7 +47,7 @@ def variants(largest: int, num_threads: int) -> list[str]:
     return [
         name
         for name, (kernel, lines_ahead) in VARIANTS.items()
-        if (kernel == "serial" or parallel) and (lines_ahead == 0 or prefetching)
+        if (kernel == "serial" or parallel) and (lines_ahead is None or prefetching)
     ]
 
 

@@ -1,8 +1,9 @@
 """The update on a processor: the serial and the parallel loop over the elements, and gradients found in a tuple.
 
-One compiled function holds the loop twice, with and without the ``extended`` terms of `rule`, and picks one at run
-time. A single loop with the extended terms made a step of 1e5 float32 with momentum a third slower (57 us against 43);
-two loops in one function cost 0.3 s more of compiling, once.
+`extended` is True or None, and `lines_ahead` a number or None: Numba compiles a function for each type, and leaves out
+the code for None. So the first step compiles the short loop without prefetching only, which takes two thirds of the
+time. A single loop with the extended terms would make a step of 1e5 float32 with momentum a third slower (57 us against
+43).
 """
 
 import numba
@@ -53,7 +54,6 @@ TABLE = np.dtype([
     ("params_at", np.int64), ("grads_at", np.int64),
     ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 3)
     ("factors_at", np.int64),  # shape (span_count, 2)
-    ("extended", np.int64), ("lines_ahead", np.int64),
     ("copies", np.int64),  # whether gradients with addresses are copied to the gradient buffer first
     ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 3): the spans of all gradients
     ("shapes_at", np.int64), ("shape_columns", np.int64),  # int64, shape (source_count, shape_columns)
@@ -147,7 +147,10 @@ def _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correctio
 
 @numba.njit(**inner_options, forceinline=True)
 def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended, lines_ahead):
-    """Update in strips, each after a request to prefetch a later strip; in one strip if `lines_ahead` is 0."""
+    """Update in strips, each after a request to prefetch a later strip; in one strip if `lines_ahead` is None or 0."""
+    if lines_ahead is None:
+        _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended)
+        return
     line = 64 // params.itemsize
     strip = STRIP_LINES * line if lines_ahead else max(1, params.size)
     ahead = lines_ahead * line
@@ -162,10 +165,7 @@ def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale,
                 prefetch(grad_avg, i)
         b, m = state_part(momentum_buffer, start, stop), state_part(grad_avg, start, stop)
         p, g, c = params[start:stop], grads[start:stop], cache[start:stop]
-        if extended:
-            _update(p, g, c, b, m, h, scale, correction, True)
-        else:
-            _update(p, g, c, b, m, h, scale, correction, None)
+        _update(p, g, c, b, m, h, scale, correction, extended)
 
 
 @inner
@@ -184,12 +184,7 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
         c = cache[start:stop]
         b = state_part(momentum_buffer, start, stop)
         m = state_part(grad_avg, start, stop)
-        # The same call twice, inlined: LLVM knows `extended` in each, and keeps the numbers of the loop in registers
-        # from strip to strip. Numba compiles one function.
-        if extended:
-            _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, lines_ahead)
-        else:
-            _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, lines_ahead)
+        _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, lines_ahead)
 
 
 @inner
@@ -220,7 +215,7 @@ def _locate(t, items):
 
 
 @inner
-def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg):
+def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead):
     """Copy gradients to the gradient buffer if the table says so, and update, all of it in [low, high)."""
     t = table[0]
     grads = array_at(t.grads_at, t.size, hyper)
@@ -228,7 +223,7 @@ def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg):
         _gather(low, high, integers_at(t.sources_at, (t.source_count, 3)), grads)
     _update_between(low, high, array_at(t.params_at, t.size, hyper), grads, cache, momentum_buffer, grad_avg, hyper,
                     integers_at(t.spans_at, (t.span_count, 3)), array_at(t.factors_at, (t.span_count, 2), hyper),
-                    t.extended != 0, t.lines_ahead)  # fmt: skip
+                    extended, lines_ahead)  # fmt: skip
 
 
 @inner
@@ -239,7 +234,7 @@ def _count(t):
 
 
 @jit()
-def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
+def serial_from(table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead, items):
     """Find the gradients in a tuple of arrays, and update as `serial` if all are as expected; return the status.
 
     `items` is the address of the items of the tuple (`pointers.items_of`), which the caller holds; 0 if the spans have
@@ -254,13 +249,13 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, items):
     t = table[0]
     status = _locate(t, items)
     if status == FOUND:
-        _update_from(0, t.size, table, hyper, cache, momentum_buffer, grad_avg)
+        _update_from(0, t.size, table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead)
         _count(t)
     return status
 
 
 @jit(parallel=True)
-def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, items):
+def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead, items):
     """Do the same as `serial_from`, and update as `parallel`."""
     t = table[0]
     status = _locate(t, items)
@@ -268,7 +263,8 @@ def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, items):
         elements = t.size  # Numba cannot give a record to the threads
         size = share(elements)
         for k in numba.prange((elements + size - 1) // size):
-            _update_from(k * size, min(elements, (k + 1) * size), table, hyper, cache, momentum_buffer, grad_avg)
+            _update_from(k * size, min(elements, (k + 1) * size), table, hyper, cache, momentum_buffer, grad_avg,
+                         extended, lines_ahead)  # fmt: skip
         _count(t)
     return status
 

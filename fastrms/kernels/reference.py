@@ -52,8 +52,8 @@ def update(
     hyper: Array,
     spans: NDArray[np.int64],
     factors: Array,
-    extended: bool,
-    lines_ahead: int = 0,
+    extended: bool | None = True,
+    lines_ahead: int | None = None,
 ) -> None:
     """Take one step on 1-D arrays in place; the kernel ``"numpy"``, and the oracle of the compiled ones.
 
@@ -74,10 +74,10 @@ def update(
         number is 0, or for compiled kernels the address of a gradient that does not lie in `grads`.
     factors : ndarray, shape (k, 2), the same dtype
         For each span, the factor on the gradient and the factor of the bias correction on the state.
-    extended : bool
-        False lets compiled kernels take a shorter loop. This function reads every option anyway.
-    lines_ahead : int, default 0
-        How many cache lines ahead compiled kernels prefetch; 0 for none.
+    extended : True or None, default True
+        None lets compiled kernels take a shorter loop. This function reads every option anyway.
+    lines_ahead : int or None, default None
+        How many cache lines ahead compiled kernels prefetch; 0 and None for none.
     """
     h = dict(zip(HYPER_FIELDS, hyper, strict=True))
     m = b = None

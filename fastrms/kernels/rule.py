@@ -1,8 +1,9 @@
 """The update rule of one element, written once: compiled for processors and for GPUs.
 
-Only options with state of their own are decided at compile time: the momentum buffer and the mean gradient are each an
-array or ``None`` (Numba prunes ``is not None`` branches). Every other option is a number in `h`. The number for "off"
-leaves the bits as they are: a factor of 1, a bound of inf, a threshold of 0. So a change of an option compiles nothing.
+Options with state of their own are decided at compile time: the momentum buffer and the mean gradient are each an array
+or ``None`` (Numba prunes ``is not None`` branches). So is `extended`: the terms that default options do not need are
+there all together, or not at all. Every other option is a number in `h`. The number for "off" leaves the bits as they
+are: a factor of 1, a bound of inf, a threshold of 0. So a change of a number compiles nothing.
 
 The bits are equal to NumPy's, because ``fastmath`` is off, nothing is contracted into fused multiply-adds, every scalar
 has the dtype of the arrays, and the operations stand in the reference's order. ``error_model="numpy"`` is needed for

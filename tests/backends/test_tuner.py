@@ -164,9 +164,9 @@ def test_bits_do_not_depend_on_trials(small_trials, rng):
     [
         (60, "parallel with prefetching", ("parallel", cpu.LINES_AHEAD)),
         (52, "parallel with prefetching", ("parallel", 0)),
-        (49, "parallel with prefetching", ("serial", 0)),
+        (49, "parallel with prefetching", ("serial", None)),
         (60, "serial with prefetching", ("serial", cpu.LINES_AHEAD)),
-        (60, "auto", ("serial", 0)),
+        (60, "auto", ("serial", None)),
     ],
 )
 def test_small_runs_neither_prefetch_nor_use_threads(size, variant, expected, small_trials):

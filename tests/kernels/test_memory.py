@@ -73,6 +73,7 @@ def arguments_of(opt, present=None, scales=None):
     """What a kernel gets for the only run of an optimizer, with gradients in the buffer."""
     opt.backend.use_options()
     (run,) = opt.backend._runs
+    run.use_options(scales is not None)
     run.point_to_buffer()
     return run.arguments(0.01, Located(False, present), scales, None)
 
@@ -109,7 +110,7 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
     other.step(gradients)
     opt.backend.use_options()
     (run,) = opt.backend._runs
-    *_, spans, factors, extended, _ = run.arguments(0.01, IN_PLACE, None, None)
+    *_, spans, factors, extended, lines_ahead = run.arguments(0.01, IN_PLACE, None, None)
     parts = {name: guarded.copy(run.part_of(opt.buffers[name])) for name in ("params", "grads", "cache")}
     arrays = {
         "params_at": parts["params"], "grads_at": parts["grads"], "factors_at": factors, "shapes_at": run._shapes,
@@ -122,8 +123,8 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
     table = run._table.copy()
     for name, array in arrays.items():
         table[name] = array.ctypes.data
-    table["span_count"], table["extended"], table["copies"] = len(spans), extended, gather
-    arguments = (guarded.copy(table), guarded.copy(run._hyper), parts["cache"], None, None)
+    table["span_count"], table["copies"] = len(spans), gather
+    arguments = (guarded.copy(table), guarded.copy(run._hyper), parts["cache"], None, None, extended, lines_ahead)
     assert cpu.serial_from(*arguments, pointers.items_of(gradients)) == cpu.FOUND
     assert_same_bits(parts["params"], other.buffers["params"].flat)
     assert_same_bits(parts["cache"], other.buffers["cache"].flat)
