@@ -278,7 +278,7 @@ class HostBackend(Backend):
         wrong = np.flatnonzero(nonfinite if self._ranks is None else self._ranks.nonfinite_anywhere(nonfinite))
         if not len(wrong) or self.state.nonfinite == "skip":
             return len(wrong) > 0
-        if self._ranks is not None:
+        if self._ranks is not None and items is None:  # otherwise one rank reads the gradients where they are
             raise self._ranks.nonfinite_error(wrong)
         leaves, values = self._grads.layout.leaves, items or self._grads.leaves
         raise NonfiniteError.of({leaves[k].path: values[k] for k in wrong})
