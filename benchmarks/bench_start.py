@@ -20,7 +20,7 @@ PROGRAMS = {
     "first step()": f"import numpy as np, fastrms; {GRADS}; fastrms.RMSProp(grads).step()",
     "njit of x + 1": "import numba; numba.njit(lambda x: x + 1)(1)",
 }
-COLD, WARM = 3, 9
+COLD, WARM = 3, 5
 
 
 def seconds(program, folder):
