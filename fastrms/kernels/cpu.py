@@ -1,9 +1,8 @@
 """The update on a processor: the serial and the parallel loop over the elements, and gradients found in a tuple.
 
 `extended` is True or None, and `lines_ahead` a number or None: Numba compiles a function for each type, and leaves out
-the code for None. So the first step compiles the short loop without prefetching only, which takes two thirds of the
-time. A single loop with the extended terms would make a step of 1e5 float32 with momentum a third slower (57 us against
-43).
+the code for None. So the first step compiles only the short loop without prefetching. A single loop with the extended
+terms would make a step of 1e5 float32 with momentum a third slower (57 us against 43).
 """
 
 import numba
