@@ -1,8 +1,10 @@
 """`Layout`: where each array of a nesting lies in one block of memory."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, Self
 
@@ -118,7 +120,7 @@ class Layout:
         self._order = None if numbers == sorted(numbers) else itemgetter(*np.argsort(numbers).tolist())
 
     def _place(self, items: list[tuple[str, object]], name: str) -> None:
-        """Set `leaves`, `segments` and `nbytes` for these arrays, given with their paths."""
+        """Set `leaves` and segments for these arrays, given with their paths."""
         dtypes: list[DType] = []
         sizes: list[int] = []
         leaves: list[Leaf] = []
@@ -134,6 +136,10 @@ class Layout:
             sizes[segment] += array.size
             leaves.append(Leaf(path, array.shape, segment, start, sizes[segment]))
         self.leaves = tuple(leaves)
+        self._place_segments(dtypes, sizes)
+
+    def _place_segments(self, dtypes: Sequence[DType], sizes: Sequence[int]) -> None:
+        """Set `segments` and `nbytes`."""
         segments: list[Segment] = []
         offset = 0
         for dtype, size in zip(dtypes, sizes, strict=True):
@@ -153,10 +159,37 @@ class Layout:
         Returns
         -------
         layout : Layout
-            A layout with one segment.
+            A layout with one segment, or as many as this one.
         """
         zero = np.zeros((), dtype)
+        if len({segment.dtype for segment in self.segments}) == 1:  # leaves and segments stay where they are
+            other = copy(self)
+            other._place_segments([zero.dtype] * len(self.segments), [segment.size for segment in self.segments])
+            return other
         return type(self)(self.structure(np.broadcast_to(zero, leaf.shape) for leaf in self.leaves))
+
+    def of_parts(self, parts: Sequence["Layout"]) -> Self:
+        """Return this layout with the arrays placed as in other layouts, one after another.
+
+        Parameters
+        ----------
+        parts : sequence of Layout
+            Together they have the arrays of this layout.
+
+        Returns
+        -------
+        layout : Layout
+            With the segments of all parts.
+        """
+        other = copy(self)
+        places: list[Leaf] = []
+        segments: list[Segment] = []
+        for part in parts:
+            places += [replace(leaf, segment=leaf.segment + len(segments)) for leaf in part.leaves]
+            segments += part.segments
+        other.leaves = tuple(replace(place, path=leaf.path) for place, leaf in zip(places, self.leaves, strict=True))
+        other._place_segments([segment.dtype for segment in segments], [segment.size for segment in segments])
+        return other
 
     def dtype_of(self, leaf: Leaf) -> DType:
         """Return the dtype of an array of this layout.
@@ -182,6 +215,47 @@ class Layout:
             [1] for a single array.
         """
         return [1] if self._root is None else [count_items(child) for child in self._root.children]
+
+    def number_of(self, key: Hashable) -> int:
+        """Return the number of the array at a key of the nesting.
+
+        Parameters
+        ----------
+        key : int, str or other key, or tuple of these
+            The index of the array in the list or dict; for a nesting a tuple of indices, outermost first. ``()`` for a
+            single array.
+
+        Returns
+        -------
+        number : int
+            An index of `leaves`.
+
+        Raises
+        ------
+        StructureError
+            There is no array at this key.
+        """
+        try:
+            return self._numbers[key]
+        except (KeyError, TypeError):
+            keys = [keys[0] if len(keys) == 1 else keys for keys in self._numbers if isinstance(keys, tuple)]
+            known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
+            raise StructureError(f"key: expected one of {known}, got {key!r}") from None
+
+    @cached_property
+    def _numbers(self) -> dict[Hashable, int]:
+        """The number of each array by its tuple of keys, and by a single key without a tuple."""
+        numbers: dict[tuple[Hashable, ...], int] = {}
+
+        def walk(tree: Any, keys: tuple[Hashable, ...]) -> None:
+            if isinstance(tree, int):
+                numbers[keys] = tree
+                return
+            for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+                walk(item, (*keys, key))
+
+        walk(self.structure(range(len(self.leaves))), ())
+        return numbers | {keys[0]: k for keys, k in numbers.items() if len(keys) == 1}
 
     def structure(self, items: Iterable[object]) -> Any:
         """Arrange one item for each array in the structure of this layout.

@@ -4,9 +4,8 @@ import zlib
 from collections import ChainMap
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -241,12 +240,7 @@ class Shards:
 
     def hand_over(self, key: Hashable, grad: object) -> None:
         """Store one gradient, and begin the reductions that now have all their gradients."""
-        try:
-            k = self._numbers[key]
-        except (KeyError, TypeError):
-            keys = [keys[0] if len(keys) == 1 else keys for keys in self._numbers if isinstance(keys, tuple)]
-            known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
-            raise StructureError(f"key: expected one of {known}, got {key!r}") from None
+        k = self._state.layout.number_of(key)
         name = f"gradients{self._whole.layout.leaves[k].path}"
         if self._buckets.ready[k]:
             raise StructureError(f"{name}: expected once before each step, got it a second time")
@@ -269,22 +263,6 @@ class Shards:
             segment = whole.segments[leaf.segment][leaf.start : leaf.stop]
             self._leaves[k] = _Part(whole, Layout(whole.leaves[k]), [segment])
         return self._leaves[k]
-
-    @cached_property
-    def _numbers(self) -> dict[Hashable, int]:
-        """The number of each leaf by its tuple of keys, outermost first. A single key works without a tuple too."""
-        layout = self._state.layout
-        numbers: dict[tuple[Hashable, ...], int] = {}
-
-        def walk(tree: Any, keys: tuple[Hashable, ...]) -> None:
-            if isinstance(tree, int):
-                numbers[keys] = tree
-                return
-            for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
-                walk(item, (*keys, key))
-
-        walk(layout.structure(range(len(layout.leaves))), ())
-        return numbers | {keys[0]: k for keys, k in numbers.items() if len(keys) == 1}
 
     # Steps.
 
