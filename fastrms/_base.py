@@ -14,7 +14,7 @@ from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
 from fastrms.buffers.pytree import P
 from fastrms.kernels import threads
-from fastrms.options import ParamGroup, ParamGroups
+from fastrms.options import ParamGroup, ParamGroups, resolve_lr
 
 __all__ = ["OptimizerBase"]
 
@@ -50,9 +50,13 @@ class OptimizerBase(Guarded, Generic[P]):
     def _start(self, backend: Backend) -> None:
         """Connect the optimizer with its backend, and its parameter groups with the optimizer."""
         self._state, self._backend, self._turns = backend.state, backend, backend.turns
-        views_of = backend.state.buffers["params"].views
-        for k, group in enumerate(backend.state.param_groups):
-            group.bind(views_of[k] if backend.state.grouped else views_of, self._set_options)
+        self._bind_groups()
+
+    def _bind_groups(self) -> None:
+        """Connect parameter groups with the optimizer."""
+        views_of = self._state.buffers["params"].views
+        for k, group in enumerate(self._state.param_groups):
+            group.bind(views_of[k] if self._state.grouped else views_of, self._set_options)
 
     @property
     def backend(self) -> Backend:
@@ -66,7 +70,7 @@ class OptimizerBase(Guarded, Generic[P]):
 
     @property
     def param_groups(self) -> ParamGroups:
-        """One mapping of options for each group. Options may be changed, the list may not."""
+        """One mapping of options for each group. Options may be changed; `add_param_group` adds a group."""
         return self._state.param_groups
 
     @property
@@ -90,6 +94,41 @@ class OptimizerBase(Guarded, Generic[P]):
     def skipped_steps(self, value: int) -> None:
         value = check_count("skipped_steps", value)
         self._backend.settle_steps().skipped_steps = value
+
+    @property
+    def last_skipped(self) -> bool:
+        """Whether the last step was skipped, with nonfinite="skip". On a GPU, reading it waits for the device."""
+        return self._backend.last_skipped()
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """The Euclidean norm of all gradients of the last step together, after `clip_value` and before other clipping.
+
+        None if the step did not need it: it did if `clip_norm` or `global_clip_norm` is set. None after
+        `step_parameter` too, which sees one gradient at a time. On a GPU, reading it waits for the device.
+        """
+        return self._backend.grad_norm()
+
+    @property
+    def current_lr(self) -> list[float]:
+        """The learning rate of the next step, a number for each group. Functions given as lr are called for it."""
+        steps = self.steps
+        return [resolve_lr(group, steps) for group in self.param_groups]
+
+    def zero_grad(self) -> None:
+        """Set all gradients in `grads` to 0.
+
+        For programs that add to `grads`, in several batches or from several places. There is no need for it before
+        gradients are assigned (``opt.grads[0][...] = gradient``) or passed to `step`: a step reads `grads`, and does
+        not change them.
+        """
+        with self._turns.between_steps("zero_grad", within_pass=True):
+            for segment in self._state.buffers["grads"].segments:
+                if self._backend.in_parts:
+                    for part in self._backend.parts(segment):
+                        segment[part] = 0
+                else:
+                    self._backend.write([segment], 0)
 
     params: _Views = views("params", "The parameters, in the structure that was given.")
     grads: _Views = views(

@@ -62,7 +62,7 @@ class Persistent(OptimizerBase[P]):
             Paths, shapes, dtypes or groups differ from this optimizer's; options are out of range; or `state` is no
             such state. Nothing is changed then.
         """
-        with self._turns.between_steps("load_state_dict"):
+        with self._turns.between_steps("load_state_dict", within_pass=True):
             load_state(self._backend, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -102,7 +102,7 @@ class Persistent(OptimizerBase[P]):
         OSError
             It cannot be opened.
         """
-        with self._turns.between_steps("load"):
+        with self._turns.between_steps("load", within_pass=True):
             load_file(self._backend, Path(path))
 
     @classmethod
@@ -242,7 +242,7 @@ class Persistent(OptimizerBase[P]):
         """
         folder = self._backend.storage
         if folder is not None:
-            with self._turns.between_steps("flush", changes=False):
+            with self._turns.between_steps("flush", changes=False, within_pass=True):
                 folder.flush()
 
     def close(self) -> None:
@@ -258,7 +258,7 @@ class Persistent(OptimizerBase[P]):
         """
         folder = self._backend.storage
         if folder is not None and folder.is_open:
-            with self._turns.between_steps("close"):
+            with self._turns.between_steps("close", within_pass=True):
                 if folder.is_open:  # another thread may have closed it first
                     folder.close()
 

@@ -12,6 +12,8 @@ from fastrms._checks import GROUP_DEFAULTS, NONFINITE, check_cache_dtype, check_
 from fastrms._types import CacheDType, Kernel, NonFinite, Options
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.buffers.aliasing import refuse_overlap
+from fastrms.buffers.held import HeldArrays
+from fastrms.buffers.joined import JoinedBuffer
 from fastrms.buffers.pytree import Params
 from fastrms.errors import DtypeError
 from fastrms.kernels import threads
@@ -32,7 +34,7 @@ def optional_state(groups: Iterable[Options]) -> list[str]:
 class Counts:
     """The counts of steps, and whether a write is in progress."""
 
-    __slots__ = ("absent", "memory", "skipped_steps", "writing")
+    __slots__ = ("absent", "last_norms", "last_skipped", "memory", "skipped_steps", "updated", "writing")
 
     def __init__(self, parameters: int) -> None:
         # `steps`, and the ticket of the `backends.at_once.AtOnce` whose calls may take a step now, or 0. Compiled code
@@ -43,6 +45,11 @@ class Counts:
         self.absent: NDArray[np.int64] = np.zeros(parameters, np.int64)
         # While parameters, state and counts are written, they may belong to different steps.
         self.writing = False
+        # Which parameters have had their part of a step that is taken one parameter at a time; None between two steps.
+        self.updated: NDArray[np.bool_] | None = None
+        # Of the last step: whether it was skipped, and the norms of its gradients, if they were computed.
+        self.last_skipped = False
+        self.last_norms: NDArray[np.float64] | None = None
 
     @property
     def steps(self) -> int:
@@ -96,34 +103,36 @@ class OptimizerState:
     """All that determines the next steps of an optimizer.
 
     The constructor checks the parameters and the options of groups; `settings` are checked. A backend makes the
-    buffers, in its own memory.
+    buffers, in its own memory. `added_as` is the number that a group will have in another optimizer; None otherwise.
     """
 
     kernel: Kernel
     nonfinite: NonFinite
     cache_dtype: CacheDType | None
 
-    def __init__(self, params: Params, settings: Settings) -> None:
+    def __init__(self, params: Params, settings: Settings, in_place: bool = False, added_as: int | None = None) -> None:
+        name = "params" if added_as is None else f"params[{added_as}]"
         self.kernel, self.num_threads = settings.kernel, settings.num_threads
+        self.in_place, self.defaults = in_place, settings.defaults
         self.nonfinite, self.global_clip_norm = settings.nonfinite, settings.global_clip_norm
         groups = parameter_groups(params)
         self.grouped = groups is not None  # otherwise one group has all parameters
         # The initial values without the options of groups; None after `forget_arrays`.
         self.arrays: Any = params if groups is None else [group["params"] for group in groups]
-        self.layout = layout = Layout(self.arrays, "params")
+        self.layout = layout = Layout(self.arrays, name)
         for leaf in layout.leaves:
             if (dtype := layout.dtype_of(leaf)) not in (np.float32, np.float64):
                 raise DtypeError(
-                    f"params{leaf.path}: expected float32 or float64, got {dtype}; convert it with .astype(np.float32)"
+                    f"{name}{leaf.path}: expected float32 or float64, got {dtype}; convert it with .astype(np.float32)"
                 )
-        refuse_overlap(layout, self.arrays)
+        refuse_overlap(layout, self.arrays, name)
         self.cache_dtype = check_cache_dtype(settings.cache_dtype, {segment.dtype for segment in layout.segments})
         # With groups, the outermost list of the structure is the list of groups.
         sizes = layout.child_sizes() if self.grouped else [len(layout.leaves)]
         # The number of each parameter's group.
         self.group_of: NDArray[np.intp] = np.repeat(np.arange(len(sizes)), sizes)
         made, leaves = [], iter(layout.leaves)
-        for number, (group, size) in enumerate(zip(groups or [{}], sizes, strict=True)):
+        for number, (group, size) in enumerate(zip(groups or [{}], sizes, strict=True), added_as or 0):
             options = {name: value for name, value in {**settings.defaults, **group}.items() if name != "params"}
             dtypes = {layout.dtype_of(leaf) for leaf in islice(leaves, size)}
             made.append(ParamGroup(options, f"param_groups[{number}]", dtypes, self.cache_dtype))
@@ -135,6 +144,26 @@ class OptimizerState:
     def forget_arrays(self) -> None:
         """Drop the references to the initial values, after they were copied to the buffers."""
         self.arrays = None
+
+    def take_in(self, new: "OptimizerState") -> None:
+        """Append the only group of another optimizer, with its buffers. Its parameters have taken no step."""
+        views_of = {
+            name: [*(buffer.views if self.grouped else [buffer.views]), new.buffers[name].views]
+            for name, buffer in self.buffers.items()
+        }
+        layout = Layout(views_of["params"], "params")
+        for name, buffer in self.buffers.items():
+            more, views = new.buffers[name], views_of[name]
+            if isinstance(buffer, HeldArrays):
+                self.buffers[name] = HeldArrays(layout, [*buffer.leaves, *more.leaves], views)
+            else:
+                placed = layout.of_parts([buffer.layout, more.layout])
+                self.buffers[name] = JoinedBuffer(placed, [buffer, more], views)
+        self.group_of = np.append(self.group_of, new.group_of + len(self.param_groups))
+        self.param_groups.take_in(new.param_groups[0])
+        self.layout, self.grouped = layout, True
+        counts = self.counts
+        counts.absent = np.append(counts.absent, new.counts.absent + counts.steps)
 
     def add_buffers(self, names: Iterable[str], new_buffer: Callable[[str], FlatBuffer]) -> None:
         """Make the named state buffers that do not exist yet; none of them after an error."""

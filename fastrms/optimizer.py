@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self, Unpack, overload
 
 from fastrms._guarded import refuse_unknown
-from fastrms._persistence import Persistent
+from fastrms._parts import InParts
 from fastrms._state import OptimizerState, Settings
 from fastrms._types import CacheDType, Kernel, LearningRate, NonFinite
 from fastrms.backends.factory import backend_of, new_backend
@@ -19,7 +19,7 @@ from fastrms.options import Group, Keywords
 __all__ = ["RMSProp"]
 
 
-class RMSProp(Persistent[P]):
+class RMSProp(InParts[P]):
     """RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
 
     With default options each step computes, element by element of a parameter p with gradient g and cache v, ::
@@ -95,6 +95,11 @@ class RMSProp(Persistent[P]):
         ``docs/storage.md`` explains the state after a crash.
     stream : stream or int or None, default None
         With kernel="cuda", as for `fastrms.cuda.CudaRMSProp`.
+    in_place : bool, default False
+        Update the given arrays where they lie, instead of copies in a flat buffer: `params` has these arrays. For
+        programs that hold their own arrays. Each must be writable, C-contiguous, and of native float32 or float64.
+        State and gradients are in flat buffers nevertheless. Bits are the same; a step takes longer for many small
+        arrays. Not with `storage` or kernel="cuda".
 
     Attributes
     ----------
@@ -163,6 +168,7 @@ class RMSProp(Persistent[P]):
         cache_dtype: Literal["bfloat16"],
         kernel: Kernel = ...,
         storage: str | os.PathLike[str] | None = ...,
+        in_place: bool = ...,
         **options: Unpack[Keywords],
     ) -> None: ...
     @overload
@@ -176,6 +182,7 @@ class RMSProp(Persistent[P]):
         cache_dtype: CacheDType | None = ...,
         kernel: Kernel = ...,
         storage: str | os.PathLike[str] | None = ...,
+        in_place: bool = ...,
         **options: Unpack[Keywords],
     ) -> None: ...
     @overload
@@ -189,6 +196,7 @@ class RMSProp(Persistent[P]):
         cache_dtype: CacheDType | None = ...,
         kernel: Kernel = ...,
         storage: str | os.PathLike[str] | None = ...,
+        in_place: bool = ...,
         **options: Unpack[Keywords],
     ) -> None: ...
     @overload
@@ -203,6 +211,7 @@ class RMSProp(Persistent[P]):
         kernel: Kernel = ...,
         storage: str | os.PathLike[str] | None = ...,
         stream: Any = ...,
+        in_place: bool = ...,
         **options: Unpack[Keywords],
     ) -> None: ...
     def __init__(
@@ -232,6 +241,7 @@ class RMSProp(Persistent[P]):
         nonfinite: NonFinite = "propagate",
         storage: str | os.PathLike[str] | None = None,
         stream: Any = None,
+        in_place: bool = False,
     ) -> None:
         defaults = {
             "lr": lr, "decay_rate": decay_rate, "epsilon": epsilon, "momentum": momentum, "nesterov": nesterov,
@@ -241,7 +251,7 @@ class RMSProp(Persistent[P]):
             "clip_norm": clip_norm, "flush_subnormals": flush_subnormals,
         }  # fmt: skip
         settings = Settings(defaults, kernel, num_threads, cache_dtype, nonfinite, global_clip_norm)
-        self._start(new_backend(params, settings, storage, stream))
+        self._start(new_backend(params, settings, storage, stream, in_place))
         self._close_at_exit()
 
     def step(self, gradients: PyTree = None) -> P:
@@ -264,13 +274,15 @@ class RMSProp(Persistent[P]):
         ------
         StructureError
             Wrong count, missing or unknown key, wrong shape; or a view in `params` or `grads` was replaced, as in
-            ``opt.params[0] = array``, which no step would see.
+            ``opt.params[0] = array``, which no step would see; or an array that is updated in place is read-only.
         DtypeError
             A gradient is no array, or of complex, bool or object dtype.
         OptionError, OptionTypeError
             The function given as lr returned no usable rate.
         NonfiniteError
             A gradient has an inf or NaN, and `nonfinite` is "raise".
+        StepInProgressError
+            Only some parameters were updated by `step_parameter`.
 
         Notes
         -----
@@ -309,8 +321,9 @@ class RMSProp(Persistent[P]):
         ----------
         **arrays : array, or list, tuple or dict of these
             The arrays that your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must
-            be a view of the optimizer's parameters. It is not if it was copied (a copy or pickle of an object that
-            holds views has arrays of its own), or if its name was bound to a new array, as by ``W1 = W1 * 2``.
+            be a view of the optimizer's parameters, or with `in_place` one of its arrays. It is not if it was copied (a
+            copy or pickle of an object that holds views has arrays of its own), or if its name was bound to a new
+            array, as by ``W1 = W1 * 2``.
 
         Returns
         -------
@@ -343,7 +356,9 @@ class RMSProp(Persistent[P]):
         self._backend.refuse_copy()
         # A copy: pickle writes later, when other threads may step.
         with self._turns.between_steps("pickle", changes=False):
-            return copy.deepcopy(self._to_copy(), {id(self): self})  # a method of its own may be lr
+            # A method of its own may be lr. Arrays in place belong to the program, which pickles them too.
+            kept = [self, *(self._state.buffers["params"].leaves if self._state.in_place else ())]
+            return copy.deepcopy(self._to_copy(), {id(item): item for item in kept})
 
     def _to_copy(self) -> dict[str, Any]:
         """Return the attributes that a copy has too, with buffers on the host."""

@@ -233,13 +233,23 @@ class ParamGroup(MutableMapping[str, Any]):
 
 
 class ParamGroups(list[ParamGroup]):
-    """The groups of an optimizer. Their number is fixed: no step would update a group that is added later."""
+    """The groups of an optimizer. Only the optimizer can add a group: it makes the buffers."""
 
     def _refuse(self: Any, *arguments: object, **options: object) -> NoReturn:
         raise StructureError(
             "param_groups: expected the groups that the optimizer was made with, got a change of the list; set options "
-            "with param_groups[k][name] = value, and give all groups to the constructor"
+            "with param_groups[k][name] = value, and add a group with optimizer.add_param_group(group)"
         )
+
+    def take_in(self, group: ParamGroup) -> None:
+        """Append a group. The optimizer calls this method.
+
+        Parameters
+        ----------
+        group : ParamGroup
+            The options of parameters that the optimizer has buffers for.
+        """
+        super().append(group)
 
     def __setitem__(self, index: object, group: object) -> None:
         if not isinstance(index, int) or self[index] is not group:  # as in groups[0] |= options

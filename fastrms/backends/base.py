@@ -12,8 +12,8 @@ from fastrms._state import Counts, OptimizerState, optional_state
 from fastrms._types import Options
 from fastrms.backends.turns import Turns
 from fastrms.buffers import Array, FlatBuffer, Layout
-from fastrms.errors import NonfiniteError
-from fastrms.kernels.norms import AddUp, SpanNorms
+from fastrms.errors import NonfiniteError, OptionError
+from fastrms.kernels.norms import AddUp, SpanNorms, combine
 
 if TYPE_CHECKING:
     from fastrms.backends.at_once import AtOnce
@@ -51,6 +51,22 @@ class Backend(ABC):
 
         The caller holds the lock of `turns`.
         """
+
+    def grad_norm(self) -> float | None:
+        """Return the norm of all gradients of the last step, if the step computed it."""
+        norms = self.settle_steps().last_norms
+        return None if norms is None else combine(norms)
+
+    def last_skipped(self) -> bool:
+        """Tell whether the last step was skipped."""
+        return self.settle_steps().last_skipped
+
+    def take_in(self, new: OptimizerState) -> None:
+        """Append the only group of another optimizer in the memory of this process, with its buffers."""
+        raise OptionError(
+            "add_param_group: expected an optimizer with its buffers in the memory of one process, got one with "
+            'storage, several ranks or kernel="cuda"; give all groups to the constructor'
+        )
 
     def settle_steps(self) -> Counts:
         """Return the counts as `settle` does, except that `absent` may be that of an earlier step."""
@@ -106,12 +122,12 @@ class Backend(ABC):
         self.state.add_buffers(optional_state(options), self.new_buffer)
 
     @abstractmethod
-    def read(self, segment: Array) -> Array:
-        """Return a segment of a buffer as an array on the host."""
+    def read(self, segments: Sequence[Array]) -> Array:
+        """Return segments of a buffer, one after another, as an array on the host."""
 
     @abstractmethod
-    def write(self, segment: Array, values: Array | float) -> None:
-        """Set the elements of a segment of a buffer."""
+    def write(self, segments: Sequence[Array], values: Array | float) -> None:
+        """Set the elements of segments of a buffer, one after another."""
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of an array that fit into memory; here one slice of the whole."""

@@ -3,7 +3,7 @@
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from fastrms._checks import KERNELS, check_one_of
+from fastrms._checks import KERNELS, check_one_of, shown
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.base import Backend
 from fastrms.backends.host import HostBackend
@@ -11,7 +11,7 @@ from fastrms.backends.making import new_host_backend
 from fastrms.backends.memory import Ram
 from fastrms.backends.storage import Storage, check_storage
 from fastrms.buffers.pytree import Params
-from fastrms.errors import DeviceError, OptionError
+from fastrms.errors import DeviceError, OptionError, OptionTypeError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -20,7 +20,7 @@ __all__ = ["backend_of", "new_backend"]
 
 
 def new_backend(
-    params: Params, settings: Settings, storage: str | PathLike[str] | Storage | None, stream: object
+    params: Params, settings: Settings, storage: str | PathLike[str] | Storage | None, stream: object, in_place: object
 ) -> Backend:
     """Return the backend of a new optimizer. The arguments are those of `fastrms.RMSProp`, and are checked here.
 
@@ -29,6 +29,11 @@ def new_backend(
     settings.check()
     check_one_of("kernel", settings.kernel, KERNELS)
     check_storage(storage)
+    if not isinstance(in_place, bool):
+        raise OptionTypeError(f"in_place: expected True or False, got {shown(in_place)}")
+    if in_place and (storage is not None or settings.kernel == "cuda"):
+        other = "storage" if storage is not None else 'kernel="cuda"'
+        raise OptionError(f"in_place: expected False with {other}, which keeps the parameters in buffers of its own")
     if settings.kernel == "cuda":
         if storage is not None:
             raise OptionError('storage: expected None with kernel="cuda", which keeps the buffers on a GPU, got a path')
@@ -36,7 +41,7 @@ def new_backend(
         return backend
     if stream is not None:
         raise OptionError(f'stream: expected None unless kernel is "cuda", got {stream!r}')
-    return new_host_backend(OptimizerState(params, settings), storage)
+    return new_host_backend(OptimizerState(params, settings, in_place), storage)
 
 
 def backend_of(state: OptimizerState) -> Backend:

@@ -1,6 +1,6 @@
 """The backend on the host: locate gradients, compute the kernel calls from options, make the calls, and count steps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,12 +13,13 @@ from fastrms._types import Items, Options
 from fastrms.backends import plan, tuner
 from fastrms.backends.at_once import AtOnce
 from fastrms.backends.base import Backend, Call, Memory, Ranks
+from fastrms.backends.one_by_one import OneByOne
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, HostRun, Located, Variant
 from fastrms.backends.storage import Storage
 from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
-from fastrms.buffers.replaced import Watch, refuse_replaced
-from fastrms.errors import NonfiniteError, OptionError
+from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
+from fastrms.errors import NonfiniteError, OptionError, StructureError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.options import resolve_lr
 
@@ -36,19 +37,27 @@ class HostBackend(Backend):
         self._memory, self._ranks = memory, ranks
         self.in_parts = memory.in_parts
         self.storage = memory if isinstance(memory, Storage) else None
+        self._use_parameters()
+        threads.call_after_fork(self.after_fork)
+
+    def _use_parameters(self) -> None:
+        """Prepare all that depends on the parameters and their groups."""
+        state, memory, ranks = self.state, self._memory, self._ranks
         self._params, self._grads = state.buffers["params"], state.buffers["grads"]
         self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
         self._own = state.buffers if ranks is None else ranks.shard_of(state.buffers)
-        self._run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
+        self.run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
-        self._runs = [
-            HostRun(k, state.param_groups[k], layout, numbers, memory)
-            for k, numbers in plan.split_runs(layout, state.group_of)
-        ]
+        self._runs = [self.new_run(k, numbers) for k, numbers in plan.split_runs(layout, state.group_of)]
+        self.one_by_one = OneByOne() if ranks is None else None
         self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.kernel_changed()
-        threads.call_after_fork(self.after_fork)
+
+    def new_run(self, group_number: int, numbers: NDArray[np.int64]) -> HostRun:
+        """Return a run of these parameters."""
+        group, layout = self.state.param_groups[group_number], self._own["grads"].layout
+        return HostRun(group_number, group, layout, numbers, self._memory)
 
     # Options.
 
@@ -109,11 +118,11 @@ class HostBackend(Backend):
         else:
             self.at_once = None
         self.state.counts.admit(0)
-        self._version = object()
+        self.version = object()
 
     def use_options(self) -> None:
         """Compute everything that depends on options only, unless they are unchanged."""
-        version = self._version
+        version = self.version
         if self._computed_from is version:
             return
         self._scheduled, self._clips = self.state.scheduled, self.state.clips_by_norm
@@ -121,10 +130,16 @@ class HostBackend(Backend):
             run.use_options(self._clips)
         used = self.state.state_in_use
         if used != self._used:
+            self._written = plan.memory_of(self._own.values())
             for run in self._runs:
-                run.use_buffers(self._own)
+                run.use_buffers(self._own, self._written)
             self._used = used
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
+
+    def prepare(self, run: HostRun) -> None:
+        """Have a run of `new_run` use the present options and buffers."""
+        run.use_options(self._clips)
+        run.use_buffers(self._own, self._written)
 
     @property
     def variant(self) -> str:
@@ -139,22 +154,23 @@ class HostBackend(Backend):
 
     def step(self, gradients: Any) -> None:
         """Take one step, as `Backend.step`."""
+        self.turns.refuse_in_pass("step")
         if self._ranks is not None and self._ranks.exchange:
             self._ranks.step(self, gradients)
             return
         # Functions of the user come first, because they may set options: rates, then items of a mapping.
-        rates = self.rates() if self._computed_from is not self._version or self._scheduled else None
+        rates = self.rates() if self._computed_from is not self.version or self._scheduled else None
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
         items = None if from_buffer else grads.layout.flatten(gradients, "gradients")
-        if self._computed_from is not self._version:  # an item has set options
+        if self._computed_from is not self.version:  # an item has set options
             rates = rates or self.rates()
             self.use_options()
         if self.storage is not None:
             self.storage.check_open()
-        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
+        self.refuse_replaced(from_buffer)
         variant = self.state.kernel if self._tuner is None else self._tuner.variant  # the property, without a call
-        located = IN_BUFFER if items is None else self._locate(items)
+        located = IN_BUFFER if items is None and not self.state.in_place else self._locate(items)
         self.take(located, rates, variant, items if located.in_place else None)
         if self.at_once is not None:
             self.at_once.admit()
@@ -184,12 +200,14 @@ class HostBackend(Backend):
         if calls is None:
             calls, norms = self._make_calls(located, rates, variant)
         counts = self.state.counts
-        if self.state.nonfinite != "propagate" and self._skips(located, variant, norms, items):
+        counts.last_norms = norms
+        counts.last_skipped = self.state.nonfinite != "propagate" and self._skips(located, variant, norms, items)
+        if counts.last_skipped:
             counts.skipped_steps += 1
             if self.storage is not None:
                 self.storage.step_skipped()
         else:
-            work, memory, steps = self._run_calls(calls), counts.memory, counts.steps + 1
+            work, memory, steps = self.run_calls(calls), counts.memory, counts.steps + 1
             absent = counts.absent if located.present is None else counts.absent + ~located.present
             counts.writing = True
             # One statement updates and counts. After the first update its bytecode has no call, so no signal handler
@@ -200,20 +218,56 @@ class HostBackend(Backend):
         if self._tuner is not None:
             self._tuner.step_done()
 
-    def _locate(self, items: Items) -> Located:
-        """Locate gradients in place, or copy them to the gradient buffer if one cannot be read in place."""
-        if not self._zero_copy or (self.storage is not None and self.storage.pages.shows(items)):
-            return self._copy(items)
-        first, present = pointers.items_of(items), None
+    def take_in(self, new: OptimizerState) -> None:
+        """Append a group, as `Backend.take_in`."""
+        if self.storage is not None or self._ranks is not None:
+            super().take_in(new)  # which refuses it
+        self.add_state(new.param_groups)
+        new.add_buffers(self.state.buffers, lambda name: self._memory.new_buffer(name, new.buffers["cache"].layout))
+        self.state.take_in(new)
+        self._use_parameters()
+
+    def step_ended(self) -> None:
+        """Record the end of a step that has been counted."""
+        if self.storage is not None:
+            self.storage.step_taken()
+        if self._tuner is not None:
+            self._tuner.step_done()
+
+    def refuse_replaced(self, from_buffer: bool = False) -> None:
+        """Raise StructureError if another object took the place of a view, among gradients only if `from_buffer`."""
+        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
+
+    def _locate(self, items: Items | None) -> Located:
+        """Locate gradients in place, or copy them to the gradient buffer if one cannot be read in place.
+
+        `items` is None if they are in the gradient buffer. Raise StructureError if parameters cannot be updated in
+        place.
+        """
+        if self.state.in_place and not self._zero_copy:
+            self._refuse_changed()
+        if not self._zero_copy or (self.storage is not None and self.storage.pages.shows(items or ())):
+            return IN_BUFFER if items is None else self._copy(items)
+        first, present = 0 if items is None else pointers.items_of(items), None
         for run in self._runs:
             status = run.locate(first)
-            if status >= 0:  # the number of a gradient that cannot be read in place
+            if status == cpu.CHANGED:
+                self._refuse_changed()
+                raise StructureError("params: expected arrays as they were at first, got one that was changed")
+            if status >= 0 and items is not None:  # the number of a gradient that cannot be read in place
                 return self._copy(items)
             if status == cpu.FOUND_SOME:
                 if present is None:
                     present = np.ones(len(self.state.counts.absent), bool)
                 present[run.numbers] = run.located()
+        if items is None:
+            return IN_BUFFER
         return IN_PLACE if present is None else Located(True, present)
+
+    def _refuse_changed(self) -> None:
+        """Raise StructureError with the first parameter that can no longer be updated in place, if there is one."""
+        if problems := changed_views(self._params, "params"):
+            raise StructureError(problems[0])
 
     def _copy(self, items: Items) -> Located:
         """Check gradients of any dtype and strides, and copy them to the gradient buffer."""
@@ -238,13 +292,13 @@ class HostBackend(Backend):
         self, located: Located, rates: list[float] | None, variant: str
     ) -> tuple[list[Call], NDArray[np.float64] | None]:
         """Return the kernel calls of the next step, and the norms of gradients; None if nothing is clipped by norm."""
-        version = self._version
+        version = self.version
         self.use_options()
         steady_calls, at_once = self._steady_calls, self.at_once
         if not located.in_place:
             for run in self._runs:
                 run.point_to_buffer()
-        variant_of = [self._variant_of(run, variant) for run in self._runs]
+        variant_of = [self.variant_of(run, variant) for run in self._runs]
         counts = self.state.counts
         scales = norms = None
         if self._clips:
@@ -252,7 +306,7 @@ class HostBackend(Backend):
             scales, norms = plan.clip_scales(self._runs, variant_of, grads, self._ranks, limit, located.present)
         rate_of_run = [plan.rate_of(run.group, run.group_number, rates, counts.steps) for run in self._runs]
         calls, steady = plan.make_plan(self._runs, variant_of, rate_of_run, located, scales, counts)
-        if self._version is not version:  # a signal handler has set options
+        if self.version is not version:  # a signal handler has set options
             return self._make_calls(located, rates, variant)
         if steady:
             steady_calls[located.in_place, variant] = calls
@@ -260,7 +314,7 @@ class HostBackend(Backend):
                 at_once.add(located.in_place, variant, calls[0])
         return calls, norms
 
-    def _variant_of(self, run: HostRun, variant: str) -> Variant:
+    def variant_of(self, run: HostRun, variant: str) -> Variant:
         """Return the variant of a run. `variant` is the variant of large runs."""
         kernel, lines_ahead = tuner.VARIANTS.get(variant, Variant("serial" if variant == "auto" else variant))
         too_small = self._tuner is not None and run.size < tuner.TRY_PARALLEL_FROM
@@ -273,7 +327,7 @@ class HostBackend(Backend):
 
     def _skips(self, located: Located, variant: str, norms: NDArray[np.float64] | None, items: Items | None) -> bool:
         """Return whether to skip the step because a gradient is not finite, or raise NonfiniteError."""
-        variant_of = [self._variant_of(run, variant) for run in self._runs]
+        variant_of = [self.variant_of(run, variant) for run in self._runs]
         nonfinite = plan.find_nonfinite(self._runs, variant_of, located, norms, self._own["grads"])
         wrong = np.flatnonzero(nonfinite if self._ranks is None else self._ranks.nonfinite_anywhere(nonfinite))
         if not len(wrong) or self.state.nonfinite == "skip":
@@ -292,13 +346,17 @@ class HostBackend(Backend):
     def counts_changed(self) -> None:
         """Do nothing: each step reads the counts in `state`."""
 
-    def read(self, segment: Array) -> Array:
-        """Return a segment of a buffer, itself."""
-        return segment
+    def read(self, segments: Sequence[Array]) -> Array:
+        """Return the only one of `segments` itself, or several in a new array."""
+        return segments[0] if len(segments) == 1 else np.concatenate(segments)
 
-    def write(self, segment: Array, values: Array | float) -> None:
-        """Set the elements of a segment of a buffer."""
-        segment[...] = values
+    def write(self, segments: Sequence[Array], values: Array | float) -> None:
+        """Set the elements of segments of a buffer, one after another."""
+        start = 0
+        for segment in segments:
+            stop = start + segment.size
+            segment[...] = values[start:stop] if isinstance(values, np.ndarray) else values
+            start = stop
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of an array that fit into memory."""

@@ -1,15 +1,22 @@
 """Make backends on the host, with new buffers or with those of an opened folder."""
 
+from collections.abc import Mapping
 from os import PathLike
 
-from fastrms._state import OptimizerState
-from fastrms.backends.base import Memory, Ranks
+import numpy as np
+
+from fastrms._checks import shown
+from fastrms._state import OptimizerState, Settings
+from fastrms._types import Options
+from fastrms.backends.base import Backend, Memory, Ranks
 from fastrms.backends.host import HostBackend
 from fastrms.backends.memory import Ram
 from fastrms.backends.storage import Storage
+from fastrms.buffers.held import HeldArrays
+from fastrms.errors import StructureError
 from fastrms.kernels.reference import to_bfloat16
 
-__all__ = ["new_host_backend", "new_sharded_backend"]
+__all__ = ["add_group", "new_host_backend", "new_sharded_backend"]
 
 
 def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Storage | None = None) -> HostBackend:
@@ -35,6 +42,26 @@ def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Stora
     return backend
 
 
+def add_group(backend: Backend, group: Options) -> None:
+    """Add a parameter group, given as in the list of groups for a constructor, to an optimizer."""
+    state = backend.state
+    number = len(state.param_groups) if state.grouped else 1
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise StructureError(f"group: expected a dict with the key 'params', got {shown(group)}")
+    options = {**state.defaults, **{name: value for name, value in group.items() if name != "params"}}
+    settings = Settings(
+        options, state.kernel, state.num_threads, state.cache_dtype, state.nonfinite, state.global_clip_norm
+    )
+    new = OptimizerState(group["params"], settings, state.in_place, number)
+    arrays = [item for item in new.layout.flatten(new.arrays, "params") if isinstance(item, np.ndarray)]
+    if any(state.buffers["params"].aliases(arrays)):
+        raise StructureError(
+            f"params[{number}]: expected new parameters, got an array that shares memory with a parameter of another "
+            "group"
+        )
+    backend.take_in(new_host_backend(new).state)
+
+
 def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:
     """Return a backend with new buffers in memory. It updates the shard of this rank."""
     backend = _with_new_buffers(state, Ram(), ranks)
@@ -44,9 +71,12 @@ def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:
 
 def _with_new_buffers(state: OptimizerState, memory: Memory, ranks: Ranks | None) -> HostBackend:
     """Return a backend with new buffers in `memory`, with the initial values."""
-    for name in ("params", "grads"):
-        state.buffers[name] = memory.new_buffer(name, state.layout)
-    state.buffers["params"].gather(state.arrays, "params")
+    if state.in_place:
+        state.buffers["params"] = HeldArrays(state.layout, state.layout.flatten(state.arrays, "params"))
+    else:
+        state.buffers["params"] = memory.new_buffer("params", state.layout)
+        state.buffers["params"].gather(state.arrays, "params")
+    state.buffers["grads"] = memory.new_buffer("grads", state.layout)
     backend = HostBackend(state, memory, ranks)
     state.buffers["cache"] = backend.new_buffer("cache")
     for cache, k in zip(state.buffers["cache"].leaves, state.group_of, strict=True):

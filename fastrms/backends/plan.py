@@ -1,8 +1,9 @@
 """The plan of a step on the host: runs of neighbouring parameters, and one kernel call for each run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import compress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +12,20 @@ from fastrms import kernels
 from fastrms._state import STATE_OPTIONS, Counts
 from fastrms.backends.base import Call, Memory, Ranks
 from fastrms.buffers import Array, FlatBuffer, Layout
+from fastrms.buffers.held import HeldArrays
 from fastrms.kernels import Update, cpu, pointers, threads
+from fastrms.kernels.access import GRADIENT, PARAMETER
 from fastrms.kernels.compiled import entry_point
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms, combine, scale_to
 from fastrms.options import ParamGroup, resolve_lr
 
+if TYPE_CHECKING:
+    from fastrms._types import Items
+
 __all__ = [
     "FROM_TABLE", "IN_BUFFER", "IN_PLACE", "HostRun", "Located", "Run", "Variant", "clip_scales", "find_nonfinite",
-    "make_plan", "rate_of", "split_runs",
+    "make_plan", "memory_of", "rate_of", "split_runs", "takes_addresses",
 ]  # fmt: skip
 
 
@@ -89,10 +95,10 @@ class HostRun(Run):
         self, group_number: int, group: ParamGroup, layout: Layout, numbers: NDArray[np.int64], memory: Memory
     ) -> None:
         super().__init__(group_number, group, layout, numbers)
-        # The third number of a span is the address of the gradient, 0 for the gradient buffer.
-        self._spans = np.zeros((len(numbers), 3), np.int64)
+        self._spans = np.zeros((len(numbers), 4), np.int64)  # as for `kernels.reference.update`
         self._spans[:, :2] = self.bounds
-        self._whole = np.array([(0, self.size, 0)], np.int64)
+        self._whole = np.array([(0, self.size, 0, 0)], np.int64)
+        self._held: Items | None = None  # the parameters of the optimizer, if they are updated in place
         self._offsets = self._spans[:, 0] * self.dtype.itemsize
         shapes = [layout.leaves[i].shape for i in numbers]
         self._shapes = np.zeros((len(shapes), 2 + max(map(len, shapes))), np.int64)
@@ -118,20 +124,29 @@ class HostRun(Run):
         """Use the rule that the options of the group need, or clipping by a norm."""
         self._extended = True if clips_by_norm or needs_extended_rule(self.group) else None
 
-    def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
-        """Update the parts of these buffers from now on, with the state that the options of the run need."""
-        written = [(buffer.block.ctypes.data, buffer.block.nbytes) for buffer in buffers.values()]
-        bounds = [bound for address, nbytes in written for bound in (address, address + nbytes)]
-        self._expected = np.array([*pointers.identity(self.dtype), *bounds], np.int64)
+    def use_buffers(self, buffers: Mapping[str, FlatBuffer], written: NDArray[np.int64]) -> None:
+        """Update the parts of these buffers from now on, with the state that the options of the run need.
+
+        `written` has the bounds of all buffers in memory (`memory_of`).
+        """
+        self._written, self._expected = written, pointers.identity(self.dtype)
+        table = self._table[0]
+        held = buffers["params"]
+        if isinstance(held, HeldArrays):
+            self._held, table["held_at"] = held.leaves, pointers.items_of(held.leaves)
+            self._spans[:, PARAMETER] = [held.leaves[k].ctypes.data for k in self.numbers]
+            self._vectors = [held.segments[k] for k in self.numbers]
+            # The kernels need a vector of this size, and do not read it.
+            buffers = {**buffers, "params": buffers["grads"]}
         params, grads, *state = self.parts_of(buffers)
         self._arrays = (params, grads, *state, self._hyper)
         self._from_table = (self._hyper, *state)
         self._entry_points: dict[tuple[Update, tuple[Any, Any]], Update] = {}
-        table = self._table[0]
         table["size"], table["params_at"], table["grads_at"] = self.size, params.ctypes.data, grads.ctypes.data
         table["sources_at"], table["source_count"] = self._spans.ctypes.data, len(self._spans)
         table["shapes_at"], table["shape_columns"] = self._shapes.ctypes.data, self._shapes.shape[1]
-        table["expected_at"], table["expected_size"] = self._expected.ctypes.data, len(self._expected)
+        table["expected_at"] = self._expected.ctypes.data
+        table["written_at"], table["written_count"] = written.ctypes.data, len(written)
         self._no_update = self._table.copy()
         self._no_update["factors_at"], self._no_update["spans_at"] = self._factors.ctypes.data, self._spans.ctypes.data
 
@@ -153,20 +168,20 @@ class HostRun(Run):
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
-        `items` is the address of the items of a tuple with all gradients.
+        `items` is the address of the items of a tuple with all gradients; 0 to look at held parameters only.
         """
-        self._whole[:, 2] = 0
+        self._whole[:, GRADIENT] = 0
         serial_from, *arguments = self._from("serial", self._no_update, items=items)
         return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
         """Return for each parameter whether `locate` found a gradient, and not None."""
-        located: NDArray[np.bool_] = self._spans[:, 2] != 0
+        located: NDArray[np.bool_] = self._spans[:, GRADIENT] != 0
         return located
 
     def point_to_buffer(self) -> None:
         """Read gradients from the gradient buffer in the next calls."""
-        self._spans[:, 2] = self._whole[:, 2] = 0
+        self._spans[:, GRADIENT] = self._whole[:, GRADIENT] = 0
 
     def point_to(self, addresses: NDArray[np.int64]) -> None:
         """Read gradients at these addresses in the next calls. There is one for each parameter of the optimizer."""
@@ -176,15 +191,23 @@ class HostRun(Run):
         # The last one first: it mostly differs if the gradients are not parts of one array.
         together = self._copies and own[-1] - self._offsets[-1] == start
         if together and bool(np.all(own - self._offsets == start)):
-            self._whole[:, 2] = start  # nothing has to be copied
+            self._whole[:, GRADIENT] = start  # nothing has to be copied
         else:
-            self._spans[:, 2] = own
+            self._spans[:, GRADIENT] = own
 
     def gradient_norms(self, grads: FlatBuffer, kernel: str, ranks: Ranks | None) -> NDArray[np.float64]:
         """Return the norm of each parameter's gradient after clipping by value, over the shards of all ranks."""
         clip_value = self.group["clip_value"]
         bound = np.inf if clip_value is None else clip_value
         return self.norms(self.part_of(grads), bound, kernel, None if ranks is None else ranks.add_up(self.numbers))
+
+    def corrections(self, counts: Counts) -> NDArray[np.float64] | None:
+        """Return the factor of bias correction of each parameter in the next step; None without bias correction."""
+        if not self.group["bias_correction"]:
+            return None
+        own_steps = counts.steps + 1 - counts.absent[self.numbers]
+        corrections: NDArray[np.float64] = 1.0 / (1.0 - self.group["decay_rate"] ** own_steps)
+        return corrections
 
     def arguments(
         self,
@@ -197,10 +220,11 @@ class HostRun(Run):
         """Return the arguments of a kernel (see `kernels.reference.update`).
 
         `scales` are the factors of clipping by norm, and `corrections` those of bias correction, one for each
-        parameter of the run. The whole run is one span if its gradients are neighbours and its factors are equal.
+        parameter of the run. The whole run is one span if its parameters and gradients are neighbours, and its factors
+        are equal.
         """
         options, present = self.group, None if located.present is None else located.present[self.numbers]
-        neighbours = present is None and (self._copies or not located.in_place)
+        neighbours = present is None and self._held is None and (self._copies or not located.in_place)
         equal = scales is None and (corrections is None or bool(np.all(corrections == corrections[0])))
         one_span = neighbours and equal
         spans, factors = (self._whole, self._whole_factors) if one_span else (self._spans, self._factors)
@@ -212,22 +236,58 @@ class HostRun(Run):
         self._hyper[:] = hyper_values(options, lr, self.dtype)
         return (*self._arrays, spans, factors, self._extended, lines_ahead)
 
-    def call(self, kernel: str, arguments: Call, in_place: bool) -> Call:
-        """Return the call of a kernel with the arguments from `arguments`."""
-        if kernel == "parallel":
-            threads.start_threads()  # before Numba does so, as it loads the kernel
+    def calls(self, kernel: str, arguments: Call, located: Located) -> list[Call]:
+        """Return the calls of a kernel with the arguments from `arguments`: one, if compiled code updates the run."""
         if self.from_table and kernel in FROM_TABLE:  # most programs compile one function only
             *_, spans, factors, _, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
-            copies = in_place and spans is self._whole  # otherwise each is read where it is
+            copies = located.in_place and spans is self._whole  # otherwise each is read where it is
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
             row["copies"] = copies
             self._kept = spans, factors  # the table has only their addresses
+            if kernel == "parallel":
+                threads.start_threads()  # before Numba does so, as it loads the kernel
             update, *rest = self._from(kernel, table, lines_ahead)
-        else:
-            update, *rest = self._entry_point(kernels.UPDATES[kernel], arguments[-2:], *arguments), *arguments
-        return (threads.one_at_a_time(update) if kernel == "parallel" else update, *rest)
+            return [(threads.one_at_a_time(update) if kernel == "parallel" else update, *rest)]
+        if self._held is None or takes_addresses(kernel):
+            return [self.call(kernel, arguments)]
+        present = None if located.present is None else located.present[self.numbers]
+        vectors = self._vectors if present is None else compress(self._vectors, present)
+        grads, spans = arguments[1], arguments[-4]
+        return self.calls_by_span(kernel, arguments, vectors, [grads[start:stop] for start, stop, *_ in spans])
+
+    def call(self, kernel: str, arguments: Call) -> Call:
+        """Return the call of a kernel that takes all arrays as arguments."""
+        if kernel == "parallel":
+            threads.start_threads()
+        update = self._entry_point(kernels.UPDATES[kernel], arguments[-2:], *arguments)
+        return (threads.one_at_a_time(update) if kernel == "parallel" else update, *arguments)
+
+    def calls_by_span(
+        self, kernel: str, arguments: Call, params: Iterable[Array], grads: Iterable[Array]
+    ) -> list[Call]:
+        """Return a call for each span, with its own parameters and gradient, for a kernel that takes no addresses."""
+        _, _, *state, hyper, spans, factors, extended, lines_ahead = arguments
+        calls = []
+        for (start, stop, *_), factor, param, gradient in zip(spans, factors, params, grads, strict=True):
+            parts = [None if array is None else array[start:stop] for array in state]
+            span = np.array([(0, stop - start, 0, 0)])
+            of_span = (param, gradient, *parts, hyper, span, factor[np.newaxis], extended, lines_ahead)
+            calls.append(self.call(kernel, of_span))
+        return calls
+
+
+def takes_addresses(kernel: str) -> bool:
+    """Tell whether a kernel finds parameters and gradients by the addresses in spans."""
+    return kernel != "numpy" and cpu.COMPILED
+
+
+def memory_of(buffers: Iterable[FlatBuffer]) -> NDArray[np.int64]:
+    """Return the bounds in memory [low, high) of all pieces of buffers, sorted, shape (n, 2)."""
+    pieces = [piece for buffer in buffers for piece in buffer.segments if piece.size]
+    bounds = sorted((piece.ctypes.data, piece.ctypes.data + piece.nbytes) for piece in pieces)
+    return np.array(bounds, np.int64).reshape(-1, 2)
 
 
 def make_plan(
@@ -245,15 +305,10 @@ def make_plan(
     steady = scales is None and located.present is None
     calls: list[Call] = []
     for run, (kernel, lines_ahead), lr in zip(runs, variant_of, rates, strict=True):
-        options = run.group
-        corrections = None
-        if options["bias_correction"]:
-            own_steps = counts.steps + 1 - counts.absent[run.numbers]
-            corrections = 1.0 / (1.0 - options["decay_rate"] ** own_steps)
-        steady = steady and not callable(options["lr"]) and corrections is None
+        corrections = run.corrections(counts)
+        steady = steady and not callable(run.group["lr"]) and corrections is None
         own_scales = None if scales is None else scales[run.numbers]
-        arguments = run.arguments(lr, located, own_scales, corrections, lines_ahead)
-        calls.append(run.call(kernel, arguments, located.in_place))
+        calls += run.calls(kernel, run.arguments(lr, located, own_scales, corrections, lines_ahead), located)
     return calls, steady
 
 
@@ -265,26 +320,25 @@ def clip_scales(
     global_clip_norm: float | None,
     present: NDArray[np.bool_] | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the factor of clipping by norm and the norm of the gradient, for each parameter.
+    """Return for each parameter the factor of clipping by norm, and the norm of its gradient after clipping by value.
 
-    A norm is NaN if gradients are clipped by value: clipping hides an inf.
+    A parameter without a gradient has the norm 0.
     """
     count = len(grads.leaves)
-    scales, norms, unclipped = np.ones(count), np.zeros(count), np.full(count, np.nan)
+    scales, norms, measured = np.ones(count), np.zeros(count), np.zeros(count)
     for run, (kernel, _) in zip(runs, variant_of, strict=True):
         own = run.gradient_norms(grads, kernel, ranks)
-        if run.group["clip_value"] is None:
-            unclipped[run.numbers] = own
+        measured[run.numbers] = own
         limit = run.group["clip_norm"]
         if limit is not None:
             scales[run.numbers] = scale_to(limit, own)
             own = np.minimum(own, limit)
         norms[run.numbers] = own
+    if present is not None:
+        norms[~present] = measured[~present] = 0.0  # the buffer still has the gradient of an earlier step
     if global_clip_norm is not None:
-        if present is not None:
-            norms[~present] = 0.0  # the buffer still has the gradient of an earlier step
         scales *= scale_to(global_clip_norm, np.array(combine(norms)))
-    return scales, unclipped
+    return scales, measured
 
 
 def rate_of(group: ParamGroup, number: int, rates: Sequence[float] | None, steps: int) -> float:
@@ -308,6 +362,9 @@ def find_nonfinite(
     """
     present = located.present
     finite = np.zeros(len(grads.leaves), bool) if norms is None else np.isfinite(norms)
+    for run in runs:
+        if run.group["clip_value"] is not None:  # which hides an inf from the norm
+            finite[run.numbers] = False
     if present is not None:
         finite |= ~present
     # A norm can overflow although all values are finite, and may be unknown. So read the gradients.

@@ -26,13 +26,16 @@ class Turns:
         self.in_progress = threading.Lock()
 
     @contextmanager
-    def between_steps(self, name: str, *, changes: bool = True) -> Iterator[None]:
+    def between_steps(self, name: str, *, changes: bool = True, within_pass: bool = False) -> Iterator[None]:
         """Return a context for the call `name` in which no step runs, on other threads or on this one.
 
-        `changes` tells whether the call writes parameters, state or counts.
+        `changes` tells whether the call writes parameters, state or counts. `within_pass` tells whether it is possible
+        while a step is taken one parameter at a time.
         """
         with self.lock:
             self.admit(name, changes)
+            if not within_pass:
+                self.refuse_in_pass(name)
             if self.in_progress.locked():  # a read within a step or a save
                 yield
                 return
@@ -41,6 +44,16 @@ class Turns:
                 self._counts.writing = changes
                 yield
                 self._counts.writing = False
+
+    @contextmanager
+    def part_of_step(self, name: str) -> Iterator[None]:
+        """Return a context for a call that takes a part of a step, and sets `counts.writing` when it writes."""
+        with self.lock:
+            if self.in_progress.locked():
+                self.admit(name, changes=True)
+            with self.in_progress:
+                self._counts.admit(0)
+                yield
 
     def admit(self, name: str, changes: bool) -> None:
         """Raise StepInProgressError if a call in progress on this thread forbids the call `name`.
@@ -55,6 +68,15 @@ class Turns:
                 f"{name}: expected a call between two steps, got one in the midst of a step, save or load on the same "
                 "thread, made by a signal handler or by a function that the step calls; set a flag there, and check it "
                 "after step()"
+            )
+
+    def refuse_in_pass(self, name: str) -> None:
+        """Raise StepInProgressError if only some parameters have had their part of a step."""
+        updated = self._counts.updated
+        if updated is not None:
+            raise StepInProgressError(
+                f"{name}: expected a call between two steps, got one while {int(updated.sum())} of {len(updated)} "
+                "parameters were updated one at a time; update the others too, or call finish_step()"
             )
 
     def after_fork(self) -> None:

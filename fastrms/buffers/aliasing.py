@@ -23,11 +23,11 @@ class _Span(NamedTuple):
     array: Array
 
 
-def refuse_overlap(layout: Layout, arrays: object) -> None:
+def refuse_overlap(layout: Layout, arrays: object, name: str = "params") -> None:
     """Raise StructureError, with the paths of the first pair, if two ndarrays among the parameters share memory."""
     if overlap := _find_overlap(layout, arrays):
         raise StructureError(
-            f"params{overlap[0]} and params{overlap[1]} share memory; give tied parameters once and add up their "
+            f"{name}{overlap[0]} and {name}{overlap[1]} share memory; give tied parameters once and add up their "
             "gradients, or copy one of them"
         )
 

@@ -13,7 +13,7 @@ from fastrms.buffers.layout import ALIGNMENT, Layout
 from fastrms.buffers.pytree import P, PyTree, describe
 from fastrms.errors import DtypeError, StructureError
 
-__all__ = ["Array", "FlatBuffer", "as_arrays", "views_of"]
+__all__ = ["Array", "FlatBuffer", "as_arrays", "lies_in", "views_of"]
 
 
 # Bytes of a page, the unit of 4K aliasing on every processor; bytes from which on a block begins on a page.
@@ -39,6 +39,15 @@ def as_arrays(items: Sequence[object], layout: Layout, name: str, allow_none: bo
                 raise DtypeError(f"{name}{leaf.path}: expected {castable_to(dtype)}, got {item.dtype}")
         arrays.append(item)
     return arrays
+
+
+def lies_in(item: object, memory: Array) -> bool:
+    """Tell whether an object is an array within the bounds of `memory`, or without elements."""
+    if not isinstance(item, np.ndarray) or not item.size:
+        return isinstance(item, np.ndarray)
+    low, high = np.lib.array_utils.byte_bounds(item)
+    ours, end = np.lib.array_utils.byte_bounds(memory)
+    return bool(ours <= low and high <= end)
 
 
 def views_of(segments: Sequence[Array], layout: Layout) -> list[Array]:
@@ -229,14 +238,15 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         DtypeError
             A vector is no ndarray, and so has no views.
         """
-        vectors: list[Any] = [vector] if len(self.segments) == 1 else list(vector)
-        if len(vectors) != len(self.segments):
-            raise StructureError(f"vector: expected {len(self.segments)} vectors, one a dtype, got {len(vectors)}")
-        for one, segment in zip(vectors, self.segments, strict=True):
+        segments = self.layout.segments
+        vectors: list[Any] = [vector] if len(segments) == 1 else list(vector)
+        if len(vectors) != len(segments):
+            raise StructureError(f"vector: expected {len(segments)} vectors, one a dtype, got {len(vectors)}")
+        for one, segment in zip(vectors, segments, strict=True):
             if not isinstance(one, np.ndarray):
                 raise DtypeError(f"vector: expected a 1-D ndarray of {segment.size} elements, got {describe(one)}")
-            if one.shape != segment.shape:
-                raise StructureError(f"vector: expected shape {segment.shape}, got {one.shape}")
+            if one.shape != (segment.size,):
+                raise StructureError(f"vector: expected shape {(segment.size,)}, got {one.shape}")
         return self.layout.structure(views_of(vectors, self.layout))
 
     def gather(self, arrays: PyTree, name: str = "arrays") -> None:
@@ -322,6 +332,16 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
             aliases.append(any(np.may_share_memory(array, place) for place in places))
         return aliases
 
+    def original_views(self) -> Sequence[Array]:
+        """Return new views of the shapes that `leaves` had at first.
+
+        Returns
+        -------
+        originals : sequence of ndarray
+            One for each of `leaves`.
+        """
+        return views_of(self.segments, self.layout)
+
     def mappings(self) -> list[Array]:
         """Return all memory at which the buffer can be read.
 
@@ -345,11 +365,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         inside : bool
             True also for an array without elements.
         """
-        if not isinstance(item, np.ndarray) or not item.size:
-            return isinstance(item, np.ndarray)
-        low, high = np.lib.array_utils.byte_bounds(item)
-        ours, end = np.lib.array_utils.byte_bounds(self.block)
-        return bool(ours <= low and high <= end)
+        return lies_in(item, self.block)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would pickle views as arrays of their own.

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from fastrms.buffers.flat import FlatBuffer, views_of
+from fastrms._types import Array
+from fastrms.buffers.flat import FlatBuffer
 from fastrms.buffers.pytree import describe, take_apart
 from fastrms.errors import StructureError
 
-__all__ = ["Watch", "are_intact", "changed_views", "paths_outside", "refuse_replaced"]
+__all__ = ["Watch", "are_intact", "changed_view", "changed_views", "paths_outside", "refuse_replaced"]
 
 
 class Watch:
@@ -66,8 +67,8 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
         items = buffer.layout.flatten(buffer.views, name)
     except StructureError as error:
         return [str(error)]
-    on_host = isinstance(buffer.block, np.ndarray)
-    expected = views_of(buffer.segments, buffer.layout) if on_host else buffer.leaves
+    on_host = isinstance(buffer.segments[0], np.ndarray)
+    expected = buffer.original_views() if on_host else buffer.leaves
     found = []
     for item, view, fresh, leaf in zip(items, buffer.leaves, expected, buffer.layout.leaves, strict=True):
         path = name + leaf.path
@@ -77,13 +78,21 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
                 f"{path}: expected the view that was there, got {what} in its place; write into the view: "
                 f"{path}[...] = value"
             )
-        # The arrays of a device cannot change their shape.
-        elif on_host and view.__array_interface__ != fresh.__array_interface__:
-            found.append(
-                f"{path}: expected a view of shape {leaf.shape} of its part of the block, got one that was changed "
-                f"to shape {view.shape}, strides {view.strides}, {view.dtype}"
-            )
+        elif on_host and (problem := changed_view(path, view, fresh)):  # the arrays of a device cannot change
+            found.append(problem)
     return found
+
+
+def changed_view(path: str, view: Array, original: Array) -> str | None:
+    """Return a sentence if a view, or an array that is updated in place, is no longer as it was at first."""
+    if original.flags.writeable and not view.flags.writeable:
+        return f"{path}: expected an array that a step can write to, got one that is read-only now"
+    if view.__array_interface__ != original.__array_interface__:
+        return (
+            f"{path}: expected a view of shape {original.shape} of its part of the block, got one that was changed to "
+            f"shape {view.shape}, strides {view.strides}, {view.dtype}"
+        )
+    return None
 
 
 def paths_outside(buffer: FlatBuffer, tree: object, name: str) -> list[str]:

@@ -47,12 +47,12 @@ class Target(Protocol):
         """Return a state buffer of zeros."""
         ...
 
-    def read(self, segment: Array) -> Array:
-        """Return a segment of a buffer as an array on the host."""
+    def read(self, segments: Sequence[Array]) -> Array:
+        """Return segments of a buffer, one after another, as an array on the host."""
         ...
 
-    def write(self, segment: Array, values: Array | float) -> None:
-        """Set the elements of a segment of a buffer."""
+    def write(self, segments: Sequence[Array], values: Array | float) -> None:
+        """Set the elements of segments of a buffer, one after another."""
         ...
 
     def parts(self, array: Array) -> Iterator[slice]:
@@ -82,8 +82,8 @@ def state_dict(target: Target) -> dict[str, Any]:
     # First, because a signal handler may set an option later, and thereby make a buffer that is not in this metadata.
     metadata = metadata_of(target.state)
     arrays = {_ABSENT: counts.absent.copy()}
-    for name, segment in _segments(target):
-        there = target.read(segment)
+    for name, segments in _vectors(target):
+        there = target.read(segments)
         arrays[name] = np.empty_like(there)
         for part in target.parts(there):
             arrays[name][part] = there[part]
@@ -95,7 +95,7 @@ def save_file(target: Target, path: Path) -> None:
     check_keys(target.state.buffers["params"].views)
     counts = target.settle()
     metadata = metadata_of(target.state)  # first, as in `state_dict`
-    arrays = {name: target.read(segment) for name, segment in _segments(target)} | {_ABSENT: counts.absent}
+    arrays = {name: target.read(segments) for name, segments in _vectors(target)} | {_ABSENT: counts.absent}
     checksums = {name: checksum(array[part] for part in target.parts(array)) for name, array in arrays.items()}
     write(path, arrays, json.dumps(metadata | {"checksums": checksums}), target.parts)
 
@@ -113,12 +113,14 @@ def load_state(target: Target, state: Any) -> None:
     restore(target, _StateDict(state, target.state.buffers.values()))
 
 
-def _segments(target: Target) -> Iterator[tuple[str, Array]]:
-    """Iterate over the dense arrays of parameters and state, with names such as "cache/float32"."""
+def _vectors(target: Target) -> Iterator[tuple[str, list[Array]]]:
+    """Iterate over the segments that make each vector of a state, with names such as "cache/float32"."""
     for name, buffer in list(target.state.buffers.items()):
         if name != "grads":
+            of_dtype: dict[str, list[Array]] = {}
             for segment in buffer.segments:
-                yield f"{name}/{segment.dtype}", segment
+                of_dtype.setdefault(f"{name}/{segment.dtype}", []).append(segment)
+            yield from of_dtype.items()
 
 
 def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = None) -> None:
@@ -134,16 +136,18 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
     counts, metadata = target.settle(), source.metadata
     # From here on only the second reading, for storage, can fail. The folder is then marked as broken off.
     with target.loading():
-        for name, segment in _segments(target):
+        for name, segments in _vectors(target):
             if not target.in_parts:
-                target.write(segment, loaded.arrays.get(name, 0))
-            elif name in loaded.moves:
+                target.write(segments, loaded.arrays.get(name, 0))
+                continue
+            (segment,) = segments
+            if name in loaded.moves:
                 with reading():
                     _read_in_parts(target, source, name, segment, loaded.moves[name])
             else:
                 for part in target.parts(segment):
                     segment[part] = 0
-        counts.absent = loaded.arrays[_ABSENT]
+        counts.absent, counts.updated = loaded.arrays[_ABSENT], None
         counts.steps, counts.skipped_steps = metadata["steps"], metadata["skipped_steps"]
         target.counts_changed()
         target.options_changed()  # before the change too, as Ctrl-C may come right after it
@@ -186,9 +190,9 @@ def _checked(target: Target, source: Source, keep_lr: Sequence[bool]) -> _Loaded
     moves: dict[str, _Moves] = {}
     moves_of_segments = _moves(state.layout, order)
     for name in names:
-        segments = state.buffers["params" if name == "params" else "cache"].segments
+        segments = (state.layout if name == "params" else state.state_layout(state.layout)).segments
         for segment, of_segment in zip(segments, moves_of_segments, strict=True):
-            expected[f"{name}/{segment.dtype}"] = segment.dtype, segment.shape
+            expected[f"{name}/{segment.dtype}"] = segment.dtype, (segment.size,)
             moves[f"{name}/{segment.dtype}"] = of_segment
     _check_kinds(source.kinds, expected)
     absent = source.read(_ABSENT)

@@ -12,9 +12,12 @@ from numba.extending import intrinsic, overload
 from fastrms.kernels.compiled import inner, inner_options
 
 __all__ = [
-    "array_at", "call_c", "gradient_part", "int32_at", "int64_at", "integers_at", "load_state", "num_threads",
-    "prefetch", "state_part", "store_state",
+    "GRADIENT", "PARAMETER", "array_at", "call_c", "int32_at", "int64_at", "integers_at", "load_state", "num_threads",
+    "part_of_span", "prefetch", "state_part", "store_state",
 ]  # fmt: skip
+
+# The columns of spans with the addresses of gradients and of parameters; see `reference.update`.
+GRADIENT, PARAMETER = 2, 3
 
 # A state array has the parameters' dtype, or is uint16 with bfloat16 numbers, or is None. The compiler chooses the
 # function for the type of the array (`overload`); the interpreter chooses it at each call.
@@ -186,12 +189,12 @@ def integers_at(address, shape):
 
 
 @inner
-def gradient_part(grads, spans, k, start, stop):
-    """Return elements [start, stop) of the run, within span `k`, from `grads` or from the address of the span."""
-    address = spans[k, 2]
+def part_of_span(array, spans, k, column, start, stop):
+    """Return elements [start, stop) of the run, within span `k`: of `array`, or from the address in a column."""
+    address = spans[k, column]
     if address == 0:
-        return grads[start:stop]
-    return array_at(address + (start - spans[k, 0]) * grads.itemsize, stop - start, grads)
+        return array[start:stop]
+    return array_at(address + (start - spans[k, 0]) * array.itemsize, stop - start, array)
 
 
 def _number_at(kind):

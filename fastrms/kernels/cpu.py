@@ -10,13 +10,15 @@ import numpy as np
 
 from fastrms.kernels import pointers
 from fastrms.kernels.access import (
+    GRADIENT,
+    PARAMETER,
     array_at,
-    gradient_part,
     int32_at,
     int64_at,
     integers_at,
     load_state,
     num_threads,
+    part_of_span,
     prefetch,
     state_part,
     store_state,
@@ -25,15 +27,16 @@ from fastrms.kernels.compiled import inner, inner_options, jit
 from fastrms.kernels.rule import rule
 
 __all__ = [
-    "COMPILED", "FOUND", "FOUND_SOME", "LINES_AHEAD", "MIN_SHARE", "NOT_ADMITTED", "STRIP_LINES", "TABLE", "parallel",
-    "parallel_from", "serial", "serial_from", "share",
+    "CHANGED", "COMPILED", "FOUND", "FOUND_SOME", "LINES_AHEAD", "MIN_SHARE", "NOT_ADMITTED", "STRIP_LINES", "TABLE",
+    "parallel", "parallel_from", "serial", "serial_from", "share",
 ]  # fmt: skip
 
 # Whether these functions are compiled. The interpreter ignores prefetching.
 COMPILED = not numba.config.DISABLE_JIT
 
-# The results of `serial_from` if all arrays are as expected, if some are None, and if the ticket is not admitted.
-FOUND, FOUND_SOME, NOT_ADMITTED = -1, -2, -3
+# The results of `serial_from` if all arrays are as expected, if some are None, if the ticket is not admitted, and if an
+# array with parameters has changed.
+FOUND, FOUND_SOME, NOT_ADMITTED, CHANGED = -1, -2, -3, -4
 
 # The fewest elements of a thread in a parallel loop: a thread takes longer to wake up than to update these.
 MIN_SHARE = 1024
@@ -51,48 +54,18 @@ STRIP_LINES, LINES_AHEAD = 8, 48
 TABLE = np.dtype([
     ("size", np.int64),  # elements of the run
     ("params_at", np.int64), ("grads_at", np.int64),
-    ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 3)
+    ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 4)
     ("factors_at", np.int64),  # shape (span_count, 2)
     ("copies", np.int64),  # whether gradients with addresses are copied to the gradient buffer first
-    ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 3): the spans of all gradients
+    ("held_at", np.int64),  # the items of a tuple of all parameters; 0 if they lie in `params_at`
+    ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 4): the spans of all parameters
     ("shapes_at", np.int64), ("shape_columns", np.int64),  # int64, shape (source_count, shape_columns)
-    ("expected_at", np.int64), ("expected_size", np.int64),  # int64, shape (expected_size,)
+    ("expected_at", np.int64),  # int64, shape (2, 5): `pointers.identity` of gradients and of parameters
+    ("written_at", np.int64), ("written_count", np.int64),  # int64, shape (written_count, 2)
     ("control_at", np.int64), ("ticket", np.int64),  # `Counts.memory`, or 0: this call does not count the step
 ])  # fmt: skip
 
 _rule = numba.njit(**inner_options, forceinline=True)(rule)
-
-
-@inner
-def _find(items, expected, shapes, sources):
-    """Write the addresses of the arrays to `sources`, and return a status of `serial_from`.
-
-    `pointers` has the offsets of fields.
-    """
-    status = FOUND
-    for k in range(sources.shape[0]):
-        array = int64_at(items + 8 * shapes[k, 0])
-        if array == expected[3]:
-            sources[k, 2] = 0
-            status = FOUND_SOME
-            continue
-        if int64_at(array + pointers.TYPE) != expected[0] or int64_at(array + pointers.DTYPE) != expected[1]:
-            return k
-        if int32_at(array + pointers.FLAGS) & pointers.ORDINARY != pointers.ORDINARY:
-            return k
-        if int32_at(array + pointers.NDIM) != shapes[k, 1]:
-            return k
-        shape = int64_at(array + pointers.SHAPE)
-        for d in range(shapes[k, 1]):
-            if int64_at(shape + 8 * d) != shapes[k, 2 + d]:
-                return k
-        data = int64_at(array + pointers.DATA)
-        end = data + (sources[k, 1] - sources[k, 0]) * expected[2]
-        for j in range(4, expected.size, 2):
-            if data < expected[j + 1] and end > expected[j]:
-                return k
-        sources[k, 2] = data
-    return status
 
 
 @inner
@@ -108,6 +81,39 @@ def _first_from(spans, low):
         else:
             last = middle
     return first
+
+
+@inner
+def _find(items, column, expected, written, shapes, sources):
+    """Write the addresses of the arrays to a column of `sources`, and return a status of `serial_from`.
+
+    `pointers` has the offsets of fields.
+    """
+    status = FOUND
+    for k in range(sources.shape[0]):
+        array = int64_at(items + 8 * shapes[k, 0])
+        if array == expected[3]:
+            sources[k, column] = 0
+            status = FOUND_SOME
+            continue
+        known = int64_at(array + pointers.TYPE) == expected[0] and int64_at(array + pointers.DTYPE) == expected[1]
+        if not known and expected[0] != 0:
+            return k
+        if int32_at(array + pointers.FLAGS) & expected[4] != expected[4]:
+            return k
+        if int32_at(array + pointers.NDIM) != shapes[k, 1]:
+            return k
+        shape = int64_at(array + pointers.SHAPE)
+        for d in range(shapes[k, 1]):
+            if int64_at(shape + 8 * d) != shapes[k, 2 + d]:
+                return k
+        data = int64_at(array + pointers.DATA)
+        end = data + (sources[k, 1] - sources[k, 0]) * expected[2]
+        j = _first_from(written, data)
+        if j < written.shape[0] and written[j, 0] < end:
+            return k
+        sources[k, column] = data
+    return status
 
 
 @inner
@@ -178,8 +184,8 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
         start = max(low, spans[k, 0])
         stop = min(high, spans[k, 1])
         # Slices with a loop from 0: a loop from start to stop over the whole arrays is not vectorised in a prange.
-        p = params[start:stop]
-        g = gradient_part(grads, spans, k, start, stop)
+        p = part_of_span(params, spans, k, PARAMETER, start, stop)
+        g = part_of_span(grads, spans, k, GRADIENT, start, stop)
         c = cache[start:stop]
         b = state_part(momentum_buffer, start, stop)
         m = state_part(grad_avg, start, stop)
@@ -203,14 +209,18 @@ def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factor
 
 @inner
 def _locate(t, items):
-    """Find the gradients of a step, and return the status of `serial_from`."""
+    """Find the arrays with parameters and the gradients of a step, and return the status of `serial_from`."""
     if t.control_at != 0 and integers_at(t.control_at, 2)[1] != t.ticket:
         return NOT_ADMITTED
+    expected = integers_at(t.expected_at, (2, 5))
+    written = integers_at(t.written_at, (t.written_count, 2))
+    shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
+    sources = integers_at(t.sources_at, (t.source_count, 4))
+    if t.held_at != 0 and _find(t.held_at, PARAMETER, expected[1], written[:0], shapes, sources) != FOUND:
+        return CHANGED
     if items == 0:
         return FOUND
-    expected = integers_at(t.expected_at, t.expected_size)
-    shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
-    return _find(items, expected, shapes, integers_at(t.sources_at, (t.source_count, 3)))
+    return _find(items, GRADIENT, expected[0], written, shapes, sources)
 
 
 @inner
@@ -219,9 +229,9 @@ def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg, exte
     t = table[0]
     grads = array_at(t.grads_at, t.size, hyper)
     if t.copies:
-        _gather(low, high, integers_at(t.sources_at, (t.source_count, 3)), grads)
+        _gather(low, high, integers_at(t.sources_at, (t.source_count, 4)), grads)
     _update_between(low, high, array_at(t.params_at, t.size, hyper), grads, cache, momentum_buffer, grad_avg, hyper,
-                    integers_at(t.spans_at, (t.span_count, 3)), array_at(t.factors_at, (t.span_count, 2), hyper),
+                    integers_at(t.spans_at, (t.span_count, 4)), array_at(t.factors_at, (t.span_count, 2), hyper),
                     extended, lines_ahead)  # fmt: skip
 
 
@@ -238,12 +248,12 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, extended, lines_
 
     `items` is the address of the items of the tuple (`pointers.items_of`), which the caller holds; 0 if the spans have
     all addresses already. The status is `FOUND`; `FOUND_SOME` if some are None; the number of the first array that is
-    not exactly as expected; or `NOT_ADMITTED`. Nothing is updated unless it is `FOUND`.
+    not exactly as expected; `NOT_ADMITTED`; or `CHANGED`. Nothing is updated unless it is `FOUND`.
 
-    Of the arrays in `table`, `expected` has type, dtype, bytes of an element and None (`pointers.identity`), and then
-    [low, high) of each piece of memory that no gradient may alias: the arrays that the step writes, and the gradient
-    buffer. `shapes` has for each gradient its number in the tuple, its number of dimensions, and its shape. `sources`
-    has its [start, stop) in the run, and its address, which this function writes; 0 for None.
+    Of the arrays in `table`, `written` has [low, high) of each piece of memory that no gradient may alias, sorted: the
+    arrays that the step writes, and the gradient buffer. `shapes` has for each parameter its number in the tuple, its
+    number of dimensions, and its shape. `sources` has its [start, stop) in the run, and the addresses of its gradient
+    (0 for None) and of itself, which this function writes.
     """
     t = table[0]
     status = _locate(t, items)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastrms._types import Array
 from fastrms.kernels import reference
-from fastrms.kernels.access import gradient_part
+from fastrms.kernels.access import GRADIENT, part_of_span
 from fastrms.kernels.compiled import inner, jit
 from fastrms.kernels.threads import one_at_a_time
 
@@ -60,7 +60,7 @@ def _chunk_sum(j, grads, spans, first_chunk, clip, prescale):
     k = np.searchsorted(first_chunk, j, side="right") - 1
     start = spans[k, 0] + (j - first_chunk[k]) * CHUNK
     lanes = np.zeros(LANES)
-    part = gradient_part(grads, spans, k, start, min(start + CHUNK, spans[k, 1]))
+    part = part_of_span(grads, spans, k, GRADIENT, start, min(start + CHUNK, spans[k, 1]))
     _add_squares(part, clip, prescale, lanes)
     width = LANES
     while width > 1:
@@ -99,7 +99,7 @@ class SpanNorms:
     """The Euclidean norms of fixed spans of a gradient buffer. Memory for partial sums is allocated once."""
 
     def __init__(self, spans: NDArray[np.int64]) -> None:
-        self.spans = spans  # shape (k, 3), as for `reference.update`
+        self.spans = spans  # shape (k, 4), as for `reference.update`
         chunks = -(-(spans[:, 1] - spans[:, 0]) // CHUNK)
         # The number of the first chunk of each span, and the number of all chunks.
         self.first_chunk = np.concatenate([[0], np.cumsum(chunks)])

@@ -35,6 +35,7 @@ _ITEMS = tuple.__basicsize__
 DATA, NDIM, SHAPE, DTYPE, FLAGS = 16, 24, 32, 56, 64
 _POINTER = 8
 ORDINARY = 0x0001 | 0x0100  # NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED
+_WRITEABLE = 0x0400  # NPY_ARRAY_WRITEABLE
 
 
 def items_of(arrays: Items) -> int:
@@ -43,11 +44,13 @@ def items_of(arrays: Items) -> int:
 
 
 def identity(dtype: DType) -> NDArray[np.int64]:
-    """Return the numbers by which `cpu.serial_from` recognises None and an ordinary array of NumPy's own `dtype`.
+    """Return the numbers by which `cpu.serial_from` recognises arrays of NumPy's own `dtype`, shape (2, 5).
 
-    They are: address of the type, address of the dtype, bytes of an element, address of None.
+    They are: address of the type, address of the dtype, bytes of an element, address of None, and flags. The first row
+    is for gradients; the second one, for parameters that are held and written, allows any type and any dtype object.
     """
-    return np.array([id(np.ndarray), id(dtype), dtype.itemsize, id(None)], np.int64)
+    both = [id(dtype), dtype.itemsize, id(None)]
+    return np.array([[id(np.ndarray), *both, ORDINARY], [0, *both, ORDINARY | _WRITEABLE]], np.int64)
 
 
 @cache

@@ -69,9 +69,10 @@ def update(
         Read and written; None where the options need none.
     hyper : ndarray, shape (len(HYPER_FIELDS),), the same dtype
         The options as numbers.
-    spans : ndarray of int64, shape (k, 3)
-        The elements to update: [start, stop) each, sorted and disjoint; other elements stay as they are. The third
-        number is 0, or for compiled kernels the address of a gradient that does not lie in `grads`.
+    spans : ndarray of int64, shape (k, 4)
+        The elements to update: [start, stop) each, sorted and disjoint; other elements stay as they are. The other two
+        numbers are 0, or for compiled kernels the addresses of a gradient that does not lie in `grads`, and of a
+        parameter that does not lie in `params`.
     factors : ndarray, shape (k, 2), the same dtype
         For each span, the factor on the gradient and the factor of the bias correction on the state.
     extended : True or None, default True
@@ -83,7 +84,7 @@ def update(
     m = b = None
     tiny = h["state_floor"]  # 0 when subnormals are not flushed, so that no number is below
     with np.errstate(all="ignore"):
-        for (first, last, _), (scale, correction) in zip(spans, factors, strict=True):
+        for (first, last, *_), (scale, correction) in zip(spans, factors, strict=True):
             # In parts, so that intermediate arrays stay in the processor's caches.
             for start in range(first, last, _PART):
                 stop = min(start + _PART, last)
@@ -185,7 +186,7 @@ def sum_squares(
     """Return the sums of `fastrms.kernels.norms.SpanNorms.sum_squares`, added in the same order."""
     sums = np.zeros(len(spans))
     with np.errstate(all="ignore"):
-        for k, (start, stop, _) in enumerate(spans):
+        for k, (start, stop, *_) in enumerate(spans):
             values = np.clip(grads[start:stop], -clip, clip).astype(np.float64) * prescale
             chunks = -(-len(values) // chunk)
             padded = np.zeros(chunks * chunk)

@@ -114,7 +114,7 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
     parts = {name: guarded.copy(run.part_of(opt.buffers[name])) for name in ("params", "grads", "cache")}
     arrays = {
         "params_at": parts["params"], "grads_at": parts["grads"], "factors_at": factors, "shapes_at": run._shapes,
-        "sources_at": run._spans, "expected_at": run._expected,
+        "sources_at": run._spans, "expected_at": run._expected, "written_at": run._written,
     }  # fmt: skip
     arrays = {name: guarded.copy(array) for name, array in arrays.items()}
     arrays |= {"params_at": parts["params"], "grads_at": parts["grads"]}
@@ -134,7 +134,7 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 def test_norms(size, dtype, guarded, rng):
     gradient = wide(rng, size, dtype, -3, 3)
-    spans = np.array([(0, size // 3, 0), (size // 3, size, 0)], np.int64)
+    spans = np.array([(0, size // 3, 0, 0), (size // 3, size, 0, 0)], np.int64)
     expected = norms.SpanNorms(spans)(gradient, np.inf, "numpy")
     for kernel in ("serial", "parallel"):
         own = norms.SpanNorms(guarded.copy(spans))

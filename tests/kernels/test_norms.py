@@ -14,7 +14,7 @@ KERNELS = ["numpy", "serial", "parallel"]
 
 def spans_of(*sizes):
     stops = np.cumsum(sizes)
-    return np.column_stack([stops - sizes, stops, np.zeros_like(stops)])
+    return np.column_stack([stops - sizes, stops, np.zeros((len(stops), 2), stops.dtype)])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from cases import drawn, of_gradients
+import numpy as np
+from cases import OPTIONS, drawn, of_gradients
 from helpers import JIT
 
 import fastrms.backends.pages
@@ -60,6 +61,20 @@ class Backend:
     def fill(self, view, gradient):
         """Write a gradient to its view of the gradient buffer."""
         view[...] = gradient
+
+
+class InPlace(Backend):
+    """Parameters in arrays of the program, which are updated where they lie."""
+
+    def make(self, params, **options):
+        return super().make(copied(params), in_place=True, **options)
+
+
+def copied(params):
+    """Return parameters, which may have groups, with new arrays."""
+    if isinstance(params, dict):
+        return {name: item if name in OPTIONS or name == "lr" else copied(item) for name, item in params.items()}
+    return type(params)(map(copied, params)) if isinstance(params, list | tuple) else np.array(params)
 
 
 class Mapped(Backend):
@@ -123,6 +138,7 @@ class Ranks(Backend):
 COMPILED = ["serial", "parallel"] if JIT else []  # the interpreter would take minutes for them
 BACKENDS = {
     **{kernel: Backend(kernel=kernel) for kernel in ["numpy", *COMPILED]},
+    **{f"in-place-{kernel}": InPlace(kernel=kernel) for kernel in ["numpy", *COMPILED]},
     **{f"mapped-{kernel}": Mapped(kernel=kernel) for kernel in ["numpy", *COMPILED]},
     "cuda": Cuda(kernel="cuda"),
     "ranks": Ranks(kernel="serial" if JIT else "numpy"),

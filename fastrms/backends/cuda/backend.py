@@ -1,5 +1,6 @@
 """The backend on a GPU: launch the kernels of a step without waiting for them."""
 
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -329,12 +330,14 @@ class CudaBackend(Backend):
 
     # Access to buffers.
 
-    def read(self, segment: object) -> Array:
-        """Return a copy of a segment of a buffer on the host. Waits for the device."""
+    def read(self, segments: Sequence[Any]) -> Array:
+        """Return a copy of the only one of `segments` on the host. Waits for the device."""
+        (segment,) = segments
         return self._params.read(segment)
 
-    def write(self, segment: object, values: Array | float) -> None:
-        """Set the elements of a segment of a buffer."""
+    def write(self, segments: Sequence[Any], values: Array | float) -> None:
+        """Set the elements of the only one of `segments`."""
+        (segment,) = segments
         self._params.write(segment, values)
 
     def state_on_host(self) -> OptimizerState:

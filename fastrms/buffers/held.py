@@ -1,0 +1,135 @@
+"""`HeldArrays`: parameters that stay in the arrays of the caller."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fastrms.buffers.flat import Array, FlatBuffer, lies_in
+from fastrms.buffers.layout import Layout
+from fastrms.buffers.pytree import describe
+from fastrms.errors import DtypeError, StructureError
+
+__all__ = ["HeldArrays"]
+
+
+class HeldArrays(FlatBuffer):
+    """Arrays of the caller, each where it lies: `leaves` and the items of `views` are these arrays.
+
+    There is no vector and no block behind them. `segments` has one vector for each array.
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the arrays. Error messages call them "params".
+    arrays : sequence of ndarray
+        One for each leaf of the layout: writable, C-contiguous, aligned, of a dtype of the layout. Subclasses of
+        ndarray are kept.
+    views : the structure of the layout, or None
+        Containers with the arrays; None for new containers.
+
+    Raises
+    ------
+    DtypeError
+        An item is no such array.
+    """
+
+    def __init__(self, layout: Layout, arrays: Sequence[Any], views: Any = None) -> None:
+        for leaf, array in zip(layout.leaves, arrays, strict=True):
+            _check(array, layout.dtype_of(leaf), f"params{leaf.path}")
+        self.layout, self.leaves = layout, tuple(arrays)
+        self.views = layout.structure(arrays) if views is None else views
+        # Views that stay as the arrays are now.
+        self._originals = [np.asarray(array).view() for array in arrays]
+        self.segments = tuple(original.reshape(-1) for original in self._originals)
+
+    @property
+    def flat(self) -> Any:
+        """No vector: reading and setting it raise StructureError."""
+        self._refuse_vector()
+
+    @flat.setter
+    def flat(self, value: object) -> None:
+        self._refuse_vector()
+
+    def _refuse_vector(self) -> NoReturn:
+        raise StructureError(
+            "flat: expected parameters in one buffer, got arrays that are updated in place; make the optimizer without "
+            "in_place=True"
+        )
+
+    def original_views(self) -> Sequence[Array]:
+        """Return arrays of the shapes and addresses that `leaves` had at first.
+
+        Returns
+        -------
+        originals : sequence of ndarray
+            One for each of `leaves`.
+        """
+        return self._originals
+
+    def aliases(self, arrays: Sequence[Any]) -> list[bool]:
+        """Tell for each array whether it may share memory with one of these, by the bounds of memory.
+
+        Parameters
+        ----------
+        arrays : sequence of ndarray or None
+            Of any number and shape.
+
+        Returns
+        -------
+        aliases : list of bool
+            One for each array; False for None.
+        """
+        return [
+            array is not None and any(np.may_share_memory(array, own) for own in self._originals) for array in arrays
+        ]
+
+    def contains(self, item: object) -> bool:
+        """Tell whether an object is an array that lies in one of these.
+
+        Parameters
+        ----------
+        item : object
+            Anything.
+
+        Returns
+        -------
+        inside : bool
+            True also for an array without elements.
+        """
+        return any(lies_in(item, own) for own in self._originals)
+
+    def mappings(self) -> list[Array]:
+        """Return all memory at which the arrays can be read.
+
+        Returns
+        -------
+        mappings : list of ndarray
+            One for each array.
+        """
+        return list(self.segments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HeldArrays, (self.layout, self.leaves)
+
+
+def _check(array: object, dtype: np.dtype[Any], path: str) -> None:
+    """Raise DtypeError unless a step can update an array in place."""
+    if not isinstance(array, np.ndarray):
+        raise DtypeError(f"{path}: expected an array, which a step can update in place, got {describe(array)}")
+    wrong = [
+        name
+        for name, good in (
+            ("read-only", array.flags.writeable),
+            ("not C-contiguous", array.flags.c_contiguous),
+            ("not aligned", array.flags.aligned),
+            (f"of dtype {array.dtype} in another byte order", array.dtype == dtype),
+        )
+        if not good
+    ]
+    if wrong:
+        raise DtypeError(
+            f"{path}: expected a writable, C-contiguous array, which a step can update in place, got one that is "
+            f"{wrong[0]}; without in_place=True the values are copied"
+        )

@@ -1,0 +1,167 @@
+"""Parameters that stay in the arrays of the program. That their bits are right is shown for every backend elsewhere."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from cases import WAYS
+from helpers import assert_same_bits, assert_same_state, count_calls, wide
+
+from fastrms import DtypeError, OptionError, OptionTypeError, RMSProp, StructureError
+from fastrms.kernels import pointers
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+def test_the_parameters_are_the_given_arrays():
+    weights, bias = np.ones((3, 2)), np.ones(2, np.float32)
+    opt = RMSProp({"W": weights, "layers": [bias]}, lr=0.1, in_place=True)
+    assert opt.params["W"] is weights
+    assert opt.params["layers"][0] is bias
+    opt.step({"W": np.ones((3, 2)), "layers": [np.ones(2)]})
+    assert weights[0, 0] == opt.params["W"][0, 0] != 1
+    assert bias[0] != 1
+    assert opt.check(W=weights, b=bias, part=weights[1:]) == []
+    assert opt.check(W=weights * 2) == [
+        "W: expected a view of the parameters, got something else; take it from params again"
+    ]
+
+
+def test_subclasses_of_arrays_are_kept():
+    class Tensor(np.ndarray):
+        pass
+
+    tensor = np.ones(3).view(Tensor)
+    opt = RMSProp([tensor], lr=0.1, in_place=True)
+    opt.step([np.ones(3)])
+    assert opt.params[0] is tensor
+    assert tensor[0] != 1
+
+
+@pytest.mark.parametrize(
+    ("array", "got"),
+    [
+        (read_only(np.ones(2)), "got one that is read-only"),
+        (np.ones((2, 3)).T, "got one that is not C-contiguous"),
+        (np.ones(4)[::2], "got one that is not C-contiguous"),
+        (np.ones(2, ">f4"), "got one that is of dtype >f4 in another byte order"),
+        (np.frombuffer(bytearray(17), np.uint8)[1:].view(np.float64), "got one that is not aligned"),
+        ([1.0, 2.0], "got float object"),
+        (np.float64(1.0), "got float64"),
+        (np.ones(2, np.float16), r"expected float32 or float64, got float16"),
+    ],
+    ids=["read-only", "transposed", "strided", "byte order", "not aligned", "list", "number", "float16"],
+)
+def test_arrays_that_a_step_cannot_update_are_refused_by_name(array, got):
+    with pytest.raises((DtypeError, StructureError), match=rf"params\['W'\].*{got}"):
+        RMSProp({"b": np.ones(2), "W": array}, in_place=True)
+
+
+def test_arrays_that_share_memory_are_refused():
+    array = np.ones(4)
+    with pytest.raises(StructureError, match=r"params\[0\] and params\[1\] share memory"):
+        RMSProp([array[:3], array[2:]], in_place=True)
+
+
+@pytest.mark.parametrize("other", [{"storage": "folder"}, {"kernel": "cuda"}], ids=str)
+def test_what_keeps_parameters_elsewhere_is_refused(other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="in_place: expected False with"):
+        RMSProp([np.ones(2)], in_place=True, **other)
+    with pytest.raises(OptionTypeError, match="in_place: expected True or False, got 1"):
+        RMSProp([np.ones(2)], in_place=1)
+
+
+@pytest.mark.parametrize("zero_copy", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_array_that_becomes_read_only_is_named_and_nothing_is_updated(way, zero_copy, monkeypatch):
+    if not zero_copy:
+        monkeypatch.setattr(pointers, "available", lambda: False)
+    arrays = [np.ones(3), np.ones(2)]
+    opt = RMSProp(arrays, in_place=True, **WAYS[way])
+    gradients = [np.ones(3), np.ones(2)]
+    for call in (lambda: opt.step(gradients), opt.step, lambda: opt.step_parameter(1, gradients[1])):
+        opt.step(gradients)
+        opt.step()
+        before = opt.state_dict()["arrays"]
+        arrays[1].flags.writeable = False
+        with pytest.raises(StructureError, match=r"params\[1\]: expected an array that a step can write to, .* read-"):
+            call()
+        for name, array in opt.state_dict()["arrays"].items():
+            assert_same_bits(array, before[name])
+        arrays[1].flags.writeable = True
+    opt.step(gradients)
+
+
+def test_an_array_that_changes_its_shape_is_named():
+    array = np.ones((2, 3))
+    opt = RMSProp([array], in_place=True)
+    opt.step([np.ones((2, 3))])
+    array.shape = (3, 2)
+    with pytest.raises(StructureError, match=r"params\[0\]: .* changed to shape \(3, 2\)"):
+        opt.step([np.ones((2, 3))])
+
+
+def test_a_replaced_item_of_params_is_noticed():
+    opt = RMSProp([np.ones(2), np.ones(3)], in_place=True)
+    opt.params[0] = opt.params[0] * 2
+    with pytest.raises(StructureError, match=r"params\[0\]: expected the view that was there"):
+        opt.step([np.ones(2), np.ones(3)])
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
+def test_gradients_that_share_memory_with_parameters_are_read_first(kernel, rng):
+    start = [wide(rng, 8, np.float64, -1, 1) for _ in range(3)]
+    ours, oracle = RMSProp(copy.deepcopy(start), in_place=True, kernel=kernel), RMSProp(start, kernel="numpy")
+    ours.step([ours.params[1], ours.params[0], ours.params[2][::-1]])
+    oracle.step([start[1], start[0], start[2][::-1]])
+    assert_same_state(ours, oracle)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+def test_a_copy_of_program_and_optimizer_keeps_them_together(make):
+    arrays = [np.ones(2), np.ones(3)]
+    opt = RMSProp(arrays, lr=0.1, in_place=True)
+    copied, other = make((arrays, opt))
+    assert all(ours is theirs for ours, theirs in zip(other.params, copied, strict=True))
+    other.step([np.ones(2), np.ones(3)])
+    assert copied[0][0] != 1
+    assert arrays[0][0] == 1
+
+
+def test_a_checkpoint_is_loaded_into_the_arrays(rng):
+    start = [wide(rng, 5, np.float32, -1, 1), wide(rng, 4, np.float64, -1, 1), wide(rng, 3, np.float32, -1, 1)]
+    views = RMSProp(start, momentum=0.9)
+    views.step(start)
+    arrays = [np.zeros_like(array) for array in start]
+    opt = RMSProp(arrays, in_place=True)
+    opt.load_state_dict(views.state_dict())
+    for array, param in zip(arrays, views.params, strict=True):
+        assert_same_bits(array, param)
+    views.step(start)
+    opt.step(start)
+    assert_same_state(opt, views)
+
+
+def test_there_is_no_vector_behind_the_parameters():
+    opt = RMSProp([np.ones(2), np.ones(3)], in_place=True)
+    with pytest.raises(StructureError, match="flat: expected parameters in one buffer"):
+        opt.buffers["params"].flat  # noqa: B018 - reading raises
+    assert opt.buffers["grads"].flat.shape == (5,)
+    assert [vector.shape for vector in opt.buffers["params"].unflatten(np.zeros(5))] == [(2,), (3,)]
+
+
+@pytest.mark.skipif(not pointers.available(), reason="a steady step is one compiled call only with addresses")
+def test_a_steady_step_calls_as_few_functions_as_with_views():
+    gradients = [np.ones(10) for _ in range(100)]
+    counts = []
+    for in_place in (False, True):
+        opt = RMSProp([np.ones(10) for _ in range(100)], kernel="serial", in_place=in_place)
+        for _ in range(3):
+            opt.step(gradients)
+        counts.append(count_calls(lambda opt=opt: opt.step(gradients)))
+    assert counts[0] == counts[1]

@@ -1,0 +1,257 @@
+"""Steps that are taken one parameter at a time, and updates of rows."""
+
+import copy
+
+import numpy as np
+import pytest
+from cases import LAYOUTS, OPTIONS, WAYS, drawn, of_gradients
+from helpers import assert_same_bits, assert_same_state, items, wide
+
+from fastrms import DtypeError, OptionError, RMSProp, StepInProgressError, StructureError
+from fastrms.buffers import Layout
+
+# Options that need the gradients of all parameters together.
+TOGETHER = {"global_clip_norm"}
+ALONE = {name: value for name, value in OPTIONS.items() if name not in TOGETHER}
+MEMORIES = ["views", "in place", "storage"]
+
+
+def make(params, memory, folder, **options):
+    if memory == "in place":
+        return RMSProp(copy.deepcopy(params), in_place=True, **options)
+    return RMSProp(params, storage=folder / "run" if memory == "storage" else None, **options)
+
+
+def keys_of(tree, keys=()):
+    if isinstance(tree, dict):
+        return [key for name, item in tree.items() for key in keys_of(item, (*keys, name))]
+    if isinstance(tree, list | tuple):
+        return [key for k, item in enumerate(tree) for key in keys_of(item, (*keys, k))]
+    return [keys]
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", ["array", "dict", "nested", "groups", "many small", "large and small", "empty"])
+def test_one_parameter_at_a_time_has_the_bits_of_a_whole_step(layout, way, memory, rng, tmp_path):
+    layout = LAYOUTS[layout]
+    params = drawn(layout, rng)
+    options = {"momentum": 0.9, "bias_correction": True, "lr": lambda step: 0.1 / (step + 1)}
+    ours, oracle = make(params, memory, tmp_path, **options, **WAYS[way]), RMSProp(params, kernel="numpy", **options)
+    for t in range(3):
+        gradients = drawn(of_gradients(layout), rng)
+        if t == 1 and isinstance(gradients, list):
+            gradients[0] = None if not isinstance(gradients[0], dict) else dict.fromkeys(gradients[0])
+        keys = keys_of(gradients)
+        for number in rng.permutation(len(keys)):
+            item = items(gradients)[number]
+            assert ours.steps == t
+            assert ours.step_parameter(keys[number], item) is items(ours.params)[number]
+        oracle.step(gradients)
+        assert_same_state(ours, oracle, f"step {t}")
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("options", [{name: value} for name, value in ALONE.items()] + [ALONE], ids=str)
+def test_every_option_has_the_bits_of_a_whole_step(options, memory, rng, tmp_path):
+    if "nesterov" in options or "lr_in_momentum" in options:
+        options = {"momentum": 0.9} | options
+    layout = LAYOUTS["large and small"]
+    params = drawn(layout, rng)
+    ours, oracle = make(params, memory, tmp_path, **options), RMSProp(params, kernel="numpy", **options)
+    for _ in range(2):
+        gradients = drawn(layout, rng)
+        for number, gradient in enumerate(gradients):
+            ours.step_parameter(number, gradient)
+        oracle.step(gradients)
+    assert_same_state(ours, oracle)
+
+
+def test_steps_of_both_kinds_alternate(rng):
+    params = [wide(rng, 5, np.float64, -1, 1), wide(rng, 3, np.float64, -1, 1)]
+    ours, oracle = RMSProp(params, kernel="serial"), RMSProp(params, kernel="numpy")
+    for t in range(6):
+        gradients = [wide(rng, p.size, np.float64, -1, 1) for p in params]
+        oracle.step(gradients)
+        if t % 3 == 1:
+            ours.step_parameter(1, gradients[1])
+            ours.step_parameter(0, gradients[0])
+        else:
+            ours.step(gradients)
+        assert_same_state(ours, oracle)
+
+
+def test_a_parameter_without_a_gradient_is_told_by_none_or_by_the_end_of_the_step(rng):
+    options = {"momentum": 0.9, "bias_correction": True}
+    params = [np.ones(3), np.ones(4), np.ones(2)]
+    ours, oracle = RMSProp(params, **options), RMSProp(params, kernel="numpy", **options)
+    gradient = wide(rng, 3, np.float64, -1, 1)
+    ours.finish_step()  # no step is in progress
+    assert ours.steps == 0
+    for _ in range(2):
+        ours.step_parameter(0, gradient)
+        ours.step_parameter(2, None)
+        ours.finish_step()
+        oracle.step([gradient, None, None])
+    ours.step([gradient, np.ones(4), np.ones(2)])
+    oracle.step([gradient, np.ones(4), np.ones(2)])
+    assert_same_state(ours, oracle)
+
+
+def test_a_function_given_as_lr_is_called_once_for_a_step():
+    seen = []
+    opt = RMSProp([np.ones(2), np.ones(3)], lr=lambda step: seen.append(step) or 0.1)
+    for _ in range(2):
+        opt.step_parameter(0, np.ones(2))
+        opt.step_parameter(1, np.ones(3))
+    assert seen == [0, 1]
+
+
+def test_nothing_else_is_possible_before_the_step_is_whole(tmp_path):
+    opt = RMSProp([np.ones(2), np.ones(3)])
+    opt.save(tmp_path / "before.npz")
+    opt.step_parameter(1, np.ones(3))
+    gradients = [np.ones(2), np.ones(3)]
+    for call in (
+        opt.step,
+        lambda: opt.step(gradients),
+        opt.state_dict,
+        lambda: opt.save(tmp_path / "a.npz"),
+        lambda: copy.deepcopy(opt),
+        lambda: opt.add_param_group({"params": [np.ones(1)]}),
+    ):
+        with pytest.raises(StepInProgressError, match=r"1 of 2 parameters were updated .* finish_step\(\)"):
+            call()
+    with pytest.raises(StructureError, match=r"gradients\[1\]: expected one gradient .* 1 of 2 parameters"):
+        opt.step_parameter(1, np.ones(3))
+    assert opt.steps == 0
+    opt.load(tmp_path / "before.npz")  # ends it
+    assert opt.params[1].tolist() == [1] * 3
+    opt.step(gradients)
+    assert opt.steps == 1
+
+
+@pytest.mark.parametrize("option", [{"global_clip_norm": 1.0}, {"nonfinite": "skip"}, {"nonfinite": "raise"}], ids=str)
+def test_options_that_need_all_gradients_are_refused(option):
+    opt = RMSProp([np.ones(2)], **option)
+    (name,) = option
+    with pytest.raises(OptionError, match=f"{name}: expected .* one parameter at a time"):
+        opt.step_parameter(0, np.ones(2))
+    assert (opt.steps, opt.params[0].tolist()) == (0, [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("key", "gradient", "error", "message"),
+    [
+        (2, np.ones(2), StructureError, "key: expected one of 0, 1, got 2"),
+        ("W", np.ones(2), StructureError, "key: expected one of 0, 1, got 'W'"),
+        ([0], np.ones(2), StructureError, r"key: expected one of 0, 1, got \[0\]"),
+        (0, np.ones(3), StructureError, r"gradients\[0\]: expected shape \(2,\), got \(3,\)"),
+        (1, np.ones(3, complex), DtypeError, r"gradients\[1\]: .* got complex128"),
+    ],
+)
+def test_a_wrong_key_or_gradient_changes_nothing(key, gradient, error, message):
+    opt = RMSProp([np.ones(2), np.ones(3)])
+    with pytest.raises(error, match=message):
+        opt.step_parameter(key, gradient)
+    assert [p.tolist() for p in opt.params] == [[1, 1], [1, 1, 1]]
+    opt.step([np.ones(2), np.ones(3)])  # no step was begun
+
+
+def test_a_replaced_view_is_noticed():
+    opt = RMSProp([np.ones(2), np.ones(3)])
+    opt.params[1] = np.ones(3)
+    with pytest.raises(StructureError, match=r"params\[1\]: expected the view that was there"):
+        opt.step_parameter(0, np.ones(2))
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial"])
+def test_gradients_of_every_kind_are_read_before_memory_is_written(kernel, rng):
+    params = [wide(rng, 6, np.float32, -1, 1) for _ in range(5)]
+    ours, oracle = RMSProp(params, kernel=kernel), RMSProp(params, kernel="numpy")
+    values = [np.array(params[0]), np.arange(6), np.ones(6), params[3], np.float32([1, 2, 3, 4, 5, 6])]
+    ours.grads[4][...] = values[4]
+    backwards = ours.params[3][::-1]
+    given = [ours.params[0], list(range(6)), np.ones(6, np.float64), backwards, ours.grads[4]]
+    oracle.step([*values[:3], values[3][::-1].copy(), values[4]])
+    for k, gradient in enumerate(given):
+        ours.step_parameter(k, gradient)
+    assert_same_state(ours, oracle)
+
+
+def test_keys_that_are_tuples():
+    params = {("dense", "W"): np.ones(2), ("dense", "b"): np.ones(1)}
+    opt = RMSProp(params, lr=0.1)
+    opt.step_parameter(("dense", "b"), np.ones(1))
+    opt.step_parameter(("dense", "W"), np.ones(2))
+    assert opt.steps == 1
+    with pytest.raises(StructureError, match=r"key: expected one of \('dense', 'W'\)"):
+        Layout(params).number_of("dense")
+
+
+# Rows.
+
+
+def lazily(params, rows, gradient, numbers_of_steps, **options):
+    """Return a parameter after updates of its rows: each row is a parameter of its own, of the oracle."""
+    oracle = RMSProp([np.array(row) for row in params], kernel="numpy", **options)
+    for chosen, parts in zip(rows, gradient, strict=True):
+        sums = [None] * len(params)
+        for number, part in zip(chosen, parts, strict=True):
+            sums[number] = part if sums[number] is None else sums[number] + part
+        oracle.step(sums)
+    return np.array(oracle.params), np.array(oracle.cache)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "clip_value": 0.1}])
+@pytest.mark.parametrize("shape", [(50, 3), (40, 2, 2), (30,)], ids=str)
+def test_rows_are_updated_as_parameters_of_their_own(shape, options, way, memory, rng, tmp_path):
+    table = np.asarray(wide(rng, shape, np.float32, -1, 1))
+    opt = make({"table": table, "bias": np.ones(2)}, memory, tmp_path, lr=0.1, **options, **WAYS[way])
+    rows = [rng.integers(0, shape[0], size) for size in (7, 1, 30, 0)]
+    gradients = [np.asarray(wide(rng, (len(chosen), *shape[1:]), np.float32, -1, 1)) for chosen in rows]
+    for chosen, gradient in zip(rows, gradients, strict=True):
+        assert opt.step_rows("table", chosen - shape[0] * (chosen % 2), gradient) is opt.params["table"]
+        opt.step_parameter("bias", np.ones(2))
+    expected, cache = lazily(table, rows, gradients, 4, lr=0.1, **options)
+    assert_same_bits(opt.params["table"], expected)
+    assert_same_bits(opt.cache["table"], cache)
+    assert opt.steps == 4
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
+def test_all_rows_in_any_order_are_a_dense_step(kernel, rng):
+    table = np.asarray(wide(rng, (200, 16), np.float64, -1, 1))
+    options = {"clip_norm": 0.5, "bias_correction": True}
+    ours, oracle = RMSProp(table, kernel=kernel, **options), RMSProp(table, kernel="numpy", **options)
+    for _ in range(3):
+        gradient = np.asarray(wide(rng, table.shape, np.float64, -1, 1))
+        order = rng.permutation(len(table))
+        ours.step_rows((), order, gradient[order])
+        oracle.step(gradient)
+    np.testing.assert_allclose(ours.params, oracle.params, rtol=1e-12)  # the norm is added up in another order
+    assert_same_bits(ours.cache[0] * 0, oracle.cache[0] * 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "gradient", "error", "message"),
+    [
+        ([4], np.ones((1, 2)), StructureError, "rows: expected numbers of rows from 0 to 3, got 4"),
+        ([-5], np.ones((1, 2)), StructureError, "rows: .* got -5"),
+        ([0.5], np.ones((1, 2)), DtypeError, r"rows: expected a 1-D array of integers, got float64 of shape \(1,\)"),
+        ([[0]], np.ones((1, 2)), DtypeError, "rows: expected a 1-D array"),
+        ([True], np.ones((1, 2)), DtypeError, "rows: .* got bool"),
+        ([0], np.ones((2, 2)), StructureError, r"gradients\[0\]: expected shape \(1, 2\), got \(2, 2\)"),
+        ([0], np.ones((1, 2), complex), DtypeError, r"gradients\[0\]: .* got complex128"),
+    ],
+)
+def test_wrong_rows_change_nothing(rows, gradient, error, message):
+    opt = RMSProp([np.ones((4, 2)), np.array(1.0)])
+    with pytest.raises(error, match=message):
+        opt.step_rows(0, rows, gradient)
+    with pytest.raises(StructureError, match=r"rows: expected a parameter with rows, params\[1\] has no axis"):
+        opt.step_rows(1, [0], np.ones(1))
+    assert (opt.params[0] == 1).all()
+    opt.step([np.ones((4, 2)), np.array(1.0)])
