@@ -17,6 +17,10 @@ from fastrms import OptionError, RMSProp, StorageError
 STARTED_FOR = os.environ.get("FASTRMS_TEST_BACKEND", "")
 
 
+NOT_ONE_BY_ONE = (OptionError, "step_(parameter|rows): expected an optimizer of one process on the host")
+NO_MORE_GROUPS = (OptionError, "add_param_group: expected an optimizer with its buffers in the memory of one process")
+
+
 def mpiexec(ranks):
     """Return the command that runs a program on so many ranks, or None where there is no mpiexec."""
     program = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -80,7 +84,7 @@ def copied(params):
 class Mapped(Backend):
     """Files that are mapped to memory, each optimizer in a folder of its own; steps go through them page by page."""
 
-    refuses: ClassVar = {"copies": (StorageError, "cannot be copied or pickled; use save")}
+    refuses: ClassVar = {"copies": (StorageError, "cannot be copied or pickled; use save"), "groups": NO_MORE_GROUPS}
 
     def start(self, folder, monkeypatch):
         super().start(folder, monkeypatch)
@@ -97,7 +101,11 @@ class Mapped(Backend):
 class Cuda(Backend):
     """A GPU, for which Numba's simulator stands. It has to be chosen before Numba is imported."""
 
-    refuses: ClassVar = {"bfloat16": (OptionError, "cache_dtype: expected None")}
+    refuses: ClassVar = {
+        "bfloat16": (OptionError, "cache_dtype: expected None"),
+        "one by one": NOT_ONE_BY_ONE,
+        "groups": NO_MORE_GROUPS,
+    }
     large = 2 * 64 + 3  # the simulator has smaller chunks, and is slow
     environment: ClassVar = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0", "NUMBA_NUM_THREADS": "2"}
     arguments = ("-W", "ignore::RuntimeWarning")  # of NumPy's scalars, which kernels compute with there
@@ -114,7 +122,11 @@ class Cuda(Backend):
 class Ranks(Backend):
     """Two ranks that have the same gradients, whose mean is exactly the gradient of one process."""
 
-    refuses: ClassVar = {"copies": (TypeError, "cannot be copied or pickled")}
+    refuses: ClassVar = {
+        "copies": (TypeError, "cannot be copied or pickled"),
+        "one by one": NOT_ONE_BY_ONE,
+        "groups": NO_MORE_GROUPS,
+    }
     environment: ClassVar = {"FASTRMS_MPI_TIMEOUT": "20"}  # so long a rank waits for one whose test has failed
     processes = 2
 

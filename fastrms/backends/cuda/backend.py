@@ -20,6 +20,7 @@ from fastrms.errors import DeviceError, NonfiniteError
 from fastrms.kernels import check_cuda_kernel, threads
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels.hyper import needs_extended_rule
+from fastrms.kernels.norms import LEAST_SUM, combine
 from fastrms.options import resolve_lr
 
 __all__ = ["CudaBackend"]
@@ -48,6 +49,7 @@ class CudaBackend(Backend):
             for k, numbers in split_runs(state.layout, state.group_of)
         ]
         self._tables: Tables | None = None
+        self._measured = self._guarded = False  # whether the last step computed norms, or was possibly skipped
         self._forked = False
         self._device_counts = False  # whether the device, not the host, counts `absent`
         self._pending = 0  # steps since the host last asked the device whether it has taken or skipped them
@@ -144,6 +146,20 @@ class CudaBackend(Backend):
         self._device_counts = False
         self.options_changed()
 
+    def grad_norm(self) -> float | None:
+        """Return the norm of all gradients of the last step, as `Backend.grad_norm`. Waits for the device."""
+        tables = self._tables
+        if tables is None or not self._measured:
+            return None
+        sums, norms, sources = map(self._params.read, (tables.sums, tables.norms, tables.sources.array))
+        # The device limits each norm by `clip_norm`. Only the norm of a sum outside the range is not in `sums`.
+        norms = np.where((sums >= LEAST_SUM) & np.isfinite(sums), np.sqrt(sums), norms)
+        return combine(np.where(sources == kernels.ABSENT, 0.0, norms))
+
+    def last_skipped(self) -> bool:
+        """Tell whether the last step was skipped. Waits for the device."""
+        return self._guarded and self._tables is not None and not self._params.read(self._tables.go)[0]
+
     # Steps.
 
     def step(self, gradients: object) -> None:
@@ -176,6 +192,7 @@ class CudaBackend(Backend):
             let_wait(self._stream, other)
         self._copy(found)
         tables.sources.write(found.sources[tables.order], self._stream)
+        self._measured, self._guarded = self._clips, self.state.nonfinite == "skip"
         if self._clips or self.state.nonfinite != "propagate":
             self._measure(tables)
         if self.state.nonfinite == "raise":

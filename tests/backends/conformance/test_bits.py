@@ -1,9 +1,11 @@
 """Every backend gives the bits of the NumPy kernel, for every option, layout and kind of gradient."""
 
+import contextlib
+
 import numpy as np
 import pytest
-from cases import GRADIENTS, LAYOUTS, OPTION_SETS, drawn
-from helpers import assert_same_bits, assert_same_state, items
+from cases import GRADIENTS, LAYOUTS, OPTION_SETS, drawn, of_gradients
+from helpers import assert_same_bits, assert_same_state, items, wide
 
 from fastrms import RMSProp
 
@@ -190,3 +192,130 @@ def test_a_parameter_without_a_gradient_keeps_its_value_its_state_and_its_count(
     for name, array in after.items():
         assert_same_bits(array, before[name], name)
     assert opt.steps == 7
+
+
+# One parameter at a time, rows, and groups that are added.
+
+
+@contextlib.contextmanager
+def unless_refused(backend, what):
+    """Expect the error of a backend that cannot do this."""
+    if what not in backend.refuses:
+        yield
+        return
+    error, message = backend.refuses[what]
+    with pytest.raises(error, match=message):
+        yield
+
+
+def keys_of(tree, keys=()):
+    if isinstance(tree, dict):
+        return [key for name, item in tree.items() for key in keys_of(item, (*keys, name))]
+    if isinstance(tree, list | tuple):
+        return [key for k, item in enumerate(tree) for key in keys_of(item, (*keys, k))]
+    return [keys]
+
+
+@pytest.mark.parametrize("layout", ["array", "dict", "nested", "groups", "many small", "large and small", "empty"])
+def test_one_parameter_at_a_time_has_the_bits_of_a_whole_step(layout, backend, rng):
+    layout = LAYOUTS[layout]
+    options = {"momentum": 0.9, "bias_correction": True, "lr": lambda step: 0.1 / (step + 1)}
+    ours, oracle = backend.pair(drawn(layout, rng, large=backend.large), **options)
+    with unless_refused(backend, "one by one"):
+        for t in range(3):
+            gradients = drawn(of_gradients(layout), rng, large=backend.large)
+            if t == 1 and isinstance(gradients, list):
+                gradients[0] = None if not isinstance(gradients[0], dict) else dict.fromkeys(gradients[0])
+            keys = keys_of(gradients)
+            for number in rng.permutation(len(keys)):
+                assert ours.steps == t
+                updated = ours.step_parameter(keys[number], items(gradients)[number])
+                assert updated is items(ours.params)[number]
+            oracle.step(gradients)
+            assert_same_state(ours, oracle, f"step {t}")
+
+
+# Those that need the gradients of all parameters together are refused.
+@pytest.mark.parametrize(
+    "options", [name for name in OPTION_SETS if not {"global_clip_norm", "nonfinite"} & {*OPTION_SETS[name]}]
+)
+def test_every_option_has_the_bits_of_a_whole_step_for_one_parameter_at_a_time(options, backend, rng):
+    layout, options = LAYOUTS["large and small"], {"lr": 0.01} | OPTION_SETS[options]
+    if "cache_dtype" in options:
+        layout = [leaf._replace(dtype=np.float32) for leaf in layout]
+        if "bfloat16" in backend.refuses:
+            return
+    ours, oracle = backend.pair(drawn(layout, rng, large=backend.large), **options)
+    with unless_refused(backend, "one by one"):
+        for _ in range(2):
+            gradients = drawn(layout, rng, large=backend.large)
+            for number, gradient in enumerate(gradients):
+                ours.step_parameter(number, gradient)
+            oracle.step(gradients)
+        assert_same_state(ours, oracle)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "clip_value": 0.1}])
+@pytest.mark.parametrize("shape", [(50, 3), (40, 2, 2), (30,)], ids=str)
+def test_rows_are_updated_as_parameters_of_their_own(shape, options, backend, rng):
+    table = np.asarray(wide(rng, shape, np.float32, -1, 1))
+    ours = backend.make({"table": table, "bias": np.ones(2)}, lr=0.1, **options)
+    oracle = RMSProp(list(map(np.array, table)), kernel="numpy", lr=0.1, **options)
+    with unless_refused(backend, "one by one"):
+        for size in (7, 1, 90, 0):
+            rows = rng.integers(0, shape[0], size)
+            gradient = np.asarray(wide(rng, (size, *shape[1:]), np.float32, -1, 1))
+            assert ours.step_rows("table", rows - shape[0] * (rows % 2), gradient) is ours.params["table"]
+            ours.step_parameter("bias", np.ones(2))
+            sums = [None] * shape[0]
+            for row, part in zip(rows, gradient, strict=True):
+                sums[row] = part if sums[row] is None else sums[row] + part
+            oracle.step(sums)
+        assert_same_bits(ours.params["table"], np.array(oracle.params))
+        assert_same_bits(ours.cache["table"], np.array(oracle.cache))
+        assert ours.steps == 4
+
+
+def test_a_group_that_is_added_has_the_bits_of_one_that_was_there_without_gradients(backend, rng):
+    body, head = LAYOUTS["nested"], LAYOUTS["list"]
+    start, new, options = drawn(body, rng), drawn(head, rng), {"momentum": 0.9, "bias_correction": True}
+    ours = backend.make(start, **options)
+    groups = [{"params": start}, {"params": new, "lr": 0.5, "centered": True}]
+    oracle = RMSProp(groups, kernel="numpy", **options)
+    for _ in range(2):
+        gradients = drawn(body, rng)
+        ours.step(gradients)
+        oracle.step([gradients, [None] * len(head)])
+    with unless_refused(backend, "groups"):
+        ours.add_param_group({"params": list(map(np.array, new)), "lr": 0.5, "centered": True})
+        for t in range(4):
+            gradients = [drawn(body, rng), drawn(head, rng)]
+            oracle.step(gradients)
+            if t == 1:
+                for view, gradient in zip(items(ours.grads), items(gradients), strict=True):
+                    backend.fill(view, gradient)
+            ours.step(*[gradients] * (t != 1))
+            if t == 2:
+                for opt in (ours, oracle):
+                    opt.param_groups[0].update(momentum=0.0, clip_norm=0.5)
+            assert_same_state(ours, oracle, f"step {t}")
+
+
+@pytest.mark.parametrize("options", [{"global_clip_norm": 1.0}, {"clip_norm": 1e9}, {}], ids=str)
+def test_the_norm_of_the_last_gradients_and_zeros_in_the_buffer(options, backend):
+    opt = backend.make([np.ones(2), np.ones(1)], **options)
+    opt.step([np.array([3.0, 0.0]), np.array([4.0])])
+    assert opt.last_grad_norm == (5.0 if options else None)
+    opt.step([None, np.array([4.0])])
+    assert opt.last_grad_norm == (4.0 if options else None)
+    opt.zero_grad()
+    assert [np.asarray(view).tolist() for view in opt.grads] == [[0, 0], [0]]
+
+
+def test_whether_the_last_step_was_skipped(backend):
+    opt = backend.make([np.ones(2)], nonfinite="skip")
+    seen = [opt.last_skipped]
+    for value in (1.0, np.nan, np.inf, 1.0, 1.0):
+        opt.step([np.full(2, value)])
+        seen.append(opt.last_skipped)
+    assert seen == [False, False, True, True, False, False]
