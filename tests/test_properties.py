@@ -118,6 +118,8 @@ def test_any_layout_option_and_gradient_gives_the_same_bits_on_every_kernel(tree
         given = filled(tree, numbers(rng, SPECIAL if special else ORDINARY))
         if step < 2:
             given = filled(tree, changed(given, rng))
+        if given is None:  # of a single array: without an argument a step reads the buffer, which has no gradient
+            continue
         kept = copy.deepcopy(given)
         for optimizer in optimizers.values():
             optimizer.step(given)
