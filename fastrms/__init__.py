@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastrms.buffers import FlatBuffer, Layout
+    from fastrms.buffers.bfloat16 import from_bfloat16
     from fastrms.dialects import dialect
     from fastrms.errors import (
         CheckpointError,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         StructureError,
     )
     from fastrms.functional import rmsprop_update, warmup
-    from fastrms.kernels.reference import from_bfloat16
     from fastrms.optimizer import RMSProp
     from fastrms.options import ParamGroup
 
@@ -48,7 +48,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_MODULES = ("buffers", "dialects", "errors", "functional", "kernels.reference", "optimizer", "options")
+_MODULES = ("buffers", "buffers.bfloat16", "dialects", "errors", "functional", "optimizer", "options")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,11 @@ import numpy as np
 from fastrms._checks import GROUP_DEFAULTS
 from fastrms._state import STATE_OPTIONS, optional_state
 from fastrms._types import Array, Metadata, Options
+from fastrms.buffers.bfloat16 import from_bfloat16, to_bfloat16
 from fastrms.buffers.flat import as_arrays
 from fastrms.checkpoints.metadata import MOST_STEPS, not_steps
 from fastrms.dialects import DIALECTS, dialect
 from fastrms.errors import CheckpointError, OptionError
-from fastrms.kernels.reference import from_bfloat16, to_bfloat16
 from fastrms.optimizer import RMSProp
 from fastrms.options import parameter_groups, resolve_lr
 

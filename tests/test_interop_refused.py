@@ -69,7 +69,7 @@ def test_wrong_parameters_for_torch():
         interop.from_torch(torch_state(), groups)
     import torch
 
-    with pytest.raises(DtypeError, match=r"params\[0\]: .*BFloat16"):
+    with pytest.raises(DtypeError, match=r"params\[0\]: .* got bfloat16; convert it to float32"):
         interop.from_torch(torch_state(), [torch.ones(2, dtype=torch.bfloat16), 1.0])
     with pytest.raises(DtypeError, match=r"params\[0\]: expected float32 or float64, got float16"):
         interop.from_torch(torch_state(), [torch.ones(2, dtype=torch.float16), 1.0])

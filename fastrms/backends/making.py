@@ -12,9 +12,9 @@ from fastrms.backends.base import Backend, Memory, Ranks
 from fastrms.backends.host import HostBackend
 from fastrms.backends.memory import Ram
 from fastrms.backends.storage import Storage
+from fastrms.buffers.bfloat16 import to_bfloat16
 from fastrms.buffers.held import HeldArrays
 from fastrms.errors import StructureError
-from fastrms.kernels.reference import to_bfloat16
 
 __all__ = ["add_group", "new_host_backend", "new_sharded_backend"]
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from fastrms._types import CacheDType, Kernel
 from fastrms.bench.cases import DECAY_RATE, EPSILON, LR, Array, Case, make_arrays
 from fastrms.bench.errors import BenchmarkError
+from fastrms.buffers.bfloat16 import from_bfloat16
 from fastrms.kernels import threads
-from fastrms.kernels.reference import ReferenceRMSProp, from_bfloat16
+from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
 __all__ = ["Oracle", "Problem", "Runner", "State", "adagrad", "bfloat16_state", "check", "rmsprop", "to_float"]
@@ -131,7 +132,7 @@ class Runner:
 
 def to_float(cache: Sequence[NDArray[Any]]) -> list[Array]:
     """Return the arrays of a cache; bfloat16 is widened to float32."""
-    return [from_bfloat16(array) if array.dtype == np.uint16 else array for array in cache]
+    return [from_bfloat16(array) if array.dtype.itemsize == 2 else array for array in cache]
 
 
 def check(runner: Runner, problem: Problem, exact: bool, oracle: Oracle = rmsprop) -> str:

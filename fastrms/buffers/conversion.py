@@ -1,8 +1,11 @@
 """Conversion of one object to an array of numbers, and the casts that a buffer allows."""
 
+from typing import Any
+
 import numpy as np
 
 from fastrms._types import Array, DType
+from fastrms.buffers import bfloat16
 from fastrms.buffers.pytree import describe
 from fastrms.errors import DtypeError
 
@@ -11,25 +14,44 @@ __all__ = ["as_array", "can_store", "castable_to"]
 # The value of `numpy.dtype.isbuiltin` for a dtype that another package has added, such as the bfloat16 of ml_dtypes.
 _REGISTERED = 2
 
+# DLPack's numbers of devices: memory that the CPU reads (its own, pinned for CUDA and ROCm, managed by CUDA), and GPUs.
+_ON_HOST = (1, 3, 11, 13)
+_DEVICES = {2: "cuda", 8: "metal", 10: "rocm", 14: "oneapi"}
 
-def as_array(item: object, name: str, target: DType | None = None) -> Array:
+
+def as_array(item: Any, name: str, target: DType | None = None) -> Array:
     """Return `item` as an array of NumPy's bool, integer, float or complex kinds, or raise DtypeError.
 
-    An ordinary array comes back as it is. Numbers of a dtype that another package has added are cast to `target`, and
-    refused if `target` is None.
+    An ordinary array comes back as it is. An array of another library on the CPU comes back as a view of its memory:
+    by ``__array__``, else by DLPack. bfloat16, and numbers of a dtype that another package has added, are cast to
+    `target`, and refused if `target` is None.
     """
     if isinstance(item, np.ma.MaskedArray):
         raise DtypeError(f"{name}: expected an array, got a masked array; use .filled(value), the mask would be lost")
     if isinstance(item, np.matrix):
         raise DtypeError(f"{name}: expected an array, got a np.matrix; use np.asarray(...), for which * is elementwise")
     try:
-        if not (hasattr(item, "__array__") or isinstance(item, int | float | complex | list | tuple)):
+        if getattr(item, "is_neg", bool)():  # a view of PyTorch whose memory has the opposite sign
+            item = item.resolve_neg()
+        if hasattr(item, "__array__") or isinstance(item, int | float | complex | list | tuple):
+            array = np.asarray(item)
+        elif hasattr(item, "__dlpack__"):
+            array = np.from_dlpack(item)
+        else:
             raise DtypeError(f"{name}: expected an array, got {describe(item)}")
-        array = np.asarray(item)
     except DtypeError:
         raise
     except Exception as error:  # an error in a method of `item`, of any kind
-        raise DtypeError(f"{name}: expected an array, got {describe(item)}: {error}") from None
+        if (bits := bfloat16.bits_of(item)) is None:
+            host, place = "", ""
+            if (device := _device_of(item)) is not None:
+                host, place = " on the host", f" on {device}; copy it to the host"
+            raise DtypeError(f"{name}: expected an array{host}, got {describe(item)}{place}: {error}") from None
+        if target is None:
+            raise DtypeError(
+                f"{name}: expected an array of a dtype of NumPy's own, got bfloat16; convert it to float32"
+            ) from None
+        array = bfloat16.from_bfloat16(bits)
     if array.dtype.isbuiltin == _REGISTERED:
         if target is None:
             raise DtypeError(
@@ -42,6 +64,15 @@ def as_array(item: object, name: str, target: DType | None = None) -> Array:
     elif array.dtype.kind not in "biufc":
         raise DtypeError(f"{name}: expected an array of numbers, got dtype {array.dtype}")
     return array
+
+
+def _device_of(item: Any) -> str | None:
+    """Return the name of the device, such as "cuda:0", that an array lies on according to DLPack; None for the host."""
+    try:
+        kind, number = map(int, item.__dlpack_device__())
+    except Exception:  # of any kind, in a method of `item`; or it does not speak DLPack
+        return None
+    return None if kind in _ON_HOST else f"{_DEVICES.get(kind, f'device type {kind}')}:{number}"
 
 
 def can_store(source: DType, target: DType) -> bool:

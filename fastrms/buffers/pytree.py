@@ -29,6 +29,12 @@ class _OnHost(Protocol):
     def __array__(self) -> Array: ...
 
 
+class _Exchanged(Protocol):
+    """An array of another library that speaks DLPack."""
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
+
+
 class _OnDevice(Protocol):
     """An array on a GPU."""
 
@@ -41,7 +47,7 @@ class _OnDevice(Protocol):
 ArrayTree: TypeAlias = Array | Sequence["ArrayTree"] | Mapping[Any, "ArrayTree"]
 
 # The same with any object that is taken for an array, and None for a missing array.
-PyTree: TypeAlias = _OnHost | _OnDevice | complex | Sequence["PyTree"] | Mapping[Any, "PyTree"] | None
+PyTree: TypeAlias = _OnHost | _Exchanged | _OnDevice | complex | Sequence["PyTree"] | Mapping[Any, "PyTree"] | None
 
 # The parameters of an optimizer as users give them: arrays, or groups with arrays and options.
 Params: TypeAlias = PyTree | Sequence[Options]

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from fastrms._types import Array
+from fastrms.buffers.bfloat16 import from_bfloat16, to_bfloat16
 from fastrms.kernels.hyper import HYPER_FIELDS
 
-__all__ = ["ReferenceRMSProp", "from_bfloat16", "sum_squares", "to_bfloat16", "update"]
+__all__ = ["ReferenceRMSProp", "sum_squares", "update"]
 
 # Elements that `update` works on at a time.
 _PART = 16_384
@@ -143,41 +144,6 @@ def _flush(state: Array, tiny: Any) -> None:
 def _state(state: Array, start: int, stop: int) -> Array:
     """Return a part of a state array as numbers: a view, or a copy of bfloat16 numbers in float32."""
     return from_bfloat16(state[start:stop]) if state.dtype == np.uint16 else state[start:stop]
-
-
-def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
-    """Round numbers to float32, then to bfloat16, to nearest and ties to even; return the bits as uint16.
-
-    The bits are the upper half of the bits of each rounded float32; 0x7FC0 for NaN.
-    """
-    array = np.asarray(array, np.float32, order="C")
-    bits = array.view(np.uint32)
-    lower, upper = bits & 0xFFFF, bits >> 16
-    up = (lower > 0x8000) | ((lower == 0x8000) & (upper & 1 == 1))
-    return np.where(np.isnan(array), 0x7FC0, upper + up).astype(np.uint16)
-
-
-def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Return the bfloat16 numbers in a uint16 array, such as those of `RMSProp.cache`, exactly as float32.
-
-    Parameters
-    ----------
-    bits : ndarray of uint16
-        The upper halves of float32 numbers.
-
-    Returns
-    -------
-    array : ndarray of float32
-        A new array of the same shape.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fastrms import from_bfloat16
-    >>> from_bfloat16(np.array([0x3F80, 0xC000], np.uint16))
-    array([ 1., -2.], dtype=float32)
-    """
-    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 def sum_squares(

@@ -89,6 +89,19 @@ def assert_same_bits(ours, theirs, what=""):
         raise AssertionError(f"{what}: {bad.size} of {ours.size} elements differ, first at {bad[:3]}")
 
 
+class Exchanged:
+    """An array that speaks DLPack and nothing else; `device` is where it says it lies."""
+
+    def __init__(self, array, device=(1, 0)):
+        self.array, self.device = array, device
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.device
+
+
 def count_calls(function, events=("call", "c_call")):
     """How many functions a call enters, of Python and of C; without "c_call", of Python only."""
     count = 0
