@@ -8,6 +8,7 @@ from fastrms._types import Options
 from fastrms.backends.base import Backend
 from fastrms.backends.turns import Turns
 from fastrms.buffers import FlatBuffer
+from fastrms.buffers.narrow import views_of_state
 from fastrms.errors import OptionError
 from fastrms.options import ParamGroup, ParamGroups
 
@@ -43,11 +44,17 @@ class _Optimizer(Protocol):
 
 
 def views(name: str, meaning: str) -> property:
-    """Return a read-only property for the views of a buffer; its value is None without the buffer."""
+    """Return a read-only property for the views of a buffer; its value is None without the buffer.
+
+    Views of 16-bit state are arrays of ml_dtypes' bfloat16 where ml_dtypes is installed.
+    """
+    is_state = name not in ("params", "grads")
 
     def get(self: _Optimizer) -> Any:
         buffer = self.buffers.get(name)
-        return None if buffer is None else buffer.views
+        if buffer is None:
+            return None
+        return views_of_state(buffer) if is_state else buffer.views
 
     def refuse_another(self: _Optimizer, value: object) -> None:
         # `opt.grads *= 0.5`, for a single array, assigns the same array.

@@ -83,8 +83,9 @@ class RMSProp(InParts[P]):
     cache_dtype : {"bfloat16"} or None, default None
         "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
         bytes move through memory for each parameter. Steps compute in float32, and stored values are rounded to
-        nearest. `cache` then has uint16 arrays, which `from_bfloat16` converts. decay_rate and momentum must be less
-        than 255/256, because from there on rounding stops the decay. ``docs/options.md`` has the arithmetic.
+        nearest. `cache` then has arrays of ml_dtypes' bfloat16, or of uint16 where ml_dtypes is not installed;
+        `from_bfloat16` converts both. decay_rate and momentum must be less than 255/256, because from there on
+        rounding stops the decay. ``docs/options.md`` has the arithmetic.
     nonfinite : {"propagate", "raise", "skip"}, default "propagate"
         Reaction of a step to a gradient with an inf or NaN: use it, which spoils only its element; raise
         NonfiniteError; or skip the step and count it in `skipped_steps`. The latter two leave parameters, state and

@@ -138,7 +138,7 @@ def elsewhere(w: Vector, single: NDArray[np.float32]) -> None:
     CudaRMSProp([w], kernel="serial")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
     half = RMSProp([single], cache_dtype="bfloat16")
-    assert_type(half.cache, Any)  # arrays of uint16, another dtype than that of the parameters
+    assert_type(half.cache, Any)  # arrays of bfloat16 or uint16, not of the dtype of the parameters
     from_bfloat16(half.cache[0])
 
     sharded = ShardedRMSProp({"w": w}, reduction="sum", kernel="serial")

@@ -1,5 +1,6 @@
 """Views that were replaced or changed: the comparison in each step, and the report of `RMSProp.check`."""
 
+from collections.abc import Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from fastrms._types import Array
 from fastrms.buffers.flat import FlatBuffer
+from fastrms.buffers.layout import Layout
+from fastrms.buffers.narrow import narrow_of
 from fastrms.buffers.pytree import describe, take_apart
 from fastrms.errors import StructureError
 
@@ -63,14 +66,24 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
 
     The buffer is on the host or on a device. The sentences call its views `name`.
     """
-    try:
-        items = buffer.layout.flatten(buffer.views, name)
-    except StructureError as error:
-        return [str(error)]
     on_host = isinstance(buffer.segments[0], np.ndarray)
     expected = buffer.original_views() if on_host else buffer.leaves
+    found = _changes(buffer.layout, name, buffer.views, buffer.leaves, expected)
+    if (narrow := narrow_of(buffer)) is not None:
+        expected = [view.view(narrow.dtype) for view in expected]
+        found += _changes(buffer.layout, name, narrow.views, narrow.leaves, expected)
+    return found
+
+
+def _changes(layout: Layout, name: str, tree: Any, views: Sequence[Any], expected: Sequence[Any]) -> list[str]:
+    """Compare the items of `tree` with the original `views`, and these with new views, which are expected."""
+    try:
+        items = layout.flatten(tree, name)
+    except StructureError as error:
+        return [str(error)]
+    on_host = isinstance(expected[0], np.ndarray)
     found = []
-    for item, view, fresh, leaf in zip(items, buffer.leaves, expected, buffer.layout.leaves, strict=True):
+    for item, view, fresh, leaf in zip(items, views, expected, layout.leaves, strict=True):
         path = name + leaf.path
         if item is not view:
             what = describe(item) if on_host else f"a {type(item).__name__}"

@@ -2,7 +2,11 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+import warnings
 
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -10,8 +14,10 @@ from cases import OPTIONS, SIZES, WAYS, combinations
 from helpers import JIT, assert_same_bits, wide
 
 from fastrms import OptionError, OptionTypeError, RMSProp, from_bfloat16
+from fastrms.buffers import bfloat16
+from fastrms.buffers.bfloat16 import to_bfloat16
 from fastrms.kernels import access
-from fastrms.kernels.reference import ReferenceRMSProp, to_bfloat16
+from fastrms.kernels.reference import ReferenceRMSProp
 
 
 def every_kind(rng, count):
@@ -93,7 +99,7 @@ def test_a_step_computes_in_float32_and_rounds_what_it_stores(rng):
     opt.step([grad])
     reference.step([grad])
     assert_same_bits(opt.params[0], reference.params[0])
-    assert_same_bits(opt.cache[0], to_bfloat16(reference.cache[0]))
+    assert_same_bits(opt.buffers["cache"].flat, to_bfloat16(reference.cache[0]))
     assert np.abs(from_bfloat16(opt.cache[0]) / reference.cache[0] - 1).max() <= 2.0**-8
 
 
@@ -153,3 +159,114 @@ def test_initial_scale_copies_and_pickles(again, rng):
         other.step([grad])
     for name in opt.buffers.keys() - {"grads"}:
         assert_same_bits(opt.buffers[name].flat, other.buffers[name].flat)
+
+
+STATE = ("cache", "momentum_buffer", "grad_avg")
+
+
+def narrow(params=None, **options):
+    """An optimizer with all state in 16 bits."""
+    params = [np.ones((2, 3), np.float32), np.float32(2), np.ones((0, 2), np.float32)] if params is None else params
+    return RMSProp(params, cache_dtype="bfloat16", momentum=0.9, centered=True, **options)
+
+
+def test_state_is_shown_as_bfloat16_of_ml_dtypes(rng):
+    opt = narrow()
+    before = [view for name in STATE for view in getattr(opt, name)]
+    opt.step([rng.standard_normal((2, 3)), 5.0, np.ones((0, 2))])
+    assert [*map(id, before)] == [id(view) for name in STATE for view in getattr(opt, name)]
+    for name in STATE:
+        buffer, views = opt.buffers[name], getattr(opt, name)
+        assert getattr(opt, name) is views
+        for view, leaf in zip(views, buffer.leaves, strict=True):
+            assert view.dtype == ml_dtypes.bfloat16
+            assert leaf.dtype == buffer.views[0].dtype == np.uint16
+            assert view.size == 0 or np.shares_memory(view, leaf)
+            assert_same_bits(view.view(np.uint16), leaf)
+            assert_same_bits(from_bfloat16(view), view.astype(np.float32))
+            assert_same_bits(from_bfloat16(view), from_bfloat16(leaf))
+    assert opt.grads[0].dtype == opt.params[0].dtype == np.float32
+
+
+def test_what_is_written_to_bfloat16_views_is_the_state(rng):
+    opt, other = narrow(), narrow()
+    values = rng.standard_normal((2, 3)) ** 2
+    opt.cache[0][...] = values
+    other.buffers["cache"].leaves[0][...] = to_bfloat16(values)
+    opt.momentum_buffer[1][...] += 3
+    other.buffers["momentum_buffer"].leaves[1][...] = to_bfloat16(3)
+    for each in (opt, other):
+        each.step([np.ones((2, 3)), 5.0, np.ones((0, 2))])
+    for name in STATE:
+        assert_same_bits(opt.buffers[name].flat, other.buffers[name].flat)
+
+
+def test_bfloat16_views_stay_through_loads_and_are_replaced_in_copies(rng, tmp_path):
+    opt = narrow({"W": np.ones(3, np.float32), "b": np.ones(1, np.float32)})
+    views = [opt.cache["W"], opt.cache, opt.momentum_buffer["b"]]
+    opt.step({"W": rng.standard_normal(3), "b": [1.0]})
+    state = opt.state_dict()
+    assert {str(array.dtype) for name, array in state["arrays"].items() if name.startswith(STATE)} == {"uint16"}
+    opt.save(tmp_path / "state.npz")
+    expected = opt.cache["W"].copy()
+    for load in (lambda: opt.load_state_dict(state), lambda: opt.load(tmp_path / "state.npz")):
+        opt.step({"W": rng.standard_normal(3), "b": [1.0]})
+        load()
+        assert [*map(id, (opt.cache["W"], opt.cache, opt.momentum_buffer["b"]))] == [*map(id, views)]
+        assert_same_bits(opt.cache["W"], expected)
+    for other in (copy.copy(opt), copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert_same_bits(other.cache["W"], expected)
+        assert not np.shares_memory(other.cache["W"], opt.cache["W"])
+        assert np.shares_memory(other.cache["W"], other.buffers["cache"].flat)
+        assert other.check() == []
+
+
+def test_a_single_array_of_bfloat16_state_can_be_updated_in_place():
+    opt = narrow(np.ones(3, np.float32), initial_scale=2.0)
+    opt.cache *= 0.5
+    assert from_bfloat16(opt.buffers["cache"].flat).tolist() == [1.0] * 3
+    with pytest.raises(AttributeError, match="cache: these views cannot be replaced"):
+        opt.cache = np.ones(3, ml_dtypes.bfloat16)
+
+
+def test_check_finds_replaced_and_changed_views_of_bfloat16():
+    opt = narrow()
+    assert opt.check() == []
+    kept = opt.cache[0]
+    assert opt.check() == []
+    opt.cache[0] = opt.cache[0] * 1
+    assert [line.split(",")[0] for line in opt.check()] == ["cache[0]: expected the view that was there"]
+    opt.cache[0] = kept
+    assert opt.check() == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy 2.5 on: setting the shape is deprecated
+        opt.grad_avg[0].shape = 6
+    assert [line.split(",")[0] for line in opt.check()] == ["grad_avg[0]: expected a view of shape (2"]
+
+
+def test_without_ml_dtypes_state_is_shown_as_uint16(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    bfloat16.ml_dtype.cache_clear()
+    try:
+        opt = narrow(initial_scale=1.0)
+        assert opt.cache is opt.buffers["cache"].views
+        assert opt.cache[0].dtype == np.uint16
+        assert from_bfloat16(opt.cache[0]).tolist() == [[1.0] * 3] * 2
+        opt.cache[1][...] = 0x4000
+        assert from_bfloat16(opt.cache[1]) == 2
+        assert opt.check() == []
+    finally:
+        bfloat16.ml_dtype.cache_clear()
+
+
+def test_ml_dtypes_is_imported_when_16_bit_state_is_read_and_not_before():
+    program = (
+        "import sys, numpy as np\n"
+        "from fastrms import RMSProp\n"
+        "opt = RMSProp([np.ones(2, np.float32)], cache_dtype='bfloat16')\n"
+        "opt.step([np.ones(2, np.float32)])\n"
+        "opt.params, opt.grads, opt.check(), opt.state_dict(), RMSProp([np.ones(2)]).cache\n"
+        "assert 'ml_dtypes' not in sys.modules\n"
+        "assert opt.cache[0].dtype.name == 'bfloat16'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
