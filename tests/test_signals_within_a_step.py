@@ -13,7 +13,7 @@ from mid_step import OPTIONS, at_every_line, make
 
 from fastrms import RMSProp, StepInProgressError
 
-STEPPING = {"step", "take", "_make_calls", "make_plan", "use_options", "_locate", "_copy", "refuse_replaced"}
+STEPPING = {"step", "take", "_make_calls", "make_plan", "use_options", "_locate", "_in_place", "refuse_replaced"}
 SETTING = {"_set_options", "assign", "with_changes", "add_state", "add_buffers", "options_changed", "update"}
 
 

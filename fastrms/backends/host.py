@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,10 @@ class HostBackend(Backend):
             self.storage.check_open()
         self.refuse_replaced(from_buffer)
         variant = self.state.kernel if self._tuner is None else self._tuner.variant  # the property, without a call
-        located = IN_BUFFER if items is None and not self.state.in_place else self._locate(items)
-        self.take(located, rates, variant, items if located.in_place else None)
+        if self.state.in_place:
+            self._refuse_changed()
+        located, items = (IN_BUFFER, None) if items is None else self._locate(items)
+        self.take(located, rates, variant, items)
         if self.at_once is not None:
             self.at_once.admit()
 
@@ -238,45 +241,45 @@ class HostBackend(Backend):
         """Raise StructureError if another object took the place of a view, among gradients only if `from_buffer`."""
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
 
-    def _locate(self, items: Items | None) -> Located:
+    def _locate(self, items: Items) -> tuple[Located, Items | None]:
         """Locate gradients in place, or copy them to the gradient buffer if one cannot be read in place.
 
-        `items` is None if they are in the gradient buffer. Raise StructureError if parameters cannot be updated in
-        place.
+        Return their location, and the arrays that the step reads in place; None for the gradient buffer.
         """
-        if self.state.in_place and not self._zero_copy:
-            self._refuse_changed()
-        if not self._zero_copy or (self.storage is not None and self.storage.pages.shows(items or ())):
-            return IN_BUFFER if items is None else self._copy(items)
-        first, present = 0 if items is None else pointers.items_of(items), None
+        if (located := self._in_place(items)) is not None:
+            return located, items
+        arrays = tuple(as_arrays(items, self._grads.layout, "gradients", allow_none=True))
+        self.use_options()  # the `__array__` of a user's class may have set options
+        # Objects of other libraries have become arrays, such as views of tensors.
+        if not all(map(is_, arrays, items)) and (located := self._in_place(arrays)) is not None:
+            return located, arrays
+        self._grads.store(arrays)
+        if any(array is None for array in arrays):
+            return Located(False, np.array([array is not None for array in arrays])), None
+        return IN_BUFFER, None
+
+    def _in_place(self, items: Items) -> Located | None:
+        """Locate gradients in place, or return None if one cannot be read in place."""
+        if not self._zero_copy or (self.storage is not None and self.storage.pages.shows(items)):
+            return None
+        first, present = pointers.items_of(items), None
         for run in self._runs:
             status = run.locate(first)
-            if status == cpu.CHANGED:
-                self._refuse_changed()
-                raise StructureError("params: expected arrays as they were at first, got one that was changed")
-            if status >= 0 and items is not None:  # the number of a gradient that cannot be read in place
-                return self._copy(items)
+            if status not in (cpu.FOUND, cpu.FOUND_SOME):  # one cannot be read in place
+                return None
             if status == cpu.FOUND_SOME:
                 if present is None:
                     present = np.ones(len(self.state.counts.absent), bool)
                 present[run.numbers] = run.located()
-        if items is None:
-            return IN_BUFFER
         return IN_PLACE if present is None else Located(True, present)
 
     def _refuse_changed(self) -> None:
-        """Raise StructureError with the first parameter that can no longer be updated in place, if there is one."""
-        if problems := changed_views(self._params, "params"):
+        """Raise StructureError if a parameter can no longer be updated in place."""
+        unchanged = self._zero_copy and all(run.locate(0) == cpu.FOUND for run in self._runs)
+        if not unchanged and (problems := changed_views(self._params, "params")):
             raise StructureError(problems[0])
-
-    def _copy(self, items: Items) -> Located:
-        """Check gradients of any dtype and strides, and copy them to the gradient buffer."""
-        arrays = as_arrays(items, self._grads.layout, "gradients", allow_none=True)
-        self.use_options()  # the `__array__` of a user's class may have set options
-        self._grads.store(arrays)
-        if any(array is None for array in arrays):
-            return Located(False, np.array([array is not None for array in arrays]))
-        return IN_BUFFER
+        if self._zero_copy and not unchanged:
+            raise StructureError("params: expected arrays as they were at first, got one that was changed")
 
     def rates(self) -> list[float] | None:
         """Return the learning rate of each group, from functions too. Return None if no rate is a function."""

@@ -12,7 +12,7 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import JIT, count_calls, everything
+from helpers import JIT, Exchanged, count_calls, everything
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +92,83 @@ def test_steps_with_and_without_arguments_take_turns(kernel, rng):
             opt.step([gradients[0], None])
             other.step([gradients[0], None])
         assert everything(opt) == everything(other)
+
+
+class Shown:
+    """An object of another library whose array is `array`."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def tensor(array):
+    """A tensor of PyTorch in the memory of an array."""
+    import torch
+
+    return torch.from_numpy(array)
+
+
+OF_OTHERS = [Shown, Exchanged, pytest.param(tensor, marks=pytest.mark.torch)]
+
+
+@needs_jit
+@pytest.mark.parametrize("kind", OF_OTHERS)
+@pytest.mark.parametrize("size", [3, 1000], ids=["gathered", "read in place"])
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "raise"}, {"clip_norm": 0.5}], ids=str)
+@pytest.mark.parametrize("way", ["memory", "files"])
+def test_gradients_of_other_libraries_are_read_where_they_lie(way, options, size, kind, rng, monkeypatch, tmp_path):
+    start = [rng.standard_normal(size) for _ in range(4)]
+    folder = {"storage": tmp_path / "run"} if way == "files" else {}
+    opt, other = RMSProp(start, **options, **folder), RMSProp(start, **options)
+    for absent in (None, 1):
+        gradients = [rng.standard_normal(size) for _ in range(4)]
+        theirs = [array if k == 2 else kind(array) for k, array in enumerate(gradients)]
+        if absent is not None:
+            gradients[absent] = theirs[absent] = None
+        other.step(gradients)
+        with monkeypatch.context() as patch:
+            patch.setattr(FlatBuffer, "store", lambda *_: pytest.fail("gradients were copied"))
+            opt.step(theirs)
+        assert everything(opt) == everything(other)
+    if "nonfinite" in options:
+        gradients[3][1] = np.nan
+        with pytest.raises(NonfiniteError, match=r"got gradients\[3\]: 1 NaN and 0 inf among"):
+            opt.step(theirs)
+        assert everything(opt) == everything(other)
+    if way == "files":
+        opt.close()
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "serial"])
+@pytest.mark.parametrize("kind", OF_OTHERS)
+def test_gradients_of_other_libraries_may_alias_the_optimizer(kind, kernel, rng):
+    start = [rng.standard_normal(900), rng.standard_normal(900)]
+    opt, other = RMSProp(start, kernel=kernel), RMSProp(start, kernel=kernel)
+    for _ in range(2):
+        for buffer in ("params", "cache"):
+            other.step([array.copy() for array in other.buffers[buffer].leaves[::-1]])
+            opt.step([kind(array) for array in opt.buffers[buffer].leaves[::-1]])
+            assert everything(opt) == everything(other)
+
+
+@needs_jit
+def test_an_array_that_sets_options_as_it_is_made_sets_them_for_this_step(rng):
+    start, gradient = [rng.standard_normal(5)], rng.standard_normal(5)
+
+    class Setting(Shown):
+        def __array__(self, dtype=None, copy=None):
+            opt.momentum = 0.9
+            return self.array
+
+    opt, other = RMSProp(start), RMSProp(start)
+    other.momentum = 0.9
+    for each, first in ((opt, Setting(gradient)), (other, gradient)):
+        each.step([first])
+        each.step([gradient])
+    assert everything(opt) == everything(other)
 
 
 @needs_jit
