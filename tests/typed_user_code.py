@@ -48,6 +48,25 @@ def structures(w: Vector, b: Vector) -> None:
     assert_type(nothing_is_promised.params, Any)
 
 
+def parts(w: Vector, b: Vector) -> None:
+    opt = RMSProp({"w": w, "b": b}, in_place=True)
+    assert_type(opt.params, dict[str, Vector])
+    opt.step_parameter("w", w)
+    opt.step_parameter(("w",), None)
+    opt.step_rows("b", [0, 1], b).sum()
+    opt.finish_step()
+    opt.add_param_group({"params": [w], "lr": 0.1})
+    assert_type(opt.current_lr, list[float])
+    assert_type(opt.last_grad_norm, float | None)
+    assert_type(opt.last_skipped, bool)
+
+
+def parts_that_are_wrong(w: Vector, b: Vector) -> None:
+    opt = RMSProp([w, b], in_place=1)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType, reportCallIssue]
+    opt.step_parameter([0], w)  # pyright: ignore[reportArgumentType] # mypy takes a list for hashable
+    opt.add_param_group({"lr": 0.1})  # pyright: ignore[reportArgumentType] # mypy knows no type of opt any more
+
+
 def structures_that_are_wrong(w: Vector, b: Vector) -> None:
     opt = RMSProp([w, b])
     opt.params["w"]  # type: ignore[call-overload] # pyright: ignore[reportArgumentType, reportCallIssue]
