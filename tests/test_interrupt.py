@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import linecache
 import sys
 import threading
@@ -18,6 +19,18 @@ from fastrms.kernels import pointers
 PACKAGE = str(Path(fastrms.__file__).parent)
 SHAPES = [(40, 5), (), (65,)]
 DTYPES = [np.float32, np.float64, np.float64]
+
+
+KERNELS, WAYS = ["serial", "parallel", "auto"], ["list", "cast", "none", "buffer"]
+OPTIONS = [
+    {}, {"momentum": 0.9, "nonfinite": "raise"}, {"clip_norm": 1.0, "centered": True, "bias_correction": True},
+    {"num_threads": 1},
+]  # fmt: skip
+# Kernels with ways to give gradients, first and later steps. Each set of options meets each of these once at least.
+KINDS = [
+    (KERNELS[k], WAYS[w], steady, OPTIONS[(k + w + 2 * steady) % len(OPTIONS)])
+    for k, w, steady in itertools.product(range(len(KERNELS)), range(len(WAYS)), [False, True])
+]
 
 
 def interrupted(function, number):
@@ -92,16 +105,8 @@ def ways(opt, gradients):
 
 
 @pytest.mark.skipif(not JIT, reason="compiled code cannot be interrupted, the interpreter's can")
-@pytest.mark.parametrize("steady", [False, True])
-@pytest.mark.parametrize("way", ["list", "cast", "none", "buffer"])
-@pytest.mark.parametrize("kernel", ["serial", "parallel", "auto"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"momentum": 0.9, "nonfinite": "raise"}, {"clip_norm": 1.0, "centered": True, "bias_correction": True},
-     {"num_threads": 1}],
-    ids=str,
-)  # fmt: skip
-def test_ctrl_c_at_every_line_of_a_step(options, kernel, way, steady, rng):
+@pytest.mark.parametrize(("kernel", "way", "steady", "options"), KINDS)
+def test_ctrl_c_at_every_line_of_a_step(kernel, way, steady, options, rng):
     start = RMSProp(arrays(rng), kernel=kernel, **options)
     first, gradients = arrays(rng), arrays(rng)
     start.step(first)
