@@ -205,13 +205,12 @@ def arrays():
     assert opt.params[1] == other.params[1]
 
 
-@pytest.mark.parametrize("check", [numbers, no_numbers, schedules, arrays], ids=lambda check: check.__name__)
-def test_what_jax_optax_and_keras_have(check):
+def test_what_jax_optax_and_keras_have():
     for name in ("jax", "optax", "keras"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    # In a process of its own: where JAX was imported, each later fork warns.
-    program = f"import test_options; test_options.{check.__name__}()"
+    # In a process of their own, as each fork warns where JAX was imported; in one, as importing takes seconds.
+    program = "from test_options import *; numbers(); no_numbers(); schedules(); arrays()"
     environment = os.environ | {
         "KERAS_BACKEND": "jax",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),

@@ -246,13 +246,10 @@ def changes(actions, first="", command=(), **environment):
     ("first", "actions"),
     [
         ("scipy.optimize matplotlib.figure", "importing"),
-        ("", "importing stepping"),
-        ("safetensors.numpy", "importing saving storing"),
-        ("", "importing failing"),
-        ("scipy.optimize", "importing minimizing"),
+        ("", "importing stepping failing"),
+        ("safetensors.numpy scipy.optimize", "importing saving storing minimizing"),
         pytest.param("matplotlib.figure rich.progress sklearn.datasets", "importing drawing", marks=needs_jit),
-        pytest.param("matplotlib.figure rich.progress", "importing benchmarking", marks=needs_jit),
-        pytest.param("matplotlib.figure rich.progress", "importing benchmarking_in_situ", marks=needs_jit),
+        pytest.param("matplotlib.figure rich.progress", "importing benchmarking benchmarking_in_situ", marks=needs_jit),
         ("mpi4py.MPI", "importing sharding"),
     ],
 )

@@ -174,8 +174,7 @@ WAYS = f"""if True:
 
 
 @pytest.mark.skipif(not JIT, reason="about threads of compiled code")
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("way", ["forkserver", "spawn", "joblib"])
+@pytest.mark.parametrize(("way", "layer"), list(zip(["forkserver", "spawn", "joblib"], LAYERS, strict=True)))
 def test_other_ways_to_start_processes(way, layer):
     start = np.linspace(-1, 1, 70_000)
     reference = ReferenceRMSProp([start])

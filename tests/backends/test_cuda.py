@@ -37,7 +37,7 @@ def run(arguments, **environment):
             [
                 str(CONFORMANCE),
                 "-k",
-                "(every_option or file_alone) and cuda or of_every_kind or steady or said",
+                "(every_option and (defaults or all) or file_alone) and cuda or of_every_kind or steady or said",
             ],
         ),
     ],
