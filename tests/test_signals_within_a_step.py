@@ -253,7 +253,7 @@ INTERRUPTED = """if True:
 
 @pytest.mark.skipif(not JIT, reason="about compiling")
 def test_ctrl_c_in_the_first_compilation_counts_nothing(tmp_path):
-    for number in range(0, 200, 12):  # of some 40 functions that are compiled
+    for number in range(0, 200, 20):  # of some 40 functions that are compiled
         environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / str(number))}
         done = subprocess.run(
             [sys.executable, "-c", INTERRUPTED, str(number)], env=environment, capture_output=True, text=True,

@@ -13,7 +13,7 @@ from helpers import JIT, everything
 from fastrms import CheckpointError, RMSProp
 from fastrms.checkpoints import formats
 
-MUTATIONS = 10_000
+MUTATIONS = 5_000  # of each kind of file
 
 
 @pytest.mark.skipif(not JIT, reason="no compiled code takes part")
