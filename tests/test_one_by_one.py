@@ -128,7 +128,7 @@ def test_keys_that_are_tuples():
     opt.step_parameter(("dense", "b"), np.ones(1))
     opt.step_parameter(("dense", "W"), np.ones(2))
     assert opt.steps == 1
-    with pytest.raises(StructureError, match=r"key: expected one of \('dense', 'W'\)"):
+    with pytest.raises(StructureError, match=r"key: expected one of \('dense', 'W'\), \('dense', 'b'\), got 'dense'"):
         Layout(params).number_of("dense")
 
 

@@ -37,6 +37,9 @@ class OneByOne:
 
     def __init__(self) -> None:
         self._parameters: dict[int, _Parameter] = {}
+        # Of the step in progress: the learning rates, and which parameters have no gradient.
+        self._rates: list[float] | None = None
+        self._missing: NDArray[np.bool_] = np.zeros(0, bool)
 
     def update(self, backend: "HostBackend", number: int, gradient: Any, rows: Any = None) -> None:
         """Update one parameter, or some of its rows. Count the step if it was the last parameter without an update.
@@ -192,7 +195,8 @@ def _row_numbers(rows: Any, size: int) -> NDArray[np.int64]:
     """Return the numbers of rows, from 0 on, or raise an error."""
     numbers = np.asarray(rows)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise DtypeError(f"rows: expected a 1-D array of integers, got {numbers.dtype} of shape {numbers.shape}")
+        mask = "; np.flatnonzero(mask) gives the rows of a mask" if numbers.dtype.kind == "b" else ""
+        raise DtypeError(f"rows: expected a 1-D array of integers, got {numbers.dtype} of shape {numbers.shape}{mask}")
     numbers = numbers.astype(np.int64)
     wrong = numbers[(numbers < -size) | (numbers >= size)]
     if len(wrong):

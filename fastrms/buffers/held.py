@@ -117,7 +117,10 @@ class HeldArrays(FlatBuffer):
 def _check(array: object, dtype: np.dtype[Any], path: str) -> None:
     """Raise DtypeError unless a step can update an array in place."""
     if not isinstance(array, np.ndarray):
-        raise DtypeError(f"{path}: expected an array, which a step can update in place, got {describe(array)}")
+        raise DtypeError(
+            f"{path}: expected an ndarray, which a step can update in place, got {describe(array)}; give the array "
+            "that it holds, or a new one: np.array(value)"
+        )
     wrong = [
         name
         for name, good in (

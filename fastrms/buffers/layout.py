@@ -238,7 +238,8 @@ class Layout:
         try:
             return self._numbers[key]
         except (KeyError, TypeError):
-            keys = [keys[0] if len(keys) == 1 else keys for keys in self._numbers if isinstance(keys, tuple)]
+            whole = (keys[0] if len(keys) == 1 else keys for keys in self._numbers if isinstance(keys, tuple))
+            keys = list(dict.fromkeys(whole))  # a key that is a tuple is there twice
             known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
             raise StructureError(f"key: expected one of {known}, got {key!r}") from None
 
