@@ -1,4 +1,4 @@
-"""Fail where every lane skipped a test, or where `-m torch` was not exactly what was skipped without torch.
+"""Fail where every lane skipped a test, or where the lane with torch did not run exactly the tests skipped without it.
 
 `python .ci/lanes.py report.xml ...`: the lanes' JUnit reports, among them without-torch.xml and with-torch.xml.
 """
@@ -42,5 +42,6 @@ modules = {(module, "") for module, _ in with_torch}
 wrong += [
     f"without-torch skipped {'::'.join(t)}, and with-torch did not run it" for t in for_torch - with_torch - modules
 ]
-print("\n".join(sorted(wrong)) or f"{len(with_torch)} tests need torch: one lane skipped them, and the other ran them")
+summary = f"{len(with_torch)} tests need torch or frameworks: one lane skipped them, and the other ran them"
+print("\n".join(sorted(wrong)) or summary)
 sys.exit(bool(wrong or not with_torch))

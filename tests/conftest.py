@@ -8,7 +8,7 @@ os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, os.cpu_count() or 1)))
 
 import numpy as np
 import pytest
-from helpers import JIT, WITHOUT_TORCH, need_torch, undefine_gradients
+from helpers import JIT, WITHOUT_FRAMEWORKS, WITHOUT_TORCH, need_frameworks, need_torch, undefine_gradients
 
 from fastrms.kernels import dlpack
 
@@ -23,9 +23,9 @@ collect_ignore = [
 ]
 
 # A skipped test looks like a passed one in a summary. With FASTRMS_NO_SKIPS=1 every skip is a failure; with "but-torch"
-# every skip but those for want of torch, which the extra `test` does not install.
+# every skip but those for want of torch and of the frameworks in the examples, which the extra `test` does not install.
 NO_SKIPS = os.environ.get("FASTRMS_NO_SKIPS", "0")
-ALLOWED = {"0": "", "1": None, "but-torch": WITHOUT_TORCH}  # in the reason of a skip; None: no skip is allowed
+ALLOWED = {"0": ("",), "1": (), "but-torch": (WITHOUT_TORCH, WITHOUT_FRAMEWORKS)}  # in the reason of a skip
 ADAPTER = Path(__file__).parent.parent / "fastrms" / "torch"
 
 
@@ -49,6 +49,8 @@ class Everywhere:
     def pytest_runtest_setup(self, item):
         if item.get_closest_marker("torch"):
             need_torch()
+        for mark in item.iter_markers("frameworks"):
+            need_frameworks(mark.args)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self):
@@ -70,7 +72,7 @@ class Everywhere:
     def report(report):
         if report.skipped and not hasattr(report, "wasxfail"):
             allowed, reason = ALLOWED[NO_SKIPS], report.longrepr[-1]
-            if allowed is None or allowed not in reason:
+            if not any(text in reason for text in allowed):
                 report.outcome = "failed"
                 report.longrepr = f"FASTRMS_NO_SKIPS={NO_SKIPS}, and yet this was skipped: {reason}"
         return report

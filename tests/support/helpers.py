@@ -2,6 +2,7 @@
 
 import re
 import sys
+from importlib.util import find_spec
 
 import numba
 import numpy as np
@@ -22,6 +23,21 @@ def need_torch():
     that pytest's summary has one line for all of them.
     """
     return pytest.importorskip("torch", reason=WITHOUT_TORCH)
+
+
+WITHOUT_FRAMEWORKS = (
+    "a framework of the extra `examples` is not installed. To run these tests: "
+    'python -m pip install -e ".[examples]" && python -m pytest -m frameworks'
+)
+
+
+def need_frameworks(modules):
+    """Skip the test that called where a module is not installed; nothing is imported.
+
+    A test that needs modules has the mark ``frameworks(*modules)``, and conftest.py calls this function.
+    """
+    if any(find_spec(module) is None for module in modules):
+        pytest.skip(WITHOUT_FRAMEWORKS)
 
 
 def undefine_gradients(patch):
