@@ -11,13 +11,47 @@ from helpers import JIT, UNDEFINE_GRADIENTS
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
+SAME = r"the same bits: True"
+
 # What each needs, and what it prints, with its numbers and the bounds on each.
 PRINTS = {
-    "autograd_nested": (["autograd", "sklearn"], r"675 steps, .* test accuracy ([\d.]+)", [(0.95, 1)]),
+    "autograd_nested": (
+        ["autograd", "sklearn"],
+        rf"675 steps, {SAME}, test accuracy ([\d.]+)",
+        [(0.95, 1)],
+    ),
+    "neuralnetlib_digits": (
+        ["neuralnetlib", "sklearn"],
+        rf"560 steps, {SAME}, test accuracy ([\d.]+)",
+        [(0.88, 1)],
+    ),
+    "pydynet_digits": (
+        ["pydynet", "sklearn"],
+        rf"560 steps, {SAME}, test accuracy ([\d.]+)",
+        [(0.88, 1)],
+    ),
+    "thinc_digits": (
+        ["sklearn"],
+        rf"560 steps, {SAME}, test accuracy ([\d.]+)",
+        [(0.88, 1)],
+    ),
+    "pennylane_circuit": (
+        ["sklearn"],
+        r"60 steps, at most ([\d.e+-]+) apart, accuracy ([\d.]+)",
+        [(0, 1e-9), (0.9, 1)],
+    ),
     "sklearn_mlp": (
         ["sklearn"],
-        r"gradients are within ([\d.e+-]+) of finite differences\n660 steps, test accuracy ([\d.]+)",
-        [(0, 1e-7), (0.95, 1)],
+        r"\d+ epochs, test accuracy ([\d.]+)\n"
+        r"the same bits as the textbook: True\none more epoch after pickle: True, joblib: True",
+        [(0.95, 1)],
+    ),
+    "word2vec": (
+        [],
+        r"\d+ words, (\d+) different, \d+ steps\n(?s:.*)except: .*\b(?:finally|try|clause)\b(?s:.*)"
+        r"the rule above: True, other rows moved: False\n"
+        r"(\d+) of 100000 rows: ([\d.]+) ms, ([\d.]+) MB; a dense step: ([\d.]+) ms, ([\d.]+) MB",
+        [(500, 2000), (100, 1536), (0, 1000), (0, 2), (0, 1000), (12, 30)],
     ),
     "logistic_regression": (
         ["sklearn"],
@@ -32,12 +66,17 @@ PRINTS = {
     ),
     "pytorch_model": (["sklearn"], r"440 steps, test accuracy ([\d.]+)", [(0.95, 1)]),
 }
+MARKS = {
+    "pytorch_model": [pytest.mark.torch],
+    "thinc_digits": [pytest.mark.frameworks("thinc")],
+    "pennylane_circuit": [pytest.mark.frameworks("pennylane")],
+}
+# pydynet says so when it is imported.
+WARNINGS = ["-W", "error", "-W", "ignore:Cupy is not installed:UserWarning"]
 
 
 @pytest.mark.skipif(not JIT, reason="a whole training takes the interpreter minutes")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.torch] if name == "pytorch_model" else []) for name in PRINTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in PRINTS])
 def test_example(name, tmp_path):
     needs, pattern, bounds = PRINTS[name]
     for module in needs:
@@ -47,7 +86,7 @@ def test_example(name, tmp_path):
         f"import runpy; {UNDEFINE_GRADIENTS}; runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
     )
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, *WARNINGS, "-c", program],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
