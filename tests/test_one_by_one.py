@@ -122,6 +122,20 @@ def test_gradients_of_every_kind_are_read_before_memory_is_written(kernel, rng):
     assert_same_state(ours, oracle)
 
 
+@pytest.mark.parametrize("kernel", ["numpy", "serial"])
+@pytest.mark.parametrize("name", ["params", "cache"])
+def test_a_gradient_that_overlaps_memory_of_the_step_is_read_first(name, kernel, rng):
+    params = [wide(rng, 9, np.float64, -1, 1) for _ in range(2)]
+    ours, oracle = RMSProp(params, kernel=kernel), RMSProp(params, kernel="numpy")
+    for opt in (ours, oracle):
+        opt.step(params)
+    shifted = ours.buffers[name].flat[8:17]  # each element was written just before it is read
+    oracle.step([params[0], shifted.copy()])
+    ours.step_parameter(1, shifted)
+    ours.step_parameter(0, params[0])
+    assert_same_state(ours, oracle)
+
+
 def test_keys_that_are_tuples():
     params = {("dense", "W"): np.ones(2), ("dense", "b"): np.ones(1)}
     opt = RMSProp(params, lr=0.1)
