@@ -70,7 +70,7 @@ class OptimizerBase(Guarded, Generic[P]):
 
     @property
     def param_groups(self) -> ParamGroups:
-        """One mapping of options for each group. Options may be changed; `add_param_group` adds a group."""
+        """One mapping of options for each group. Options can be changed; `add_param_group` adds a group."""
         return self._state.param_groups
 
     @property
@@ -97,30 +97,31 @@ class OptimizerBase(Guarded, Generic[P]):
 
     @property
     def last_skipped(self) -> bool:
-        """Whether the last step was skipped, with nonfinite="skip". On a GPU, reading it waits for the device."""
+        """Whether the last step was skipped because of nonfinite="skip". On a GPU, reading it waits for the device."""
         return self._backend.last_skipped()
 
     @property
     def last_grad_norm(self) -> float | None:
         """The Euclidean norm of all gradients of the last step together, after `clip_value` and before other clipping.
 
-        None if the step did not need it: it did if `clip_norm` or `global_clip_norm` is set. None after
-        `step_parameter` too, which sees one gradient at a time. On a GPU, reading it waits for the device.
+        None if the step did not compute the norm. A step computes it only if `clip_norm` or `global_clip_norm` is set.
+        Also None after `step_parameter`, which gets one gradient at a time. On a GPU, reading this waits for the
+        device.
         """
         return self._backend.grad_norm()
 
     @property
     def current_lr(self) -> list[float]:
-        """The learning rate of the next step, a number for each group. Functions given as lr are called for it."""
+        """The learning rates of the next step, one for each group. Functions given as lr are called to compute them."""
         steps = self.steps
         return [resolve_lr(group, steps) for group in self.param_groups]
 
     def zero_grad(self) -> None:
         """Set all gradients in `grads` to 0.
 
-        For programs that add to `grads`, in several batches or from several places. There is no need for it before
-        gradients are assigned (``opt.grads[0][...] = gradient``) or passed to `step`: a step reads `grads`, and does
-        not change them.
+        This is for programs that add to `grads`, in several batches or from several places in the code. It is not
+        needed if gradients are assigned (``opt.grads[0][...] = gradient``) or passed to `step`. ``step()`` reads
+        `grads` and does not change them.
         """
         with self._turns.between_steps("zero_grad", within_pass=True):
             for segment in self._state.buffers["grads"].segments:

@@ -1,4 +1,4 @@
-"""Methods for a part of the parameters: one parameter at a time, some of its rows, and new groups."""
+"""Methods that update one parameter or some of its rows, and a method that adds a group."""
 
 from collections.abc import Hashable
 from contextlib import nullcontext
@@ -17,22 +17,23 @@ __all__ = ["InParts"]
 
 
 class InParts(Persistent[P]):
-    """An optimizer that can update parameters one at a time. It cannot take a whole step."""
+    """An optimizer that can update one parameter at a time, but has no method for a whole step."""
 
     def step_parameter(self, key: Hashable, gradient: Any) -> Array:
-        """Update one parameter as soon as its gradient exists. All gradients then need not exist together.
+        """Update one parameter as soon as its gradient exists, so that a program need not hold all gradients at once.
 
-        The updates of all parameters are one step, with the bits of ``step(gradients)``: the step is counted after the
-        last update. Functions given as lr are called at the first one. Until the step is counted, `step` and every call
-        that saves or copies the optimizer raise StepInProgressError.
+        The updates of all parameters together are one step, with the same bits as ``step(gradients)``. The step is
+        counted after the last update. A function given as lr is called at the first update. Until the step is counted,
+        `step` and every call that saves or copies the optimizer raise StepInProgressError.
 
         Parameters
         ----------
         key : int, str or other key, or tuple of these
-            The index of the parameter in `params`: a number in a list, a key in a dict. For nestings and groups a tuple
-            of indices, outermost first: ``(0, "W")`` for ``opt.params[0]["W"]``. ``()`` if `params` is a single array.
+            The index of the parameter in `params`: a number for a list, a key for a dict. For nestings and groups, it
+            is a tuple of indices, outermost first: ``(0, "W")`` for ``opt.params[0]["W"]``. It is ``()`` if `params` is
+            a single array.
         gradient : array or None
-            As an item of `gradients` in `step`. None if the parameter has no gradient in this step.
+            The gradient, in any form that `step` accepts. None if the parameter has no gradient in this step.
 
         Returns
         -------
@@ -42,13 +43,13 @@ class InParts(Persistent[P]):
         Raises
         ------
         StructureError
-            `key` is unknown; the shape is wrong; the parameter was updated already in this step; or an item of `params`
-            was replaced.
+            `key` is unknown; the gradient has a wrong shape; the parameter was already updated in this step; or an item
+            of `params` was replaced.
         DtypeError
             As from `step`.
         OptionError
-            `global_clip_norm` is set, or `nonfinite` is not "propagate": they need all gradients together. Or the
-            optimizer is on a GPU or on several ranks.
+            `global_clip_norm` is set, or `nonfinite` is not "propagate": these options need all gradients together. Or
+            the optimizer is on a GPU or on several ranks.
 
         Examples
         --------
@@ -65,19 +66,21 @@ class InParts(Persistent[P]):
         return self._update("step_parameter", key, gradient, None)
 
     def step_rows(self, key: Hashable, rows: Any, gradient: Any) -> Array:
-        """Update some rows of one parameter, such as the rows of an embedding table that a batch used.
+        """Update some rows of one parameter, such as the rows of an embedding table that a batch uses.
 
-        Otherwise it does the same as `step_parameter`. Rows that are not named keep their values and their state: v of
-        a named row becomes ``decay_rate * v + (1 - decay_rate) * g**2`` with its gradient g, and v of other rows does
-        not decay. Weight decay and momentum, too, act on named rows only. (With a dense gradient that is 0 in all other
-        rows, `step` decays their v and moves them along their momentum.) The time depends on the number of rows.
+        Otherwise it does the same as `step_parameter`. The v of each row in `rows` becomes
+        ``decay_rate * v + (1 - decay_rate) * g**2``, with the gradient g of the row. All other rows keep their values
+        and their state: their v does not decay, and weight decay and momentum do not change them. (In contrast, `step`
+        with a dense gradient that is 0 in these other rows decays their v and moves them along their momentum.) The
+        time depends on the number of rows in `rows`.
 
         Parameters
         ----------
         key : int, str or other key, or tuple of these
             As for `step_parameter`.
         rows : array-like of int, shape (k,)
-            Indices along the first axis of the parameter, from -n to n - 1 for n rows. Gradients of equal rows add up.
+            Indices along the first axis of the parameter, from -n to n - 1 for n rows. If a row occurs several times,
+            its gradients are added up.
         gradient : array, shape (k, ...)
             The gradient of each row in `rows`.
 
@@ -91,7 +94,7 @@ class InParts(Persistent[P]):
         StructureError
             As from `step_parameter`; or a row does not exist.
         DtypeError
-            As from `step`; or `rows` are not integers.
+            As from `step`; or `rows` is not an array of integers.
         OptionError
             As from `step_parameter`.
 
@@ -109,9 +112,10 @@ class InParts(Persistent[P]):
         return self._update("step_rows", key, gradient, rows)
 
     def finish_step(self) -> None:
-        """End a step of `step_parameter` in which some parameters have no gradient.
+        """End a step of `step_parameter` or `step_rows` in which some parameters have no gradient.
 
-        They keep their values and state, as with None in `step`. Without such a step in progress, nothing happens.
+        These parameters keep their values and their state, as with None in `step`. If no such step is in progress,
+        nothing happens.
         """
         with self._turns.part_of_step("finish_step"):
             if isinstance(self._backend, HostBackend) and self._backend.one_by_one is not None:
@@ -132,22 +136,22 @@ class InParts(Persistent[P]):
         return param
 
     def add_param_group(self, group: Group) -> None:
-        """Add a parameter group, with buffers of its own. All earlier views stay valid.
+        """Add a parameter group, with its own buffers. All existing views stay valid.
 
-        `params`, `grads` and so on become lists with the structure of each group; so do the gradients of `step`. If
-        there were no groups, the parameters so far are group 0.
+        From then on, `params`, `grads`, the views of the state and the gradients for `step` are lists with one item for
+        each group. If the optimizer had no groups before, its parameters become group 0.
 
         Parameters
         ----------
         group : dict
-            Parameters under ``"params"``, in any structure, and options that override those of the constructor. The
-            new parameters have taken no step: bias correction begins at 1 for them.
+            Parameters under the key ``"params"``, in any structure, and options that override those of the constructor.
+            For bias correction, the next step is the first step of the new parameters.
 
         Raises
         ------
         FastrmsError
-            As from the constructor; or the optimizer has storage, is on a GPU, or on several ranks. Nothing is changed
-            then.
+            As from the constructor; or the optimizer has storage, is on a GPU, or is on several ranks. Nothing is
+            changed then.
 
         Examples
         --------

@@ -46,7 +46,7 @@ class _Optimizer(Protocol):
 def views(name: str, meaning: str) -> property:
     """Return a read-only property for the views of a buffer; its value is None without the buffer.
 
-    Views of 16-bit state are arrays of ml_dtypes' bfloat16 where ml_dtypes is installed.
+    Views of 16-bit state are arrays of ml_dtypes' bfloat16 if ml_dtypes is installed.
     """
     is_state = name not in ("params", "grads")
 

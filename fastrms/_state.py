@@ -45,9 +45,9 @@ class Counts:
         self.absent: NDArray[np.int64] = np.zeros(parameters, np.int64)
         # While parameters, state and counts are written, they may belong to different steps.
         self.writing = False
-        # Which parameters have had their part of a step that is taken one parameter at a time; None between two steps.
+        # Which parameters a step of one parameter at a time has already updated; None between two steps.
         self.updated: NDArray[np.bool_] | None = None
-        # Of the last step: whether it was skipped, and the norms of its gradients, if they were computed.
+        # Whether the last step was skipped, and the norms of its gradients if it computed them.
         self.last_skipped = False
         self.last_norms: NDArray[np.float64] | None = None
 
@@ -103,7 +103,8 @@ class OptimizerState:
     """All that determines the next steps of an optimizer.
 
     The constructor checks the parameters and the options of groups; `settings` are checked. A backend makes the
-    buffers, in its own memory. `added_as` is the number that a group will have in another optimizer; None otherwise.
+    buffers, in its own memory. If the state has a group that will be added to another optimizer, `added_as` is the
+    number of the group there; otherwise it is None.
     """
 
     kernel: Kernel
@@ -146,7 +147,7 @@ class OptimizerState:
         self.arrays = None
 
     def take_in(self, new: "OptimizerState") -> None:
-        """Append the only group of another optimizer, with its buffers. Its parameters have taken no step."""
+        """Append the only group of another optimizer, with its buffers. The new parameters have taken no step."""
         views_of = {
             name: [*(buffer.views if self.grouped else [buffer.views]), new.buffers[name].views]
             for name, buffer in self.buffers.items()

@@ -83,7 +83,7 @@ class RMSProp(InParts[P]):
     cache_dtype : {"bfloat16"} or None, default None
         "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
         bytes move through memory for each parameter. Steps compute in float32, and stored values are rounded to
-        nearest. `cache` then has arrays of ml_dtypes' bfloat16, or of uint16 where ml_dtypes is not installed;
+        nearest. `cache` then has arrays of ml_dtypes' bfloat16, or of uint16 if ml_dtypes is not installed.
         `from_bfloat16` converts both. decay_rate and momentum must be less than 255/256, because from there on
         rounding stops the decay. ``docs/options.md`` has the arithmetic.
     nonfinite : {"propagate", "raise", "skip"}, default "propagate"
@@ -97,10 +97,10 @@ class RMSProp(InParts[P]):
     stream : stream or int or None, default None
         With kernel="cuda", as for `fastrms.cuda.CudaRMSProp`.
     in_place : bool, default False
-        Update the given arrays where they lie, instead of copies in a flat buffer: `params` has these arrays. For
-        programs that hold their own arrays. Each must be writable, C-contiguous, and of native float32 or float64.
-        State and gradients are in flat buffers nevertheless. Bits are the same; a step takes longer for many small
-        arrays. Not with `storage` or kernel="cuda".
+        Update the given arrays in place, instead of copies in a flat buffer. `params` then has the given arrays. This
+        is for programs that must keep their own arrays. Each array must be writable, C-contiguous, and of dtype float32
+        or float64 in native byte order. State and gradients are still in flat buffers. The bits are the same, but a
+        step over many small arrays takes longer. Not available with `storage` or kernel="cuda".
 
     Attributes
     ----------
@@ -283,7 +283,7 @@ class RMSProp(InParts[P]):
         NonfiniteError
             A gradient has an inf or NaN, and `nonfinite` is "raise".
         StepInProgressError
-            Only some parameters were updated by `step_parameter`.
+            A step of `step_parameter` or `step_rows` is in progress, and has updated only some parameters.
 
         Notes
         -----
@@ -322,9 +322,9 @@ class RMSProp(InParts[P]):
         ----------
         **arrays : array, or list, tuple or dict of these
             The arrays that your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must
-            be a view of the optimizer's parameters, or with `in_place` one of its arrays. It is not if it was copied (a
-            copy or pickle of an object that holds views has arrays of its own), or if its name was bound to a new
-            array, as by ``W1 = W1 * 2``.
+            be a view of the optimizer's parameters, or with `in_place` one of its arrays. An array is neither if it was
+            copied (a copy or pickle of an object that holds views has arrays of its own), or if its name was bound to a
+            new array, as by ``W1 = W1 * 2``.
 
         Returns
         -------
@@ -357,7 +357,7 @@ class RMSProp(InParts[P]):
         self._backend.refuse_copy()
         # A copy: pickle writes later, when other threads may step.
         with self._turns.between_steps("pickle", changes=False):
-            # A method of its own may be lr. Arrays in place belong to the program, which pickles them too.
+            # lr may be a method of the optimizer. Arrays in place belong to the program, which pickles them too.
             kept = [self, *(self._state.buffers["params"].leaves if self._state.in_place else ())]
             return copy.deepcopy(self._to_copy(), {id(item): item for item in kept})
 

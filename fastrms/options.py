@@ -233,7 +233,7 @@ class ParamGroup(MutableMapping[str, Any]):
 
 
 class ParamGroups(list[ParamGroup]):
-    """The groups of an optimizer. Only the optimizer can add a group: it makes the buffers."""
+    """The groups of an optimizer. Only the optimizer can add a group, because it has to make the buffers."""
 
     def _refuse(self: Any, *arguments: object, **options: object) -> NoReturn:
         raise StructureError(
@@ -247,7 +247,7 @@ class ParamGroups(list[ParamGroup]):
         Parameters
         ----------
         group : ParamGroup
-            The options of parameters that the optimizer has buffers for.
+            The new group. The optimizer already has buffers for its parameters.
         """
         super().append(group)
 

@@ -166,7 +166,7 @@ def test_all_rows_in_any_order_are_a_dense_step(kernel, rng):
 @pytest.mark.parametrize(
     ("rows", "gradient", "error", "message"),
     [
-        ([4], np.ones((1, 2)), StructureError, "rows: expected numbers of rows from 0 to 3, got 4"),
+        ([4], np.ones((1, 2)), StructureError, "rows: expected row numbers from 0 to 3, got 4"),
         ([-5], np.ones((1, 2)), StructureError, "rows: .* got -5"),
         ([0.5], np.ones((1, 2)), DtypeError, r"rows: expected a 1-D array of integers, got float64 of shape \(1,\)"),
         ([[0]], np.ones((1, 2)), DtypeError, "rows: expected a 1-D array"),

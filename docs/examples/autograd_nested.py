@@ -2,10 +2,10 @@
 
     python -m pip install autograd scikit-learn
 
-autograd has an RMSProp of its own. It flattens parameters and gradients in each step, and
-keeps the loop to itself. `opt.step` takes the gradients as they are. The changed lines are
-marked. autograd's mean square starts from 1, hence `initial_scale=1`; all parameters have
-the same bits at the end.
+autograd has its own RMSProp. It flattens parameters and gradients in each step, and it
+contains the training loop. `opt.step` takes the nested gradients as they are, and the loop
+is in the program. The changed lines are marked. autograd's mean square starts at 1, so
+the program sets `initial_scale=1`. All parameters have the same bits at the end.
 """
 
 import autograd.numpy as np

@@ -1,14 +1,15 @@
-"""neuralnetlib: a step that comes parameter by parameter.
+"""neuralnetlib: a step that is taken one parameter at a time.
 
     python -m pip install neuralnetlib scikit-learn
 
 In the backward pass, neuralnetlib calls `optimizer.update(name, parameter, gradient)` for
-each parameter as soon as its gradient is there, and expects that the array itself
-changes. `opt.step_parameter(name, gradient)` takes such a part of a step. The step is
-counted when the last parameter has had its gradient.
+each parameter as soon as its gradient exists, and expects the array itself to change.
+`opt.step_parameter(name, gradient)` updates one parameter. The step is counted after the
+last parameter. The changed lines are marked.
 
-Layers draw their weights in the first forward pass, hence the one on a single row before
-the optimizer is made. All parameters have the bits of neuralnetlib's own RMSprop.
+Layers draw their weights in the first forward pass. So the program runs a forward pass on
+a single row before it makes the optimizer. All parameters have the same bits at the end
+as with neuralnetlib's own RMSprop.
 """
 
 import fastrms

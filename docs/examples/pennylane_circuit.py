@@ -2,13 +2,14 @@
 
     python -m pip install pennylane scikit-learn
 
-PennyLane's arrays are a subclass of ndarray with an attribute, `requires_grad`, that says
-which arguments of a function to differentiate with respect to. `in_place=True` keeps the
-very arrays. (Without it, parameters are plain views, and `qml.grad` finds nothing to
-differentiate.) The circuit has two qubits and tells two kinds of iris apart.
+PennyLane's arrays are a subclass of ndarray. `qml.grad` differentiates a function with
+respect to those arguments whose attribute `requires_grad` is True. `in_place=True` keeps
+PennyLane's arrays. (Without it, the parameters are plain views, and `qml.grad` finds
+nothing to differentiate.) The changed lines are marked. The circuit has two qubits and
+classifies two species of iris.
 
-PennyLane divides before it multiplies, `(lr / sqrt(v + eps)) * g`, so that the parameters
-are equal up to rounding.
+PennyLane divides before it multiplies: `(lr / sqrt(v + eps)) * g`. So the parameters of
+the two optimizers are equal only up to rounding.
 """
 
 import fastrms

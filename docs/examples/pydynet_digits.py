@@ -1,13 +1,14 @@
-"""pydynet: parameters that are updated where they lie.
+"""pydynet: parameters that are updated in place.
 
     python -m pip install pydynet scikit-learn
 
-pydynet is PyTorch's interface in NumPy. Its optimizers change `parameter.data` in place
-and read `parameter.grad`, to which its backward pass adds. `in_place=True` leaves `.data`
-where it is, and each `.grad` becomes a view of the optimizer's gradient buffer. So
-`zero_grad()`, `backward()` and `step()` stay; the changed lines are marked.
+pydynet has PyTorch's interface, in NumPy. Its backward pass adds gradients to
+`parameter.grad`. Its optimizers read `parameter.grad` and change `parameter.data` in
+place. With `in_place=True`, fastrms updates the `.data` arrays too. Each `.grad` becomes a
+view of the optimizer's gradient buffer. So the calls of `zero_grad()`, `backward()` and
+`step()` stay as they are. The changed lines are marked.
 
-pydynet calls the rule Adadelta. It is RMSProp with epsilon under the root, and all
+pydynet calls its rule Adadelta, but the rule is RMSProp with epsilon under the root. All
 parameters have the same bits at the end.
 """
 

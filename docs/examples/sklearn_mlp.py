@@ -3,14 +3,14 @@
     python -m pip install scikit-learn
 
 MLPClassifier has SGD and Adam, but no RMSProp, and no argument for another optimizer. This
-program puts a class in the place of scikit-learn's private SGDOptimizer, which a later
-scikit-learn may rename (this works with 1.9). Then `solver="sgd"` means RMSProp. Batches,
-penalty, early stopping, pipelines and clones work as before.
+program replaces scikit-learn's private class SGDOptimizer. Then `solver="sgd"` means
+RMSProp. Batches, penalty, early stopping, pipelines and clones work as before. A later
+scikit-learn may rename the private class; the program works with version 1.9.
 
-The coefficients are updated where they lie. pickle keeps the model's arrays and those of
-its optimizer the same arrays. joblib gives both copies of their own, which the class
-notices. For the comparison, a second class takes the steps of the textbook; all
-coefficients have the same bits.
+The coefficients are updated in place. With pickle, the loaded model and its optimizer
+still share their arrays. With joblib, each of them has its own copies. The class notices
+this and makes a new optimizer. For comparison, a second class takes the textbook's steps.
+All coefficients have the same bits.
 """
 
 import io
@@ -27,7 +27,7 @@ from sklearn.neural_network import MLPClassifier, _multilayer_perceptron
 
 
 class RMSProp(_multilayer_perceptron.SGDOptimizer):
-    """`fit` makes it, and calls `update_params` with the gradients of each batch."""
+    """`fit` makes this optimizer, and passes the gradients to `update_params`."""
 
     def __init__(self, params, learning_rate_init, *others):
         super().__init__(params, learning_rate_init, *others)
@@ -46,7 +46,7 @@ class RMSProp(_multilayer_perceptron.SGDOptimizer):
 
 
 class Textbook(RMSProp):
-    """The same in plain NumPy, with new arrays that are copied to the coefficients."""
+    """The same rule in plain NumPy. Its new arrays are copied to the coefficients."""
 
     def __init__(self, params, learning_rate_init, *others):
         super().__init__(params, learning_rate_init, *others)

@@ -3,12 +3,13 @@
     python -m pip install thinc scikit-learn
 
 `model.finish_update(optimizer)` calls `optimizer(key, parameter, gradient)` for each
-parameter that has a gradient, with keys ``(node id, name)``, and keeps the parameter that
-it gets back. fastrms takes the same keys. (In a model whose layers may stay without
-gradient, `opt.finish_step()` ends each step.)
+parameter that has a gradient. Each key is ``(node id, name)``. The model keeps the
+parameter that the call returns. fastrms takes the same keys. (If some layers of a model
+may have no gradient, call `opt.finish_step()` at the end of each step.) The changed lines
+are marked.
 
-thinc has Adam and SGD, but no RMSProp. The function `textbook` is RMSProp in plain NumPy,
-for the comparison: all parameters have the same bits at the end.
+thinc has Adam and SGD, but no RMSProp. For comparison, the function `textbook` is RMSProp
+in plain NumPy. All parameters have the same bits at the end.
 """
 
 import fastrms
@@ -27,7 +28,7 @@ def textbook(lr, decay_rate=0.9, epsilon=1e-8):
     def optimizer(key, parameter, gradient):
         cache[key] = decay_rate * cache.get(key, 0) + (1 - decay_rate) * gradient**2
         parameter = parameter - lr * gradient / (np.sqrt(cache[key]) + epsilon)
-        gradient[...] = 0  # the optimizer's duty in thinc
+        gradient[...] = 0  # in thinc, the optimizer clears gradients
         return parameter, gradient
 
     return optimizer

@@ -1,17 +1,18 @@
 """word2vec: a step that updates only the rows of the words in a batch.
 
-    python docs/examples/word2vec.py      # needs nothing beside fastrms
+    python docs/examples/word2vec.py      # needs only fastrms
 
-Skip-gram with negative sampling (Mikolov et al., 2013) over the reference manual of
-Python: 64,000 words that come with Python, in `pydoc_data.topics`. Two tables have a row
-of 32 numbers for each word, and a batch uses some rows of both. `opt.step_rows` takes the
-numbers of these rows and a gradient for each. A row may come several times; its gradients
-add up to g_r. For each row r of the batch, and for no other,
+The program trains skip-gram with negative sampling (Mikolov et al., 2013) on Python's
+reference manual. The manual comes with Python, in `pydoc_data.topics`, and has 64,000
+words. There are two tables, each with a row of 32 numbers for each word. A batch uses some
+rows of both tables. `opt.step_rows` takes the numbers of these rows, and a gradient for
+each of them. If a row occurs several times, its gradients add up to g_r. Each row r of the
+batch is updated, and no other row:
 
     v_r = d v_r + (1 - d) g_r^2      p_r = p_r - lr g_r / (sqrt(v_r) + epsilon)
 
-This is the lazy rule. In a dense step, v of all other rows decays too, v_r = d v_r, so
-that a rare word moves further when it comes again.
+This is called a lazy update. In a dense step, v of all other rows decays too: v_r = d v_r.
+So a rare word moves further when it occurs again.
 """
 
 import re
@@ -31,7 +32,7 @@ vocabulary = [word for word, count in counts.most_common() if count >= 10]
 index = {word: i for i, word in enumerate(vocabulary)}
 text = np.array([index[word] for word in words if word in index])
 frequency = np.array([counts[word] for word in vocabulary]) / len(text)
-kept = np.minimum(1, np.sqrt(1e-3 / frequency))  # frequent words say little
+kept = np.minimum(1, np.sqrt(1e-3 / frequency))  # frequent words carry little information
 noise = np.cumsum(frequency**0.75 / np.sum(frequency**0.75))
 
 rng = np.random.default_rng(0)
@@ -46,7 +47,7 @@ opt = RMSProp(
 
 
 def pairs():
-    """Pairs of a word and a word at most WINDOW away, in random order."""
+    """Return pairs of words that are at most WINDOW apart, in random order."""
     some = text[rng.random(len(text)) < kept[text]]
     reach = rng.integers(1, WINDOW + 1, len(some))
     found = []
@@ -59,14 +60,14 @@ def pairs():
 
 
 def gradients(centre, context):
-    """Rows of both tables, and the gradients of the loss with respect to them."""
+    """Return rows of both tables, and the gradients of the loss for these rows."""
     drawn = np.searchsorted(noise, rng.random((len(centre), NEGATIVE)))
     contexts = np.column_stack([context, np.minimum(drawn, len(vocabulary) - 1)])
     word_rows = opt.params["word"][centre]
     context_rows = opt.params["context"][contexts]
     scores = np.matmul(context_rows, word_rows[:, :, None])[:, :, 0]
     error = 1 / (1 + np.exp(-scores))
-    error[:, 0] -= 1  # the word that was there; the others were drawn
+    error[:, 0] -= 1  # the word in the text; the others were drawn at random
     word_gradient = np.matmul(error[:, None, :], context_rows)[:, 0]
     context_gradient = error[:, :, None] * word_rows[:, None, :]
     return (centre, word_gradient), (contexts.ravel(), context_gradient.reshape(-1, SIZE))
@@ -93,7 +94,7 @@ for word in ("except", "integer", "keyword"):
     print(f"{word}: {' '.join(nearest(word))}")
 
 
-# The last batch once more, in the table of a larger vocabulary: the rule, time and memory.
+# The last batch again, with a larger table: check the rule, measure time and memory.
 rows, gradient = of_contexts
 large = RMSProp({"table": np.zeros((100_000, SIZE), np.float32)})
 large.step_rows("table", rows, gradient)

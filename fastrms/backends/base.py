@@ -62,7 +62,7 @@ class Backend(ABC):
         return self.settle_steps().last_skipped
 
     def take_in(self, new: OptimizerState) -> None:
-        """Append the only group of another optimizer in the memory of this process, with its buffers."""
+        """Append the only group of another optimizer, with its buffers, which are in the memory of this process."""
         raise OptionError(
             "add_param_group: expected an optimizer with its buffers in the memory of one process, got one with "
             'storage, several ranks or kernel="cuda"; give all groups to the constructor'
@@ -123,11 +123,11 @@ class Backend(ABC):
 
     @abstractmethod
     def read(self, segments: Sequence[Array]) -> Array:
-        """Return segments of a buffer, one after another, as an array on the host."""
+        """Return segments of a buffer, joined in their order, as one array on the host."""
 
     @abstractmethod
     def write(self, segments: Sequence[Array], values: Array | float) -> None:
-        """Set the elements of segments of a buffer, one after another."""
+        """Set the elements of segments of a buffer to a number, or to an array such as `read` returns."""
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of an array that fit into memory; here one slice of the whole."""

@@ -56,7 +56,7 @@ class HostBackend(Backend):
         self.kernel_changed()
 
     def new_run(self, group_number: int, numbers: NDArray[np.int64]) -> HostRun:
-        """Return a run of these parameters."""
+        """Return a run of the parameters with these numbers, which are in one group."""
         group, layout = self.state.param_groups[group_number], self._own["grads"].layout
         return HostRun(group_number, group, layout, numbers, self._memory)
 
@@ -138,7 +138,7 @@ class HostBackend(Backend):
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
 
     def prepare(self, run: HostRun) -> None:
-        """Have a run of `new_run` use the present options and buffers."""
+        """Make a run from `new_run` use the current options and buffers."""
         run.use_options(self._clips)
         run.use_buffers(self._own, self._written)
 
@@ -224,7 +224,7 @@ class HostBackend(Backend):
     def take_in(self, new: OptimizerState) -> None:
         """Append a group, as `Backend.take_in`."""
         if self.storage is not None or self._ranks is not None:
-            super().take_in(new)  # which refuses it
+            super().take_in(new)  # raises OptionError
         self.add_state(new.param_groups)
         new.add_buffers(self.state.buffers, lambda name: self._memory.new_buffer(name, new.buffers["cache"].layout))
         self.state.take_in(new)
@@ -238,19 +238,19 @@ class HostBackend(Backend):
             self._tuner.step_done()
 
     def refuse_replaced(self, from_buffer: bool = False) -> None:
-        """Raise StructureError if another object took the place of a view, among gradients only if `from_buffer`."""
+        """Raise StructureError if a view of parameters was replaced, or with `from_buffer` a view of gradients."""
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
 
     def _locate(self, items: Items) -> tuple[Located, Items | None]:
         """Locate gradients in place, or copy them to the gradient buffer if one cannot be read in place.
 
-        Return their location, and the arrays that the step reads in place; None for the gradient buffer.
+        Return their location, and the arrays that the step reads in place, or None if it reads the gradient buffer.
         """
         if (located := self._in_place(items)) is not None:
             return located, items
         arrays = tuple(as_arrays(items, self._grads.layout, "gradients", allow_none=True))
         self.use_options()  # the `__array__` of a user's class may have set options
-        # Objects of other libraries have become arrays, such as views of tensors.
+        # Objects of other libraries are arrays now, such as views of tensors.
         if not all(map(is_, arrays, items)) and (located := self._in_place(arrays)) is not None:
             return located, arrays
         self._grads.store(arrays)
@@ -350,11 +350,11 @@ class HostBackend(Backend):
         """Do nothing: each step reads the counts in `state`."""
 
     def read(self, segments: Sequence[Array]) -> Array:
-        """Return the only one of `segments` itself, or several in a new array."""
+        """Return the segment itself if there is only one, otherwise all of them joined in a new array."""
         return segments[0] if len(segments) == 1 else np.concatenate(segments)
 
     def write(self, segments: Sequence[Array], values: Array | float) -> None:
-        """Set the elements of segments of a buffer, one after another."""
+        """Set the elements of segments of a buffer, as `Backend.write`."""
         start = 0
         for segment in segments:
             stop = start + segment.size

@@ -43,7 +43,7 @@ def new_host_backend(state: OptimizerState, storage: str | PathLike[str] | Stora
 
 
 def add_group(backend: Backend, group: Options) -> None:
-    """Add a parameter group, given as in the list of groups for a constructor, to an optimizer."""
+    """Add a parameter group to an optimizer. The group is given as an item of the list that a constructor takes."""
     state = backend.state
     number = len(state.param_groups) if state.grouped else 1
     if not isinstance(group, Mapping) or "params" not in group:

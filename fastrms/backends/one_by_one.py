@@ -1,4 +1,4 @@
-"""Steps that are taken one parameter at a time, so that all gradients never exist together."""
+"""Steps that are taken one parameter at a time, so that a program need not hold all gradients at once."""
 
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,24 +25,24 @@ __all__ = ["OneByOne"]
 
 
 class _Gradient(NamedTuple):
-    """A gradient as dense memory of the dtype of its parameter: `vector`, which is the elements of `spans` in order."""
+    """A gradient in a dense vector of the parameter's dtype. The gradient of each span lies at one of `addresses`."""
 
     vector: Array
-    spans: NDArray[np.int64]  # of the parameter, shape (n, 2)
+    spans: NDArray[np.int64]  # elements [start, stop) of the parameter, shape (n, 2)
     addresses: NDArray[np.int64]  # of the gradient of each span
 
 
 class OneByOne:
-    """Updates one parameter of a host backend at a time. A step is counted when every parameter had its part."""
+    """Updates one parameter of a host backend at a time. A step is counted when every parameter was updated."""
 
     def __init__(self) -> None:
         self._parameters: dict[int, _Parameter] = {}
-        # Of the step in progress: the learning rates, and which parameters have no gradient.
+        # The learning rates of the step in progress, and which parameters have no gradient in it.
         self._rates: list[float] | None = None
         self._missing: NDArray[np.bool_] = np.zeros(0, bool)
 
     def update(self, backend: "HostBackend", number: int, gradient: Any, rows: Any = None) -> None:
-        """Update one parameter, or some of its rows. Count the step if it was the last parameter without an update.
+        """Update one parameter, or some of its rows. Count the step if this was the last parameter.
 
         The caller holds the lock of `Backend.turns`.
         """
@@ -81,7 +81,7 @@ class OneByOne:
             _, updated[number], counts.updated, counts.writing = [*work], True, updated, False
 
     def finish(self, backend: "HostBackend") -> None:
-        """End the step: each parameter without an update has no gradient. Do nothing between two steps."""
+        """End the step, with no gradient for the parameters that were not updated. Do nothing between two steps."""
         counts = backend.state.counts
         updated = counts.updated
         if updated is not None:
@@ -91,7 +91,7 @@ class OneByOne:
 
 
 class _Parameter:
-    """One parameter, its run, and the memory of its part of a step."""
+    """One parameter, the run that updates it, and the arrays that its kernel calls read."""
 
     def __init__(self, backend: "HostBackend", number: int) -> None:
         state = backend.state
@@ -104,7 +104,7 @@ class _Parameter:
         self._computed_from: object = None
 
     def locate(self, state: OptimizerState, gradient: Any, rows: Any) -> _Gradient:
-        """Return a checked gradient, in place if it can be read there, and in a new array otherwise."""
+        """Check a gradient and return it, in place if it can be read there, otherwise in a new array."""
         name = f"gradients{self.path}"
         if rows is None:
             vector = self._dense(state, *as_arrays([gradient], self._layout, name)).reshape(-1)
@@ -128,7 +128,7 @@ class _Parameter:
         return _Gradient(dense.reshape(-1), np.stack([starts, starts + width], axis=1), places)
 
     def _dense(self, state: OptimizerState, array: Array) -> Array:
-        """Return an array that is dense, of the dtype of the parameter, and apart from all that the step writes."""
+        """Return a dense array of the parameter's dtype that shares no memory with what the step writes."""
         written = [buffer for name, buffer in state.buffers.items() if name != "grads"]
         dense = array.dtype is self._dtype and array.flags.c_contiguous and array.flags.aligned
         if dense and not any(buffer.aliases([array])[0] for buffer in written):
@@ -154,7 +154,7 @@ class _Parameter:
         if backend.state.in_place:
             params = self._held(backend.state.buffers["params"])
         factors = np.repeat(factors, len(spans), axis=0)
-        self._kept = gradient.vector, spans, factors  # the call may have only their addresses
+        self._kept = gradient.vector, spans, factors  # the call may hold only their addresses
         arguments = (params, grads, *state_and_hyper, spans, factors, extended, lines_ahead)
         if by_address:
             return [run.call(kernel, arguments)]
@@ -165,25 +165,25 @@ class _Parameter:
         return run.calls_by_span(kernel, arguments, [params[start:stop] for start, stop in gradient.spans], own)
 
     def _prepared(self, backend: "HostBackend") -> HostRun:
-        """Return the run with the present options."""
+        """Return the run, with the current options."""
         if self._computed_from is not backend.version:
             self._computed_from = backend.version
             backend.prepare(self._run)
         return self._run
 
     def _scales(self, run: HostRun, gradient: _Gradient, kernel: str) -> NDArray[np.float64] | None:
-        """Return the factor of clipping by norm, or None without it."""
+        """Return the factor of clipping by norm, or None without clipping."""
         limit, bound = run.group["clip_norm"], run.group["clip_value"]
         if limit is None:
             return None
         vector, span = gradient.vector, np.array([(0, gradient.vector.size, 0, 0)], np.int64)
         if plan.takes_addresses(kernel):
-            # The compiled function is for arrays that can be written.
+            # The function is compiled for writable arrays, but the gradient may be read-only. So pass its address.
             span[0, GRADIENT], vector = vector.ctypes.data, np.empty(0, self._dtype)
         return scale_to(limit, SpanNorms(span)(vector, np.inf if bound is None else bound, kernel))
 
     def _held(self, params: FlatBuffer) -> Array:
-        """Return the parameter as a vector in place, or raise StructureError if it cannot be updated any more."""
+        """Return the parameter as a vector in place, or raise StructureError if it can no longer be updated."""
         vector: Array = params.segments[self._number]
         leaf, original = params.leaves[self._number], params.original_views()[self._number]
         if problem := changed_view(f"params{self.path}", leaf, original):
@@ -192,7 +192,7 @@ class _Parameter:
 
 
 def _row_numbers(rows: Any, size: int) -> NDArray[np.int64]:
-    """Return the numbers of rows, from 0 on, or raise an error."""
+    """Return row numbers from 0 to size - 1, or raise an error. Negative ones among `rows` count from the end."""
     numbers = np.asarray(rows)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         mask = "; np.flatnonzero(mask) gives the rows of a mask" if numbers.dtype.kind == "b" else ""
@@ -200,7 +200,7 @@ def _row_numbers(rows: Any, size: int) -> NDArray[np.int64]:
     numbers = numbers.astype(np.int64)
     wrong = numbers[(numbers < -size) | (numbers >= size)]
     if len(wrong):
-        raise StructureError(f"rows: expected numbers of rows from 0 to {size - 1}, got {wrong[0]}")
+        raise StructureError(f"rows: expected row numbers from 0 to {size - 1}, got {wrong[0]}")
     return np.where(numbers < 0, numbers + size, numbers)
 
 
@@ -209,7 +209,7 @@ def _refuse_options(state: OptimizerState) -> None:
     if state.global_clip_norm is not None:
         raise OptionError(
             f"global_clip_norm: expected None for steps of one parameter at a time, got {state.global_clip_norm!r}, "
-            "which needs all gradients together; clip_norm limits the norm of each one"
+            "which needs all gradients together; clip_norm limits the norm of each gradient"
         )
     if state.nonfinite != "propagate":
         raise OptionError(

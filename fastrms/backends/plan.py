@@ -168,14 +168,14 @@ class HostRun(Run):
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
-        `items` is the address of the items of a tuple with all gradients; 0 to look at held parameters only.
+        `items` is the address of the items of a tuple with all gradients; 0 to check held parameters only.
         """
         self._whole[:, GRADIENT] = 0
         serial_from, *arguments = self._from("serial", self._no_update, items=items)
         return int(serial_from(*arguments))
 
     def located(self) -> NDArray[np.bool_]:
-        """Return for each parameter whether `locate` found a gradient, and not None."""
+        """Return for each parameter whether `locate` found a gradient (and not None)."""
         located: NDArray[np.bool_] = self._spans[:, GRADIENT] != 0
         return located
 
@@ -237,12 +237,12 @@ class HostRun(Run):
         return (*self._arrays, spans, factors, self._extended, lines_ahead)
 
     def calls(self, kernel: str, arguments: Call, located: Located) -> list[Call]:
-        """Return the calls of a kernel with the arguments from `arguments`: one, if compiled code updates the run."""
+        """Return the calls of a kernel with the arguments from `arguments`; only one if compiled code updates all."""
         if self.from_table and kernel in FROM_TABLE:  # most programs compile one function only
             *_, spans, factors, _, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
-            copies = located.in_place and spans is self._whole  # otherwise each is read where it is
+            copies = located.in_place and spans is self._whole  # otherwise each gradient is read in place
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
             row["copies"] = copies
             self._kept = spans, factors  # the table has only their addresses
@@ -284,7 +284,7 @@ def takes_addresses(kernel: str) -> bool:
 
 
 def memory_of(buffers: Iterable[FlatBuffer]) -> NDArray[np.int64]:
-    """Return the bounds in memory [low, high) of all pieces of buffers, sorted, shape (n, 2)."""
+    """Return the bounds [low, high) in memory of all segments of buffers, sorted, with shape (n, 2)."""
     pieces = [piece for buffer in buffers for piece in buffer.segments if piece.size]
     bounds = sorted((piece.ctypes.data, piece.ctypes.data + piece.nbytes) for piece in pieces)
     return np.array(bounds, np.int64).reshape(-1, 2)
@@ -363,7 +363,7 @@ def find_nonfinite(
     present = located.present
     finite = np.zeros(len(grads.leaves), bool) if norms is None else np.isfinite(norms)
     for run in runs:
-        if run.group["clip_value"] is not None:  # which hides an inf from the norm
+        if run.group["clip_value"] is not None:  # clipping by value hides an inf from the norm
             finite[run.numbers] = False
     if present is not None:
         finite |= ~present

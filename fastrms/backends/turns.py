@@ -29,8 +29,8 @@ class Turns:
     def between_steps(self, name: str, *, changes: bool = True, within_pass: bool = False) -> Iterator[None]:
         """Return a context for the call `name` in which no step runs, on other threads or on this one.
 
-        `changes` tells whether the call writes parameters, state or counts. `within_pass` tells whether it is possible
-        while a step is taken one parameter at a time.
+        `changes` tells whether the call writes parameters, state or counts. `within_pass` tells whether the call is
+        allowed while a step is taken one parameter at a time.
         """
         with self.lock:
             self.admit(name, changes)
@@ -47,7 +47,7 @@ class Turns:
 
     @contextmanager
     def part_of_step(self, name: str) -> Iterator[None]:
-        """Return a context for a call that takes a part of a step, and sets `counts.writing` when it writes."""
+        """Return a context for the call `name`, which takes a part of a step and sets `counts.writing` itself."""
         with self.lock:
             if self.in_progress.locked():
                 self.admit(name, changes=True)
@@ -71,12 +71,13 @@ class Turns:
             )
 
     def refuse_in_pass(self, name: str) -> None:
-        """Raise StepInProgressError if only some parameters have had their part of a step."""
+        """Raise StepInProgressError if a step of one parameter at a time has updated only some parameters."""
         updated = self._counts.updated
         if updated is not None:
             raise StepInProgressError(
-                f"{name}: expected a call between two steps, got one while {int(updated.sum())} of {len(updated)} "
-                "parameters were updated one at a time; update the others too, or call finish_step()"
+                f"{name}: expected a call between two steps, got one within a step of one parameter at a time, with "
+                f"{int(updated.sum())} of {len(updated)} parameters updated; update the others too, or call "
+                "finish_step()"
             )
 
     def after_fork(self) -> None:

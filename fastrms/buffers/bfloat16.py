@@ -1,4 +1,4 @@
-"""bfloat16, which NumPy has no dtype for: its bits in uint16, its numbers in float32, and the dtype of ml_dtypes."""
+"""Numbers of bfloat16, for which NumPy has no dtype: as bits in uint16, as float32, and in the dtype of ml_dtypes."""
 
 import ctypes
 import functools
@@ -14,9 +14,9 @@ __all__ = ["bits_of", "from_bfloat16", "ml_dtype", "to_bfloat16"]
 
 
 def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
-    """Round numbers to float32, then to bfloat16, to nearest and ties to even; return the bits as uint16.
+    """Round numbers to float32, then to bfloat16 (to nearest, ties to even), and return the bits as uint16.
 
-    The bits are the upper half of the bits of each rounded float32; 0x7FC0 for NaN.
+    The bits of a number are the upper half of the bits of its rounded float32; those of NaN are 0x7FC0.
     """
     array = np.asarray(array, np.float32, order="C")
     bits = array.view(np.uint32)
@@ -26,12 +26,12 @@ def to_bfloat16(array: ArrayLike) -> NDArray[np.uint16]:
 
 
 def from_bfloat16(bits: ArrayLike) -> NDArray[np.float32]:
-    """Return bfloat16 numbers, such as those of `RMSProp.cache` with 16-bit state, exactly as float32.
+    """Convert bfloat16 numbers, such as those of `RMSProp.cache` with 16-bit state, exactly to float32.
 
     Parameters
     ----------
     bits : ndarray of uint16, or of ml_dtypes' bfloat16
-        uint16 holds the upper halves of float32 numbers.
+        The numbers, or as uint16 the upper halves of float32 numbers.
 
     Returns
     -------
@@ -56,13 +56,13 @@ def ml_dtype() -> DType | None:
     """Return the dtype bfloat16 of ml_dtypes, or None if ml_dtypes cannot be imported."""
     try:
         dtype: DType = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
-    except Exception:  # an ImportError, or any error of a build for another NumPy
+    except Exception:  # an ImportError, or any error of a build for another version of NumPy
         return None
     return dtype
 
 
 class _Tensor(ctypes.Structure):
-    """Struct DLTensor of DLPack, which is the start of struct DLManagedTensor."""
+    """DLPack's struct DLTensor, which is the first member of its struct DLManagedTensor."""
 
     _fields_ = (
         ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_number", ctypes.c_int32),
@@ -79,7 +79,7 @@ _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char
 
 
 class _Elements:
-    """The memory of a tensor of bfloat16 as uint16, for NumPy. `capsule` owns the tensor."""
+    """The memory of a bfloat16 tensor, as an object that NumPy reads as uint16. `capsule` owns the tensor."""
 
     def __init__(self, capsule: object, tensor: _Tensor) -> None:
         self._capsule = capsule
@@ -96,12 +96,12 @@ class _Elements:
 def bits_of(item: Any) -> NDArray[np.uint16] | None:
     """Return a read-only view of a bfloat16 tensor on the CPU as uint16; None for anything else.
 
-    The tensor comes from another library, by DLPack. The view holds its memory.
+    The tensor is an object of another library that supports DLPack. The view keeps its memory alive.
     """
     try:
         capsule = item.__dlpack__()
         tensor = _Tensor.from_address(_pointer_of(capsule, b"dltensor"))
-    except Exception:  # of any kind, in a method of `item`
+    except Exception:  # a method of `item` may raise any error
         return None
     if (tensor.device_type, tensor.code, tensor.bits, tensor.lanes) != (_CPU, _BFLOAT, 16, 1):
         return None

@@ -14,7 +14,7 @@ __all__ = ["as_array", "can_store", "castable_to"]
 # The value of `numpy.dtype.isbuiltin` for a dtype that another package has added, such as the bfloat16 of ml_dtypes.
 _REGISTERED = 2
 
-# DLPack's numbers of devices: memory that the CPU reads (its own, pinned for CUDA and ROCm, managed by CUDA), and GPUs.
+# DLPack's device types. The CPU can read its own memory, pinned memory of CUDA and ROCm, and managed memory of CUDA.
 _ON_HOST = (1, 3, 11, 13)
 _DEVICES = {2: "cuda", 8: "metal", 10: "rocm", 14: "oneapi"}
 
@@ -22,16 +22,16 @@ _DEVICES = {2: "cuda", 8: "metal", 10: "rocm", 14: "oneapi"}
 def as_array(item: Any, name: str, target: DType | None = None) -> Array:
     """Return `item` as an array of NumPy's bool, integer, float or complex kinds, or raise DtypeError.
 
-    An ordinary array comes back as it is. An array of another library on the CPU comes back as a view of its memory:
-    by ``__array__``, else by DLPack. bfloat16, and numbers of a dtype that another package has added, are cast to
-    `target`, and refused if `target` is None.
+    An ordinary array is returned as it is. For an array of another library on the CPU, a view of its memory is
+    returned: from ``__array__`` if there is such a method, otherwise from DLPack. Numbers of bfloat16, or of a dtype
+    that another package has added to NumPy, are cast to `target`. They are refused if `target` is None.
     """
     if isinstance(item, np.ma.MaskedArray):
         raise DtypeError(f"{name}: expected an array, got a masked array; use .filled(value), the mask would be lost")
     if isinstance(item, np.matrix):
         raise DtypeError(f"{name}: expected an array, got a np.matrix; use np.asarray(...), for which * is elementwise")
     try:
-        if getattr(item, "is_neg", bool)():  # a view of PyTorch whose memory has the opposite sign
+        if getattr(item, "is_neg", bool)():  # a view of PyTorch, with the opposite sign in memory
             item = item.resolve_neg()
         if hasattr(item, "__array__") or isinstance(item, int | float | complex | list | tuple):
             array = np.asarray(item)
@@ -41,7 +41,7 @@ def as_array(item: Any, name: str, target: DType | None = None) -> Array:
             raise DtypeError(f"{name}: expected an array, got {describe(item)}")
     except DtypeError:
         raise
-    except Exception as error:  # an error in a method of `item`, of any kind
+    except Exception as error:  # a method of `item` may raise any error
         if (bits := bfloat16.bits_of(item)) is None:
             host, place = "", ""
             if (device := _device_of(item)) is not None:
@@ -67,17 +67,17 @@ def as_array(item: Any, name: str, target: DType | None = None) -> Array:
 
 
 def _device_of(item: Any) -> str | None:
-    """Return the name of the device, such as "cuda:0", that an array lies on according to DLPack; None for the host."""
+    """Return the name that DLPack gives the device of an array, such as "cuda:0"; None if it is on the host."""
     try:
         kind, number = map(int, item.__dlpack_device__())
-    except Exception:  # of any kind, in a method of `item`; or it does not speak DLPack
+    except Exception:  # a method of `item` may raise any error, or be missing
         return None
     return None if kind in _ON_HOST else f"{_DEVICES.get(kind, f'device type {kind}')}:{number}"
 
 
 def can_store(source: DType, target: DType) -> bool:
     """Tell whether numbers of dtype `source` may be written to a buffer of dtype `target`."""
-    # A mask among gradients is a slip, so bool goes only into bool.
+    # A mask among gradients is a mistake, so bool goes only into bool.
     return (source.kind != "b" or target.kind == "b") and np.can_cast(source, target, casting="same_kind")
 
 

@@ -42,7 +42,7 @@ def as_arrays(items: Sequence[object], layout: Layout, name: str, allow_none: bo
 
 
 def lies_in(item: object, memory: Array) -> bool:
-    """Tell whether an object is an array within the bounds of `memory`, or without elements."""
+    """Tell whether an object is an array within the bounds of `memory`, or an array without elements."""
     if not isinstance(item, np.ndarray) or not item.size:
         return isinstance(item, np.ndarray)
     low, high = np.lib.array_utils.byte_bounds(item)
@@ -333,12 +333,12 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         return aliases
 
     def original_views(self) -> Sequence[Array]:
-        """Return new views of the shapes that `leaves` had at first.
+        """Return new views, with the shapes that `leaves` had at first.
 
         Returns
         -------
         originals : sequence of ndarray
-            One for each of `leaves`.
+            One view for each of `leaves`.
         """
         return views_of(self.segments, self.layout)
 

@@ -14,24 +14,24 @@ __all__ = ["HeldArrays"]
 
 
 class HeldArrays(FlatBuffer):
-    """Arrays of the caller, each where it lies: `leaves` and the items of `views` are these arrays.
+    """A buffer that consists of the caller's arrays. They are its `leaves`, and the items of its `views`.
 
-    There is no vector and no block behind them. `segments` has one vector for each array.
+    The arrays are not parts of one vector or block. `segments` has one vector for each array.
 
     Parameters
     ----------
     layout : Layout
-        Of the arrays. Error messages call them "params".
+        The layout of the arrays. Error messages call the arrays "params".
     arrays : sequence of ndarray
-        One for each leaf of the layout: writable, C-contiguous, aligned, of a dtype of the layout. Subclasses of
-        ndarray are kept.
+        One array for each leaf of the layout: writable, C-contiguous, aligned, and of the dtype of the leaf. Subclasses
+        of ndarray are kept.
     views : the structure of the layout, or None
-        Containers with the arrays; None for new containers.
+        Existing containers with the arrays; None for new containers.
 
     Raises
     ------
     DtypeError
-        An item is no such array.
+        An item of `arrays` is not such an array.
     """
 
     def __init__(self, layout: Layout, arrays: Sequence[Any], views: Any = None) -> None:
@@ -39,13 +39,13 @@ class HeldArrays(FlatBuffer):
             _check(array, layout.dtype_of(leaf), f"params{leaf.path}")
         self.layout, self.leaves = layout, tuple(arrays)
         self.views = layout.structure(arrays) if views is None else views
-        # Views that stay as the arrays are now.
+        # Views with the present shape and memory of each array, to compare the arrays with.
         self._originals = [np.asarray(array).view() for array in arrays]
         self.segments = tuple(original.reshape(-1) for original in self._originals)
 
     @property
     def flat(self) -> Any:
-        """No vector: reading and setting it raise StructureError."""
+        """Not available: reading or setting it raises StructureError."""
         self._refuse_vector()
 
     @flat.setter
@@ -59,39 +59,39 @@ class HeldArrays(FlatBuffer):
         )
 
     def original_views(self) -> Sequence[Array]:
-        """Return arrays of the shapes and addresses that `leaves` had at first.
+        """Return arrays with the shapes and addresses that `leaves` had at first.
 
         Returns
         -------
         originals : sequence of ndarray
-            One for each of `leaves`.
+            One array for each of `leaves`.
         """
         return self._originals
 
     def aliases(self, arrays: Sequence[Any]) -> list[bool]:
-        """Tell for each array whether it may share memory with one of these, by the bounds of memory.
+        """Tell for each array whether it may share memory with one of the caller's arrays, by the bounds of memory.
 
         Parameters
         ----------
         arrays : sequence of ndarray or None
-            Of any number and shape.
+            Any number of arrays, of any shape.
 
         Returns
         -------
         aliases : list of bool
-            One for each array; False for None.
+            One value for each array; False for None.
         """
         return [
             array is not None and any(np.may_share_memory(array, own) for own in self._originals) for array in arrays
         ]
 
     def contains(self, item: object) -> bool:
-        """Tell whether an object is an array that lies in one of these.
+        """Tell whether an object is an array within the memory of one of the caller's arrays.
 
         Parameters
         ----------
         item : object
-            Anything.
+            Any object.
 
         Returns
         -------
@@ -106,7 +106,7 @@ class HeldArrays(FlatBuffer):
         Returns
         -------
         mappings : list of ndarray
-            One for each array.
+            One vector for each array.
         """
         return list(self.segments)
 
@@ -119,7 +119,7 @@ def _check(array: object, dtype: np.dtype[Any], path: str) -> None:
     if not isinstance(array, np.ndarray):
         raise DtypeError(
             f"{path}: expected an ndarray, which a step can update in place, got {describe(array)}; give the array "
-            "that it holds, or a new one: np.array(value)"
+            "that this object holds, or a new one: np.array(value)"
         )
     wrong = [
         name

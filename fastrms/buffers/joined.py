@@ -11,16 +11,16 @@ __all__ = ["JoinedBuffer"]
 
 
 class JoinedBuffer(FlatBuffer):
-    """Buffers with a block each, side by side, as one. The views of the parts stay valid.
+    """Several buffers as one buffer. Each part keeps its own block, and the views of the parts stay valid.
 
     Parameters
     ----------
     layout : Layout
-        From `Layout.of_parts`, of the layouts of the parts.
+        The result of `Layout.of_parts` for the layouts of the parts.
     parts : sequence of FlatBuffer
-        In the order of the leaves.
+        The parts, in the order of the leaves.
     views : the structure of the layout, or None
-        Containers with the arrays; None for new containers.
+        Existing containers with the arrays; None for new containers.
     """
 
     def __init__(self, layout: Layout, parts: Sequence[FlatBuffer], views: Any = None) -> None:
@@ -35,12 +35,12 @@ class JoinedBuffer(FlatBuffer):
         Parameters
         ----------
         arrays : sequence of ndarray or None
-            Of any number and shape.
+            Any number of arrays, of any shape.
 
         Returns
         -------
         aliases : list of bool
-            One for each array; False for None.
+            One value for each array; False for None.
         """
         return list(map(any, zip(*(part.aliases(arrays) for part in self._parts), strict=True)))
 
@@ -50,7 +50,7 @@ class JoinedBuffer(FlatBuffer):
         Parameters
         ----------
         item : object
-            Anything.
+            Any object.
 
         Returns
         -------
@@ -65,7 +65,7 @@ class JoinedBuffer(FlatBuffer):
         Returns
         -------
         mappings : list of ndarray of uint8
-            At least one for each part.
+            At least one array for each part.
         """
         return [mapping for part in self._parts for mapping in part.mappings()]
 

@@ -120,7 +120,7 @@ class Layout:
         self._order = None if numbers == sorted(numbers) else itemgetter(*np.argsort(numbers).tolist())
 
     def _place(self, items: list[tuple[str, object]], name: str) -> None:
-        """Set `leaves` and segments for these arrays, given with their paths."""
+        """Set `leaves`, `segments` and `nbytes` for these arrays, given with their paths."""
         dtypes: list[DType] = []
         sizes: list[int] = []
         leaves: list[Leaf] = []
@@ -139,7 +139,7 @@ class Layout:
         self._place_segments(dtypes, sizes)
 
     def _place_segments(self, dtypes: Sequence[DType], sizes: Sequence[int]) -> None:
-        """Set `segments` and `nbytes`."""
+        """Set `segments` and `nbytes` for segments of these dtypes and sizes."""
         segments: list[Segment] = []
         offset = 0
         for dtype, size in zip(dtypes, sizes, strict=True):
@@ -159,7 +159,7 @@ class Layout:
         Returns
         -------
         layout : Layout
-            A layout with one segment, or as many as this one.
+            A layout with one segment, or with as many segments as this layout.
         """
         zero = np.zeros((), dtype)
         if len({segment.dtype for segment in self.segments}) == 1:  # leaves and segments stay where they are
@@ -169,17 +169,17 @@ class Layout:
         return type(self)(self.structure(np.broadcast_to(zero, leaf.shape) for leaf in self.leaves))
 
     def of_parts(self, parts: Sequence["Layout"]) -> Self:
-        """Return this layout with the arrays placed as in other layouts, one after another.
+        """Return this layout, with its arrays placed as in other layouts that follow one another.
 
         Parameters
         ----------
         parts : sequence of Layout
-            Together they have the arrays of this layout.
+            Layouts that together have the arrays of this layout, in its order.
 
         Returns
         -------
         layout : Layout
-            With the segments of all parts.
+            A layout with the segments of all parts.
         """
         other = copy(self)
         places: list[Leaf] = []
@@ -217,13 +217,13 @@ class Layout:
         return [1] if self._root is None else [count_items(child) for child in self._root.children]
 
     def number_of(self, key: Hashable) -> int:
-        """Return the number of the array at a key of the nesting.
+        """Return the number of the array that a key of the nesting leads to.
 
         Parameters
         ----------
         key : int, str or other key, or tuple of these
-            The index of the array in the list or dict; for a nesting a tuple of indices, outermost first. ``()`` for a
-            single array.
+            The index of the array in the list or dict. For a nesting, it is a tuple of indices, outermost first. For a
+            single array, it is ``()``.
 
         Returns
         -------
@@ -239,13 +239,13 @@ class Layout:
             return self._numbers[key]
         except (KeyError, TypeError):
             whole = (keys[0] if len(keys) == 1 else keys for keys in self._numbers if isinstance(keys, tuple))
-            keys = list(dict.fromkeys(whole))  # a key that is a tuple is there twice
+            keys = list(dict.fromkeys(whole))  # a tuple that is a key of a dict occurs twice
             known = ", ".join(map(repr, keys[:10])) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
             raise StructureError(f"key: expected one of {known}, got {key!r}") from None
 
     @cached_property
     def _numbers(self) -> dict[Hashable, int]:
-        """The number of each array by its tuple of keys, and by a single key without a tuple."""
+        """The number of each array by its tuple of keys. A single key also works without the tuple."""
         numbers: dict[tuple[Hashable, ...], int] = {}
 
         def walk(tree: Any, keys: tuple[Hashable, ...]) -> None:

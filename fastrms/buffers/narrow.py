@@ -1,4 +1,4 @@
-"""Views of 16-bit state as arrays of ml_dtypes' bfloat16, in the memory of a buffer of uint16."""
+"""Views of a buffer of 16-bit state, which has the dtype uint16, as arrays of ml_dtypes' bfloat16."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ __all__ = ["Narrow", "narrow_of", "views_of_state"]
 
 
 class Narrow:
-    """The arrays of a buffer of uint16 as bfloat16: `leaves` in order, and `views` in their structure."""
+    """Views of the arrays of a uint16 buffer as bfloat16: `leaves` in order, and `views` in its structure."""
 
     def __init__(self, buffer: FlatBuffer[Any], dtype: Any) -> None:
         self.dtype = dtype
@@ -22,14 +22,14 @@ class Narrow:
 
 _BITS = np.dtype(np.uint16)
 
-# Not an attribute of the buffer, because copies and pickles of a buffer have other memory.
+# Not an attribute of the buffer, because a copy of a buffer has other memory, and so has an unpickled buffer.
 _made: "WeakKeyDictionary[FlatBuffer[Any], Narrow]" = WeakKeyDictionary()
 
 
 def views_of_state(buffer: FlatBuffer[Any]) -> Any:
     """Return the views of a state buffer, the same objects at each call.
 
-    Views of 16-bit state have the dtype bfloat16 of ml_dtypes if ml_dtypes can be imported, else uint16.
+    Views of 16-bit state have the dtype bfloat16 of ml_dtypes if ml_dtypes can be imported, otherwise uint16.
     """
     if buffer.leaves[0].dtype is not _BITS:
         return buffer.views
@@ -42,5 +42,5 @@ def views_of_state(buffer: FlatBuffer[Any]) -> Any:
 
 
 def narrow_of(buffer: FlatBuffer[Any]) -> Narrow | None:
-    """Return the bfloat16 arrays that `views_of_state` has made of a buffer, or None."""
+    """Return the bfloat16 arrays that `views_of_state` has made for a buffer, or None if it has made none."""
     return _made.get(buffer)

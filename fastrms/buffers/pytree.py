@@ -30,7 +30,7 @@ class _OnHost(Protocol):
 
 
 class _Exchanged(Protocol):
-    """An array of another library that speaks DLPack."""
+    """An array of another library that supports DLPack."""
 
     def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
 

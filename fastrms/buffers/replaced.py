@@ -76,7 +76,7 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
 
 
 def _changes(layout: Layout, name: str, tree: Any, views: Sequence[Any], expected: Sequence[Any]) -> list[str]:
-    """Compare the items of `tree` with the original `views`, and these with new views, which are expected."""
+    """Return a sentence for each item of `tree` that is not the one in `views`, or is unlike the one in `expected`."""
     try:
         items = layout.flatten(tree, name)
     except StructureError as error:
@@ -97,7 +97,7 @@ def _changes(layout: Layout, name: str, tree: Any, views: Sequence[Any], expecte
 
 
 def changed_view(path: str, view: Array, original: Array) -> str | None:
-    """Return a sentence if a view, or an array that is updated in place, is no longer as it was at first."""
+    """Return a sentence if a view, or an array that is updated in place, is not as it was at first; otherwise None."""
     if original.flags.writeable and not view.flags.writeable:
         return f"{path}: expected an array that a step can write to, got one that is read-only now"
     if view.__array_interface__ != original.__array_interface__:

@@ -48,11 +48,11 @@ class Target(Protocol):
         ...
 
     def read(self, segments: Sequence[Array]) -> Array:
-        """Return segments of a buffer, one after another, as an array on the host."""
+        """Return segments of a buffer, joined in their order, as one array on the host."""
         ...
 
     def write(self, segments: Sequence[Array], values: Array | float) -> None:
-        """Set the elements of segments of a buffer, one after another."""
+        """Set the elements of segments of a buffer to a number, or to an array such as `read` returns."""
         ...
 
     def parts(self, array: Array) -> Iterator[slice]:
@@ -114,7 +114,7 @@ def load_state(target: Target, state: Any) -> None:
 
 
 def _vectors(target: Target) -> Iterator[tuple[str, list[Array]]]:
-    """Iterate over the segments that make each vector of a state, with names such as "cache/float32"."""
+    """Iterate over the names of the vectors of a state, such as "cache/float32", and the segments of each vector."""
     for name, buffer in list(target.state.buffers.items()):
         if name != "grads":
             of_dtype: dict[str, list[Array]] = {}

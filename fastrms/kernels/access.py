@@ -190,7 +190,7 @@ def integers_at(address, shape):
 
 @inner
 def part_of_span(array, spans, k, column, start, stop):
-    """Return elements [start, stop) of the run, within span `k`: of `array`, or from the address in a column."""
+    """Return elements [start, stop) of the run, all in span `k`: from `array`, or from the address in a column."""
     address = spans[k, column]
     if address == 0:
         return array[start:stop]

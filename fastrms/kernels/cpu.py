@@ -1,8 +1,9 @@
-"""The update on a processor: the serial and the parallel loop over the elements, and gradients found in a tuple.
+"""The update on the CPU: the serial and the parallel loop over the elements, and the search for gradients in a tuple.
 
-`extended` is True or None, and `lines_ahead` a number or None: Numba compiles a function for each type, and leaves out
-the code for None. So the first step compiles only the short loop without prefetching. A single loop with the extended
-terms would make a step of 1e5 float32 with momentum a third slower (57 us against 43).
+`extended` is True or None, and `lines_ahead` is a number or None. Numba compiles a function for each type of argument,
+and leaves out the code that None switches off. So the first step compiles only the short loop without prefetching. If
+there were only the loop with the extended terms, a step over 1e5 float32 with momentum would take a third longer (57 us
+instead of 43).
 """
 
 import numba
@@ -34,35 +35,36 @@ __all__ = [
 # Whether these functions are compiled. The interpreter ignores prefetching.
 COMPILED = not numba.config.DISABLE_JIT
 
-# The results of `serial_from` if all arrays are as expected, if some are None, if the ticket is not admitted, and if an
-# array with parameters has changed.
+# What `serial_from` returns if all arrays are as expected, if some gradients are None, if the ticket is not admitted,
+# and if an array with parameters has changed.
 FOUND, FOUND_SOME, NOT_ADMITTED, CHANGED = -1, -2, -3, -4
 
 # The fewest elements of a thread in a parallel loop: a thread takes longer to wake up than to update these.
 MIN_SHARE = 1024
 
-# A processor fetches memory ahead by itself, but not beyond a page of 4 KiB. So the loop can ask, ahead of each strip
-# of 8 cache lines, for the lines of each array that come `LINES_AHEAD` later. Whether this helps depends on the
+# A processor prefetches memory by itself, but not beyond a page of 4 KiB. So before each strip of 8 cache lines, the
+# loop can request the lines of each array that come `LINES_AHEAD` lines later. Whether this helps depends on the
 # processor (benchmarks/prefetch.py): a step over 5e7 float32 took 12 % less time on an Intel Xeon (Skylake), and up to
-# 50 % more on an AMD EPYC (Zen 4). Hence the caller decides, and `backends.tuner` measures. On the Xeon 24 to 48 lines
-# are much the same; strips of 16 gain half, and so do requests array by array instead of line by line.
+# 50 % more on an AMD EPYC (Zen 4). Hence the caller decides, and `backends.tuner` measures. On the Xeon, any distance
+# from 24 to 48 lines gives nearly the same time. Strips of 16 lines gain half as much, and so do requests array by
+# array instead of line by line.
 STRIP_LINES, LINES_AHEAD = 8, 48
 
 
-# The arguments of `serial_from` that are the same in all steps, as one record: each further array argument would cost
-# 30 ns a call. `*_at` are addresses of dense arrays, which the caller keeps alive.
+# The arguments of `serial_from` that are the same in all steps, as one record: each further array argument would take
+# 30 ns per call. `*_at` are addresses of dense arrays, which the caller keeps alive.
 TABLE = np.dtype([
     ("size", np.int64),  # elements of the run
     ("params_at", np.int64), ("grads_at", np.int64),
     ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 4)
     ("factors_at", np.int64),  # shape (span_count, 2)
     ("copies", np.int64),  # whether gradients with addresses are copied to the gradient buffer first
-    ("held_at", np.int64),  # the items of a tuple of all parameters; 0 if they lie in `params_at`
+    ("held_at", np.int64),  # the items of a tuple of all parameters; 0 if the parameters lie at `params_at`
     ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 4): the spans of all parameters
     ("shapes_at", np.int64), ("shape_columns", np.int64),  # int64, shape (source_count, shape_columns)
     ("expected_at", np.int64),  # int64, shape (2, 5): `pointers.identity` of gradients and of parameters
     ("written_at", np.int64), ("written_count", np.int64),  # int64, shape (written_count, 2)
-    ("control_at", np.int64), ("ticket", np.int64),  # `Counts.memory`, or 0: this call does not count the step
+    ("control_at", np.int64), ("ticket", np.int64),  # `Counts.memory`; 0 if this call does not count the step
 ])  # fmt: skip
 
 _rule = numba.njit(**inner_options, forceinline=True)(rule)
@@ -71,7 +73,7 @@ _rule = numba.njit(**inner_options, forceinline=True)(rule)
 @inner
 def _first_from(spans, low):
     """Return the number of the first span that ends after element `low`. Spans are sorted and disjoint."""
-    # (np.searchsorted would add a quarter to the time that compiling takes.)
+    # (With np.searchsorted, compiling would take a quarter longer.)
     first = 0
     last = spans.shape[0]
     while first < last:
@@ -87,7 +89,7 @@ def _first_from(spans, low):
 def _find(items, column, expected, written, shapes, sources):
     """Write the addresses of the arrays to a column of `sources`, and return a status of `serial_from`.
 
-    `pointers` has the offsets of fields.
+    `pointers` has the offsets of the fields of an array.
     """
     status = FOUND
     for k in range(sources.shape[0]):
@@ -133,7 +135,7 @@ def _gather(low, high, sources, grads):
 
 @inner
 def _unpack(hyper):
-    """Return all numbers of `hyper` as locals. In the loop each store could alias `hyper`, and force a second read."""
+    """Return all numbers of `hyper`, for local variables. Stores in the loop could alias `hyper` and force rereads."""
     return (hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5], hyper[6], hyper[7], hyper[8], hyper[9],
             hyper[10], hyper[11], hyper[12], hyper[13], hyper[14])  # fmt: skip
 
@@ -209,7 +211,7 @@ def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factor
 
 @inner
 def _locate(t, items):
-    """Find the arrays with parameters and the gradients of a step, and return the status of `serial_from`."""
+    """Find the gradients of a step, and parameters that are held in place; return the status of `serial_from`."""
     if t.control_at != 0 and integers_at(t.control_at, 2)[1] != t.ticket:
         return NOT_ADMITTED
     expected = integers_at(t.expected_at, (2, 5))
@@ -225,7 +227,7 @@ def _locate(t, items):
 
 @inner
 def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead):
-    """Copy gradients to the gradient buffer if the table says so, and update, all of it in [low, high)."""
+    """Update the elements [low, high), after copying their gradients to the gradient buffer if the table says so."""
     t = table[0]
     grads = array_at(t.grads_at, t.size, hyper)
     if t.copies:
@@ -237,23 +239,24 @@ def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg, exte
 
 @inner
 def _count(t):
-    """Count the step, if this call does."""
+    """Count the step if the table says that this call does."""
     if t.control_at != 0:
         integers_at(t.control_at, 2)[0] += 1
 
 
 @jit()
 def serial_from(table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead, items):
-    """Find the gradients in a tuple of arrays, and update as `serial` if all are as expected; return the status.
+    """Find the gradients in a tuple of arrays, and update as `serial` does if all are as expected. Return the status.
 
-    `items` is the address of the items of the tuple (`pointers.items_of`), which the caller holds; 0 if the spans have
-    all addresses already. The status is `FOUND`; `FOUND_SOME` if some are None; the number of the first array that is
-    not exactly as expected; `NOT_ADMITTED`; or `CHANGED`. Nothing is updated unless it is `FOUND`.
+    `items` is the address of the items of the tuple (`pointers.items_of`), which the caller keeps alive; 0 if the spans
+    already have all addresses. The status is `FOUND`; `FOUND_SOME` if some gradients are None; the number of the first
+    gradient that is not exactly as expected; `NOT_ADMITTED`; or `CHANGED`. Nothing is updated unless it is `FOUND`.
 
-    Of the arrays in `table`, `written` has [low, high) of each piece of memory that no gradient may alias, sorted: the
-    arrays that the step writes, and the gradient buffer. `shapes` has for each parameter its number in the tuple, its
-    number of dimensions, and its shape. `sources` has its [start, stop) in the run, and the addresses of its gradient
-    (0 for None) and of itself, which this function writes.
+    `table` has the addresses of these arrays, among others. `written` has the bounds [low, high) of each piece of
+    memory that no gradient may alias, sorted: the arrays that the step writes, and the gradient buffer. `shapes` has a
+    row for each parameter: its number in the tuple, its number of dimensions, and its shape. `sources` has a row for
+    each parameter: its [start, stop) in the run, the address of its gradient (0 for None), and its own address. This
+    function writes both addresses.
     """
     t = table[0]
     status = _locate(t, items)
@@ -265,7 +268,7 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, extended, lines_
 
 @jit(parallel=True)
 def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead, items):
-    """Do the same as `serial_from`, and update as `parallel`."""
+    """Do the same as `serial_from`, but update as `parallel` does."""
     t = table[0]
     status = _locate(t, items)
     if status == FOUND:
@@ -280,7 +283,7 @@ def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, extended, line
 
 @jit(parallel=True)
 def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended, lines_ahead):
-    """Update as `serial`, on Numba's threads, each with a share of the elements. No bit depends on their number."""
+    """Update as `serial` does, on Numba's threads, each with a share of the elements. The bits are the same."""
     size = share(params.size)
     for k in numba.prange((params.size + size - 1) // size):
         _update_between(k * size, min(params.size, (k + 1) * size), params, grads, cache, momentum_buffer, grad_avg,

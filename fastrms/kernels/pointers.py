@@ -47,7 +47,8 @@ def identity(dtype: DType) -> NDArray[np.int64]:
     """Return the numbers by which `cpu.serial_from` recognises arrays of NumPy's own `dtype`, shape (2, 5).
 
     They are: address of the type, address of the dtype, bytes of an element, address of None, and flags. The first row
-    is for gradients; the second one, for parameters that are held and written, allows any type and any dtype object.
+    is for gradients. The second row is for parameters that are held in place. It requires writable arrays, and allows
+    any type and any dtype object.
     """
     both = [id(dtype), dtype.itemsize, id(None)]
     return np.array([[id(np.ndarray), *both, ORDINARY], [0, *both, ORDINARY | _WRITEABLE]], np.int64)

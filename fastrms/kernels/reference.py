@@ -71,9 +71,9 @@ def update(
     hyper : ndarray, shape (len(HYPER_FIELDS),), the same dtype
         The options as numbers.
     spans : ndarray of int64, shape (k, 4)
-        The elements to update: [start, stop) each, sorted and disjoint; other elements stay as they are. The other two
-        numbers are 0, or for compiled kernels the addresses of a gradient that does not lie in `grads`, and of a
-        parameter that does not lie in `params`.
+        The elements to update: [start, stop) each, sorted and disjoint; other elements stay as they are. The third
+        number is the address of a gradient that does not lie in `grads`, otherwise 0. The fourth number is the address
+        of a parameter that does not lie in `params`, otherwise 0. Only compiled kernels read from addresses.
     factors : ndarray, shape (k, 2), the same dtype
         For each span, the factor on the gradient and the factor of the bias correction on the state.
     extended : True or None, default True

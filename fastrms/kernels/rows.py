@@ -1,4 +1,4 @@
-"""Sums of the gradients of equal rows."""
+"""Sums of gradients that are for the same row of a parameter."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,10 @@ def _add_up(gradients, order, first, sums):
 
 
 def add_up_rows(gradients: Array, order: NDArray[np.int64], first: NDArray[np.int64], kernel: str) -> Array:
-    """Return sums of rows of `gradients`, shape (n, width), each in the order of its rows, with the same bits always.
+    """Return sums of rows of `gradients`, which has the shape (n, width).
 
-    Sum k is of the rows ``order[first[k]]`` to ``order[first[k + 1] - 1]``; the last one ends with `order`.
+    Sum k adds the rows ``order[first[k]]``, ..., ``order[first[k + 1] - 1]`` one after another, so its bits are always
+    the same. The last sum ends with the last row of `order`.
     """
     if kernel == "numpy":
         sums: Array = gradients[order[first]]

@@ -49,7 +49,7 @@ class CudaBackend(Backend):
             for k, numbers in split_runs(state.layout, state.group_of)
         ]
         self._tables: Tables | None = None
-        self._measured = self._guarded = False  # whether the last step computed norms, or was possibly skipped
+        self._measured = self._guarded = False  # whether the last step computed norms, or may have been skipped
         self._forked = False
         self._device_counts = False  # whether the device, not the host, counts `absent`
         self._pending = 0  # steps since the host last asked the device whether it has taken or skipped them
@@ -147,17 +147,17 @@ class CudaBackend(Backend):
         self.options_changed()
 
     def grad_norm(self) -> float | None:
-        """Return the norm of all gradients of the last step, as `Backend.grad_norm`. Waits for the device."""
+        """Return the norm of all gradients of the last step, as `Backend.grad_norm`. Wait for the device."""
         tables = self._tables
         if tables is None or not self._measured:
             return None
         sums, norms, sources = map(self._params.read, (tables.sums, tables.norms, tables.sources.array))
-        # The device limits each norm by `clip_norm`. Only the norm of a sum outside the range is not in `sums`.
+        # The device limits `norms` by `clip_norm`, so take them from `sums`, unless a sum is outside the range.
         norms = np.where((sums >= LEAST_SUM) & np.isfinite(sums), np.sqrt(sums), norms)
         return combine(np.where(sources == kernels.ABSENT, 0.0, norms))
 
     def last_skipped(self) -> bool:
-        """Tell whether the last step was skipped. Waits for the device."""
+        """Tell whether the last step was skipped. Wait for the device."""
         return self._guarded and self._tables is not None and not self._params.read(self._tables.go)[0]
 
     # Steps.
@@ -348,12 +348,12 @@ class CudaBackend(Backend):
     # Access to buffers.
 
     def read(self, segments: Sequence[Any]) -> Array:
-        """Return a copy of the only one of `segments` on the host. Waits for the device."""
+        """Return a copy on the host of `segments`, which has one item. Wait for the device."""
         (segment,) = segments
         return self._params.read(segment)
 
     def write(self, segments: Sequence[Any], values: Array | float) -> None:
-        """Set the elements of the only one of `segments`."""
+        """Set the elements of `segments`, which has one item."""
         (segment,) = segments
         self._params.write(segment, values)
 
