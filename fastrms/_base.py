@@ -81,6 +81,7 @@ class OptimizerBase(Guarded, Generic[P]):
     @steps.setter
     def steps(self, value: int) -> None:
         value = check_count("steps", value)
+        self._turns.refuse_in_pass("steps")
         counts = self._backend.settle()
         counts.steps, counts.absent = value, counts.absent.clip(max=value)
         self._backend.counts_changed()

@@ -9,7 +9,7 @@ from fastrms._types import Array
 from fastrms.backends.host import HostBackend
 from fastrms.backends.making import add_group
 from fastrms.buffers.pytree import P
-from fastrms.errors import OptionError
+from fastrms.errors import DtypeError, OptionError
 from fastrms.kernels import threads
 from fastrms.options import Group
 
@@ -109,6 +109,8 @@ class InParts(Persistent[P]):
                [ 0.        ,  0.        ],
                [-0.31622776,  0.        ]])
         """
+        if rows is None:
+            raise DtypeError("rows: expected a 1-D array of integers, got None; step_parameter updates all rows")
         return self._update("step_rows", key, gradient, rows)
 
     def finish_step(self) -> None:
@@ -123,7 +125,7 @@ class InParts(Persistent[P]):
 
     def _update(self, name: str, key: Hashable, gradient: Any, rows: Any) -> Array:
         """Update one parameter, and return it."""
-        number, backend = self._state.layout.number_of(key), self._backend
+        backend = self._backend
         if not isinstance(backend, HostBackend) or backend.one_by_one is None:
             raise OptionError(
                 f"{name}: expected an optimizer of one process on the host, got one on a GPU or on several ranks. With "
@@ -131,8 +133,9 @@ class InParts(Persistent[P]):
             )
         limit = backend.thread_limit
         with self._turns.part_of_step(name), nullcontext() if limit is None else threads.limit_threads(limit):
+            number = self._state.layout.number_of(key)
             backend.one_by_one.update(backend, number, gradient, rows)
-        param: Array = self._state.buffers["params"].leaves[number]
+            param: Array = self._state.buffers["params"].leaves[number]
         return param
 
     def add_param_group(self, group: Group) -> None:

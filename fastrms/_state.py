@@ -51,6 +51,11 @@ class Counts:
         self.last_skipped = False
         self.last_norms: NDArray[np.float64] | None = None
 
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        # The arrays of a pickle may be read-only, as from joblib.
+        for name, value in state[1].items():
+            setattr(self, name, value.copy() if isinstance(value, np.ndarray) else value)
+
     @property
     def steps(self) -> int:
         """The number of steps taken."""
@@ -152,19 +157,20 @@ class OptimizerState:
             name: [*(buffer.views if self.grouped else [buffer.views]), new.buffers[name].views]
             for name, buffer in self.buffers.items()
         }
-        layout = Layout(views_of["params"], "params")
+        layout, buffers = Layout(views_of["params"], "params"), self.buffers.copy()
         for name, buffer in self.buffers.items():
             more, views = new.buffers[name], views_of[name]
             if isinstance(buffer, HeldArrays):
-                self.buffers[name] = HeldArrays(layout, [*buffer.leaves, *more.leaves], views)
+                buffers[name] = HeldArrays(layout, [*buffer.leaves, *more.leaves], views)
             else:
                 placed = layout.of_parts([buffer.layout, more.layout])
-                self.buffers[name] = JoinedBuffer(placed, [buffer, more], views)
-        self.group_of = np.append(self.group_of, new.group_of + len(self.param_groups))
-        self.param_groups.take_in(new.param_groups[0])
-        self.layout, self.grouped = layout, True
-        counts = self.counts
-        counts.absent = np.append(counts.absent, new.counts.absent + counts.steps)
+                buffers[name] = JoinedBuffer(placed, [buffer, more], views)
+        counts, groups, group = self.counts, self.param_groups, new.param_groups[0]
+        absent = np.append(counts.absent, new.counts.absent + counts.steps)
+        group_of = np.append(self.group_of, new.group_of + len(groups))
+        # Neither statement has a call of Python, so that Ctrl-C leaves all of it or nothing.
+        self.buffers, self.layout, self.group_of, self.grouped, counts.absent = buffers, layout, group_of, True, absent
+        list.append(groups, group)
 
     def add_buffers(self, names: Iterable[str], new_buffer: Callable[[str], FlatBuffer]) -> None:
         """Make the named state buffers that do not exist yet; none of them after an error."""

@@ -241,16 +241,6 @@ class ParamGroups(list[ParamGroup]):
             "with param_groups[k][name] = value, and add a group with optimizer.add_param_group(group)"
         )
 
-    def take_in(self, group: ParamGroup) -> None:
-        """Append a group. The optimizer calls this method.
-
-        Parameters
-        ----------
-        group : ParamGroup
-            The new group. The optimizer already has buffers for its parameters.
-        """
-        super().append(group)
-
     def __setitem__(self, index: object, group: object) -> None:
         if not isinstance(index, int) or self[index] is not group:  # as in groups[0] |= options
             self._refuse()

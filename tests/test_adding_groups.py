@@ -9,6 +9,7 @@ from cases import OPTIONS, WAYS
 from helpers import assert_same_bits, assert_same_state
 
 from fastrms import DtypeError, OptionError, RMSProp, StructureError
+from fastrms.backends.host import HostBackend
 
 BODY = {"W": np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3), "b": np.linspace(-1, 1, 5)}
 HEAD = [np.linspace(-2, 1, 7, dtype=np.float32), np.linspace(0, 1, 3, dtype=np.float32)]
@@ -50,8 +51,9 @@ def test_a_checkpoint_fits_an_optimizer_that_was_made_with_both_groups(options, 
     assert_same_state(ours, oracle)
 
 
-def test_state_that_a_later_option_needs_is_made_for_all_groups():
-    ours = RMSProp([np.ones(3)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_state_that_a_later_option_needs_is_made_for_all_groups(in_place):
+    ours = RMSProp([np.ones(3)], in_place=in_place)
     ours.add_param_group({"params": [np.ones(2)], "momentum": 0.5})
     oracle = RMSProp([{"params": [np.ones(3)]}, {"params": [np.ones(2)], "momentum": 0.5}], kernel="numpy")
     for opt in (ours, oracle):
@@ -69,6 +71,7 @@ def test_state_that_a_later_option_needs_is_made_for_all_groups():
         ({"params": [np.ones(2, int)]}, DtypeError, r"params\[1\]\[0\]: expected float32 or float64, got int64"),
         ({"params": [np.ones(2)], "lr": -1.0}, OptionError, "lr: expected"),
         ({"params": [np.ones(2)], "rate": 1.0}, OptionError, r"param_groups\[1\]: 'rate' is no option"),
+        ({"params": [{"params": [np.ones(2)]}]}, StructureError, "group: expected one parameter group, got groups"),
         ({"params": []}, StructureError, r"params\[1\]: expected at least one array"),
     ],
 )
@@ -85,6 +88,8 @@ def test_a_parameter_of_another_group_is_refused():
     held = RMSProp([array], in_place=True)
     with pytest.raises(StructureError, match=r"params\[1\]: expected new parameters, got an array that shares memory"):
         held.add_param_group({"params": [array[1:]]})
+    with pytest.raises(StructureError, match=r"shares memory .* or with gradients or state"):
+        held.add_param_group({"params": [held.cache[0]]})
     views = RMSProp([array])
     with pytest.raises(StructureError, match=r"params\[1\]: expected new parameters"):
         views.add_param_group({"params": [views.params[0]]})
@@ -96,6 +101,36 @@ def test_storage_and_the_list_of_groups_are_refused(tmp_path):
             opt.add_param_group({"params": [np.ones(2)]})
         with pytest.raises(StructureError, match=r"add a group with optimizer\.add_param_group\(group\)"):
             opt.param_groups.append({"params": [np.ones(2)]})
+
+
+def test_many_groups_are_copied():
+    opt = RMSProp([np.ones(1)])
+    for _ in range(200):
+        opt.add_param_group({"params": [np.ones(1)]})
+    for copied in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        copied.step([[np.ones(1)]] * 201)
+        assert copied.params[200][0] != 1
+
+
+@pytest.mark.parametrize("where", ["_use_parameters", "add_state", "new_run"])
+def test_an_interrupt_while_a_group_is_added_leaves_all_of_it_or_nothing(where, monkeypatch):
+    opt = RMSProp([np.ones(2)])
+    opt.step([np.ones(2)])
+    with monkeypatch.context() as patch:
+        patch.setattr(HostBackend, where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            opt.add_param_group({"params": [np.ones(3)]})
+    if len(opt.param_groups) == 1:
+        opt.step([np.ones(2)])
+    else:
+        opt.step([[np.ones(2)], [np.ones(3)]])
+        assert opt.params[1][0][0] != 1
+    assert opt.steps == 2
+    opt.load_state_dict(opt.state_dict())
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 # What the last step did.

@@ -165,3 +165,55 @@ def test_a_steady_step_calls_as_few_functions_as_with_views():
             opt.step(gradients)
         counts.append(count_calls(lambda opt=opt: opt.step(gradients)))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_step_reads_a_gradient_of_an_earlier_step(way, rng):
+    start = [wide(rng, 5, np.float32, -1, 1), wide(rng, 3, np.float32, -1, 1)]
+    ours = RMSProp(copy.deepcopy(start), in_place=True, **WAYS[way])
+    oracle = RMSProp(start, kernel="numpy")
+    forms = [None, np.float32, np.float64, np.float32, None, np.float64, None]  # the buffer, in place, or copied
+    for form in [*forms, *forms]:
+        gradients = [wide(rng, array.size, np.float32, -1, 1) for array in start]
+        oracle.step(gradients)
+        if form is None:
+            for view, gradient in zip(ours.grads, gradients, strict=True):
+                view[...] = gradient
+            ours.step()
+        else:
+            ours.step([gradient.astype(form) for gradient in gradients])
+        assert_same_state(ours, oracle)
+
+
+def test_an_array_that_was_moved_is_noticed_by_steps_and_by_saving():
+    array = np.ones(5)
+    opt = RMSProp([array], in_place=True)
+    opt.step([np.ones(5)])
+    array.resize(100_000, refcheck=False)
+    others = [np.ones(5) for _ in range(100)]  # in the memory where the array was
+    array.resize(5, refcheck=False)
+    for call in (lambda: opt.step([np.ones(5)]), opt.state_dict):
+        with pytest.raises(StructureError, match=r"params\[0\]: expected"):
+            call()
+    del others
+
+
+def test_a_checkpoint_is_not_loaded_into_a_read_only_array():
+    arrays = [np.ones(2), np.ones(3)]
+    opt = RMSProp(arrays, in_place=True)
+    state = RMSProp([np.zeros(2), np.zeros(3)]).state_dict()
+    arrays[1].flags.writeable = False
+    with pytest.raises(StructureError, match=r"params\[1\]: expected an array that a step can write to"):
+        opt.load_state_dict(state)
+    assert [array.tolist() for array in arrays] == [[1] * 2, [1] * 3]
+
+
+def test_read_only_arrays_of_a_pickle_are_refused_by_a_step_only():
+    opt = RMSProp([np.ones(2)], in_place=True)
+    opt.params[0].flags.writeable = False
+    buffers = []
+    pickled = pickle.dumps(opt, protocol=5, buffer_callback=buffers.append)
+    copied = pickle.loads(pickled, buffers=[bytes(buffer) for buffer in buffers])
+    assert copied.state_dict()["arrays"]["params/float64"].tolist() == [1, 1]
+    with pytest.raises(StructureError, match=r"params\[0\]: expected an array that a step can write to"):
+        copied.step([np.ones(2)])

@@ -1,12 +1,16 @@
 """Steps that are taken one parameter at a time, and updates of rows. The conformance suite shows their bits."""
 
 import copy
+import itertools
+import pickle
+import weakref
 
 import numpy as np
 import pytest
 from helpers import assert_same_bits, assert_same_state, wide
 
-from fastrms import DtypeError, OptionError, RMSProp, StepInProgressError, StructureError
+from fastrms import DtypeError, OptionError, RMSProp, StepInProgressError, StorageError, StructureError
+from fastrms.backends.plan import HostRun
 from fastrms.buffers import Layout
 
 
@@ -63,7 +67,7 @@ def test_nothing_else_is_possible_before_the_step_is_whole(tmp_path):
         lambda: copy.deepcopy(opt),
         lambda: opt.add_param_group({"params": [np.ones(1)]}),
     ):
-        with pytest.raises(StepInProgressError, match=r"1 of 2 parameters were updated .* finish_step\(\)"):
+        with pytest.raises(StepInProgressError, match=r"with 1 of 2 parameters updated; .* finish_step\(\)"):
             call()
     with pytest.raises(StructureError, match=r"gradients\[1\]: expected one gradient .* 1 of 2 parameters"):
         opt.step_parameter(1, np.ones(3))
@@ -104,8 +108,9 @@ def test_a_wrong_key_or_gradient_changes_nothing(key, gradient, error, message):
 def test_a_replaced_view_is_noticed():
     opt = RMSProp([np.ones(2), np.ones(3)])
     opt.params[1] = np.ones(3)
+    opt.step_parameter(0, np.ones(2))
     with pytest.raises(StructureError, match=r"params\[1\]: expected the view that was there"):
-        opt.step_parameter(0, np.ones(2))
+        opt.step_parameter(1, np.ones(3))
 
 
 @pytest.mark.parametrize("kernel", ["numpy", "serial"])
@@ -134,6 +139,14 @@ def test_a_gradient_that_overlaps_memory_of_the_step_is_read_first(name, kernel,
     ours.step_parameter(1, shifted)
     ours.step_parameter(0, params[0])
     assert_same_state(ours, oracle)
+
+
+def test_a_gradient_with_a_dtype_object_of_its_own():
+    gradient = pickle.loads(pickle.dumps(np.arange(3.0)))
+    assert gradient.dtype is not np.dtype(float)
+    opt = RMSProp([np.ones(3)], lr=0.1)
+    opt.step_parameter(0, gradient)
+    assert opt.params[0].tolist() == RMSProp([np.ones(3)], lr=0.1).step([np.arange(3.0)])[0].tolist()
 
 
 def test_keys_that_are_tuples():
@@ -166,9 +179,12 @@ def test_all_rows_in_any_order_are_a_dense_step(kernel, rng):
 @pytest.mark.parametrize(
     ("rows", "gradient", "error", "message"),
     [
-        ([4], np.ones((1, 2)), StructureError, "rows: expected row numbers from 0 to 3, got 4"),
+        ([4], np.ones((1, 2)), StructureError, "rows: expected row numbers from -4 to 3, got 4"),
         ([-5], np.ones((1, 2)), StructureError, "rows: .* got -5"),
         ([0.5], np.ones((1, 2)), DtypeError, r"rows: expected a 1-D array of integers, got float64 of shape \(1,\)"),
+        (np.array([2**64 - 1], np.uint64), np.ones((1, 2)), StructureError, "rows: .* got 18446744073709551615"),
+        (None, np.ones((1, 2)), DtypeError, "rows: expected a 1-D array of integers, got None"),
+        (np.ma.masked_array([0], [True]), np.ones((1, 2)), DtypeError, "rows: expected an array, got a masked array"),
         ([[0]], np.ones((1, 2)), DtypeError, "rows: expected a 1-D array"),
         ([True], np.ones((1, 2)), DtypeError, "rows: .* got bool"),
         ([0], np.ones((2, 2)), StructureError, r"gradients\[0\]: expected shape \(1, 2\), got \(2, 2\)"),
@@ -183,3 +199,93 @@ def test_wrong_rows_change_nothing(rows, gradient, error, message):
         opt.step_rows(1, [0], np.ones(1))
     assert (opt.params[0] == 1).all()
     opt.step([np.ones((4, 2)), np.array(1.0)])
+
+
+def test_options_that_change_within_a_step_hold_for_the_parameters_that_follow():
+    opt = RMSProp([np.zeros(1), np.zeros(1), np.zeros(1)], lr=lambda step: 0.1)
+    opt.step_parameter(0, np.ones(1))
+    opt.lr = lambda step: 0.5
+    opt.step_parameter(1, np.ones(1))
+    opt.lr = 0.25
+    opt.step_parameter(2, np.ones(1))
+    moved = [-p[0] * np.sqrt(0.1) for p in opt.params]
+    assert moved == pytest.approx([0.1, 0.5, 0.25], rel=1e-6)
+    opt.step_parameter(0, np.ones(1))
+    with pytest.raises(StepInProgressError, match="steps: expected a call between two steps"):
+        opt.steps = 7
+
+
+def test_what_the_last_step_did_is_not_that_of_an_earlier_step():
+    opt = RMSProp([np.ones(2)], clip_norm=1.0, nonfinite="skip")
+    opt.step([np.full(2, np.nan)])
+    assert opt.last_skipped
+    opt.nonfinite = "propagate"
+    opt.step([np.ones(2)])
+    assert opt.last_grad_norm == pytest.approx(np.sqrt(2))
+    opt.step_parameter(0, np.ones(2))
+    assert (opt.last_grad_norm, opt.last_skipped) == (None, False)
+
+
+def test_numpys_settings_for_errors_are_for_the_users_arithmetic():
+    opt = RMSProp([np.ones(2, np.float32), np.ones((2, 2), np.float32)], clip_norm=1e-30)
+    with np.errstate(all="raise"):
+        opt.step_parameter(0, np.full(2, 1e20))
+        opt.step_rows(1, [0], np.full((1, 2), 1e20))
+    assert opt.steps == 1
+
+
+def test_a_closed_folder_is_left_alone(tmp_path):
+    opt = RMSProp([np.ones(2), np.ones(2)], storage=tmp_path / "run")
+    opt.step_parameter(0, np.ones(2))
+    opt.close()
+    for call in (opt.finish_step, lambda: opt.step_parameter(1, np.ones(2))):
+        with pytest.raises(StorageError, match="got one that was closed"):
+            call()
+
+
+def test_a_gradient_is_not_kept_after_its_update():
+    opt = RMSProp([np.ones(2), np.ones((3, 2))])
+    for call in (lambda g: opt.step_parameter(0, g[0]), lambda g: opt.step_rows(1, [2], g)):
+        gradient = np.ones((1, 2))
+        seen = weakref.ref(gradient)
+        call(gradient)
+        del gradient
+        assert seen() is None
+
+
+def test_an_interrupt_while_a_parameter_is_prepared_leaves_nothing_stale(monkeypatch):
+    opt, oracle = RMSProp([np.ones(2)]), RMSProp([np.ones(2)], kernel="numpy")
+    opt.step_parameter(0, np.ones(2))
+    oracle.step([np.ones(2)])
+    for each in (opt, oracle):
+        each.momentum = 0.9
+    with monkeypatch.context() as patch:
+        patch.setattr(HostRun, "use_buffers", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step_parameter(0, np.ones(2))
+    for _ in range(2):
+        opt.step_parameter(0, np.ones(2))
+        oracle.step([np.ones(2)])
+    assert_same_state(opt, oracle)
+
+
+def raise_interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_an_option_that_a_handler_sets_within_the_call_holds_wholly_or_not_at_all(monkeypatch):
+    results = {}
+    for name, changes in (("old", {}), ("new", {"momentum": 0.9, "lr": 0.5}), ("mixed", {})):
+        opt = RMSProp([np.ones(2)], **{"lr": 0.1} | changes)
+        if name == "mixed":
+            original, count = HostRun.arguments, itertools.count()
+
+            def arguments(run, *given, opt=opt, original=original, count=count):
+                if next(count) == 0:
+                    opt.param_groups[0].update(momentum=0.9, lr=0.5)
+                return original(run, *given)
+
+            monkeypatch.setattr(HostRun, "arguments", arguments)
+        opt.step_parameter(0, np.ones(2))
+        results[name] = opt.params[0].tolist()
+    assert results["mixed"] in (results["old"], results["new"])

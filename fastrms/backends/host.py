@@ -19,6 +19,7 @@ from fastrms.backends.plan import IN_BUFFER, IN_PLACE, HostRun, Located, Variant
 from fastrms.backends.storage import Storage
 from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
+from fastrms.buffers.joined import read_segments, write_segments
 from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError, StructureError
 from fastrms.kernels import cpu, pointers, threads
@@ -44,8 +45,9 @@ class HostBackend(Backend):
     def _use_parameters(self) -> None:
         """Prepare all that depends on the parameters and their groups."""
         state, memory, ranks = self.state, self._memory, self._ranks
-        self._params, self._grads = state.buffers["params"], state.buffers["grads"]
-        self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
+        params = state.buffers["params"]
+        self._grads = state.buffers["grads"]
+        self._watched_params, self._watched_grads = Watch(params), Watch(self._grads)
         self._own = state.buffers if ranks is None else ranks.shard_of(state.buffers)
         self.run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
@@ -54,6 +56,12 @@ class HostBackend(Backend):
         self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.kernel_changed()
+        self._params = params  # last: after Ctrl-C in between, the next step does all of it again
+
+    def settle_parameters(self) -> None:
+        """Prepare all that depends on the parameters, if Ctrl-C came while a group was added."""
+        if self._params is not self.state.buffers["params"]:
+            self._use_parameters()
 
     def new_run(self, group_number: int, numbers: NDArray[np.int64]) -> HostRun:
         """Return a run of the parameters with these numbers, which are in one group."""
@@ -70,15 +78,15 @@ class HostBackend(Backend):
     @stream.setter
     def stream(self, value: Any) -> None:
         if value is not None:
-            message = 'stream: expected an optimizer with kernel="cuda", got a stream for one on the host'
-            raise OptionError(f"{message}: {value!r}")
+            expected = 'expected an optimizer with kernel="cuda", got a stream for one on the host'
+            raise OptionError(f"stream: {expected}: {value!r}")
 
     def synchronize(self) -> None:
         """Do nothing: a step on the host has ended when it returns."""
 
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros."""
-        return self._memory.new_buffer(name, self.state.state_layout(self._own["params"].layout))
+        return self._memory.new_buffer(name, self.state.state_layout(self._own["grads"].layout))
 
     def add_state(self, options: Iterable[Options]) -> None:
         """Make the state buffers that groups with these options need and that do not exist."""
@@ -98,9 +106,8 @@ class HostBackend(Backend):
         largest = max(run.size for run in self._runs)
         variants = tuner.variants(largest, self._threads()) if kernel == "auto" else [kernel]
         self._tuner = tuner.Tuner(variants) if len(variants) > 1 else None
-        # Limiting threads starts them, so there is no limit if nothing parallel can run.
-        self.thread_limit = self.state.num_threads if "parallel" in variants else None
-        self._zero_copy = kernel != "numpy" and pointers.available()
+        self.thread_limit = self.state.num_threads if "parallel" in variants else None  # a limit starts threads
+        self.reads_in_place = kernel != "numpy" and pointers.available()
         self.options_changed()
 
     def options_changed(self) -> None:
@@ -156,6 +163,7 @@ class HostBackend(Backend):
     def step(self, gradients: Any) -> None:
         """Take one step, as `Backend.step`."""
         self.turns.refuse_in_pass("step")
+        self.settle_parameters()
         if self._ranks is not None and self._ranks.exchange:
             self._ranks.step(self, gradients)
             return
@@ -169,7 +177,7 @@ class HostBackend(Backend):
             self.use_options()
         if self.storage is not None:
             self.storage.check_open()
-        self.refuse_replaced(from_buffer)
+        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         variant = self.state.kernel if self._tuner is None else self._tuner.variant  # the property, without a call
         if self.state.in_place:
             self._refuse_changed()
@@ -198,6 +206,9 @@ class HostBackend(Backend):
         `rates` has the learning rate of each group; None if no rate is a function. `items` are the gradients, for
         error messages; None if they are in the gradient buffer.
         """
+        if not located.in_place:
+            for run in self._runs:
+                run.point_to_buffer()
         calls = self._steady_calls.get((located.in_place, variant)) if located.present is None else None
         norms = None
         if calls is None:
@@ -207,8 +218,7 @@ class HostBackend(Backend):
         counts.last_skipped = self.state.nonfinite != "propagate" and self._skips(located, variant, norms, items)
         if counts.last_skipped:
             counts.skipped_steps += 1
-            if self.storage is not None:
-                self.storage.step_skipped()
+            self.step_ended(skipped=True)
         else:
             work, memory, steps = self.run_calls(calls), counts.memory, counts.steps + 1
             absent = counts.absent if located.present is None else counts.absent + ~located.present
@@ -216,30 +226,25 @@ class HostBackend(Backend):
             # One statement updates and counts. After the first update its bytecode has no call, so no signal handler
             # sees an update without its count. (Kernels in Python are the exception.)
             _, memory[0], counts.absent, counts.writing = [*work], steps, absent, False
-            if self.storage is not None:
-                self.storage.step_taken()
-        if self._tuner is not None:
-            self._tuner.step_done()
+            self.step_ended()
 
     def take_in(self, new: OptimizerState) -> None:
         """Append a group, as `Backend.take_in`."""
         if self.storage is not None or self._ranks is not None:
             super().take_in(new)  # raises OptionError
+        if self.state.in_place:
+            self._refuse_changed()
         self.add_state(new.param_groups)
         new.add_buffers(self.state.buffers, lambda name: self._memory.new_buffer(name, new.buffers["cache"].layout))
         self.state.take_in(new)
         self._use_parameters()
 
-    def step_ended(self) -> None:
+    def step_ended(self, skipped: bool = False) -> None:
         """Record the end of a step that has been counted."""
         if self.storage is not None:
-            self.storage.step_taken()
+            (self.storage.step_skipped if skipped else self.storage.step_taken)()
         if self._tuner is not None:
             self._tuner.step_done()
-
-    def refuse_replaced(self, from_buffer: bool = False) -> None:
-        """Raise StructureError if a view of parameters was replaced, or with `from_buffer` a view of gradients."""
-        refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
 
     def _locate(self, items: Items) -> tuple[Located, Items | None]:
         """Locate gradients in place, or copy them to the gradient buffer if one cannot be read in place.
@@ -260,7 +265,7 @@ class HostBackend(Backend):
 
     def _in_place(self, items: Items) -> Located | None:
         """Locate gradients in place, or return None if one cannot be read in place."""
-        if not self._zero_copy or (self.storage is not None and self.storage.pages.shows(items)):
+        if not self.reads_in_place or (self.storage is not None and self.storage.pages.shows(items)):
             return None
         first, present = pointers.items_of(items), None
         for run in self._runs:
@@ -275,10 +280,11 @@ class HostBackend(Backend):
 
     def _refuse_changed(self) -> None:
         """Raise StructureError if a parameter can no longer be updated in place."""
-        unchanged = self._zero_copy and all(run.locate(0) == cpu.FOUND for run in self._runs)
+        self.use_options()
+        unchanged = self.reads_in_place and all(run.locate(0) == cpu.FOUND for run in self._runs)
         if not unchanged and (problems := changed_views(self._params, "params")):
             raise StructureError(problems[0])
-        if self._zero_copy and not unchanged:
+        if self.reads_in_place and not unchanged:
             raise StructureError("params: expected arrays as they were at first, got one that was changed")
 
     def rates(self) -> list[float] | None:
@@ -298,9 +304,6 @@ class HostBackend(Backend):
         version = self.version
         self.use_options()
         steady_calls, at_once = self._steady_calls, self.at_once
-        if not located.in_place:
-            for run in self._runs:
-                run.point_to_buffer()
         variant_of = [self.variant_of(run, variant) for run in self._runs]
         counts = self.state.counts
         scales = norms = None
@@ -351,15 +354,11 @@ class HostBackend(Backend):
 
     def read(self, segments: Sequence[Array]) -> Array:
         """Return the segment itself if there is only one, otherwise all of them joined in a new array."""
-        return segments[0] if len(segments) == 1 else np.concatenate(segments)
+        return read_segments(segments)
 
     def write(self, segments: Sequence[Array], values: Array | float) -> None:
-        """Set the elements of segments of a buffer, as `Backend.write`."""
-        start = 0
-        for segment in segments:
-            stop = start + segment.size
-            segment[...] = values[start:stop] if isinstance(values, np.ndarray) else values
-            start = stop
+        """Set the elements of segments of a buffer, one after another."""
+        write_segments(segments, values)
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of an array that fit into memory."""
@@ -367,6 +366,8 @@ class HostBackend(Backend):
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context for all writes of a load."""
+        if self.state.in_place:
+            self._refuse_changed()
         return super().loading() if self.storage is None else self.storage.loading()
 
     def discard(self) -> None:

@@ -15,6 +15,7 @@ from fastrms.backends.storage import Storage
 from fastrms.buffers.bfloat16 import to_bfloat16
 from fastrms.buffers.held import HeldArrays
 from fastrms.errors import StructureError
+from fastrms.options import parameter_groups
 
 __all__ = ["add_group", "new_host_backend", "new_sharded_backend"]
 
@@ -48,16 +49,20 @@ def add_group(backend: Backend, group: Options) -> None:
     number = len(state.param_groups) if state.grouped else 1
     if not isinstance(group, Mapping) or "params" not in group:
         raise StructureError(f"group: expected a dict with the key 'params', got {shown(group)}")
+    if parameter_groups(group["params"]) is not None:
+        raise StructureError(
+            "group: expected one parameter group, got groups under 'params'; add each of them by a call"
+        )
     options = {**state.defaults, **{name: value for name, value in group.items() if name != "params"}}
     settings = Settings(
         options, state.kernel, state.num_threads, state.cache_dtype, state.nonfinite, state.global_clip_norm
     )
     new = OptimizerState(group["params"], settings, state.in_place, number)
     arrays = [item for item in new.layout.flatten(new.arrays, "params") if isinstance(item, np.ndarray)]
-    if any(state.buffers["params"].aliases(arrays)):
+    if any(any(buffer.aliases(arrays)) for buffer in state.buffers.values()):
         raise StructureError(
             f"params[{number}]: expected new parameters, got an array that shares memory with a parameter of another "
-            "group"
+            "group, or with gradients or state"
         )
     backend.take_in(new_host_backend(new).state)
 

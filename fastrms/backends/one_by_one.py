@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 from fastrms._state import OptimizerState
 from fastrms.backends import plan
 from fastrms.backends.base import Call
-from fastrms.backends.plan import IN_BUFFER, HostRun
+from fastrms.backends.plan import IN_BUFFER, IN_PLACE, HostRun
 from fastrms.buffers import Array, FlatBuffer, Layout
+from fastrms.buffers.conversion import as_array
 from fastrms.buffers.flat import as_arrays
-from fastrms.buffers.replaced import changed_view
+from fastrms.buffers.replaced import Watch, changed_view, refuse_replaced
 from fastrms.errors import DtypeError, OptionError, StructureError
+from fastrms.kernels import cpu, pointers
 from fastrms.kernels.access import GRADIENT
 from fastrms.kernels.norms import SpanNorms, scale_to
 from fastrms.kernels.rows import add_up_rows
@@ -37,9 +39,10 @@ class OneByOne:
 
     def __init__(self) -> None:
         self._parameters: dict[int, _Parameter] = {}
-        # The learning rates of the step in progress, and which parameters have no gradient in it.
-        self._rates: list[float] | None = None
+        # Of the step in progress: which parameters have no gradient, and by group the option lr and its present rate.
         self._missing: NDArray[np.bool_] = np.zeros(0, bool)
+        self._schedules: list[Any] = []
+        self._rates: list[float] | None = None
 
     def update(self, backend: "HostBackend", number: int, gradient: Any, rows: Any = None) -> None:
         """Update one parameter, or some of its rows. Count the step if this was the last parameter.
@@ -49,29 +52,34 @@ class OneByOne:
         state = backend.state
         counts = state.counts
         _refuse_options(state)
-        if number not in self._parameters:
-            self._parameters[number] = _Parameter(backend, number)
-        updated, parameter = counts.updated, self._parameters[number]
+        backend.settle_parameters()
+        if backend.storage is not None:
+            backend.storage.check_open()
+        parameter = self._parameters.get(number)
+        if parameter is None:
+            parameter = self._parameters[number] = _Parameter(backend, number)
+        updated = counts.updated
         if updated is None:
-            # Functions of the user come first, because they may set options.
-            self._rates, self._missing = backend.rates(), np.zeros(len(counts.absent), bool)
-            updated = np.zeros(len(counts.absent), bool)
-            backend.refuse_replaced()
+            self._rates = backend.rates()  # first, because functions of the user may set options
+            self._schedules = [group["lr"] for group in state.param_groups]
+            self._missing, updated = np.zeros(len(counts.absent), bool), np.zeros(len(counts.absent), bool)
         elif updated[number]:
             raise StructureError(
                 f"gradients{parameter.path}: expected one gradient for each parameter in a step, got a second one; add "
                 f"them up, or end the step with finish_step(): {int(updated.sum())} of {len(updated)} parameters were "
                 "updated"
             )
-        located = None if gradient is None else parameter.locate(state, gradient, rows)
-        backend.use_options()  # the `__array__` of a user's class may have set options
-        if backend.storage is not None:
-            backend.storage.check_open()
-        calls = [] if located is None else parameter.calls(backend, located, self._rates)
-        self._missing[number] = located is None
+        parameter.refuse_replaced(backend)
+        calls: list[Call] = []
+        found = None if gradient is None else parameter.find(backend, gradient, rows)
+        version = None
+        while found is not None and version is not backend.version:  # a signal handler may set options meanwhile
+            version = backend.version
+            calls = parameter.calls(backend, found, self._rates, self._schedules)
+        self._missing[number] = found is None
         work = backend.run_calls(calls)
         last = np.count_nonzero(updated) == len(updated) - 1
-        counts.writing = True
+        counts.last_norms, counts.last_skipped, counts.writing = None, False, True
         # As in `HostBackend.take`, one statement updates and counts.
         if last:
             steps, absent, memory = counts.steps + 1, counts.absent + self._missing, counts.memory
@@ -85,13 +93,15 @@ class OneByOne:
         counts = backend.state.counts
         updated = counts.updated
         if updated is not None:
-            steps, absent = counts.steps + 1, counts.absent + (self._missing | ~updated)
-            counts.steps, counts.absent, counts.updated = steps, absent, None
+            if backend.storage is not None:
+                backend.storage.check_open()
+            memory, steps, absent = counts.memory, counts.steps + 1, counts.absent + (self._missing | ~updated)
+            memory[0], counts.absent, counts.updated = steps, absent, None
             backend.step_ended()
 
 
 class _Parameter:
-    """One parameter, the run that updates it, and the arrays that its kernel calls read."""
+    """One parameter, and the run that updates it."""
 
     def __init__(self, backend: "HostBackend", number: int) -> None:
         state = backend.state
@@ -101,21 +111,68 @@ class _Parameter:
         self._layout = Layout(np.broadcast_to(np.zeros((), layout.dtype_of(leaf)), leaf.shape))
         self._dtype = self._layout.segments[0].dtype
         self._run = backend.new_run(int(state.group_of[number]), np.array([number]))
-        self._computed_from: object = None
+        self._keys = state.layout.keys[number]
+        self._computed_from: object = None  # the version of the options that the run uses
+        # By variant: calls that read a gradient where `find` has found it, and are the same in each step.
+        self._steady: dict[str, list[Call]] = {}
 
-    def locate(self, state: OptimizerState, gradient: Any, rows: Any) -> _Gradient:
-        """Check a gradient and return it, in place if it can be read there, otherwise in a new array."""
-        name = f"gradients{self.path}"
-        if rows is None:
-            vector = self._dense(state, *as_arrays([gradient], self._layout, name)).reshape(-1)
-            whole = np.array([(0, vector.size)])
-            return _Gradient(vector, whole, np.array([vector.ctypes.data]))
+    def refuse_replaced(self, backend: "HostBackend") -> None:
+        """Raise StructureError if another object took the place of the parameter in `params`."""
+        params = backend.state.buffers["params"]
+        item = params.views
+        try:
+            for key in self._keys:
+                item = item[key]
+        except (LookupError, TypeError):
+            item = None
+        if item is not params.leaves[self._number]:
+            refuse_replaced(Watch(params))
+
+    def find(self, backend: "HostBackend", gradient: Any, rows: Any) -> "_Gradient | tuple[Any]":
+        """Check a gradient. Return it, or a copy, in the form that `calls` takes; it lies where the run reads it.
+
+        A tuple has a whole gradient for compiled code.
+        """
+        if rows is not None:
+            return self._rows(backend.state, gradient, rows)
+        if not backend.reads_in_place:
+            return self._whole(backend.state, gradient)
+        run = self._prepared(backend)
+        if self._finds(backend, run, items := (gradient,)):
+            return items
+        array = self._checked(gradient)
+        run = self._prepared(backend)  # the `__array__` of a user's class may have set options
+        if self._finds(backend, run, items := (array,)) or self._finds(backend, run, items := (self._copy(array),)):
+            return items
+        self._held(backend.state.buffers["params"])
+        raise StructureError(f"params{self.path}: expected the array as it was at first, got one that was changed")
+
+    def _finds(self, backend: "HostBackend", run: HostRun, items: tuple[Any]) -> bool:
+        """Write the address of the gradient to the span of the run, and tell whether it can be read in place."""
+        if backend.storage is not None and backend.storage.pages.shows(items):
+            return False
+        # The compiled function counts items from the first parameter of the optimizer.
+        return run.locate(pointers.items_of(items) - 8 * self._number) == cpu.FOUND
+
+    def _whole(self, state: OptimizerState, gradient: Any) -> _Gradient:
+        """Return a whole gradient, checked, and copied if need be."""
+        vector = self._dense(state, self._checked(gradient)).reshape(-1)
+        return _Gradient(vector, np.array([(0, vector.size)]), np.array([vector.ctypes.data]))
+
+    def _checked(self, gradient: Any) -> Array:
+        """Return a whole gradient as an array, or raise as `RMSProp.step` does."""
+        array: Array = as_arrays([gradient], self._layout, f"gradients{self.path}")[0]
+        return array
+
+    def _rows(self, state: OptimizerState, gradient: Any, rows: Any) -> _Gradient:
+        """Return gradients of rows, checked, and added up if rows are equal."""
         if not self.shape:
             raise StructureError(f"rows: expected a parameter with rows, params{self.path} has no axis")
         numbers = _row_numbers(rows, self.shape[0])
         shape = (len(numbers), *self.shape[1:])
         layout = Layout(np.broadcast_to(np.zeros((), self._dtype), shape))
-        dense = self._dense(state, *as_arrays([gradient], layout, name)).reshape(len(numbers), math.prod(shape[1:]))
+        (array,) = as_arrays([gradient], layout, f"gradients{self.path}")
+        dense = self._dense(state, array).reshape(len(numbers), math.prod(shape[1:]))
         order = np.argsort(numbers, kind="stable")
         ordered = numbers[order]
         first = np.flatnonzero(np.diff(ordered, prepend=-1))
@@ -129,32 +186,69 @@ class _Parameter:
 
     def _dense(self, state: OptimizerState, array: Array) -> Array:
         """Return a dense array of the parameter's dtype that shares no memory with what the step writes."""
-        written = [buffer for name, buffer in state.buffers.items() if name != "grads"]
         dense = array.dtype is self._dtype and array.flags.c_contiguous and array.flags.aligned
-        if dense and not any(buffer.aliases([array])[0] for buffer in written):
+        written = [buffer for name, buffer in list(state.buffers.items()) if name not in ("params", "grads")]
+        own = state.buffers["params"].leaves[self._number]
+        if dense and not np.may_share_memory(array, own) and not any(b.aliases([array])[0] for b in written):
             return array
-        with np.errstate(all="ignore"):  # numbers that are too large become inf, as in a gradient buffer
-            return np.array(array, self._dtype, order="C")
+        return self._copy(array)
 
-    def calls(self, backend: "HostBackend", gradient: _Gradient, rates: list[float] | None) -> list[Call]:
-        """Return the kernel calls of the update."""
+    def _copy(self, array: Array) -> Array:
+        """Return a dense copy in the dtype of the parameter."""
+        # np.array(array, dtype) may keep another dtype object that is equal, as an unpickled array has it.
+        copied: Array = np.empty(array.shape, self._dtype)
+        with np.errstate(all="ignore"):  # numbers that are too large become inf, as in a gradient buffer
+            copied[...] = array
+        return copied
+
+    @np.errstate(all="ignore")  # the user's settings may raise, and are for the user's own arithmetic
+    def calls(
+        self, backend: "HostBackend", found: "_Gradient | tuple[Any]", rates: list[float] | None, schedules: list[Any]
+    ) -> list[Call]:
+        """Return the kernel calls of the update. They may have only the address of the gradient in `found`.
+
+        `rates` has the rates of the groups whose option lr is still the one in `schedules`.
+        """
+        run, counts, variant = self._prepared(backend), backend.state.counts, backend.variant
+        in_place = isinstance(found, tuple) and not isinstance(found, _Gradient)
+        if in_place and not backend.reads_in_place:  # a signal handler has set another kernel
+            found, in_place = self._whole(backend.state, found[0]), False
+        if in_place and (steady := self._steady.get(variant)) is not None:
+            return steady
+        kernel, lines_ahead = backend.variant_of(run, variant)
+        lr = run.group["lr"]
+        rate = plan.rate_of(
+            run.group, run.group_number, rates if lr is schedules[run.group_number] else None, counts.steps
+        )
+        corrections = run.corrections(counts)
+        if not in_place:
+            assert isinstance(found, _Gradient)
+            return self._calls_elsewhere(backend, found, kernel, lines_ahead, rate, corrections)
+        limit, scales = run.group["clip_norm"], None
+        if limit is not None:
+            scales = scale_to(limit, run.gradient_norms(backend.state.buffers["grads"], kernel, None))
+        calls = run.calls(kernel, run.arguments(rate, IN_PLACE, scales, corrections, lines_ahead), IN_PLACE)
+        if scales is None and corrections is None and not callable(lr):
+            self._steady[variant] = calls
+        return calls
+
+    def _calls_elsewhere(
+        self, backend: "HostBackend", gradient: _Gradient, kernel: str, lines_ahead: int | None, rate: float,
+        corrections: NDArray[np.float64] | None,
+    ) -> list[Call]:  # fmt: skip
+        """Return the kernel calls for the spans of a gradient that is given by addresses, or by its vector."""
         if not gradient.vector.size:
             return []
-        run, counts = self._prepared(backend), backend.state.counts
-        kernel, lines_ahead = backend.variant_of(run, backend.variant)
-        by_address = plan.takes_addresses(kernel)
+        run, by_address = self._run, plan.takes_addresses(kernel)
         spans = np.zeros((len(gradient.spans), 4), np.int64)
         spans[:, :2] = gradient.spans
         if by_address:
             spans[:, GRADIENT] = gradient.addresses
-        rate = plan.rate_of(run.group, run.group_number, rates, counts.steps)
-        scales = self._scales(run, gradient, kernel)
-        arguments = run.arguments(rate, IN_BUFFER, scales, run.corrections(counts), lines_ahead)
+        arguments = run.arguments(rate, IN_BUFFER, self._scales(gradient, kernel), corrections, lines_ahead)
         params, grads, *state_and_hyper, _, factors, extended, lines_ahead = arguments
         if backend.state.in_place:
             params = self._held(backend.state.buffers["params"])
         factors = np.repeat(factors, len(spans), axis=0)
-        self._kept = gradient.vector, spans, factors  # the call may hold only their addresses
         arguments = (params, grads, *state_and_hyper, spans, factors, extended, lines_ahead)
         if by_address:
             return [run.call(kernel, arguments)]
@@ -166,14 +260,17 @@ class _Parameter:
 
     def _prepared(self, backend: "HostBackend") -> HostRun:
         """Return the run, with the current options."""
-        if self._computed_from is not backend.version:
-            self._computed_from = backend.version
+        version = backend.version
+        if self._computed_from is not version:
+            backend.use_options()
             backend.prepare(self._run)
+            self._steady.clear()
+            self._computed_from = version  # last: Ctrl-C may come at any line
         return self._run
 
-    def _scales(self, run: HostRun, gradient: _Gradient, kernel: str) -> NDArray[np.float64] | None:
+    def _scales(self, gradient: _Gradient, kernel: str) -> NDArray[np.float64] | None:
         """Return the factor of clipping by norm, or None without clipping."""
-        limit, bound = run.group["clip_norm"], run.group["clip_value"]
+        limit, bound = self._run.group["clip_norm"], self._run.group["clip_value"]
         if limit is None:
             return None
         vector, span = gradient.vector, np.array([(0, gradient.vector.size, 0, 0)], np.int64)
@@ -184,23 +281,23 @@ class _Parameter:
 
     def _held(self, params: FlatBuffer) -> Array:
         """Return the parameter as a vector in place, or raise StructureError if it can no longer be updated."""
-        vector: Array = params.segments[self._number]
         leaf, original = params.leaves[self._number], params.original_views()[self._number]
-        if problem := changed_view(f"params{self.path}", leaf, original):
+        if problem := changed_view(f"params{self.path}", leaf, original, held=True):
             raise StructureError(problem)
-        return vector
+        return np.asarray(leaf).reshape(-1)
 
 
 def _row_numbers(rows: Any, size: int) -> NDArray[np.int64]:
     """Return row numbers from 0 to size - 1, or raise an error. Negative ones among `rows` count from the end."""
-    numbers = np.asarray(rows)
+    numbers = as_array(rows, "rows")
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         mask = "; np.flatnonzero(mask) gives the rows of a mask" if numbers.dtype.kind == "b" else ""
         raise DtypeError(f"rows: expected a 1-D array of integers, got {numbers.dtype} of shape {numbers.shape}{mask}")
-    numbers = numbers.astype(np.int64)
-    wrong = numbers[(numbers < -size) | (numbers >= size)]
+    lowest = 0 if numbers.dtype.kind == "u" else -size
+    wrong = numbers[(numbers < lowest) | (numbers >= size)]
     if len(wrong):
-        raise StructureError(f"rows: expected row numbers from 0 to {size - 1}, got {wrong[0]}")
+        raise StructureError(f"rows: expected row numbers from -{size} to {size - 1}, got {wrong[0]}")
+    numbers = numbers.astype(np.int64)
     return np.where(numbers < 0, numbers + size, numbers)
 
 

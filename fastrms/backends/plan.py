@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -101,9 +100,9 @@ class HostRun(Run):
         self._held: Items | None = None  # the parameters of the optimizer, if they are updated in place
         self._offsets = self._spans[:, 0] * self.dtype.itemsize
         shapes = [layout.leaves[i].shape for i in numbers]
-        self._shapes = np.zeros((len(shapes), 2 + max(map(len, shapes))), np.int64)
+        self._shapes = np.zeros((len(shapes), 3 + max(map(len, shapes))), np.int64)
         for row, number, shape in zip(self._shapes, numbers, shapes, strict=True):
-            row[:2], row[2 : 2 + len(shape)] = (number, len(shape)), shape
+            row[:2], row[3 : 3 + len(shape)] = (number, len(shape)), shape
         self._memory = memory
         # Whether calls of compiled kernels are calls of `FROM_TABLE`.
         self.from_table = not memory.in_parts and pointers.available()
@@ -135,7 +134,8 @@ class HostRun(Run):
         if isinstance(held, HeldArrays):
             self._held, table["held_at"] = held.leaves, pointers.items_of(held.leaves)
             self._spans[:, PARAMETER] = [held.leaves[k].ctypes.data for k in self.numbers]
-            self._vectors = [held.segments[k] for k in self.numbers]
+            self._held_dtypes = [held.leaves[k].dtype for k in self.numbers]  # so that their addresses stay theirs
+            self._shapes[:, 2] = list(map(id, self._held_dtypes))
             # The kernels need a vector of this size, and do not read it.
             buffers = {**buffers, "params": buffers["grads"]}
         params, grads, *state = self.parts_of(buffers)
@@ -244,7 +244,7 @@ class HostRun(Run):
             row = table[0]
             copies = located.in_place and spans is self._whole  # otherwise each gradient is read in place
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
-            row["copies"] = copies
+            row["copies"], row["from_buffer"] = copies, self._held is not None and not located.in_place
             self._kept = spans, factors  # the table has only their addresses
             if kernel == "parallel":
                 threads.start_threads()  # before Numba does so, as it loads the kernel
@@ -252,8 +252,8 @@ class HostRun(Run):
             return [(threads.one_at_a_time(update) if kernel == "parallel" else update, *rest)]
         if self._held is None or takes_addresses(kernel):
             return [self.call(kernel, arguments)]
-        present = None if located.present is None else located.present[self.numbers]
-        vectors = self._vectors if present is None else compress(self._vectors, present)
+        chosen = self.numbers if located.present is None else self.numbers[located.present[self.numbers]]
+        vectors = [np.asarray(self._held[k]).reshape(-1) for k in chosen]
         grads, spans = arguments[1], arguments[-4]
         return self.calls_by_span(kernel, arguments, vectors, [grads[start:stop] for start, stop, *_ in spans])
 
@@ -370,7 +370,5 @@ def find_nonfinite(
     # A norm can overflow although all values are finite, and may be unknown. So read the gradients.
     if not finite.all():
         for run, (kernel, _) in zip(runs, variant_of, strict=True):
-            if not located.in_place:
-                run.point_to_buffer()
             finite[run.numbers] = run.norms.finite(run.part_of(grads), kernel)
     return ~finite if present is None else ~finite & present

@@ -34,12 +34,14 @@ class Turns:
         """
         with self.lock:
             self.admit(name, changes)
-            if not within_pass:
-                self.refuse_in_pass(name)
             if self.in_progress.locked():  # a read within a step or a save
+                if not within_pass:
+                    self.refuse_in_pass(name)
                 yield
                 return
             with self.in_progress:
+                if not within_pass:
+                    self.refuse_in_pass(name)
                 self._counts.admit(0)
                 self._counts.writing = changes
                 yield

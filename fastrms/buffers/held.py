@@ -34,14 +34,27 @@ class HeldArrays(FlatBuffer):
         An item of `arrays` is not such an array.
     """
 
-    def __init__(self, layout: Layout, arrays: Sequence[Any], views: Any = None) -> None:
-        for leaf, array in zip(layout.leaves, arrays, strict=True):
+    def __init__(self, layout: Layout, arrays: Sequence[Any], views: Any = None, check: bool = True) -> None:
+        for leaf, array in zip(layout.leaves, arrays, strict=True) if check else ():
             _check(array, layout.dtype_of(leaf), f"params{leaf.path}")
         self.layout, self.leaves = layout, tuple(arrays)
         self.views = layout.structure(arrays) if views is None else views
         # Views with the present shape and memory of each array, to compare the arrays with.
         self._originals = [np.asarray(array).view() for array in arrays]
-        self.segments = tuple(original.reshape(-1) for original in self._originals)
+
+    @property
+    def segments(self) -> tuple[Array, ...]:  # type: ignore[override]
+        """A vector for each array, in the memory that the array has now.
+
+        Reading it raises StructureError if an array was moved, or has another shape or dtype than at first.
+        """
+        for leaf, array, original in zip(self.layout.leaves, self.leaves, self._originals, strict=True):
+            if _place(array) != _place(original):
+                raise StructureError(
+                    f"params{leaf.path}: expected the array as it was at first, of shape {leaf.shape} and "
+                    f"{original.dtype}, got one that was moved, or changed to shape {array.shape} or {array.dtype}"
+                )
+        return tuple(np.asarray(array).reshape(-1) for array in self.leaves)
 
     @property
     def flat(self) -> Any:
@@ -111,7 +124,14 @@ class HeldArrays(FlatBuffer):
         return list(self.segments)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HeldArrays, (self.layout, self.leaves)
+        # Another process may get the arrays read-only, as from joblib. Then only a step is refused.
+        return HeldArrays, (self.layout, self.leaves, None, False)
+
+
+def _place(array: Array) -> tuple[Any, ...]:
+    """Return address, shape, dtype and strides of an array."""
+    about = array.__array_interface__
+    return about["data"][0], about["shape"], about["typestr"], about["strides"]
 
 
 def _check(array: object, dtype: np.dtype[Any], path: str) -> None:

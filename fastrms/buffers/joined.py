@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from fastrms.buffers.flat import Array, FlatBuffer
 from fastrms.buffers.layout import Layout
 
-__all__ = ["JoinedBuffer"]
+__all__ = ["JoinedBuffer", "read_segments", "write_segments"]
 
 
 class JoinedBuffer(FlatBuffer):
@@ -23,8 +25,13 @@ class JoinedBuffer(FlatBuffer):
         Existing containers with the arrays; None for new containers.
     """
 
+    _parts: tuple[FlatBuffer, ...]
+
     def __init__(self, layout: Layout, parts: Sequence[FlatBuffer], views: Any = None) -> None:
-        self.layout, self._parts = layout, tuple(parts)
+        # Without nesting: there may be hundreds of groups.
+        own = [part._parts if isinstance(part, JoinedBuffer) else (part,) for part in parts]
+        parts = self._parts = tuple(chain.from_iterable(own))
+        self.layout = layout
         self.segments = tuple(chain.from_iterable(part.segments for part in parts))
         self.leaves = tuple(chain.from_iterable(part.leaves for part in parts))
         self.views = layout.structure(self.leaves) if views is None else views
@@ -71,3 +78,17 @@ class JoinedBuffer(FlatBuffer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JoinedBuffer, (self.layout, self._parts)
+
+
+def read_segments(segments: Sequence[Array]) -> Array:
+    """Return segments of a buffer as one vector: the only segment itself, or several in a new array."""
+    return segments[0] if len(segments) == 1 else np.concatenate(segments)
+
+
+def write_segments(segments: Sequence[Array], values: Array | float) -> None:
+    """Write a vector, or a number, to segments of a buffer, one after another."""
+    start = 0
+    for segment in segments:
+        stop = start + segment.size
+        segment[...] = values[start:stop] if isinstance(values, np.ndarray) else values
+        start = stop

@@ -244,6 +244,11 @@ class Layout:
             raise StructureError(f"key: expected one of {known}, got {key!r}") from None
 
     @cached_property
+    def keys(self) -> list[tuple[Hashable, ...]]:
+        """The keys of each array in the nesting, the outermost first."""
+        return [keys for keys in self._numbers if isinstance(keys, tuple)][: len(self.leaves)]
+
+    @cached_property
     def _numbers(self) -> dict[Hashable, int]:
         """The number of each array by its tuple of keys. A single key also works without the tuple."""
         numbers: dict[tuple[Hashable, ...], int] = {}

@@ -8,6 +8,7 @@ import numpy as np
 
 from fastrms._types import Array
 from fastrms.buffers.flat import FlatBuffer
+from fastrms.buffers.held import HeldArrays
 from fastrms.buffers.layout import Layout
 from fastrms.buffers.narrow import narrow_of
 from fastrms.buffers.pytree import describe, take_apart
@@ -68,14 +69,17 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
     """
     on_host = isinstance(buffer.segments[0], np.ndarray)
     expected = buffer.original_views() if on_host else buffer.leaves
-    found = _changes(buffer.layout, name, buffer.views, buffer.leaves, expected)
+    held = isinstance(buffer, HeldArrays)
+    found = _changes(buffer.layout, name, buffer.views, buffer.leaves, expected, held)
     if (narrow := narrow_of(buffer)) is not None:
         expected = [view.view(narrow.dtype) for view in expected]
-        found += _changes(buffer.layout, name, narrow.views, narrow.leaves, expected)
+        found += _changes(buffer.layout, name, narrow.views, narrow.leaves, expected, held)
     return found
 
 
-def _changes(layout: Layout, name: str, tree: Any, views: Sequence[Any], expected: Sequence[Any]) -> list[str]:
+def _changes(
+    layout: Layout, name: str, tree: Any, views: Sequence[Any], expected: Sequence[Any], held: bool
+) -> list[str]:
     """Return a sentence for each item of `tree` that is not the one in `views`, or is unlike the one in `expected`."""
     try:
         items = layout.flatten(tree, name)
@@ -91,15 +95,18 @@ def _changes(layout: Layout, name: str, tree: Any, views: Sequence[Any], expecte
                 f"{path}: expected the view that was there, got {what} in its place; write into the view: "
                 f"{path}[...] = value"
             )
-        elif on_host and (problem := changed_view(path, view, fresh)):  # the arrays of a device cannot change
+        elif on_host and (problem := changed_view(path, view, fresh, held)):  # the arrays of a device cannot change
             found.append(problem)
     return found
 
 
-def changed_view(path: str, view: Array, original: Array) -> str | None:
+def changed_view(path: str, view: Array, original: Array, held: bool) -> str | None:
     """Return a sentence if a view, or an array that is updated in place, is not as it was at first; otherwise None."""
-    if original.flags.writeable and not view.flags.writeable:
-        return f"{path}: expected an array that a step can write to, got one that is read-only now"
+    if not view.flags.writeable and (held or original.flags.writeable):
+        return (
+            f"{path}: expected an array that a step can write to, got one that is read-only now; make it writable, or "
+            "end the work that has made it read-only"
+        )
     if view.__array_interface__ != original.__array_interface__:
         return (
             f"{path}: expected a view of shape {original.shape} of its part of the block, got one that was changed to "

@@ -58,6 +58,7 @@ TABLE = np.dtype([
     ("params_at", np.int64), ("grads_at", np.int64),
     ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 4)
     ("factors_at", np.int64),  # shape (span_count, 2)
+    ("from_buffer", np.int64),  # whether `sources` may have addresses of earlier gradients, which do not count
     ("copies", np.int64),  # whether gradients with addresses are copied to the gradient buffer first
     ("held_at", np.int64),  # the items of a tuple of all parameters; 0 if the parameters lie at `params_at`
     ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 4): the spans of all parameters
@@ -98,8 +99,10 @@ def _find(items, column, expected, written, shapes, sources):
             sources[k, column] = 0
             status = FOUND_SOME
             continue
-        known = int64_at(array + pointers.TYPE) == expected[0] and int64_at(array + pointers.DTYPE) == expected[1]
-        if not known and expected[0] != 0:
+        if expected[0] == 0:  # a parameter that is held: any type, and the dtype object that it had at first
+            if int64_at(array + pointers.DTYPE) != shapes[k, 2]:
+                return k
+        elif int64_at(array + pointers.TYPE) != expected[0] or int64_at(array + pointers.DTYPE) != expected[1]:
             return k
         if int32_at(array + pointers.FLAGS) & expected[4] != expected[4]:
             return k
@@ -107,9 +110,11 @@ def _find(items, column, expected, written, shapes, sources):
             return k
         shape = int64_at(array + pointers.SHAPE)
         for d in range(shapes[k, 1]):
-            if int64_at(shape + 8 * d) != shapes[k, 2 + d]:
+            if int64_at(shape + 8 * d) != shapes[k, 3 + d]:
                 return k
         data = int64_at(array + pointers.DATA)
+        if expected[0] == 0 and data != sources[k, column]:
+            return k
         end = data + (sources[k, 1] - sources[k, 0]) * expected[2]
         j = _first_from(written, data)
         if j < written.shape[0] and written[j, 0] < end:
@@ -220,6 +225,8 @@ def _locate(t, items):
     sources = integers_at(t.sources_at, (t.source_count, 4))
     if t.held_at != 0 and _find(t.held_at, PARAMETER, expected[1], written[:0], shapes, sources) != FOUND:
         return CHANGED
+    if t.from_buffer:
+        sources[:, GRADIENT] = 0
     if items == 0:
         return FOUND
     return _find(items, GRADIENT, expected[0], written, shapes, sources)
