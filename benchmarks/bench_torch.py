@@ -137,7 +137,7 @@ def main() -> int:
     table = markdown(header, [row(result(name, measure(name, args.seconds))) for name in CASES])
     print(table)
     if args.write:
-        fill([PAGE], {"torch": table})
+        fill([PAGE], {"torch": table}, others=["released"])
     return 0
 
 

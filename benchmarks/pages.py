@@ -1,7 +1,7 @@
 """Tables in Markdown, and the pages of the documentation that they are written to."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["fill", "markdown"]
@@ -13,12 +13,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def fill(pages: Sequence[Path], parts: Mapping[str, str]) -> list[str]:
-    """Write each table between its markers on the pages, and return the names of tables with their pages."""
+def fill(pages: Sequence[Path], parts: Mapping[str, str], others: Collection[str] = ()) -> list[str]:
+    """Write each table between its markers on the pages, and return the names of tables with their pages.
+
+    The tables `others` on the pages stay as they are.
+    """
     written = []
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r"<!-- table: (\S+) -->", text):
+            if name in others:
+                continue
             if name not in parts:
                 raise SystemExit(f"{page}: table: expected one of {', '.join(parts)}, got {name!r}")
             marker = rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)"

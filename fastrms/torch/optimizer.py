@@ -1,6 +1,7 @@
 """`RMSprop`: PyTorch's optimizer, whose steps are divided between the compiled pass and PyTorch's own functions."""
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from fastrms._types import HostKernel
 from fastrms.dialects import DIALECTS
 from fastrms.errors import StructureError
 from fastrms.torch.pack import ASKED_FOR, OPTIONS, Group, MovedParameters, Pack
+from fastrms.torch.release import Release, Released, refuse_options
 from fastrms.torch.state import StateFollower
 
 __all__ = ["RMSprop"]
@@ -103,6 +105,7 @@ class RMSprop(torch.optim.RMSprop):
     def _start_following(self) -> None:
         self._packs: list[Pack] = []
         self._follower = StateFollower()
+        self._release: Release | None = None
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, as for every optimizer of PyTorch; its parameters get a buffer of their own.
@@ -115,6 +118,55 @@ class RMSprop(torch.optim.RMSprop):
         super().add_param_group(param_group)
         self._packs.append(Pack(self.param_groups[-1], self._kernel))
         self._follower.forget()
+        if self._release is not None:
+            self._release.watch(self.param_groups)
+
+    def release_gradients(self, release: bool = True) -> None:
+        """Update each parameter within `backward()`, as soon as its gradient is complete, and drop the gradient then.
+
+        All gradients never exist together, which saves their memory. Parameters and state are the same as without it.
+        `step()` is called as before; it ends the step. Options and learning rates are those at the `backward()`.
+
+        Parameters
+        ----------
+        release : bool, default True
+            False: gradients stay until `zero_grad()` from now on. Copies of the optimizer begin with False.
+
+        Raises
+        ------
+        OptionError
+            A group has ``differentiable=True`` or ``capturable=True``.
+
+        Notes
+        -----
+        Between `backward()` and `step()` a gradient that was dropped is a tensor of which every use raises
+        StepInProgressError. So do a second `backward()` and `zero_grad()`. These need gradients that stay: accumulation
+        over several `backward()`, clipping by the norm of all gradients, GradScaler, and exchange between processes.
+        ``docs/torch.md`` has more.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from fastrms.torch import RMSprop
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = RMSprop([weight], lr=0.01)
+        >>> optimizer.release_gradients()
+        >>> (weight**2).sum().backward()
+        >>> weight.data
+        tensor([0.9000, 1.9000])
+        >>> optimizer.step()
+        >>> weight.grad is None
+        True
+        """
+        if release:
+            refuse_options(self.param_groups)
+            if self._release is None:
+                self._release = Release(weakref.WeakMethod(self._take_gradient))
+            self._release.watch(self.param_groups)
+        elif self._release is not None:
+            self._release.finish(self.state)
+            self._release.watch([])
+            self._release = None
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one step.
@@ -152,6 +204,8 @@ class RMSprop(torch.optim.RMSprop):
             become views of one buffer for each group. Autograd adds to them there, one operation sets all to 0, and a
             step reads them as one array.
         """
+        if self._release is not None:
+            self._release.refuse_in_progress("zero_grad")
         if set_to_none:
             super().zero_grad()
             return
@@ -176,6 +230,9 @@ class RMSprop(torch.optim.RMSprop):
         if not self._warned:
             self._warned = True
             self._warn_of_fallback()
+        if self._release is not None:
+            self._end_step(self._release)
+            return loss
         self._follow_groups()
         self._follow_state()
         differentiable = self.defaults["differentiable"]
@@ -192,6 +249,35 @@ class RMSprop(torch.optim.RMSprop):
 
     # The step without hooks, as PyTorch's own optimizers have it; PyTorch's tests, among others, call it.
     step.__wrapped__ = _step  # type: ignore[attr-defined] # pyright: ignore[reportFunctionMemberAccess] # by design
+
+    def _take_gradient(self, p: torch.Tensor) -> None:
+        """Update a parameter whose gradient is complete, within `backward()` or in `_end_step`."""
+        if (release := self._release) is not None:
+            with release.lock, torch.no_grad():  # `create_graph=True` would have operations recorded
+                if not release.in_progress:
+                    refuse_options(self.param_groups)
+                    self._begin_step(release)
+                release.update(p, self.state, self._fallback_step)
+
+    def _begin_step(self, release: Release) -> None:
+        self._follow_groups()
+        self._follow_state()
+        release.begin(self._packs, self.state)
+
+    def _end_step(self, release: Release) -> None:
+        """End a step whose parameters were updated within `backward()`."""
+        try:
+            release.refuse_unequal_options()
+            # Gradients from before `release_gradients`, of parameters without a hook, or put there by the program.
+            params = [p for group in self.param_groups for p in group["params"]]
+            if waiting := [p for p in params if p.grad is not None and type(p.grad) is not Released]:
+                if release.in_progress:
+                    self._begin_step(release)
+                for p in dict.fromkeys(waiting):
+                    self._take_gradient(p)
+        finally:
+            release.finish(self.state)
+            release.watch(self.param_groups)
 
     def explain(self) -> list[str]:
         """Say which parameters take the compiled pass and which take PyTorch's step, and why.
@@ -282,6 +368,8 @@ class RMSprop(torch.optim.RMSprop):
             super().__setstate__(state)
             return
         # Called by `load_state_dict`: copy the state to the buffers, and put views of the buffers in its place.
+        if self._release is not None:
+            self._release.finish(self.state)
         self._follow_groups()
         before = dict(self.__dict__)
         super().__setstate__(state)

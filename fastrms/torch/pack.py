@@ -1,6 +1,8 @@
 """The parameters of a group: some are in the buffers of an `RMSProp`, others take PyTorch's step."""
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from fastrms.torch.placement import (
     held_in_cpp,
     identities,
     is_viewed,
+    kind_of,
     move,
     take_values,
     unalias,
@@ -31,7 +34,7 @@ from fastrms.torch.state import BoundState, State
 if TYPE_CHECKING:
     from fastrms.buffers import FlatBuffer
 
-__all__ = ["ASKED_FOR", "OPTIONS", "Group", "Pack"]
+__all__ = ["ASKED_FOR", "OPTIONS", "Group", "Pack", "options_of"]
 
 # A group of `optimizer.param_groups`.
 Group = dict[str, Any]
@@ -40,6 +43,11 @@ Group = dict[str, Any]
 OPTIONS = DIALECTS["torch"].names
 
 ASKED_FOR = "differentiable=True or capturable=True asks for it"
+
+
+def options_of(group: Group) -> tuple[float, ...]:
+    """Return the options of a group that change its step, as numbers."""
+    return tuple(float(group[name]) for name in OPTIONS)
 
 
 class Gradients(NamedTuple):
@@ -98,6 +106,12 @@ class Pack:
         fallback, gradients = self.moved.plan(state)
         return [*self.fallback, *fallback], gradients
 
+    def places(self) -> Iterator[tuple[torch.Tensor, int | None]]:
+        """Iterate over the parameters, each with its number in `moved`; None if it is in `fallback`."""
+        numbers = itertools.count()
+        for p, obstacle in zip(self._listed, self._obstacles, strict=True):
+            yield p, None if obstacle is not None else next(numbers)
+
     def kernels(self) -> str:
         """Return the kernels of the compiled pass, and the reasons for them."""
         lines = [] if self.moved is None else self.moved.optimizer.explain()
@@ -143,7 +157,7 @@ class MovedParameters:
 
     def take_options(self, group: Group) -> None:
         """Take over the options of the group, which may change at any time; note the refusal of `RMSProp`, if any."""
-        now = tuple(float(group[name]) for name in OPTIONS)
+        now = options_of(group)
         if now == self._options:
             return
         options, refusal = self.optimizer.param_groups[0], ""
@@ -237,6 +251,35 @@ class MovedParameters:
         self.state.count(present)
         stepped = self._versions if present is None else [self._versions[k] for k in np.flatnonzero(present)]
         torch.autograd.graph.increment_version(stepped)
+
+    def begin_updates(self, again: bool) -> None:
+        """Prepare `update` of single parameters. `again` tells whether the step has begun already."""
+        self.move_back()
+        if not again:
+            self._gradient_kinds = np.full(len(self._params), dlpack.ABSENT)
+
+    def update(self, k: int, state: State) -> bool:
+        """Update parameter k by the compiled pass, with the bits of `step`; or return False if it takes PyTorch's step.
+
+        The time does not depend on the number of parameters.
+        """
+        p, kind = self._params[k], kind_of(gradient := self._params[k].grad, self.optimizer.params[k], self._ranges)
+        self._gradient_kinds[k] = kind
+        if k in self._displaced:
+            return False
+        self.state.begin_one(k, state)
+        there = p.data_ptr() == self._addresses[k]  # if not, somebody has moved it since the step began
+        if gradient is None or kind != dlpack.ORDINARY or k in self.state.left_outside or not there:
+            return False
+        self.optimizer.step_parameter(k, gradient.detach().numpy())
+        self.state.count(k)
+        torch.autograd.graph.increment_version([self._versions[k]])
+        return True
+
+    def end_updates(self, state: State) -> None:
+        """End a step of `update`."""
+        self.optimizer.finish_step()
+        self.state.record_begun(state)
 
     def zero_gradients(self) -> list[torch.Tensor]:
         """Set gradients that are views of one buffer, or can become one, to 0, and return the others."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from fastrms.kernels import dlpack, pointers
 
 __all__ = [
-    "Array", "Located", "Locator", "fits", "held_in_cpp", "identities", "is_viewed", "lies_at", "move", "take_values",
-    "unalias", "version_of", "view_of", "why_not_movable",
+    "Array", "Located", "Locator", "fits", "held_in_cpp", "identities", "is_viewed", "kind_of", "lies_at", "move",
+    "take_values", "unalias", "version_of", "view_of", "why_not_movable",
 ]  # fmt: skip
 
 Array = NDArray[Any]
@@ -105,6 +105,17 @@ def fits(tensor: Any, part: Array) -> TypeGuard[torch.Tensor]:
         and tuple(tensor.shape) == part.shape
         and bool(tensor.element_size() == part.itemsize)
     )
+
+
+def kind_of(tensor: Any, part: Array, ranges: NDArray[np.int64]) -> int:
+    """Return what `Locator.locate` finds for one tensor: `dlpack.ORDINARY`, `dlpack.ABSENT` or `dlpack.UNUSUAL`."""
+    if tensor is None:
+        return dlpack.ABSENT
+    if not fits(tensor, part):
+        return dlpack.UNUSUAL
+    address = tensor.data_ptr()
+    aliases = any(address < high and address + tensor.nbytes > low for low, high in ranges.tolist())
+    return dlpack.UNUSUAL if aliases else dlpack.ORDINARY
 
 
 def _why_not_dense(tensor: Any) -> str | None:
@@ -200,9 +211,6 @@ class Locator:
             return all_ordinary, unchanged
         before = places.tobytes()
         for k, (tensor, part) in enumerate(zip(tensors, self._parts, strict=True)):
-            addresses[k], kinds[k] = 0, dlpack.ABSENT if tensor is None else dlpack.UNUSUAL
-            if fits(tensor, part):
-                address = tensor.data_ptr()
-                if not any(address < high and address + tensor.nbytes > low for low, high in ranges.tolist()):
-                    kinds[k], addresses[k] = dlpack.ORDINARY, address
+            kinds[k] = kind_of(tensor, part, ranges)
+            addresses[k] = tensor.data_ptr() if kinds[k] == dlpack.ORDINARY else 0
         return not kinds.any(), places.tobytes() == before

@@ -57,6 +57,7 @@ class BoundState:
         self._found: dict[str, tuple[Any, ...]] = {}
         self._places: dict[str, NDArray[np.int64]] = {}
         self.grown = False  # whether a step has added to the dicts since they were looked up
+        self._unrecorded = False  # whether `begin_one` has
 
     def use(self, parts: Mapping[str, Sequence[Array]], ranges: NDArray[np.int64]) -> None:
         """Set the buffers of the state: their `parts` by PyTorch's names, and the memory [low, high) of each buffer."""
@@ -172,17 +173,25 @@ class BoundState:
 
     def begin(self, which: NDArray[np.bool_], state: State) -> None:
         """Make the state of the parameters that `which` marks and that have none."""
-        new = np.flatnonzero(which & ~self.begun).tolist()
-        for k in new:
+        for k in np.flatnonzero(which & ~self.begun).tolist():
+            self.begin_one(k, state)
+        self.record_begun(state)
+
+    def begin_one(self, k: int, state: State) -> None:
+        """Make the state of parameter k if it has none. The caller calls `record_begun` before the next step."""
+        if not self.begun[k]:
             self._complete(k, state.setdefault(self._params[k], {}))
-            self.begun[k] = True
-        if new:
+            self.begun[k] = self._unrecorded = True
+
+    def record_begun(self, state: State) -> None:
+        """Record the state that `begin_one` has made."""
+        if self._unrecorded:
             self.find(state)
             self._record()
-            self.grown = True
+            self.grown, self._unrecorded = True, False
 
-    def count(self, present: NDArray[np.bool_] | None) -> None:
-        """Add 1 to the step counts of the parameters that are present, or of all if `present` is None."""
+    def count(self, present: NDArray[np.bool_] | int | None) -> None:
+        """Add 1 to the step counts of the parameters that are present (one if it is a number), or of all if None."""
         if present is None:
             self._steps += 1
         else:
