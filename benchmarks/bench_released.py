@@ -170,7 +170,8 @@ def measure(seconds: float, sizes: Sizes) -> str:
     count = sum(p.numel() for p in transformer(sizes).parameters())
     processor = f"{machine.processor()} ({machine.microarchitecture()}), {machine.processors()} processors"
     header = f"{count / 1e6:.1f} million parameters of float32, {4 * count / 1e6:.0f} MB"
-    note = f"{processor}; PyTorch {torch.__version__}; {date.today()}; load when it began: {machine.load()}."
+    load = f"{machine.load():.1f} programs were running or waiting when it began"
+    note = f"{processor}; PyTorch {torch.__version__}; {date.today()}; {load}."
     return f"{markdown([header, 'memory of training', 'training step'], body)}\n\n{note}"
 
 

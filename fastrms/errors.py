@@ -72,7 +72,7 @@ class DeviceError(FastrmsError, RuntimeError):
 
 
 class StepInProgressError(FastrmsError, RuntimeError):
-    """A signal handler, or a function that a step calls, made a call amid that step; nothing was changed."""
+    """A call came amid a step, as from a signal handler or when only some parameters are updated; it did nothing."""
 
 
 class RankError(FastrmsError, RuntimeError):

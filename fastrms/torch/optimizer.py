@@ -119,7 +119,7 @@ class RMSprop(torch.optim.RMSprop):
         self._packs.append(Pack(self.param_groups[-1], self._kernel))
         self._follower.forget()
         if self._release is not None:
-            self._release.watch(self.param_groups)
+            self._release.watch(self._packs)
 
     def release_gradients(self, release: bool = True) -> None:
         """Update each parameter within `backward()`, as soon as its gradient is complete, and drop the gradient then.
@@ -162,7 +162,8 @@ class RMSprop(torch.optim.RMSprop):
             refuse_options(self.param_groups)
             if self._release is None:
                 self._release = Release(weakref.WeakMethod(self._take_gradient))
-            self._release.watch(self.param_groups)
+            self._follow_groups()
+            self._release.watch(self._packs)
         elif self._release is not None:
             self._release.finish(self.state)
             self._release.watch([])
@@ -277,7 +278,8 @@ class RMSprop(torch.optim.RMSprop):
                     self._take_gradient(p)
         finally:
             release.finish(self.state)
-            release.watch(self.param_groups)
+            self._follow_groups()
+            release.watch(self._packs)
 
     def explain(self) -> list[str]:
         """Say which parameters take the compiled pass and which take PyTorch's step, and why.

@@ -25,8 +25,8 @@ class Released(torch.Tensor):
     `step()` would add nothing up, and an optimizer that shares the parameter would skip it.
     """
 
-    # No function of PyTorch needs another treatment than its operations, which `__torch_dispatch__` gets.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # `__torch_dispatch__` gets the operations of every function of PyTorch.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, p: torch.Tensor) -> "Released":
@@ -63,6 +63,7 @@ class Release:
         self._hook = hook
         # By the ids of parameters, as tensors have no `==` of their own; the parameters are kept, as ids may recur.
         self._hooked: dict[int, tuple[torch.Tensor, RemovableHandle]] = {}
+        self._dropped: dict[int, Released] = {}
         self._updated: dict[int, torch.Tensor] = {}
         self._packs: list[Pack] = []
         # For each parameter its packs, and its number in `Pack.moved`; None if it is not moved. One that is listed
@@ -73,14 +74,23 @@ class Release:
         # Autograd calls hooks on a thread for each device.
         self.lock = threading.RLock()
 
-    def watch(self, groups: Iterable[Group]) -> None:
-        """Register hooks on all parameters of these groups that need gradients, and remove the hooks of others."""
-        listed = {id(p): p for group in groups for p in group["params"] if p.requires_grad}
+    def watch(self, packs: Sequence[Pack]) -> None:
+        """Register hooks on all parameters of these packs that need gradients, and remove the hooks of others.
+
+        All that later steps need is made here, and not within `backward()`: small objects that are made between large
+        gradients keep the allocator from giving the memory of these back.
+        """
+        listed = {id(p): p for pack in packs for p, _ in pack.places() if p.requires_grad}
         for number in self._hooked.keys() - listed.keys():
             self._hooked.pop(number)[1].remove()
+            del self._dropped[number]
         for number, p in listed.items():
             if number not in self._hooked:
                 self._hooked[number] = p, p.register_post_accumulate_grad_hook(self._hook)
+                self._dropped[number] = Released(p)
+        for pack in packs:
+            if pack.moved is not None:
+                pack.moved.state.prepare()
 
     def begin(self, packs: Sequence[Pack], state: State) -> None:
         """Begin a step with these packs, which have followed all changes; or go on with other packs than before."""
@@ -101,9 +111,9 @@ class Release:
     def update(self, p: torch.Tensor, state: State, fallback: Callable[[Group, list[torch.Tensor]], None]) -> None:
         """Update one parameter, by `fallback` if it takes PyTorch's step, and drop its gradient.
 
-        Nothing happens if the parameter is in no pack: no step would update it.
+        Nothing happens if no step would update it: it is in no pack, or another hook has taken its gradient away.
         """
-        if id(p) not in self._places:
+        if id(p) not in self._places or p.grad is None:
             return
         if id(p) in self._updated:
             raise StepInProgressError(
@@ -115,7 +125,10 @@ class Release:
             if k is None or pack.moved is None or pack.moved.refusal or not pack.moved.update(k, state):
                 fallback(pack.group, [p])
         self._updated[id(p)] = p
-        p.grad = Released(p)
+        dropped = self._dropped.get(id(p))
+        if dropped is None or (dropped.shape, dropped.dtype, dropped.device) != (p.shape, p.dtype, p.device):
+            dropped = Released(p)
+        p.grad = dropped
 
     def refuse_unequal_options(self) -> None:
         """Raise OptionError if the options of a group are not those that the step began with."""

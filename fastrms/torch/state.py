@@ -52,6 +52,7 @@ class BoundState:
         # For each parameter its dict in `optimizer.state`, and the tensors of the dict that are views of the buffers.
         self._dicts: tuple[Any, ...] = (None,) * count
         self._views: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+        self._prepared: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]  # views for state that is not made
         self._stale = True  # whether the dicts may have other tensors than the record below
         # For each name its tensors in the dicts, at the end of the last search, and their places.
         self._found: dict[str, tuple[Any, ...]] = {}
@@ -169,13 +170,22 @@ class BoundState:
             if name not in self._views[k]:
                 if name not in given:
                     parts[k][...] = 0
-                given[name] = self._views[k][name] = view_of(parts[k])
+                view = self._prepared[k].pop(name, None)
+                given[name] = self._views[k][name] = view_of(parts[k]) if view is None else view
 
     def begin(self, which: NDArray[np.bool_], state: State) -> None:
         """Make the state of the parameters that `which` marks and that have none."""
         for k in np.flatnonzero(which & ~self.begun).tolist():
             self.begin_one(k, state)
         self.record_begun(state)
+
+    def prepare(self) -> None:
+        """Make the tensors of the state of parameters that have none, for a later `begin_one`."""
+        if not self.all_begun:
+            for k in np.flatnonzero(~self.begun).tolist():
+                for name, parts in self._parts.items():
+                    if name not in self._prepared[k]:
+                        self._prepared[k][name] = view_of(parts[k])
 
     def begin_one(self, k: int, state: State) -> None:
         """Make the state of parameter k if it has none. The caller calls `record_begun` before the next step."""
