@@ -169,6 +169,46 @@ def test_no_gradient_is_left_after_backward():
     assert all(first is second for first, second in zip(*dropped, strict=True))
 
 
+def test_nothing_that_stays_is_made_within_backward(monkeypatch):
+    model, optimizer = model_and_optimizer(momentum=0.9, centered=True)
+    for name in ("fastrms.torch.state.view_of", "fastrms.torch.release.Released.__new__"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("the allocator cannot give memory back"))
+    model(X).sum().backward()
+    monkeypatch.undo()
+    optimizer.step()
+    assert len(optimizer.state) == 4
+
+
+def test_other_hooks_of_a_parameter():
+    """One that takes the gradient away before ours, and one that puts the parameter elsewhere."""
+    runs = []
+    for release in (False, True):
+        model, optimizer = model_and_optimizer(momentum=0.9)
+        optimizer.release_gradients(False)
+        params = list(model.parameters())
+
+        def take_away(p):
+            p.grad = None
+
+        def put_elsewhere(p):
+            p.data = p.data.clone()
+
+        handles = [params[0].register_post_accumulate_grad_hook(take_away)]
+        for step in range(4):
+            if step == 2:
+                handles.pop().remove()
+                handles.append(params[1].register_post_accumulate_grad_hook(put_elsewhere))
+            optimizer.release_gradients(False)  # so that ours come last
+            optimizer.release_gradients(release)
+            optimizer.zero_grad()
+            model(X).sum().backward()
+            optimizer.step()
+            assert (params[0] in optimizer.state) == (step >= 2)
+        runs.append((params, optimizer))
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+    assert runs[0][1].state_dict()["state"].keys() == runs[1][1].state_dict()["state"].keys()
+
+
 def model_and_optimizer(**options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
