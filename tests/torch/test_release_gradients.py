@@ -22,7 +22,7 @@ PYTORCHS_STEP = pytest.mark.filterwarnings("ignore:fastrms.torch.RMSprop. PyTorc
 BOTH = pytest.mark.parametrize("release", [False, True])
 
 
-def backward(params, step, skip=()):
+def backward(params, step, skip=(), **options):
     """Give parameters random gradients by autograd, with an error for each other element."""
     losses = []
     for k, p in enumerate(params):
@@ -30,7 +30,7 @@ def backward(params, step, skip=()):
             generator = torch.Generator().manual_seed(1000 * step + k)
             weights = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
             losses.append((p * weights).sum().abs())
-    sum(losses).backward()
+    sum(losses).backward(**options)
 
 
 def assert_same_bits(first, second, versions=True):
@@ -76,7 +76,7 @@ def test_groups_schedulers_state_and_options_that_change_between_steps(way):
         groups = [{"params": params[:2], "momentum": 0.9}, {"params": params[2:3], "lr": 0.01}]
         _, optimizer = made(release, groups, lr=0.1, **way)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-        for step in range(14):
+        for step in range(16):
             if step == 3:
                 optimizer.add_param_group({"params": params[3:4], "centered": True})
             if step == 4:  # by hand, which no hook can see before a step has
@@ -93,11 +93,11 @@ def test_groups_schedulers_state_and_options_that_change_between_steps(way):
                 optimizer.state[params[0]]["square_avg"] = torch.ones_like(params[0])
             if step == 10:
                 optimizer.param_groups[0]["eps"] = 0.0  # which the compiled pass cannot take
-            if step == 11:
-                params[1].data = torch.ones(4, dtype=torch.float64)
-                del optimizer.state[params[1]]
             if step == 12:
                 optimizer.param_groups[0]["eps"] = 1e-8
+            if step == 13:
+                params[1].data = torch.ones(4, dtype=torch.float64)
+                del optimizer.state[params[1]]
             optimizer.zero_grad()
             backward(params, step, skip=(3,) if step == 9 else ())
             if release and step != 4:
@@ -122,6 +122,7 @@ KINDS = {
 
 
 @PYTORCHS_STEP
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_of_every_kind(kind):
@@ -134,7 +135,7 @@ def test_parameters_of_every_kind(kind):
         _, optimizer = made(release, params * 2 if kind == "listed twice" else params, momentum=0.5)
         for step in range(4):
             optimizer.zero_grad()
-            backward(params, step)
+            backward(params, step, create_graph=step == 2)
             optimizer.step()
         runs.append((params, optimizer))
     assert runs[0][1].explain() == runs[1][1].explain()
@@ -346,6 +347,36 @@ def test_release_can_begin_and_end_between_any_two_calls():
                 optimizer.release_gradients(False)
         runs.append((list(model.parameters()), optimizer))
     assert_same_bits(*runs)
+
+
+def test_changes_between_backward_and_step():
+    runs = []
+    for release in (False, True):
+        params = parameters()
+        _, optimizer = made(release, params[:3], momentum=0.9)
+        for step in range(4):
+            optimizer.zero_grad()
+            backward(params, step)
+            if step == 1:  # parameters that have gradients already
+                optimizer.add_param_group({"params": params[3:4], "lr": 0.1})
+                optimizer.param_groups[0]["params"].append(params[4])
+            optimizer.step()
+        runs.append((params, optimizer))
+    assert_same_bits(*runs)
+
+
+def test_a_state_that_is_loaded_after_backward_ends_the_step():
+    model, optimizer = model_and_optimizer(momentum=0.9)
+    model(X).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    model(X).sum().backward()
+    optimizer.load_state_dict(saved)
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.zero_grad()
+    model(X).sum().backward()
+    optimizer.step()
+    assert all(state["step"] == 2 for state in optimizer.state.values())
 
 
 def test_an_end_of_release_leaves_no_hooks():
