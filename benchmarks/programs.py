@@ -11,7 +11,6 @@ train, without the memory that it had before it made its parameters.
 # ruff: noqa: RUF001 - a multiplication sign in a table is meant
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import resident
 from pages import fill, markdown
 
 sys.path.pop(0)
@@ -37,7 +37,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "programs.md"
 Step = Callable[[], object]
 
 SIZES, ROWS = (784, 2048, 2048, 10), 128  # of the network that is trained, and rows of a batch
-MEMORY_SIZES = (784, 8192, 8192, 10)
+MEMORY_SIZES = (784, *[4096] * 5, 10)  # several layers, so that no single gradient is most of the memory
 WORDS, WIDTH, BATCH = 50_000, 100, 1024  # of a table of word vectors, and words of a batch
 
 
@@ -154,7 +154,7 @@ def child(way: str, sizes: Sequence[int]) -> None:
     RMSProp(np.ones(3, np.float32), kernel="serial").step(np.ones(3, np.float32))
     one = RMSProp(np.ones(3, np.float32), kernel="serial")
     one.step_parameter((), np.ones(3, np.float32))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident.restart()
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((ROWS, n)).astype(np.float32) for n in (sizes[0], sizes[-1]))
     arrays = [
@@ -172,7 +172,7 @@ def child(way: str, sizes: Sequence[int]) -> None:
                 del gradient
         else:
             opt.step(listed(params, x, y))
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(resident.peak() - before)
 
 
 def measure(seconds: float, quick: bool = False) -> dict[str, str]:
