@@ -61,7 +61,7 @@ def step_of(model: Any, optimizer: Any, sizes: Sizes) -> Callable[[], float]:
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 
