@@ -1,7 +1,6 @@
 """Methods that update one parameter or some of its rows, and a method that adds a group."""
 
 from collections.abc import Hashable
-from contextlib import nullcontext
 from typing import Any
 
 from fastrms._persistence import Persistent
@@ -131,11 +130,19 @@ class InParts(Persistent[P]):
                 f"{name}: expected an optimizer of one process on the host, got one on a GPU or on several ranks. With "
                 "ranks, hand each gradient over with ready(key, grad), and then call step()"
             )
-        limit = backend.thread_limit
-        with self._turns.part_of_step(name), nullcontext() if limit is None else threads.limit_threads(limit):
-            number = self._state.layout.number_of(key)
-            backend.one_by_one.update(backend, number, gradient, rows)
-            param: Array = self._state.buffers["params"].leaves[number]
+        turns, state = self._turns, self._state
+        with turns.lock:  # as in `Turns.part_of_step`, which takes 2 us longer
+            if turns.in_progress.locked():
+                turns.admit(name, changes=True)
+            with turns.in_progress:
+                state.counts.admit(0)
+                number = state.layout.number_of(key)
+                if backend.thread_limit is None:
+                    backend.one_by_one.update(backend, number, gradient, rows)
+                else:
+                    with threads.limit_threads(backend.thread_limit):
+                        backend.one_by_one.update(backend, number, gradient, rows)
+                param: Array = state.buffers["params"].leaves[number]
         return param
 
     def add_param_group(self, group: Group) -> None:

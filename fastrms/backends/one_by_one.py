@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrms._state import OptimizerState
+from fastrms._state import Counts, OptimizerState
 from fastrms.backends import plan
 from fastrms.backends.base import Call
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, HostRun
@@ -201,7 +201,6 @@ class _Parameter:
             copied[...] = array
         return copied
 
-    @np.errstate(all="ignore")  # the user's settings may raise, and are for the user's own arithmetic
     def calls(
         self, backend: "HostBackend", found: "_Gradient | tuple[Any]", rates: list[float] | None, schedules: list[Any]
     ) -> list[Call]:
@@ -209,37 +208,45 @@ class _Parameter:
 
         `rates` has the rates of the groups whose option lr is still the one in `schedules`.
         """
-        run, counts, variant = self._prepared(backend), backend.state.counts, backend.variant
-        in_place = isinstance(found, tuple) and not isinstance(found, _Gradient)
-        if in_place and not backend.reads_in_place:  # a signal handler has set another kernel
-            found, in_place = self._whole(backend.state, found[0]), False
-        if in_place and (steady := self._steady.get(variant)) is not None:
-            return steady
+        run = self._prepared(backend)
+        if isinstance(found, _Gradient):
+            return self._calls_elsewhere(backend, run, found, rates, schedules)
+        if not backend.reads_in_place:  # a signal handler has set another kernel
+            return self._calls_elsewhere(backend, run, self._whole(backend.state, found[0]), rates, schedules)
+        variant = backend.variant
+        calls = self._steady.get(variant)
+        return self._calls_in_place(backend, run, variant, rates, schedules) if calls is None else calls
+
+    @np.errstate(all="ignore")  # the user's settings may raise, and are for the user's own arithmetic
+    def _calls_in_place(
+        self, backend: "HostBackend", run: HostRun, variant: str, rates: list[float] | None, schedules: list[Any]
+    ) -> list[Call]:
+        """Return the kernel calls for a gradient where `find` has found it."""
         kernel, lines_ahead = backend.variant_of(run, variant)
-        lr = run.group["lr"]
-        rate = plan.rate_of(
-            run.group, run.group_number, rates if lr is schedules[run.group_number] else None, counts.steps
-        )
-        corrections = run.corrections(counts)
-        if not in_place:
-            assert isinstance(found, _Gradient)
-            return self._calls_elsewhere(backend, found, kernel, lines_ahead, rate, corrections)
-        limit, scales = run.group["clip_norm"], None
+        limit, scales, counts = run.group["clip_norm"], None, backend.state.counts
         if limit is not None:
             scales = scale_to(limit, run.gradient_norms(backend.state.buffers["grads"], kernel, None))
+        rate, corrections = self._rate(run, rates, schedules, counts), run.corrections(counts)
         calls = run.calls(kernel, run.arguments(rate, IN_PLACE, scales, corrections, lines_ahead), IN_PLACE)
-        if scales is None and corrections is None and not callable(lr):
+        if scales is None and corrections is None and not callable(run.group["lr"]):
             self._steady[variant] = calls
         return calls
 
+    def _rate(self, run: HostRun, rates: list[float] | None, schedules: list[Any], counts: Counts) -> float:
+        """Return the learning rate of the run."""
+        number = run.group_number
+        return plan.rate_of(run.group, number, rates if run.group["lr"] is schedules[number] else None, counts.steps)
+
+    @np.errstate(all="ignore")
     def _calls_elsewhere(
-        self, backend: "HostBackend", gradient: _Gradient, kernel: str, lines_ahead: int | None, rate: float,
-        corrections: NDArray[np.float64] | None,
-    ) -> list[Call]:  # fmt: skip
+        self, backend: "HostBackend", run: HostRun, gradient: _Gradient, rates: list[float] | None, schedules: list[Any]
+    ) -> list[Call]:
         """Return the kernel calls for the spans of a gradient that is given by addresses, or by its vector."""
         if not gradient.vector.size:
             return []
-        run, by_address = self._run, plan.takes_addresses(kernel)
+        kernel, lines_ahead = backend.variant_of(run, backend.variant)
+        counts, by_address = backend.state.counts, plan.takes_addresses(kernel)
+        rate, corrections = self._rate(run, rates, schedules, counts), run.corrections(counts)
         spans = np.zeros((len(gradient.spans), 4), np.int64)
         spans[:, :2] = gradient.spans
         if by_address:

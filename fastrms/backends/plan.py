@@ -1,7 +1,7 @@
 """The plan of a step on the host: runs of neighbouring parameters, and one kernel call for each run."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -122,6 +122,7 @@ class HostRun(Run):
     def use_options(self, clips_by_norm: bool) -> None:
         """Use the rule that the options of the group need, or clipping by a norm."""
         self._extended = True if clips_by_norm or needs_extended_rule(self.group) else None
+        self._finder: partial[int] | None = None
 
     def use_buffers(self, buffers: Mapping[str, FlatBuffer], written: NDArray[np.int64]) -> None:
         """Update the parts of these buffers from now on, with the state that the options of the run need.
@@ -140,7 +141,7 @@ class HostRun(Run):
             buffers = {**buffers, "params": buffers["grads"]}
         params, grads, *state = self.parts_of(buffers)
         self._arrays = (params, grads, *state, self._hyper)
-        self._from_table = (self._hyper, *state)
+        self._from_table, self._finder = (self._hyper, *state), None
         self._entry_points: dict[tuple[Update, tuple[Any, Any]], Update] = {}
         table["size"], table["params_at"], table["grads_at"] = self.size, params.ctypes.data, grads.ctypes.data
         table["sources_at"], table["source_count"] = self._spans.ctypes.data, len(self._spans)
@@ -171,8 +172,10 @@ class HostRun(Run):
         `items` is the address of the items of a tuple with all gradients; 0 to check held parameters only.
         """
         self._whole[:, GRADIENT] = 0
-        serial_from, *arguments = self._from("serial", self._no_update, items=items)
-        return int(serial_from(*arguments))
+        if self._finder is None:
+            serial_from, *arguments, _ = self._from("serial", self._no_update)
+            self._finder = partial(serial_from, *arguments)
+        return int(self._finder(items))
 
     def located(self) -> NDArray[np.bool_]:
         """Return for each parameter whether `locate` found a gradient (and not None)."""
