@@ -78,8 +78,8 @@ class Turns:
         if updated is not None:
             raise StepInProgressError(
                 f"{name}: expected a call between two steps, got one within a step of one parameter at a time, with "
-                f"{int(updated.sum())} of {len(updated)} parameters updated; update the others too, or call "
-                "finish_step()"
+                f"{int(updated.sum())} of {len(updated)} parameters updated; update the others too "
+                "(step_parameter, step_rows), or call finish_step()"
             )
 
     def after_fork(self) -> None:
