@@ -56,9 +56,9 @@ class InParts(Persistent[P]):
         >>> from fastrms import RMSProp
         >>> opt = RMSProp({"W": np.ones(2), "b": np.zeros(1)}, lr=0.1)
         >>> opt.step_parameter("b", np.array([0.5]))
-        array([-0.31622776])
+        array([-0.31622775])
         >>> opt.step_parameter("W", np.array([0.5, -0.5]))
-        array([0.68377224, 1.31622776])
+        array([0.68377225, 1.31622775])
         >>> opt.steps
         1
         """

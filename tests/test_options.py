@@ -299,7 +299,7 @@ def test_floors_decide_exactly_as_the_product_would(dtype, decay_rate):
 
 
 def test_type_checkers_see_every_option():
-    own = {"params", "lr", "decay_rate", "epsilon", "kernel", "cache_dtype", "storage", "stream"}
+    own = {"params", "lr", "decay_rate", "epsilon", "kernel", "cache_dtype", "storage", "stream", "in_place"}
     assert {*Keywords.__annotations__, *own} == set(inspect.signature(RMSProp).parameters)
     assert set(Group.__annotations__) == {"params", *GROUP_DEFAULTS}
     assert ("auto", *UPDATES) == HOST_KERNELS

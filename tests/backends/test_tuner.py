@@ -171,7 +171,7 @@ def test_bits_do_not_depend_on_trials(small_trials, rng):
 )
 def test_small_runs_neither_prefetch_nor_use_threads(size, variant, expected, small_trials):
     backend = RMSProp([np.zeros(60), np.zeros(size, np.float32)]).backend
-    assert backend._variant_of(backend._runs[1], variant) == expected
+    assert backend.variant_of(backend._runs[1], variant) == expected
 
 
 def test_explain_says_what_runs_and_why(small_trials):
