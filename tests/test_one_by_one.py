@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import sys
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from helpers import assert_same_bits, assert_same_state, wide
 
 from fastrms import DtypeError, OptionError, RMSProp, StepInProgressError, StorageError, StructureError
+from fastrms.backends.pages import Pages
 from fastrms.backends.plan import HostRun
 from fastrms.buffers import Layout
 
@@ -241,6 +243,23 @@ def test_a_closed_folder_is_left_alone(tmp_path):
     for call in (opt.finish_step, lambda: opt.step_parameter(1, np.ones(2))):
         with pytest.raises(StorageError, match="got one that was closed"):
             call()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_in_a_folder_only_the_pages_of_the_parameter_are_touched(tmp_path, monkeypatch):
+    opt = RMSProp([np.ones(3000), np.ones(5000), np.ones(4000)], momentum=0.9, storage=tmp_path / "run")
+    touched, advise = [], Pages._advise
+
+    def note(pages, array, advice):
+        touched.append((array.ctypes.data, array.ctypes.data + array.nbytes))
+        advise(pages, array, advice)
+
+    monkeypatch.setattr(Pages, "_advise", note)
+    opt.step_parameter(1, np.ones(5000))
+    own = [buffer.leaves[1] for buffer in opt.buffers.values()]
+    bounds = [(leaf.ctypes.data, leaf.ctypes.data + leaf.nbytes) for leaf in own]
+    assert touched
+    assert all(any(low <= start and end <= high for low, high in bounds) for start, end in touched)
 
 
 def test_a_gradient_is_not_kept_after_its_update():
