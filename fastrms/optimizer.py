@@ -12,7 +12,7 @@ from fastrms._state import OptimizerState, Settings
 from fastrms._types import CacheDType, Kernel, LearningRate, NonFinite
 from fastrms.backends.factory import backend_of, new_backend
 from fastrms.buffers.pytree import P, Params, PyTree
-from fastrms.buffers.replaced import changed_views, paths_outside
+from fastrms.buffers.replaced import changed_views, foreign_arrays
 from fastrms.kernels import threads
 from fastrms.options import Group, Keywords
 
@@ -322,9 +322,9 @@ class RMSProp(InParts[P]):
         ----------
         **arrays : array, or list, tuple or dict of these
             The arrays that your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must
-            be a view of the optimizer's parameters, or with `in_place` one of its arrays. An array is neither if it was
-            copied (a copy or pickle of an object that holds views has arrays of its own), or if its name was bound to a
-            new array, as by ``W1 = W1 * 2``.
+            be a view of the optimizer's parameters or gradients, or with `in_place` one of its arrays. It is not if it
+            was copied (a copy or pickle of an object that holds views has arrays of its own), or if its name was bound
+            to a new array, as by ``W1 = W1 * 2``.
 
         Returns
         -------
@@ -343,14 +343,13 @@ class RMSProp(InParts[P]):
         []
         >>> copied_w, copied = copy.deepcopy((w, opt))
         >>> copied.check(w=copied_w)
-        ['w: expected a view of the parameters, got something else; take it from params again']
+        ['w: expected a view of the parameters, got an array with other memory; take it from params again']
         >>> (copied_w,) = copied.params
         """
         replaced = [problem for name, buffer in self.buffers.items() for problem in changed_views(buffer, name)]
+        params, grads = self.buffers["params"], self.buffers["grads"]
         return replaced + [
-            f"{path}: expected a view of the parameters, got something else; take it from params again"
-            for name, tree in arrays.items()
-            for path in paths_outside(self.buffers["params"], tree, name)
+            problem for name, tree in arrays.items() for problem in foreign_arrays(params, grads, tree, name)
         ]
 
     def __getstate__(self) -> dict[str, Any]:

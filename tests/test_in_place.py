@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -27,8 +28,20 @@ def test_the_parameters_are_the_given_arrays():
     assert bias[0] != 1
     assert opt.check(W=weights, b=bias, part=weights[1:]) == []
     assert opt.check(W=weights * 2) == [
-        "W: expected a view of the parameters, got something else; take it from params again"
+        "W: expected an array that is updated in place, got an array with other memory; take it from params again"
     ]
+
+
+def test_check_reports_arrays_that_changed_objects_around_arrays_and_no_gradients():
+    array = np.ones((2, 3))
+    opt = RMSProp([array], in_place=True)
+    assert opt.check(dW=opt.grads[0][1:]) == []
+    assert opt.check(W=types.SimpleNamespace(data=array)) == [
+        "W: expected an array that is updated in place, got SimpleNamespace object; give the array that it holds"
+    ]
+    array.shape = (3, 2)
+    (problem,) = opt.check()
+    assert "changed to shape (3, 2)" in problem
 
 
 def test_subclasses_of_arrays_are_kept():

@@ -14,7 +14,7 @@ from fastrms.buffers.narrow import narrow_of
 from fastrms.buffers.pytree import describe, take_apart
 from fastrms.errors import StructureError
 
-__all__ = ["Watch", "are_intact", "changed_view", "changed_views", "paths_outside", "refuse_replaced"]
+__all__ = ["Watch", "are_intact", "changed_view", "changed_views", "foreign_arrays", "refuse_replaced"]
 
 
 class Watch:
@@ -67,7 +67,7 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
 
     The buffer is on the host or on a device. The sentences call its views `name`.
     """
-    on_host = isinstance(buffer.segments[0], np.ndarray)
+    on_host = isinstance(buffer.leaves[0], np.ndarray)
     expected = buffer.original_views() if on_host else buffer.leaves
     held = isinstance(buffer, HeldArrays)
     found = _changes(buffer.layout, name, buffer.views, buffer.leaves, expected, held)
@@ -115,6 +115,20 @@ def changed_view(path: str, view: Array, original: Array, held: bool) -> str | N
     return None
 
 
-def paths_outside(buffer: FlatBuffer, tree: object, name: str) -> list[str]:
-    """Return the paths, from `name` on, of all items of `tree` that are no arrays in the block of the buffer."""
-    return [path for path, item in take_apart(tree, name)[1] if not buffer.contains(item)]
+def foreign_arrays(params: FlatBuffer, grads: FlatBuffer, tree: object, name: str) -> list[str]:
+    """Return a sentence for each item of `tree` that is no array in the memory of parameters or gradients.
+
+    The sentences call the tree `name`.
+    """
+    expected = "an array that is updated in place" if isinstance(params, HeldArrays) else "a view of the parameters"
+    on_host = isinstance(params.leaves[0], np.ndarray)
+    found = []
+    for path, item in take_apart(tree, name)[1]:
+        if params.contains(item) or grads.contains(item):
+            continue
+        if on_host and not isinstance(item, np.ndarray):
+            got = f"{describe(item)}; give the array that it holds"
+        else:
+            got = "an array with other memory; take it from params again"
+        found.append(f"{path}: expected {expected}, got {got}")
+    return found

@@ -143,7 +143,7 @@ def test_check_sees_views_that_a_copy_has_cut_off(how):
     ]  # fmt: skip
     model.W = model.W * 2
     assert model.opt.check(W=model.W) == [
-        "W: expected a view of the parameters, got something else; take it from params again"
+        "W: expected a view of the parameters, got an array with other memory; take it from params again"
     ]
 
 
