@@ -43,7 +43,9 @@ class HeldArrays(FlatBuffer):
         self._originals = [np.asarray(array).view() for array in arrays]
 
     @property
-    def segments(self) -> tuple[Array, ...]:  # type: ignore[override]
+    def segments(  # type: ignore[override] # pyright: ignore[reportIncompatibleVariableOverride] # it is read anew
+        self,
+    ) -> tuple[Array, ...]:
         """A vector for each array, in the memory that the array has now.
 
         Reading it raises StructureError if an array was moved, or has another shape or dtype than at first.
