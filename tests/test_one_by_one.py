@@ -247,20 +247,30 @@ def test_a_closed_folder_is_left_alone(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
 def test_in_a_folder_only_the_pages_of_the_parameter_are_touched(tmp_path, monkeypatch):
-    opt = RMSProp([np.ones(3000), np.ones(5000), np.ones(4000)], momentum=0.9, storage=tmp_path / "run")
     touched, advise = [], Pages._advise
 
     def note(pages, array, advice):
-        if any(np.may_share_memory(array, buffer.block) for buffer in opt.buffers.values()):
-            touched.append((array.ctypes.data, array.ctypes.data + array.nbytes))
+        touched.append((array.ctypes.data, array.ctypes.data + array.nbytes))
         advise(pages, array, advice)
 
-    monkeypatch.setattr(Pages, "_advise", note)
-    opt.step_parameter(1, np.ones(5000))
-    own = [buffer.leaves[1] for buffer in opt.buffers.values()]
-    bounds = [(leaf.ctypes.data, leaf.ctypes.data + leaf.nbytes) for leaf in own]
-    assert touched
-    assert all(any(low <= start and end <= high for low, high in bounds) for start, end in touched)
+    with RMSProp([np.ones(3000), np.ones(5000), np.ones(4000)], momentum=0.9, storage=tmp_path / "run") as opt:
+        blocks, own = (
+            [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays]
+            for arrays in (
+                [buffer.block for buffer in opt.buffers.values()],
+                [buffer.leaves[1] for buffer in opt.buffers.values()],
+            )
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(Pages, "_advise", note)
+            opt.step_parameter(1, np.ones(5000))
+    in_files = [place for place in touched if lies_in_one(place, blocks)]  # not the gradient
+    assert in_files
+    assert all(lies_in_one(place, own) for place in in_files)
+
+
+def lies_in_one(place, pieces):
+    return any(low <= place[0] and place[1] <= high for low, high in pieces)
 
 
 def test_a_gradient_is_not_kept_after_its_update():
