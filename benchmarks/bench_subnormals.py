@@ -69,10 +69,11 @@ def test_subnormals_cost_nothing(name, kernel, capsys):
     found = medians(made)
     report(capsys, name, kernel, found)
     if kernel == "serial":  # a ratio within one run; the other two share the machine with more of its noise
-        # Other work on the machine can slow one of the three for a while, but hardly three times.
+        # Other work on the machine can slow one of the three for a while, and so can the place of its memory for as
+        # long as it lives; but hardly three times.
         ratios = [max(found[1:]) / found[0]]
         while ratios[-1] > 1.2 and len(ratios) < 3:
-            found = medians(made)
+            found = medians(optimizers(kernel, OPTIONS[name]))
             ratios.append(max(found[1:]) / found[0])
         assert min(ratios) <= 1.2
 
