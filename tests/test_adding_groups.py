@@ -103,6 +103,17 @@ def test_storage_and_the_list_of_groups_are_refused(tmp_path):
             opt.param_groups.append({"params": [np.ones(2)]})
 
 
+def test_gradients_of_the_buffer_in_another_order_are_read_before_it_is_written():
+    ours = RMSProp([np.ones(3)])
+    ours.add_param_group({"params": [np.ones(3), np.ones(3)]})
+    oracle = RMSProp([{"params": [np.ones(3)]}, {"params": [np.ones(3), np.ones(3)]}], kernel="numpy")
+    (a,), (b, c) = ours.grads
+    a[...], b[...], c[...] = 1.0, 2.0, 3.0
+    ours.step([[b], [c, a]])
+    oracle.step([[np.full(3, 2.0)], [np.full(3, 3.0), np.full(3, 1.0)]])
+    assert_same_state(ours, oracle)
+
+
 def test_many_groups_are_copied():
     opt = RMSProp([np.ones(1)])
     for _ in range(200):

@@ -126,12 +126,13 @@ def test_a_replaced_item_of_params_is_noticed():
         opt.step([np.ones(2), np.ones(3)])
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["dense", "backwards"])
 @pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
-def test_gradients_that_share_memory_with_parameters_are_read_first(kernel, rng):
+def test_gradients_that_share_memory_with_parameters_are_read_first(kernel, order, rng):
     start = [wide(rng, 8, np.float64, -1, 1) for _ in range(3)]
     ours, oracle = RMSProp(copy.deepcopy(start), in_place=True, kernel=kernel), RMSProp(start, kernel="numpy")
-    ours.step([ours.params[1], ours.params[0], ours.params[2][::-1]])
-    oracle.step([start[1], start[0], start[2][::-1]])
+    ours.step([ours.params[1], ours.params[0], ours.params[2][::order]])
+    oracle.step([start[1], start[0], start[2][::order]])
     assert_same_state(ours, oracle)
 
 

@@ -62,7 +62,7 @@ def ml_dtype() -> DType | None:
 
 
 class _Tensor(ctypes.Structure):
-    """DLPack's struct DLTensor, which is the first member of its struct DLManagedTensor."""
+    """The struct DLTensor of DLPack: the first member of the struct DLManagedTensor."""
 
     _fields_ = (
         ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_number", ctypes.c_int32),
