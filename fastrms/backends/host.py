@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -105,7 +106,9 @@ class HostBackend(Backend):
         kernel = self.state.kernel
         largest = max(run.size for run in self._runs)
         variants = tuner.variants(largest, self._threads()) if kernel == "auto" else [kernel]
-        self._tuner = tuner.Tuner(variants) if len(variants) > 1 else None
+        wanted = [(run, tuner.of_run(run.size, name, True)) for run in self._runs for name in variants]
+        prepare = partial(plan.compile_ahead, wanted)
+        self._tuner = tuner.Tuner(variants, prepare=prepare) if len(variants) > 1 else None
         self.thread_limit = self.state.num_threads if "parallel" in variants else None  # a limit starts threads
         self.reads_in_place = kernel != "numpy" and pointers.available()
         self.options_changed()
@@ -322,14 +325,7 @@ class HostBackend(Backend):
 
     def variant_of(self, run: HostRun, variant: str) -> Variant:
         """Return the variant of a run. `variant` is the variant of large runs."""
-        kernel, lines_ahead = tuner.VARIANTS.get(variant, Variant("serial" if variant == "auto" else variant))
-        too_small = self._tuner is not None and run.size < tuner.TRY_PARALLEL_FROM
-        if kernel == "parallel" and (too_small or not threads.threads_work()):
-            kernel = "serial"
-        if run.size < tuner.TRY_PREFETCHING_FROM:
-            lines_ahead = None
-        # The parallel loop is compiled once, for both: training has to wait for that.
-        return Variant(kernel, lines_ahead or 0 if kernel == "parallel" else lines_ahead)
+        return tuner.of_run(run.size, variant, self._tuner is not None)
 
     def _skips(self, located: Located, variant: str, norms: NDArray[np.float64] | None, items: Items | None) -> bool:
         """Return whether to skip the step because a gradient is not finite, or raise NonfiniteError."""

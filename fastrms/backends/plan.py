@@ -1,6 +1,6 @@
 """The plan of a step on the host: runs of neighbouring parameters, and one kernel call for each run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.buffers.held import HeldArrays
 from fastrms.kernels import Update, cpu, pointers, threads
 from fastrms.kernels.access import GRADIENT, PARAMETER
-from fastrms.kernels.compiled import entry_point
+from fastrms.kernels.compiled import entry_point, in_background
 from fastrms.kernels.hyper import HYPER_FIELDS, hyper_values, needs_extended_rule
 from fastrms.kernels.norms import SpanNorms, combine, scale_to
 from fastrms.options import ParamGroup, resolve_lr
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fastrms._types import Items
 
 __all__ = [
-    "FROM_TABLE", "IN_BUFFER", "IN_PLACE", "HostRun", "Located", "Run", "Variant", "clip_scales", "find_nonfinite",
-    "make_plan", "memory_of", "rate_of", "split_runs", "takes_addresses",
+    "FROM_TABLE", "IN_BUFFER", "IN_PLACE", "HostRun", "Located", "Run", "Variant", "clip_scales", "compile_ahead",
+    "find_nonfinite", "make_plan", "memory_of", "rate_of", "split_runs", "takes_addresses",
 ]  # fmt: skip
 
 
@@ -166,6 +166,10 @@ class HostRun(Run):
         arguments = (table, *self._from_table, self._extended, lines_ahead, items)
         return (self._entry_point(FROM_TABLE[kernel], (self._extended, lines_ahead), *arguments), *arguments)
 
+    def compile(self, variant: Variant) -> None:
+        """Compile the function of `FROM_TABLE` for a variant, or load it from disk."""
+        self._from(variant.kernel, self._no_update, variant.lines_ahead)
+
     def locate(self, items: int) -> int:
         """Write the addresses of gradients to the spans, and return the status of `cpu.serial_from`.
 
@@ -279,6 +283,22 @@ class HostRun(Run):
             of_span = (param, gradient, *parts, hyper, span, factor[np.newaxis], extended, lines_ahead)
             calls.append(self.call(kernel, of_span))
         return calls
+
+
+def compile_ahead(wanted: Iterable[tuple[HostRun, Variant]]) -> Callable[[], bool]:
+    """Compile variants of runs in the background, and return a function that tells whether that has ended.
+
+    Calls of other functions than those of `FROM_TABLE` are not known before the step.
+    """
+    wanted = [(run, variant) for run, variant in wanted if run.from_table]
+    if any(variant.kernel == "parallel" for _, variant in wanted):
+        threads.start_threads()  # here, because it changes settings of the process for a moment
+
+    def work() -> None:
+        for run, variant in wanted:
+            run.compile(variant)
+
+    return in_background(work)
 
 
 def takes_addresses(kernel: str) -> bool:

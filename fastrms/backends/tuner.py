@@ -19,7 +19,7 @@ from fastrms.backends.plan import Variant
 from fastrms.kernels import threads
 from fastrms.kernels.cpu import COMPILED, LINES_AHEAD
 
-__all__ = ["TRY_PARALLEL_FROM", "TRY_PREFETCHING_FROM", "VARIANTS", "Tuner", "explain", "variants"]
+__all__ = ["TRY_PARALLEL_FROM", "TRY_PREFETCHING_FROM", "VARIANTS", "Tuner", "explain", "of_run", "variants"]
 
 # Runs with fewer elements stay serial: one pass takes some 25 us, and on busy cores a second thread saves less than the
 # synchronization of the two costs.
@@ -55,7 +55,8 @@ class Tuner:
     """The choice among variants, from times of training steps.
 
     The first of the `candidates` is used until the first trial, and later unless another one gains. `variant` is the
-    candidate of the next step, and `reason` says why, for users.
+    candidate of the next step, and `reason` says why, for users. A trial begins when the function that `prepare`
+    returns is true: candidates are compiled then.
     """
 
     # Seconds of training before the first trial: a short training never compiles the parallel kernel. The time before
@@ -76,9 +77,15 @@ class Tuner:
     # A step counts as at most this many usual steps. The rest of its time is a pause, not training.
     PAUSE = 10
 
-    def __init__(self, candidates: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        candidates: Sequence[str],
+        clock: Callable[[], float] = time.perf_counter,
+        prepare: Callable[[], Callable[[], bool]] = lambda: lambda: True,
+    ) -> None:
         self._candidates = candidates
         self._clock = clock
+        self._prepare = prepare
         self._best = candidates[0]
         self.reason = f"after {self.FIRST_LOOK:g} s of training also tried: {', '.join(candidates[1:])}"
         self._last: float | None = None
@@ -106,6 +113,9 @@ class Tuner:
         patience, expected = self.FIRST_LOOK, None
         while True:
             changed = yield from self._train(patience, expected)
+            prepared = self._prepare()
+            while not prepared():
+                yield self._best
             times = yield from self._compare()
             first, fastest = self._candidates[0], min(times, key=times.__getitem__)
             self._best = fastest if times[fastest] < self.GAIN * times[first] else first
@@ -153,6 +163,20 @@ class Tuner:
             if len(in_trial) == 1:
                 break
         return times
+
+
+def of_run(size: int, variant: str, tunes: bool) -> Variant:
+    """Return the variant of a run of `size` elements. `variant` is the variant of large runs.
+
+    `tunes` tells whether variants are tried.
+    """
+    kernel, lines_ahead = VARIANTS.get(variant, Variant("serial" if variant == "auto" else variant))
+    if kernel == "parallel" and ((tunes and size < TRY_PARALLEL_FROM) or not threads.threads_work()):
+        kernel = "serial"
+    if size < TRY_PREFETCHING_FROM:
+        lines_ahead = None
+    # The parallel loop is compiled once, for both.
+    return Variant(kernel, lines_ahead or 0 if kernel == "parallel" else lines_ahead)
 
 
 def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> str:

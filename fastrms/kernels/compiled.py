@@ -37,7 +37,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 
-__all__ = ["entry_point", "inner", "inner_options", "jit"]
+__all__ = ["entry_point", "in_background", "inner", "inner_options", "jit"]
 
 # Settings from the environment that change compiled code.
 _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE")
@@ -124,6 +124,47 @@ def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     return compile_on_a_thread
 
+
+# The last thread of `in_background`, while it runs.
+_background: threading.Thread | None = None
+
+
+def in_background(work: Callable[[], object]) -> Callable[[], bool]:
+    """Run a function that compiles, on another thread. Return a function that tells whether it has ended.
+
+    Errors are dropped: whoever needs the compiled code compiles it then, and gets the error. A fork waits for the end,
+    because the child would never get Numba's lock. So does the end of the process.
+    """
+    global _background
+    before = _background
+
+    def run() -> None:
+        global _background
+        sys.setprofile(None)
+        if before is not None:
+            before.join()
+        with suppress(BaseException):
+            work()
+        if _background is thread:
+            _background = None
+
+    thread = threading.Thread(target=run, name="fastrms compiles ahead")
+    _background = thread
+    try:
+        thread.start()
+    except RuntimeError:  # as in `_on_a_thread`
+        _background = before
+    return lambda: not thread.is_alive()
+
+
+def _wait_for_background() -> None:
+    thread = _background
+    if thread is not None and thread is not threading.current_thread():
+        thread.join()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_wait_for_background)
 
 _first_failure = ""
 

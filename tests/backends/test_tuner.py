@@ -49,6 +49,16 @@ def test_the_faster_one_is_kept():
     assert training.used[-300:] == ["serial"] * 300
 
 
+def test_a_trial_waits_until_its_kernels_are_compiled():
+    training, done = Training(serial=0.01, parallel=0.006), []
+    training.tuner = Tuner(["serial", "parallel"], lambda: training.now, lambda: lambda: bool(done))
+    training.run(500)
+    assert set(training.used) == {"serial"}
+    done.append(True)
+    training.run(TRIAL)
+    assert set(training.used) == {"serial", "parallel"}
+
+
 def test_a_trial_of_a_much_slower_kernel_ends_after_its_first_round():
     training = Training(serial=0.01, parallel=0.1).run(500)
     assert training.used.count("parallel") == Tuner.STEPS

@@ -364,3 +364,46 @@ def test_a_profiler_does_not_see_the_compiler(tmp_path):
     run = subprocess.run([sys.executable, "-c", PROFILED], env=environment, capture_output=True, text=True, check=True)
     assert any(tmp_path.rglob("*.nbc"))  # it was compiled here
     assert int(run.stdout) < 10_000  # of millions: what finds out that there is something to compile
+
+
+AHEAD = """
+    from fastrms.backends.tuner import Tuner
+    from fastrms.kernels import compiled
+
+    Tuner.FIRST_LOOK = 0.001
+    opt = RMSProp([np.ones(300_000)], num_threads=2)
+    while compiled._background is None:
+        opt.step()
+"""
+
+
+def test_training_continues_while_the_kernels_of_a_trial_are_compiled(tmp_path):
+    program = """
+    steps = 0
+    while compiled._background is not None:
+        opt.step()
+        steps += 1
+    with event.install_recorder("numba:compile") as recorded:
+        for variant in opt.backend._tuner._candidates:
+            opt.kernel = "auto"
+            opt.backend._tuner = Tuner([variant])
+            opt.step()
+            opt.step()
+    print(steps, len(recorded.buffer))
+    """
+    steps, compiled_later = run(AHEAD + program, folder=tmp_path)[0]
+    assert int(steps) > 20  # a step takes about 0.1 ms, and compilation more than a second
+    assert compiled_later == "0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="about fork")
+def test_a_fork_waits_until_compilation_in_the_background_has_ended(tmp_path):
+    program = """
+    import os, signal
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends a child that waits for ever
+        os._exit(0 if train("serial", momentum=0.5) else 1)  # compiles, which takes Numba's lock
+    print(os.waitpid(child, 0)[1], compiled._background)
+    """
+    assert run(AHEAD + program, folder=tmp_path)[0] == ["0", "None"]
