@@ -11,6 +11,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,22 @@ def measure(name: str, seconds: float) -> dict[str, list[float]]:
     for way in WAYS[1:]:
         for ours, theirs in zip(made[WAYS[0]][1], made[way][1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    # Turns so long that "auto" finds out within the first turns which kernel is faster.
-    return time_in_turns({way: step for way, (step, _) in made.items()}, seconds / len(WAYS), min(0.5, seconds / 30))
+    # Without turns until "auto" has found out which kernel is faster, because it looks at the time between its steps.
+    end = time.perf_counter() + min(4.0, seconds / 4)
+    while time.perf_counter() < end:
+        made[WAYS[0]][0]()
+    # Then turns that are long enough for the threads of the last way to sleep, and short enough that all ways meet slow
+    # times: next to another program, two of PyTorch's threads share a processor for tenths of a second, and steps take
+    # up to a hundred times as long.
+    return time_in_turns({way: step for way, (step, _) in made.items()}, seconds / len(WAYS), min(0.1, seconds / 100))
 
 
-def result(name: str, times: dict[str, list[float]], busy: bool = False) -> TorchRow:
+def result(name: str, times: dict[str, list[float]], busy: bool = False, one_thread: bool = False) -> TorchRow:
     """Medians, and how much faster than the better of PyTorch's two ours is."""
-    half = {way: statistics.median(values[len(values) // 2 :]) for way, values in times.items()}  # after the trials
-    ratio = min(half[way] for way in WAYS[1:]) / half[WAYS[0]]
-    return {"case": name, "busy": busy, "seconds": half, "ratio": ratio, "least": CASES[name][1]}
+    median = {way: statistics.median(values) for way, values in times.items()}
+    ratio = min(median[way] for way in WAYS[1:]) / median[WAYS[0]]
+    least = CASES[name][1]
+    return {"case": name, "busy": busy, "one_thread": one_thread, "seconds": median, "ratio": ratio, "least": least}
 
 
 def row(found: TorchRow) -> list[str]:

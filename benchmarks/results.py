@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from fastrms.bench.in_situ import TrainingRow
 from fastrms.bench.machine import Description
@@ -30,7 +30,8 @@ class TorchRow(TypedDict):
     """One case of bench_torch.py: medians by way, and how many times faster ours is than the better of PyTorch's."""
 
     case: str
-    busy: bool  # beside another program
+    busy: bool  # next to another program
+    one_thread: NotRequired[bool]  # PyTorch uses one thread; older files do not have it
     seconds: dict[str, float]
     ratio: float
     least: float

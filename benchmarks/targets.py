@@ -119,9 +119,15 @@ def training(network: Network, gradients: str, key: Literal["times_faster", "ove
     return value
 
 
-def beside_torch(name: str, busy: bool) -> Value:
+def beside_torch(name: str, busy: bool, one_thread: bool) -> Value:
     """How many times as fast the adapter is as the better of PyTorch's settings."""
-    return lambda run: next((row["ratio"] for row in run.torch if (row["case"], row["busy"]) == (name, busy)), None)
+
+    def value(run: Results) -> float | None:
+        wanted = (name, busy, one_thread)
+        found = (row for row in run.torch if (row["case"], row["busy"], row.get("one_thread", False)) == wanted)
+        return next((row["ratio"] for row in found), None)
+
+    return value
 
 
 def flat(size: int, dtype: str) -> Case:
@@ -136,6 +142,12 @@ def power(size: int) -> str:
 
 NAIVE = {"serial": "naive", "parallel": "naive-parallel"}
 KINDS = {"": "`step()`", "-list": "`step(list)`"}
+# Settings of measurements next to PyTorch: whether another program runs, and whether PyTorch uses one thread. Next to
+# another program PyTorch's own threads decide the time of a step by chance, with every optimizer. With one thread the
+# optimizers can be compared.
+TORCH_SETTINGS = {
+    "": (False, False), ", busy machine": (True, False), ", busy machine, PyTorch with one thread": (True, True)
+}  # fmt: skip
 SMALL, LARGE = SIZES[:2], SIZES[2:]
 SAME_BYTES = {"tensorplay": "TensorPlay", "torch-adagrad": "torch fused Adagrad"}
 MIDDLE, BIG = "784-512-512-10", "784-2048-2048-10"
@@ -224,10 +236,10 @@ def in_situ() -> Group:
 
 
 def torch_adapter() -> Group:
-    """Whole training steps of the adapter, also beside another program."""
+    """Whole training steps of the adapter, also next to another program."""
     names = tuple(name for name in bench_torch.CASES if name.startswith("training step"))
-    targets = [Target(f"torch adapter, {name}{', busy machine' if busy else ''}", 1.0, beside_torch(name, busy))
-               for busy in (False, True) for name in names]  # fmt: skip
+    targets = [Target(f"torch adapter, {name}{setting}", 1.0, beside_torch(name, busy, one_thread))
+               for setting, (busy, one_thread) in TORCH_SETTINGS.items() for name in names]  # fmt: skip
     return Group(targets, torch=names)
 
 
@@ -332,16 +344,29 @@ def _stop_if(interrupted: bool) -> None:
 
 
 def beside_torch_rows(names: Sequence[str], seconds: float) -> list[TorchRow]:
-    """Cases of bench_torch.py, alone and beside another program; none if torch is not installed."""
+    """Cases of bench_torch.py in each of `TORCH_SETTINGS`; none if torch is not installed."""
     if IMPLEMENTATIONS["torch"].missing():
         return []
     rows = []
-    for busy in (False, True):
+    for setting, (busy, one_thread) in TORCH_SETTINGS.items():
         for name in names:
-            with _another_program(busy):
-                rows.append(bench_torch.result(name, bench_torch.measure(name, seconds), busy))
-            print(f"measured: {name}{', busy' if busy else ''}", file=sys.stderr, flush=True)
+            with _another_program(busy), _one_thread_of_torch(one_thread):
+                rows.append(bench_torch.result(name, bench_torch.measure(name, seconds), busy, one_thread))
+            print(f"measured: {name}{setting}", file=sys.stderr, flush=True)
     return rows
+
+
+@contextmanager
+def _one_thread_of_torch(wanted: bool) -> Iterator[None]:
+    """Let PyTorch use one thread inside the block, or as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
