@@ -147,16 +147,29 @@ def divider(problem: Problem, parallel: bool) -> Runner:
     return Runner(problem.limited(step) if parallel else step, lambda: ((), ()))
 
 
-def divider_speedup(repeats: int = 15, size: int = 1_000_000) -> float:
-    """Return how many times faster two threads divide than one: near 2, unless a processor is busy or shared."""
+# Seconds of a turn of `divider_speedup`.
+TURN = 0.03
+
+
+def divider_speedup(turns: int = 8, size: int = 1_000_000) -> float:
+    """Return how many times faster two threads divide than one: near 2, unless a processor is busy or shared.
+
+    The first half of a turn does not count. After a pause the system takes some milliseconds to put two threads on two
+    processors.
+    """
     values, grads = _divider_arrays("float32", 2)
     epsilon = np.float32(EPSILON)
     seconds: tuple[list[float], list[float]] = [], []
     with threads.limit_threads(2):
-        for _ in range(repeats + 1):
+        for divide in (divide_serial, divide_parallel):
+            divide(values, grads, epsilon, size)  # compiles
+        for _ in range(turns):
             for divide, taken in zip((divide_serial, divide_parallel), seconds, strict=True):
-                start = time.perf_counter()
-                divide(values, grads, epsilon, size)
-                taken.append(time.perf_counter() - start)
-    one, two = (float(np.median(taken[1:])) for taken in seconds)  # the first ones compile
+                in_turn = []
+                begin = time.perf_counter()
+                while (start := time.perf_counter()) < begin + TURN:
+                    divide(values, grads, epsilon, size)
+                    in_turn.append(time.perf_counter() - start)
+                taken += in_turn[len(in_turn) // 2 :]
+    one, two = (float(np.median(taken)) for taken in seconds)
     return one / two
