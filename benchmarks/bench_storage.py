@@ -47,7 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], int, bool]] = {
     "serial, momentum": ({"kernel": "serial", "momentum": 0.9}, 16, True),
     "serial, clip_norm": ({"kernel": "serial", "clip_norm": 1.0}, 12, True),
     "serial, bfloat16": ({"kernel": "serial", "cache_dtype": "bfloat16"}, 10, True),
-    "serial, memory not limited": ({"kernel": "serial"}, 12, False),
+    "serial, no memory limit": ({"kernel": "serial"}, 12, False),
 }
 
 
@@ -186,7 +186,7 @@ def measure(case: str, limit: int, rounds: int, folder: Path | None, outside: bo
     return json.loads(done.stdout) | {"limit": limit if group or (outside and wants_limit) else None, "size": size}
 
 
-HEADER = ["float32", "files", "memory", "a step", "the disk", "a step moves", "of the disk's speed", "resident at most"]
+HEADER = ["float32", "files", "memory limit", "step", "the disk", "step moves", "disk time / step time", "peak memory"]
 
 
 def row(case: str, found: dict[str, Any]) -> list[str]:
@@ -197,7 +197,7 @@ def row(case: str, found: dict[str, Any]) -> list[str]:
     return [
         case,
         f"{found['nbytes'] / MIB:,.0f} MiB",
-        "not limited" if found["limit"] is None else f"{found['limit'] / MIB:,.0f} MiB",
+        "none" if found["limit"] is None else f"{found['limit'] / MIB:,.0f} MiB",
         *ranges,
         f"{found['moved'] / step / 1e9:.2f} GB/s",
         f"{disk / step:.2f}×",
@@ -224,7 +224,7 @@ def main() -> int:
     where = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False).stdout
     table = (
         f"Measured on {datetime.now(UTC).date()} on {about.processor()}, {about.processors()} processors, file system "
-        f"{where.strip() or 'unknown'}, {args.rounds} steps each: median, and least and most.\n\n"
+        f"{where.strip() or 'unknown'}, {args.rounds} steps each: median (minimum to maximum).\n\n"
         + markdown(HEADER, rows)
     )
     print(f"\n{table}")
