@@ -203,8 +203,8 @@ def tables(
                  format_seconds(communication) if ranks > 1 else "–", format_seconds(here.step(size, ranks)),
                  "–" if bytes_sent is None else f"{bytes_sent:,.0f}", f"{bytes_of_rank(size, ranks):,.0f}"]
             )  # fmt: skip
-    header = ["parameters, float32", "ranks", "step", "of which update", "communication", "step, by the model",
-              "bytes sent by a rank", "by the formula"]  # fmt: skip
+    header = ["parameters, float32", "ranks", "step", "update", "communication", "step, predicted",
+              "bytes sent by a rank", "bytes, predicted"]  # fmt: skip
     inputs = markdown(
         ["", "latency", "bandwidth of a rank", "update of a rank", "overhead of a step", "matrix products of a rank"],
         [[name, format_seconds(m.latency), f"{m.bandwidth / 1e9:.3g} GB/s", f"{m.rate / 1e9:.3g} billion parameters/s",
@@ -214,7 +214,7 @@ def tables(
     return {
         "mpi-measured": markdown(header, measured),
         "mpi-ready": markdown(
-            ["ranks", "backward pass alone", "with step() after it", "with ready() in it, and step()"],
+            ["ranks", "backward pass alone", "backward pass, then `step()`", "with `ready()`, then `step()`"],
             [[str(ranks), *map(format_seconds, found)] for ranks, found in ready.items()],
         ),
         "mpi-inputs": inputs,
@@ -233,7 +233,8 @@ def predicted(machine: Machine) -> str:
             cells.append(f"{format_seconds(step)} ({machine.communication(size, ranks) / step:.0%})")
         over = machine.takes_over(size)
         rows.append([f"{size:.0e}".replace("e+", "e"), *cells, "none" if over is None else f"{over:,}"])
-    return markdown(["parameters", *(f"{ranks:,} ranks" for ranks in PREDICTED_RANKS), "takes over at"], rows)
+    header = ["parameters", *(f"{ranks:,} ranks" for ranks in PREDICTED_RANKS), "communication dominates from"]
+    return markdown(header, rows)
 
 
 def plot(times: Times, here: Machine, network: Machine) -> "Figure":
