@@ -111,7 +111,7 @@ def rows(times: dict[str, dict[str, list[float]]]) -> list[list[str]]:
         ours, theirs = (statistics.median(times[case][way]) for way in (OURS, other))
         spread = max(times[case][OURS]) / min(times[case][OURS])
         lines.append(
-            [f"{case} float32, beside {other}", format_seconds(ours), format_seconds(theirs), f"{theirs / ours:.3g}×",
+            [f"{case} float32, against {other}", format_seconds(ours), format_seconds(theirs), f"{theirs / ours:.3g}×",
              f"{target:g}×", "reached" if theirs / ours >= target else "**missed**", f"{spread:.2f}×"]
         )  # fmt: skip
     return lines
@@ -131,7 +131,7 @@ def main() -> int:
     from fastrms.bench import device
 
     table = markdown(
-        ["a step over", "fastrms", "the other", "as fast by", "at least", "", "slowest to fastest turn"],
+        ["step", "fastrms", "the other", "speedup", "target", "", "slowest / fastest turn"],
         rows({case: measure(case, args.seconds) for case in CASES}),
     )
     facts = "; ".join(f"{name} {text}" for name, text in device.facts())
