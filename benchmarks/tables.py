@@ -142,14 +142,15 @@ def machine(run: Results) -> str:
     about = run.machine
     caches = ", ".join(f"{level} {size}" for level, size in about["caches"].items())
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    variables = ", ".join(f"{name}={value}" for name, value in about["environment"].items()) or "none that matters"
+    found = ", ".join(f"{name}={value}" for name, value in about["environment"].items())
+    variables = f"Environment variables: {found}." if found else "No relevant environment variables set."
     warnings = "".join(f" **Warning: {warning}.**" for warning in run.quiet.get("warnings", ()))
     quick = " **A quick run, to try the tables out: not for comparing.**" if run.quick else ""
     note = f" {run.note}" if run.note else ""
     return (
         f"- **{run.processor}**, {run.date[:10]}: {about['processors']} processors, {caches}{', ' * bool(caches)}"
         f"{about['system']}; {versions}; BLAS {'; '.join(about['blas'])}; threading layer {about['threading_layer']}, "
-        f"{run.settings['threads']} threads. Environment: {variables}.{note}{warnings}{quick}"
+        f"{run.settings['threads']} threads. {variables}{note}{warnings}{quick}"
     )
 
 
@@ -229,7 +230,7 @@ def against_naive(runs: Sequence[Results]) -> str:
         case = Case(1, (int(shape),), dtype)
         values = [targets.faster(case, ours, theirs)(run) for run, ours, theirs, _ in columns]
         body.append([f"{int(shape):,} {dtype}", *("–" if value is None else f"{value:.2f}×" for value in values)])
-    header = ["as fast as the naive loop", *(name.replace("-list", " list") for *_, name in columns)]
+    header = ["times as fast as the naive loop", *(name.replace("-list", " list") for *_, name in columns)]
     return markdown(header, body) if body else "(Not in these runs.)"
 
 
@@ -249,7 +250,7 @@ def in_situ(rows: Sequence[TrainingRow]) -> str:
                 "–" if over is None else f"{over:.2f}×",
             ]
         )
-    header = ["network", "optimizer", "gradients", "training step", "of which optimizer", "faster", "over no optimizer"]
+    header = ["network", "optimizer", "gradients", "training step", "optimizer's part", "speedup", "vs no optimizer"]
     return markdown(header, body) if body else ""
 
 
@@ -279,7 +280,8 @@ def losses(run: Results) -> str:
             lines.append([what, LABELS[other["kernel"]], LABELS["auto"], *times, ratio])
     if not run.steps and not run.training:
         return ""
-    return markdown(["case", "faster", "than", "their time", "ours", "by"], lines) if lines else "None in this run."
+    header = ["case", "faster", "slower", "faster time", "slower time", "ratio"]
+    return markdown(header, lines) if lines else "None in this run."
 
 
 def faster_trainings(row: TrainingRow, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
