@@ -1,4 +1,4 @@
-"""RMSProp for people who train with plain NumPy: one flat buffer, one compiled pass, the reference's bits."""
+"""RMSProp for training in plain NumPy: one flat buffer, one compiled pass, the bits of the NumPy reference."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -19,7 +19,7 @@ class InParts(Persistent[P]):
     """An optimizer that can update one parameter at a time, but has no method for a whole step."""
 
     def step_parameter(self, key: Hashable, gradient: Any) -> Array:
-        """Update one parameter as soon as its gradient exists, so that a program need not hold all gradients at once.
+        """Update one parameter as soon as its gradient exists, so that not all gradients need to exist at once.
 
         The updates of all parameters together are one step, with the same bits as ``step(gradients)``. The step is
         counted after the last update. A function given as lr is called at the first update. Until the step is counted,
@@ -28,9 +28,8 @@ class InParts(Persistent[P]):
         Parameters
         ----------
         key : int, str or other key, or tuple of these
-            The index of the parameter in `params`: a number for a list, a key for a dict. For nestings and groups, it
-            is a tuple of indices, outermost first: ``(0, "W")`` for ``opt.params[0]["W"]``. It is ``()`` if `params` is
-            a single array.
+            The index of the parameter in `params`: a number in a list, a key in a dict. In nestings and groups, a tuple
+            of indices, outermost first: ``(0, "W")`` for ``opt.params[0]["W"]``. For a single array, ``()``.
         gradient : array or None
             The gradient, in any form that `step` accepts. None if the parameter has no gradient in this step.
 
@@ -67,11 +66,10 @@ class InParts(Persistent[P]):
     def step_rows(self, key: Hashable, rows: Any, gradient: Any) -> Array:
         """Update some rows of one parameter, such as the rows of an embedding table that a batch uses.
 
-        Otherwise it does the same as `step_parameter`. The v of each row in `rows` becomes
-        ``decay_rate * v + (1 - decay_rate) * g**2``, with the gradient g of the row. All other rows keep their values
-        and their state: their v does not decay, and weight decay and momentum do not change them. (In contrast, `step`
-        with a dense gradient that is 0 in these other rows decays their v and moves them along their momentum.) The
-        time depends on the number of rows in `rows`.
+        This is a lazy update: all other rows keep their values and their state. Their v does not decay, and weight
+        decay and momentum do not change them. In contrast, `step` with a dense gradient that is 0 in these rows decays
+        their v and moves them along their momentum. In all other respects, `step_rows` is like `step_parameter`. Its
+        time depends only on the number of rows in `rows`.
 
         Parameters
         ----------
@@ -91,9 +89,9 @@ class InParts(Persistent[P]):
         Raises
         ------
         StructureError
-            As from `step_parameter`; or a row does not exist.
+            As from `step_parameter`. Or a row does not exist.
         DtypeError
-            As from `step`; or `rows` is not an array of integers.
+            As from `step`. Or `rows` is not an array of integers.
         OptionError
             As from `step_parameter`.
 
@@ -160,8 +158,8 @@ class InParts(Persistent[P]):
         Raises
         ------
         FastrmsError
-            As from the constructor; or the optimizer has storage, is on a GPU, or is on several ranks. Nothing is
-            changed then.
+            As from the constructor. Or the optimizer has storage, is on a GPU, or is on several ranks. After an error,
+            nothing has changed.
 
         Examples
         --------

@@ -95,21 +95,21 @@ DIALECTS: Mapping[str, Dialect] = {
 
 
 def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
-    """Return the keyword arguments with which `RMSProp` behaves as another project's optimizer does.
+    """Return the options with which `RMSProp` computes the same steps as the RMSProp of another project.
 
     Parameters
     ----------
     name : {"reference", "sorix", "torch", "keras", "tensorflow", "optax", "mlx", "lasagne", "graves"}
-        The project, or with "graves" the variant of A. Graves (2013) in the form of Chainer. "tensorflow" is the
-        optimizer of TensorFlow 1, "keras" that of Keras 3.
+        The project. "tensorflow" is TensorFlow 1, and "keras" is Keras 3. "graves" is the variant of A. Graves (2013,
+        https://arxiv.org/abs/1308.0850), as implemented in Chainer.
     **arguments
-        The project's own arguments; missing ones have the project's defaults. None means "off" where the project says
-        so (optax's momentum, Keras' weight_decay and clipping).
+        The arguments of the project. A missing argument has the default of the project. None means "off" for the
+        arguments for which it does so in the project (momentum in optax, weight_decay and clipping in Keras).
 
     Returns
     -------
     options : dict
-        For ``RMSProp(params, **options)``, or for one parameter group (except Keras' ``global_clipnorm``).
+        For ``RMSProp(params, **options)``, or for a parameter group (without ``global_clipnorm`` of Keras).
 
     Raises
     ------
@@ -118,9 +118,10 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
 
     Notes
     -----
-    Arguments that change no number, such as PyTorch's ``foreach``, are accepted and dropped. A learning rate may be a
-    function of the step, as in optax; schedules of Keras and TensorFlow 1 take no argument and need a wrapper. Values
-    that `RMSProp` refuses, such as PyTorch's ``eps=0``, are returned, and refused there.
+    Arguments that change no number, such as ``foreach`` of PyTorch, are accepted and dropped. A learning rate may be a
+    function of the step: a schedule of optax, or a LearningRateSchedule of Keras. The functions without arguments that
+    Keras and TensorFlow 1 also accept need a wrapper with one argument. Values that `RMSProp` rejects, such as
+    ``eps=0`` of PyTorch, are returned, and then rejected by `RMSProp`.
 
     Examples
     --------

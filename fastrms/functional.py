@@ -29,27 +29,29 @@ def rmsprop_update(
     decay_rate: float = 0.9,
     epsilon: float = 1e-8,
 ) -> tuple[Any, Any]:
-    """Return parameters and cache after one step of RMSProp; the arguments are not changed.
+    """Return the parameters and the cache after one step of RMSProp, without changing the arguments.
 
-    ``cache = decay_rate * cache + (1 - decay_rate) * gradients**2`` and
-    ``params = params - lr * gradients / (sqrt(cache) + epsilon)``, bit for bit as NumPy computes them.
+    The result has the bits that NumPy computes for ::
+
+        cache = decay_rate * cache + (1 - decay_rate) * gradients**2
+        params = params - lr * gradients / (sqrt(cache) + epsilon)
 
     Parameters
     ----------
     params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
         As for `RMSProp`.
     gradients : the structure of `params`
-        The parameter and cache of an item that is None come back as they are.
+        An item that is None leaves its parameter and its cache unchanged.
     cache : the structure of `params`, or None
-        The running mean of squared gradients, cast to the dtypes of the parameters. None stands for zeros, as at the
-        start.
+        The running mean of squared gradients, which is cast to the dtypes of the parameters. None means zeros, as at
+        the start.
     lr, decay_rate, epsilon : float
         As for `RMSProp`.
 
     Returns
     -------
     new_params, new_cache : the structure of `params`
-        New arrays; parameters are views of one flat buffer, and the cache of another.
+        New arrays. The parameters are views of one flat buffer, the cache of another.
 
     Raises
     ------
@@ -58,7 +60,7 @@ def rmsprop_update(
 
     Notes
     -----
-    Each call packs everything anew: for a training loop, `RMSProp` is many times faster.
+    Each call copies all arrays into new buffers. In a training loop, `RMSProp` is many times faster.
 
     Examples
     --------
@@ -78,17 +80,18 @@ def warmup(
     kernels: Sequence[Kernel] = ("serial", "parallel"),
     **options: Any,
 ) -> None:
-    """Compile the kernels of steps, or load them from disk, so that the first step of a training need not wait.
+    """Compile the kernels of steps, or load them from disk, before the first step of training needs them.
 
     Parameters
     ----------
     dtypes : sequence of dtype, default float32 and float64
         Dtypes of the parameters.
     kernels : sequence of str, default ("serial", "parallel")
-        Kernels to compile; "auto" chooses from the default two.
+        Kernels to compile. "auto" chooses from the default two.
     **options
-        Options of the `RMSProp`. Kernels differ with momentum, centering and a 16-bit cache; and one form has weight
-        decay, maximizing, epsilon under the root, bias correction and clipping together.
+        Options of `RMSProp` that the program will use. There are separate kernels for momentum, for centering and for a
+        16-bit cache. Another one handles weight decay, maximizing, epsilon under the root, bias correction and clipping
+        together.
 
     Raises
     ------

@@ -20,39 +20,40 @@ __all__ = ["RMSProp"]
 
 
 class RMSProp(InParts[P]):
-    """RMSProp over one flat buffer, bit for bit the NumPy reference, in one compiled pass.
+    """RMSProp in one compiled pass over one flat buffer, with the bits of the NumPy reference implementation.
 
-    With default options each step computes, element by element of a parameter p with gradient g and cache v, ::
+    With default options, a step computes for each element of a parameter p, with gradient g and cache v::
 
         v = decay_rate * v + (1 - decay_rate) * g**2
         p = p - lr * g / (sqrt(v) + epsilon)
 
-    (G. Hinton, Neural Networks for Machine Learning, lecture 6e, 2012). ``docs/options.md`` has the equations of
-    every option and the order in which they apply.
+    The rule is from G. Hinton's `lecture 6e
+    <https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_ (2012). ``docs/options.md`` has the
+    equations of all options, and the order in which they apply.
 
     Parameters
     ----------
     params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
-        Initial values; copied, never written. Any shape (0-d and empty too), strides and byte order. Or parameter
-        groups as in PyTorch: a list of dicts, each with its parameters under ``"params"`` and with options that
-        override those given here.
+        Initial values, of any shape (0-d and empty too), strides and byte order. Copied and never written, except with
+        `in_place`. Or parameter groups as in PyTorch: a list of dicts. Each dict has its parameters under ``"params"``,
+        and may have options that override the arguments of the constructor.
     lr : float or callable, default 0.001
         Learning rate, >= 0. A callable gets the number of steps taken so far (0 at the first) and returns the rate.
     decay_rate : float, default 0.9
-        Decay rate d of the mean square, in [0, 1). It remembers about 1/(1 - d) steps.
+        Decay rate d of the running mean of squared gradients, in [0, 1). The mean remembers about 1/(1 - d) steps.
     epsilon : float, default 1e-8
-        Added to the denominator, > 0 also after rounding to the dtype of the parameters.
+        Constant that is added to the denominator. > 0, also after rounding to the dtype of the parameters.
     momentum : float, default 0.0
         Decay rate of a momentum buffer, in [0, 1); 0 for none.
     nesterov : bool, default False
         Look one step ahead along the momentum buffer. Needs momentum > 0.
     centered : bool, default False
-        Divide by the root of the variance v - m^2, with m the mean gradient, instead of the mean square. The variance
-        is clamped at 0, because rounding can make it negative.
+        Divide by the root of the variance v - m^2 instead of the mean square v, with the average gradient m. The
+        variance is clamped at 0, because rounding can make it negative.
     weight_decay : float, default 0.0
-        Coefficient of weight decay, >= 0. Added to the gradient (L2) unless `decoupled_weight_decay`.
+        Coefficient of weight decay, >= 0. The decay is added to the gradient (L2) unless `decoupled_weight_decay`.
     decoupled_weight_decay : bool, default False
-        Subtract ``lr * weight_decay * p`` from the parameter itself, before the step.
+        Subtract ``lr * weight_decay * p`` from the parameter before the step, instead of adding to the gradient.
     maximize : bool, default False
         Ascend instead of descend.
     eps_in_sqrt : bool, default False
@@ -60,72 +61,74 @@ class RMSProp(InParts[P]):
     initial_scale : float, default 0.0
         Initial value of the cache, >= 0.
     bias_correction : bool, default False
-        Divide v (and m) by 1 - d^t at the t-th step of a parameter, which corrects the bias of the start from 0.
+        Divide v and m by 1 - d^t at the t-th step of a parameter. This corrects the bias from their start at 0.
     lr_in_momentum : bool, default False
-        Multiply by lr before the momentum buffer, as Keras, TensorFlow and optax do. False is PyTorch's form. They
-        differ only when lr changes.
+        Multiply by lr before the momentum buffer, as Keras, TensorFlow and optax do, instead of after it, as PyTorch
+        does. The results differ only when lr changes.
     clip_value : float or None, default None
-        Limit each gradient element to [-clip_value, clip_value].
+        Limit each element of the gradients to [-clip_value, clip_value].
     clip_norm : float or None, default None
-        Scale the gradient of each parameter down to this Euclidean norm if its norm is larger.
+        Scale the gradient of a parameter down to this Euclidean norm if its norm is larger.
     global_clip_norm : float or None, default None
-        Scale the gradients of all groups together down to this norm, after the other two.
+        Scale the gradients of all groups together down to this Euclidean norm if their norm is larger. Applied after
+        `clip_value` and `clip_norm`.
     flush_subnormals : bool, default True
-        Count weighted squares and state below the smallest normal number as 0: subnormal numbers make a vector of
-        arithmetic many times slower and arise in ordinary training. Elements without subnormal numbers keep their bits;
-        the parameters of the others stay within one rounding for epsilon >= 1e-10 (float32) or 1e-130 (float64).
+        Replace subnormal numbers in weighted squares and in the state by 0. They arise in ordinary training, and make
+        arithmetic many times slower. Elements without subnormal numbers keep their bits. The other parameters change by
+        at most one rounding if epsilon is at least 1e-10 (float32) or 1e-130 (float64).
     kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
-        Kernel of the update. All give the same bits. "auto" begins with serial. With many parameters it tries parallel
-        and prefetching after some seconds, and keeps what makes training steps fastest (`explain` says which). "cuda"
-        keeps all buffers on a GPU.
+        Kernel of the update. All kernels give the same bits. "auto" begins with "serial". With many parameters, it
+        tries "parallel" and prefetching after a few seconds, and keeps the variant with the fastest training steps
+        (`explain` names it). "cuda" keeps all buffers on a GPU.
     num_threads : int or None, default None
-        Threads of the parallel kernel, at most Numba's number of threads; None for all.
+        Number of threads of the parallel kernel, from 1 to Numba's number of threads; None for all of them.
     cache_dtype : {"bfloat16"} or None, default None
-        "bfloat16" keeps cache, momentum buffer and mean gradient of float32 parameters in 16 bits: 16 instead of 20
-        bytes move through memory for each parameter. Steps compute in float32, and stored values are rounded to
-        nearest. `cache` then has arrays of ml_dtypes' bfloat16, or of uint16 if ml_dtypes is not installed.
-        `from_bfloat16` converts both. decay_rate and momentum must be less than 255/256, because from there on
-        rounding stops the decay. ``docs/options.md`` has the arithmetic.
+        "bfloat16" stores cache, momentum buffer and average gradient of float32 parameters in 16 bits. A step then
+        moves 16 instead of 20 bytes for each parameter. Steps compute in float32 and round to nearest when they store.
+        `cache` has arrays of the dtype bfloat16 of ml_dtypes, or of uint16 if ml_dtypes is not installed;
+        `from_bfloat16` converts both. decay_rate and momentum must be less than 255/256, because rounding stops the
+        decay of larger ones. ``docs/options.md`` has the accuracy.
     nonfinite : {"propagate", "raise", "skip"}, default "propagate"
-        Reaction of a step to a gradient with an inf or NaN: use it, which spoils only its element; raise
-        NonfiniteError; or skip the step and count it in `skipped_steps`. The latter two leave parameters, state and
-        `steps` unchanged. They cost one pass over the gradients, or none if clipping computes norms anyway.
+        Reaction of a step to a gradient with an inf or NaN. "propagate" uses the gradient, which makes only its own
+        element inf or NaN. "raise" raises NonfiniteError. "skip" skips the step and counts it in `skipped_steps`. With
+        "raise" and "skip", parameters, state and `steps` stay unchanged. These two need an additional pass over the
+        gradients, unless clipping computes norms anyway.
     storage : path of a new or empty folder, or None, default None
-        Keep the buffers in memory-mapped files in this folder, and take steps in parts: for parameters larger than
-        memory. `flush` and `close` write all to the disk, and `reopen` continues later. Bits are the same.
-        ``docs/storage.md`` explains the state after a crash.
+        Keep the buffers in memory-mapped files in this folder, and take steps in parts. This is for parameters that are
+        larger than memory. `flush` and `close` write everything to the disk, and `reopen` continues later. The bits are
+        the same. ``docs/storage.md`` describes the state after a crash.
     stream : stream or int or None, default None
-        With kernel="cuda", as for `fastrms.cuda.CudaRMSProp`.
+        The stream of all work with kernel="cuda", as for `fastrms.cuda.CudaRMSProp`.
     in_place : bool, default False
-        Update the given arrays in place, instead of copies in a flat buffer. `params` then has the given arrays. This
-        is for programs that must keep their own arrays. Each array must be writable, C-contiguous, and of dtype float32
-        or float64 in native byte order. State and gradients are still in flat buffers. The bits are the same, but a
-        step over many small arrays takes longer. Not available with `storage` or kernel="cuda".
+        Update the given arrays in place, instead of copies in a flat buffer. `params` then contains the given arrays.
+        This is for programs that must keep their own arrays. Each array must be writable, C-contiguous, and of dtype
+        float32 or float64 in native byte order. State and gradients are still in flat buffers. The bits are the same,
+        but a step over many small arrays takes longer. Not available with `storage` or kernel="cuda".
 
     Attributes
     ----------
     params, grads, cache : the structure of `params`
-        Views of flat buffers, the same arrays for the optimizer's life. With parameter groups a list with the
-        structure of each group. Gradients that are written straight into `grads` before `step()` are not copied.
+        Views of flat buffers. They stay the same arrays as long as the optimizer exists. With parameter groups, a list
+        with the structure of each group. To avoid a copy of gradients, write them into `grads`, and then call `step()`.
     momentum_buffer, grad_avg : the structure of `params`, or None
-        State of `momentum` and `centered`; None if no group has used them.
+        State that `momentum` and `centered` need; None if no group has used these options.
     param_groups : list of ParamGroup
-        One mapping of options for each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
+        The options of each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
     buffers : mapping of str to FlatBuffer
-        The flat buffers behind the views: ``opt.buffers["grads"].flat`` is one dense vector.
+        The flat buffers behind the views: ``opt.buffers["grads"].flat`` is a dense vector of all gradients.
     steps, skipped_steps : int
-        Steps taken, and steps skipped with nonfinite="skip".
+        Number of steps taken, and number of steps skipped with nonfinite="skip".
 
     Raises
     ------
     StructureError
-        No parameters; the same array, or overlapping memory, given twice; a group without ``"params"``.
+        There are no parameters, two parameters share memory, or a group has no ``"params"``.
     DtypeError
-        Parameters that are not float32 or float64 arrays.
+        A parameter is not an array of float32 or float64.
     OptionError, OptionTypeError
-        An option out of range or of the wrong kind, unknown in a group, or of no use in the dtype of a parameter.
+        An option is out of range or of the wrong kind, unknown, or not representable in the dtype of a parameter.
     DeviceError
-        With kernel="cuda", if no GPU can be used.
+        kernel="cuda" is set, and no GPU can be used.
 
     Examples
     --------
@@ -256,15 +259,15 @@ class RMSProp(InParts[P]):
         self._close_at_exit()
 
     def step(self, gradients: PyTree = None) -> P:
-        """Take one step and return the updated parameters, which are the same views as before.
+        """Take one step, and return the updated parameters, the same arrays as before.
 
         Parameters
         ----------
         gradients : the structure of the parameters, or None
-            An array for each parameter, of the same shape and any float or integer dtype (cast to the parameter's);
-            never written. Lists and tuples stand for one another; the keys of a dict may come in any order. Where an
-            item is None, its parameter has no gradient, and neither value nor state changes. Without an argument the
-            step uses the gradients in `grads`.
+            An array for each parameter, of the same shape and of any float or integer dtype, which is cast to the dtype
+            of the parameter. The arrays are never written. Lists and tuples are interchangeable, and the keys of a dict
+            may come in any order. An item that is None leaves its parameter and the state of the parameter unchanged.
+            Without an argument, the step uses the gradients in `grads`.
 
         Returns
         -------
@@ -274,12 +277,13 @@ class RMSProp(InParts[P]):
         Raises
         ------
         StructureError
-            Wrong count, missing or unknown key, wrong shape; or a view in `params` or `grads` was replaced, as in
-            ``opt.params[0] = array``, which no step would see; or an array that is updated in place is read-only.
+            The number of gradients, a key or a shape is wrong. Or an item of `params` or `grads` was replaced, as in
+            ``opt.params[0] = array``; no step would use the new array. Or an array that is updated in place is
+            read-only.
         DtypeError
-            A gradient is no array, or of complex, bool or object dtype.
+            A gradient is not an array, or has a complex, bool or object dtype.
         OptionError, OptionTypeError
-            The function given as lr returned no usable rate.
+            The function given as lr returned an unusable rate.
         NonfiniteError
             A gradient has an inf or NaN, and `nonfinite` is "raise".
         StepInProgressError
@@ -287,7 +291,7 @@ class RMSProp(InParts[P]):
 
         Notes
         -----
-        All errors come before the first write to parameters and state.
+        All errors are raised before the first write to parameters and state.
         """
         backend, at_once = self._backend, self._backend.at_once
         if at_once is None or not at_once.step(gradients):
@@ -306,7 +310,7 @@ class RMSProp(InParts[P]):
         return views
 
     def explain(self) -> list[str]:
-        """Return which kernel updates which parameters, and why.
+        """Describe which kernel updates which parameters, and why.
 
         Returns
         -------
@@ -316,21 +320,22 @@ class RMSProp(InParts[P]):
         return self._backend.explain()
 
     def check(self, **arrays: PyTree) -> list[str]:
-        """Return problems with the views of parameters, gradients and state: a line for each.
+        """List arrays that are no longer views of the optimizer: replaced items, copies and rebound names.
 
         Parameters
         ----------
         **arrays : array, or list, tuple or dict of these
-            The arrays that your program holds as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must
-            be a view of the optimizer's parameters or gradients, or with `in_place` one of its arrays. It is not if it
-            was copied (a copy or pickle of an object that holds views has arrays of its own), or if its name was bound
-            to a new array, as by ``W1 = W1 * 2``.
+            The arrays that your program uses as its parameters, under any name: ``opt.check(W1=W1, b1=b1)``. Each must
+            be a view of the optimizer's parameters or gradients, or one of its arrays with `in_place`. Two actions
+            break this: a copy (a copy or pickle of an object with views has its own arrays), and a name that is bound
+            to a new array, as in ``W1 = W1 * 2``.
 
         Returns
         -------
         problems : list of str
-            Empty if every item of `params`, `grads` and so on is still the original view of its part of the buffer. (A
-            step itself raises for replaced items of `params`, and of `grads` where it uses them.)
+            One line for each problem. Empty if all given arrays, and all items of `params`, `grads` and so on, are
+            still the original views. (`step` raises an error for replaced items of `params`, and of `grads` if it uses
+            them.)
 
         Examples
         --------
