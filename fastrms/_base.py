@@ -65,12 +65,12 @@ class OptimizerBase(Guarded, Generic[P]):
 
     @property
     def buffers(self) -> Mapping[str, FlatBuffer]:
-        """The flat buffers behind the views, by name: ``opt.buffers["grads"].flat`` is one dense vector."""
+        """The flat buffers behind the views, by name: ``opt.buffers["grads"].flat`` is a dense vector."""
         return MappingProxyType(self._state.buffers)  # no step would update a buffer that a user adds
 
     @property
     def param_groups(self) -> ParamGroups:
-        """One mapping of options for each group. Options can be changed; `add_param_group` adds a group."""
+        """The options of each group, as a list of mappings. Options can be set; `add_param_group` adds a group."""
         return self._state.param_groups
 
     @property
@@ -88,7 +88,7 @@ class OptimizerBase(Guarded, Generic[P]):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps not taken, with nonfinite="skip"."""
+        """The number of steps that nonfinite="skip" has skipped."""
         return self._backend.settle_steps().skipped_steps
 
     @skipped_steps.setter

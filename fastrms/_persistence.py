@@ -35,32 +35,33 @@ class Persistent(OptimizerBase[P]):
             _open.add(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of everything that determines the next steps: plain arrays, numbers and text.
+        """Return a copy of everything that determines the next steps, as arrays, numbers and strings.
 
         Returns
         -------
         state : dict
-            Under ``"arrays"`` parameters and state as dense 1-D arrays, one for each dtype (``"cache/float32"``);
-            under ``"parameters"`` path, shape, dtype and group of each parameter, in the order of the arrays; options,
-            ``"steps"``, and ``"version"``, that of the format. A learning rate that is a function is None.
+            Parameters and state under ``"arrays"``, as dense 1-D arrays, one for each dtype (``"cache/float32"``).
+            Path, shape, dtype and group of each parameter under ``"parameters"``, in the order of the arrays. The
+            options, ``"steps"``, and the version of the format under ``"version"``. A learning rate that is a function
+            is None.
         """
         with self._turns.between_steps("state_dict", changes=False):
             return state_dict(self._backend)
 
     def load_state_dict(self, state: Options) -> None:
-        """Copy a state into this optimizer's buffers, whose views stay the same arrays, and set its options.
+        """Copy a state into the buffers of this optimizer, and set its options. All views stay valid.
 
         Parameters
         ----------
         state : dict
-            From `state_dict`, of this or an earlier version. A group without a learning rate in it keeps its present
-            rate. The keys of dicts of parameters may be in another order.
+            A result of `state_dict`, of this or an earlier version. A group whose learning rate is not in it keeps its
+            present rate. The keys of dicts of parameters may be in another order.
 
         Raises
         ------
         CheckpointError
-            Paths, shapes, dtypes or groups differ from this optimizer's; options are out of range; or `state` is no
-            such state. Nothing is changed then.
+            Paths, shapes, dtypes or groups differ from those of this optimizer, an option is out of range, or `state`
+            is not a result of `state_dict`. After an error, nothing has changed.
         """
         with self._turns.between_steps("load_state_dict", within_pass=True):
             load_state(self._backend, state)
@@ -71,36 +72,36 @@ class Persistent(OptimizerBase[P]):
         Parameters
         ----------
         path : str or path-like
-            The suffix is .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). An older file
-            is replaced when the new one has reached the disk; its mode and owner are kept. Of a link, the target is
-            replaced.
+            The suffix is .npz (`numpy.load` reads it) or .safetensors (needs the package safetensors). An existing file
+            is replaced after the new one has reached the disk, and its mode and owner are kept. If the path is a link,
+            its target is replaced.
 
         Raises
         ------
         CheckpointError
-            The suffix is another one; or a dict of parameters has keys whose repr differs between processes, such as
-            functions.
+            The suffix is a different one. Or a dict of parameters has keys whose repr differs between processes, such
+            as functions.
         OSError
-            The file cannot be written, or is read-only. An older file is unchanged.
+            The file cannot be written, or is read-only. An existing file is unchanged.
         """
         with self._turns.between_steps("save", changes=False):
             save_file(self._backend, Path(path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read a file of `save` into this optimizer, as `load_state_dict` does. The file need not be trusted.
+        """Load a file of `save` into this optimizer, as `load_state_dict` does. Untrusted files are safe to load.
 
         Parameters
         ----------
         path : str or path-like
-            Its name ends in .npz or .safetensors.
+            A file with the suffix .npz or .safetensors.
 
         Raises
         ------
         CheckpointError
-            The file is damaged, larger than any file of this optimizer, no checkpoint, or of another optimizer. Nothing
-            is changed then.
+            The file is damaged, larger than any file of this optimizer, not a checkpoint, or from another optimizer.
+            After an error, nothing has changed.
         OSError
-            It cannot be opened.
+            The file cannot be opened.
         """
         with self._turns.between_steps("load", within_pass=True):
             load_file(self._backend, Path(path))
@@ -115,34 +116,34 @@ class Persistent(OptimizerBase[P]):
         num_threads: int | None = None,
         storage: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Make the optimizer of a file of `save`: its parameters, their structure, state and options.
+        """Make an optimizer from a file of `save`, with its parameters, their structure, state and options.
 
         Parameters
         ----------
         path : str or path-like
-            Its name ends in .npz or .safetensors.
+            A file with the suffix .npz or .safetensors.
         lr : float or callable, optional
-            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
-            groups. If there are none, `lr` replaces the saved rates of all groups.
+            The rate of the groups whose saved rate was a function, because a file cannot contain a function. Required
+            if there are such groups. If there are none, `lr` replaces the saved rates of all groups.
         kernel : {"auto", "numpy", "serial", "parallel", "cuda"}, default "auto"
-            As for `RMSProp`; it is not saved, as it changes no bit.
+            As for `RMSProp`. The kernel is not saved, because it changes no bit.
         num_threads : int or None, default None
-            As for `RMSProp`; not saved either.
+            As for `RMSProp`. It is not saved either.
         storage : path of a new or empty folder, or None, default None
             As for `RMSProp`: the folder for parameters and state, instead of memory.
 
         Returns
         -------
         optimizer : RMSProp
-            With parameters and state of its own.
+            A new optimizer with its own buffers.
 
         Raises
         ------
         CheckpointError
-            As for `load`; or a dict of parameters has keys that no file can restore (other than None, str, int, float
-            and bool); or `lr` is required and missing.
+            As for `load`. Or a dict of parameters has keys that a file cannot restore (other than None, str, int, float
+            and bool). Or `lr` is required and missing.
         FastrmsError, OSError
-            As for `RMSProp`, about `lr`, `kernel`, `num_threads` and `storage`.
+            As for `RMSProp`, for the arguments `lr`, `kernel`, `num_threads` and `storage`.
         """
         with opened(Path(path), None) as source:
             metadata = source.metadata
@@ -161,7 +162,7 @@ class Persistent(OptimizerBase[P]):
 
     @property
     def storage(self) -> Path | None:
-        """The folder of the buffers; None if they are in memory."""
+        """The folder of the buffers, or None if the buffers are in memory."""
         folder = self._backend.storage
         return None if folder is None else folder.path
 
@@ -175,32 +176,33 @@ class Persistent(OptimizerBase[P]):
         num_threads: int | None = None,
         after_crash: AfterCrash = "raise",
     ) -> Self:
-        """Make the optimizer of a closed storage folder again, with the same bits, options and steps.
+        """Make an optimizer from a closed storage folder, with the same bits, options and steps.
 
         Parameters
         ----------
         path : str or path-like
-            The folder, given as ``storage=path`` when the optimizer was made.
+            The folder that was passed as ``storage=path`` when the optimizer was made.
         lr : float or callable, optional
-            The rate of the groups whose own rate was a function, which no file can hold; required if there are such
-            groups. If there are none, `lr` replaces the saved rates of all groups.
+            The rate of the groups whose saved rate was a function, because a file cannot contain a function. Required
+            if there are such groups. If there are none, `lr` replaces the saved rates of all groups.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
-            As for `RMSProp`; it is not saved, as it changes no bit.
+            As for `RMSProp`. The kernel is not saved, because it changes no bit.
         num_threads : int or None, default None
-            As for `RMSProp`; not saved either.
+            As for `RMSProp`. It is not saved either.
         after_crash : {"raise", "use"}, default "raise"
-            The reaction if a process ended without closing the folder. Parameters and state may then be of different
-            steps. "raise" raises StorageError with all that is known; "use" takes them as they are.
+            The reaction if a process ended without closing the folder, so that parameters and state may be from
+            different steps. "raise" raises StorageError, whose message tells what is known of them. "use" uses them
+            anyway.
 
         Returns
         -------
         optimizer : RMSProp
-            Its buffers are the mapped files. They are read at their first use.
+            Its buffers are the mapped files, which are read at their first use.
 
         Raises
         ------
         StorageError
-            The folder has no optimizer, is damaged, is open elsewhere, or was not closed; or `lr` is required and
+            The folder contains no optimizer, is damaged, is open elsewhere, or was not closed. Or `lr` is required and
             missing.
         OptionError, OptionTypeError
             An argument is out of range or of the wrong kind.
@@ -231,14 +233,14 @@ class Persistent(OptimizerBase[P]):
     def flush(self) -> None:
         """Write parameters, state, counts and options to the storage, and return when they are on the disk.
 
-        A later crash leaves these values or newer ones. Without storage it does nothing.
+        After a later crash, the files have these values or newer ones. Without storage, `flush` does nothing.
 
         Raises
         ------
         StorageError
             The optimizer was closed.
         OSError
-            The disk cannot be written.
+            Writing to the disk failed.
         """
         folder = self._backend.storage
         if folder is not None:
@@ -246,15 +248,16 @@ class Persistent(OptimizerBase[P]):
                 folder.flush()
 
     def close(self) -> None:
-        """Flush and unlock the storage. Later steps raise StorageError. Without storage it does nothing.
+        """Flush and unlock the storage. Later steps raise StorageError. Without storage, `close` does nothing.
 
-        Views of parameters and state become read-only. A second call does nothing. The end of ``with RMSProp(params,
-        storage=path) as opt`` closes too, and so do the end of the optimizer's life and a normal end of the program.
+        Views of parameters and state become read-only. A second call does nothing. The storage is also closed at the
+        end of ``with RMSProp(params, storage=path) as opt``, when the optimizer is deleted, and at a normal end of the
+        program.
 
         Raises
         ------
         OSError
-            The disk cannot be written. The folder is unlocked nevertheless, and `reopen` finds it not closed.
+            Writing to the disk failed. The folder is unlocked nevertheless, and counts as not closed for `reopen`.
         """
         folder = self._backend.storage
         if folder is not None and folder.is_open:

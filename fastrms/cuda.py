@@ -1,7 +1,7 @@
 """RMSProp on a GPU: `CudaRMSProp`, an `fastrms.RMSProp` with ``kernel="cuda"`` and a stream.
 
-Options, layout and bits are those of `fastrms.RMSProp`. Parameters, gradients and state lie on the device. docs/cuda.md
-says how arrays of CuPy, PyTorch and Numba go in and out, and when a step waits.
+Options, layout and bits are those of `fastrms.RMSProp`. Parameters, gradients and state are on the device. docs/cuda.md
+describes how to use arrays of CuPy, PyTorch and Numba, and when a step waits for the device.
 """
 
 from typing import Any, Literal, Unpack
@@ -17,12 +17,12 @@ __all__ = ["CudaRMSProp", "why_not"]
 
 
 def why_not() -> str | None:
-    """Return the reason why ``RMSProp(params, kernel="cuda")`` cannot work here.
+    """Return the reason why ``RMSProp(params, kernel="cuda")`` cannot work on this machine.
 
     Returns
     -------
     reason : str or None
-        The missing package, driver or device; None if nothing is missing.
+        The missing package, driver or device, or None if nothing is missing.
 
     Examples
     --------
@@ -38,34 +38,33 @@ def why_not() -> str | None:
 class CudaRMSProp(RMSProp[Any]):
     """RMSProp with all buffers on a GPU: the options, the layout and the bits of `fastrms.RMSProp`.
 
-    ``RMSProp(params, kernel="cuda")`` does the same. A step launches kernels on a stream and returns before they have
-    ended. It waits for the device only with nonfinite="raise", and where lr is a function together with
-    nonfinite="skip".
+    ``RMSProp(params, kernel="cuda")`` does the same. A step launches kernels on a stream and returns before they end.
+    It waits for the device only with nonfinite="raise", or if lr is a function and nonfinite="skip".
 
     Parameters
     ----------
     params : as for `RMSProp`
-        On the host or on the device (any object with ``__cuda_array_interface__``); copied.
+        Arrays on the host or on the device (any object with ``__cuda_array_interface__``). They are copied.
     lr, decay_rate, epsilon : float
         As for `RMSProp`.
     stream : stream or int or None, default None
-        The stream of all work: of Numba, CuPy or PyTorch, or its number. None is the default stream, which CuPy and
-        PyTorch use too by default. `stream` can be set later.
+        The stream of all work: a stream object of Numba, CuPy or PyTorch, or its number. None is the default stream,
+        which is also the default of CuPy and PyTorch. The attribute `stream` can be set later.
     kernel : {"cuda", "auto"}, default "cuda"
-        There is only one.
+        Both mean the same.
     **options
         The other options of `RMSProp`, except cache_dtype and storage. `num_threads` has no effect.
 
     Attributes
     ----------
     params, grads, cache, momentum_buffer, grad_avg : as for `RMSProp`
-        Device arrays of Numba: views of flat buffers on the device. CuPy and PyTorch can wrap them without a copy:
-        ``cupy.asarray(view)``, ``torch.as_tensor(view, device="cuda")``. `numpy.asarray` copies them.
+        Device arrays of Numba, which are views of flat buffers on the device. CuPy and PyTorch can wrap them without a
+        copy: ``cupy.asarray(view)``, ``torch.as_tensor(view, device="cuda")``. `numpy.asarray` copies them to the host.
 
     Raises
     ------
     DeviceError
-        No GPU can be used. The message says what is missing.
+        No GPU can be used. The message names the missing part.
     StructureError, DtypeError, OptionError, OptionTypeError
         As for `RMSProp`.
 

@@ -1,7 +1,7 @@
 """The errors that fastrms raises.
 
-Each is also the builtin exception that a NumPy user would expect (`ValueError`, `TypeError` and so on), so code that
-catches builtin exceptions keeps working. Every message names the argument, what was expected and what came.
+Each error is also the builtin exception that a NumPy user would expect (`ValueError`, `TypeError` and so on), so code
+that catches builtin exceptions keeps working. Every message names the argument, the expected value and the actual one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -52,46 +52,46 @@ class OptionError(FastrmsError, ValueError):
 
 
 class OptionTypeError(FastrmsError, TypeError):
-    """An option is of the wrong kind, such as a string in the place of a number."""
+    """An option is of the wrong kind, such as a string instead of a number."""
 
 
 class DtypeError(FastrmsError, TypeError):
-    """An array has a dtype, or is of a kind, that cannot be used in its place."""
+    """An array has a wrong dtype, or an argument is not an array of a suitable kind."""
 
 
 class StructureError(FastrmsError, ValueError):
-    """Arrays do not fit together: wrong count, key, shape or nesting, no array at all, or shared memory."""
+    """The structure of arrays is wrong: their number, a key, a shape or the nesting; or arrays share memory."""
 
 
 class CheckpointError(FastrmsError, ValueError):
-    """A state or a file is damaged, of another optimizer, or no checkpoint; nothing was changed."""
+    """A state or a file is damaged, from another optimizer, or not a checkpoint. Nothing was changed."""
 
 
 class DeviceError(FastrmsError, RuntimeError):
-    """A GPU was asked for and cannot be used. The message names the missing part."""
+    """A GPU was requested, but cannot be used. The message names the missing part."""
 
 
 class StepInProgressError(FastrmsError, RuntimeError):
-    """A call came amid a step, as from a signal handler or when only some parameters are updated; it did nothing."""
+    """A call during a step, from a signal handler or when only some parameters are updated. It had no effect."""
 
 
 class RankError(FastrmsError, RuntimeError):
-    """Another rank of an MPI program failed, made another call, or timed out; nothing was changed."""
+    """Another rank of an MPI program failed, made a different call, or timed out. Nothing was changed."""
 
 
 class StorageError(FastrmsError, OSError):
-    """A folder cannot be the storage of an optimizer, or is the storage of another one; the folder was not changed."""
+    """A folder cannot be the storage of an optimizer, or belongs to another one. The folder was not changed."""
 
 
 class NonfiniteError(FastrmsError, FloatingPointError):
-    """Gradients have inf or NaN values; parameters and state were not changed.
+    """Gradients contain inf or NaN. Parameters and state were not changed.
 
     Parameters
     ----------
     message : str
-        What was expected and what came.
+        The text of the error.
     counts : mapping of str to int
-        The number of such values, by the path of the parameter (``"[0]['W']"``); without zeros.
+        The number of inf and NaN by the path of the parameter (``"[0]['W']"``), without parameters that have none.
 
     Attributes
     ----------

@@ -51,29 +51,30 @@ class Keywords(_Extensions, total=False):
 
 
 class ParamGroup(MutableMapping[str, Any]):
-    """The options of one parameter group, and under ``"params"`` its parameters; an item of `param_groups`.
+    """The options of one parameter group, and its parameters under ``"params"``; an item of `param_groups`.
 
-    Behaves like PyTorch's dict: ``group["lr"] = 1e-2`` holds from the next step on. Unlike a dict, a group checks each
-    value when it is set, so that a bad value raises there and the old one stays. `RMSProp` makes groups; a group is of
-    no use without an optimizer.
+    A group is used like a dict: ``group["lr"] = 1e-2`` applies from the next step on. Unlike a dict, a group checks
+    each value that is set. A bad value raises an error, and the old value stays. `RMSProp` makes the groups; a group
+    without an optimizer has no effect.
 
     Parameters
     ----------
     options : mapping of str to option
         The options that differ from the defaults.
     label : str
-        What error messages call the group.
+        The name of the group in error messages.
     dtypes : set of numpy.dtype
-        The dtypes of its parameters: an option must have a counterpart in each.
+        The dtypes of its parameters. Each option must be representable in all of them.
     cache_dtype : {"bfloat16"} or None, default None
-        The dtype of its state, which bounds decay rates.
+        The dtype of its state, which limits the decay rates.
 
     Raises
     ------
     OptionError
-        Unknown name, value out of range, a name that cannot change (``"params"``, ``"initial_scale"``), or deletion.
+        A name is unknown, a value is out of range, an option cannot be changed (``"params"``, ``"initial_scale"``), or
+        an option is deleted.
     OptionTypeError
-        A value of the wrong kind.
+        A value is of the wrong kind.
 
     Examples
     --------
@@ -95,7 +96,7 @@ class ParamGroup(MutableMapping[str, Any]):
         self.assign(self.with_changes(GROUP_DEFAULTS | dict(options)))
 
     def with_changes(self, changes: Options) -> dict[str, Any]:
-        """Check new values of options together with the values that stay, and return all options; nothing is set.
+        """Check new values of options together with the other values, and return all options. Set nothing.
 
         Parameters
         ----------
@@ -152,7 +153,8 @@ class ParamGroup(MutableMapping[str, Any]):
         Parameters
         ----------
         values : mapping of str to option
-            From `with_changes` of this group, or another group with the same dtypes; other options stay as they are.
+            A result of `with_changes` of this group, or another group with the same dtypes. Other options do not
+            change.
         """
         self._values.update(values._values if isinstance(values, ParamGroup) else values)
 
@@ -171,14 +173,14 @@ class ParamGroup(MutableMapping[str, Any]):
         self._set_options = WeakMethod(set_options)
 
     def update(self, *others: Any, **options: Any) -> None:
-        """Set several options at once, as `dict.update`: all or, after an error, none.
+        """Set several options at once, like `dict.update`. After an error, none of them has changed.
 
         Parameters
         ----------
         *others : mapping or iterable of pairs
-            At most one.
+            At most one mapping or iterable.
         **options
-            By name.
+            Options by name.
 
         Raises
         ------

@@ -31,7 +31,7 @@ def from_bfloat16(bits: ArrayLike) -> NDArray[np.float32]:
     Parameters
     ----------
     bits : ndarray of uint16, or of ml_dtypes' bfloat16
-        The numbers, or as uint16 the upper halves of float32 numbers.
+        The numbers. With dtype uint16, each element is the upper half of a float32 number.
 
     Returns
     -------

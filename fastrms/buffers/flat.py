@@ -56,44 +56,44 @@ def views_of(segments: Sequence[Array], layout: Layout) -> list[Array]:
 
 
 class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "segments", "views")):
-    """Arrays in one contiguous block of memory, and views of the block in the structure of those arrays.
+    """Arrays in one contiguous block of memory, and views of the block in the structure of the arrays.
 
-    Writing to a view writes to the block, and the other way round; nothing is ever reallocated. One loop, one
-    ``np.savez`` or one MPI call over `flat` then does for all arrays.
+    Views and block share their memory, which is never reallocated. One loop, one ``np.savez`` or one MPI call over
+    `flat` handles all arrays.
 
     Parameters
     ----------
     arrays : list, tuple, dict or array, or any nesting of these
-        Copied. Any dtype of NumPy's bool, integer, float and complex kinds, any shape (0-d and empty too), any
-        strides and byte order; views come out in C order and native byte order. Objects with ``__array__`` and
-        Python numbers are taken as NumPy takes them.
+        Arrays of any shape (0-d and empty too), any strides and byte order, and any dtype of NumPy's bool, integer,
+        float and complex kinds. They are copied; the views are in C order and native byte order. Python numbers and
+        objects with ``__array__`` are converted as NumPy does.
     name : str, default "arrays"
-        What error messages call `arrays`.
+        The name of `arrays` in error messages.
 
     Attributes
     ----------
-    views : the structure of `arrays`, with an ndarray for each
-        Stable for the buffer's life.
+    views : the structure of `arrays`, with an ndarray for each array
+        Views of the block. They stay the same arrays as long as the buffer exists.
     flat : ndarray, or tuple of ndarray
-        The dense 1-D array behind all views, aligned to 64 bytes, and from 64 KiB on to a page of 4 KiB. Arrays of
-        several dtypes cannot be one array: then a tuple with one dense array for each dtype, in the order of first
-        appearance, all in the one block.
+        The dense 1-D array behind all views. It is aligned to 64 bytes, or to a page of 4 KiB if it has 64 KiB or more.
+        With several dtypes, a tuple with one dense array for each dtype, in the order of their first appearance. All of
+        them are in the same block.
     segments : tuple of ndarray
-        As `flat`, and a tuple also for a single dtype.
+        The same as `flat`, but always a tuple.
     leaves : tuple of ndarray
-        The views in order, without the structure.
+        The views in order, without their structure.
     block : ndarray of uint8
-        The whole memory, gaps between segments included.
+        The whole memory, including gaps between segments.
     layout : Layout
     size, nbytes : int
-        Elements of all arrays; bytes of the block.
+        The number of elements of all arrays, and the number of bytes of the block.
 
     Raises
     ------
     StructureError
-        There is no array in `arrays`, or it is a nesting that contains itself.
+        `arrays` contains no array, or contains itself.
     DtypeError
-        Something is not an array of numbers: text, None, objects, ragged lists, masked arrays, generators, sets.
+        An item is not an array of numbers: text, None, objects, ragged lists, masked arrays, generators, sets.
 
     Examples
     --------
@@ -125,8 +125,8 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         layout : Layout
             Structure, shapes and dtypes.
         allocate : function of a size and a dtype, default numpy.zeros
-            Called once, with a number of bytes and ``numpy.uint8``, for memory as a 1-D array. The buffer has its
-            contents.
+            Called once with a number of bytes and ``numpy.uint8``. It returns the memory as a 1-D array, whose contents
+            the buffer keeps.
 
         Returns
         -------
@@ -165,9 +165,9 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
 
     @property
     def flat(self) -> Array | Any:
-        """The dense 1-D array behind all views. With several dtypes: a tuple with an array for each.
+        """The dense 1-D array behind all views, or a tuple with an array for each dtype if there are several.
 
-        Assigning to it copies in, so that ``buffer.flat *= 2`` and ``buffer.flat = vector`` write to the block.
+        An assignment copies values into the block: ``buffer.flat *= 2`` and ``buffer.flat = vector`` change all views.
         """
         return self.segments[0] if len(self.segments) == 1 else self.segments
 
@@ -188,7 +188,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of the block, padding between segments included."""
+        """The number of bytes of the block, including padding between segments."""
         return self.layout.nbytes
 
     @overload
@@ -196,7 +196,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
     @overload
     def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "FlatBuffer[Any]": ...
     def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "FlatBuffer[Any]":
-        """Return a new buffer of the same structure and shapes in new memory.
+        """Return a new buffer with the same structure and shapes in new memory.
 
         Parameters
         ----------
@@ -208,7 +208,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         Returns
         -------
         buffer : FlatBuffer
-            Nothing is shared with this buffer.
+            It shares no memory with this buffer.
         """
         other = FlatBuffer.from_layout(self.layout if dtype is None else self.layout.with_dtype(dtype))
         # New memory is 0, and the system provides it at the first use. A gradient buffer stays unused if gradients are
@@ -219,24 +219,25 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         return other
 
     def unflatten(self, vector: Array | Sequence[Array]) -> Any:
-        """Return views of `vector` in this structure, as `views` are of `flat`; nothing is copied.
+        """Return views of another vector in the structure of `views`, without a copy.
 
         Parameters
         ----------
         vector : ndarray, shape (size,)
-            Of any dtype and stride. For a buffer of several dtypes a sequence of one such vector for each segment.
+            A vector of any dtype and stride. For a buffer with several dtypes, a sequence of one vector for each
+            segment.
 
         Returns
         -------
         tree : the structure of `views`
-            Views of `vector`; writing to them writes to it.
+            Views of `vector`. Writing to them changes `vector`.
 
         Raises
         ------
         StructureError
-            Wrong number of vectors, or a vector of another shape.
+            The number of vectors or a shape is wrong.
         DtypeError
-            A vector is no ndarray, and so has no views.
+            A vector is not an ndarray, and so has no views.
         """
         segments = self.layout.segments
         vectors: list[Any] = [vector] if len(segments) == 1 else list(vector)
@@ -250,25 +251,25 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         return self.layout.structure(views_of(vectors, self.layout))
 
     def gather(self, arrays: PyTree, name: str = "arrays") -> None:
-        """Copy `arrays`, of this structure and these shapes, into the block.
+        """Copy arrays with the structure and shapes of `views` into the block.
 
-        Everything is checked before the first write.
+        All arrays are checked before the first write.
 
         Parameters
         ----------
         arrays : the structure of `views`
-            Values are cast as NumPy's ``casting="same_kind"`` allows: float64, integers and the floats of ml_dtypes
-            (bfloat16, float8) go into a float32 buffer, complex numbers do not. A number that is too large becomes
-            inf, without a warning.
+            Values are cast as NumPy's ``casting="same_kind"`` allows. A float32 buffer accepts float64, integers and
+            the floats of ml_dtypes (bfloat16, float8), but no complex numbers. A number that is too large becomes inf,
+            without a warning.
         name : str, default "arrays"
-            What error messages call `arrays`.
+            The name of `arrays` in error messages.
 
         Raises
         ------
         StructureError
-            Wrong structure or shape.
+            The structure or a shape is wrong.
         DtypeError
-            Not an array of numbers, or of a kind that cannot be cast.
+            An item is not an array of numbers, or cannot be cast.
         """
         self.store(as_arrays(self.layout.flatten(arrays, name), self.layout, name))
 
@@ -278,8 +279,8 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         Parameters
         ----------
         arrays : sequence of ndarray or None
-            Of the shapes of `leaves`, as `gather` makes them. They may alias this buffer, in any way. None leaves its
-            part of the block as it is.
+            Arrays with the shapes of `leaves`. They may alias this buffer in any way. None leaves its part of the block
+            unchanged.
         """
         if any(aliases := self.aliases(arrays)):
             # Copy: a write to the block could change an array before it is read. A view at its own place needs no copy.
@@ -303,12 +304,12 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
                 view[...] = array
 
     def aliases(self, arrays: Sequence[Any]) -> list[bool]:
-        """Tell for each array whether it may share memory with this buffer, by the bounds of memory.
+        """Tell for each array whether it may share memory with this buffer, from the bounds of its memory.
 
         Parameters
         ----------
         arrays : sequence of ndarray or None
-            Of any number and shape.
+            Any number of arrays of any shape.
 
         Returns
         -------
@@ -333,7 +334,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         return aliases
 
     def original_views(self) -> Sequence[Array]:
-        """Return new views, with the shapes that `leaves` had at first.
+        """Return new views with the original shapes of `leaves`.
 
         Returns
         -------
@@ -343,22 +344,22 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         return views_of(self.segments, self.layout)
 
     def mappings(self) -> list[Array]:
-        """Return all memory at which the buffer can be read.
+        """Return all memory through which the buffer can be read.
 
         Returns
         -------
         mappings : list of ndarray of uint8
-            One, unless the memory is a file that is mapped more than once.
+            One mapping, unless the memory is a file that is mapped more than once.
         """
         return [self._memory]
 
     def contains(self, item: object) -> bool:
-        """Tell whether an object is an array that lies in the block.
+        """Tell whether an object is an array in the memory of the block.
 
         Parameters
         ----------
         item : object
-            Anything.
+            Any object.
 
         Returns
         -------

@@ -51,26 +51,27 @@ def _segment(char: str, offset: int, size: int) -> Segment:
 
 
 class Layout:
-    """Where each array of a nesting of lists, tuples and dicts lies in one block of memory.
+    """The position of each array of a nesting of lists, tuples and dicts in one block of memory.
 
-    Arrays of one dtype follow one another without gaps, each in C order, in the order of the nesting (dicts: of
-    insertion). Each dtype starts on a multiple of 64 bytes; dtypes are in the order of their first array.
+    Arrays of one dtype follow one another without gaps, each in C order. Their order is the order of the nesting, and
+    in a dict the order of insertion. Each dtype starts at a multiple of 64 bytes. Dtypes are in the order of their
+    first array.
 
     Parameters
     ----------
     arrays : list, tuple, dict or array, or any nesting of these
-        Only structure, shapes and dtypes are kept. A dict may be any Mapping and comes back as a dict.
+        Arrays of which the layout keeps structure, shapes and dtypes. Any Mapping counts as a dict, and becomes a dict.
     name : str
-        What error messages call `arrays`.
+        The name of `arrays` in error messages.
 
     Attributes
     ----------
     leaves : tuple of Leaf
-        One for each array, in the order of the nesting.
+        One Leaf for each array, in the order of the nesting.
     segments : tuple of Segment
-        One for each dtype.
+        One Segment for each dtype.
     nbytes : int
-        Size of the block.
+        The size of the block in bytes.
 
     Raises
     ------
@@ -149,7 +150,7 @@ class Layout:
         self.nbytes = offset
 
     def with_dtype(self, dtype: DTypeLike) -> Self:
-        """Return the layout of arrays of the same structure and shapes, all of one dtype.
+        """Return a layout with the same structure and shapes, and one dtype for all arrays.
 
         Parameters
         ----------
