@@ -29,32 +29,32 @@ _KERAS_ONLY = ("use_ema", "gradient_accumulation_steps", "loss_scale_factor")
 
 
 def from_torch(state_dict: Metadata, params: object, **options: Any) -> RMSProp:
-    """Make an optimizer that continues from the state of a ``torch.optim.RMSprop``.
+    """Make an optimizer that continues from the state of ``torch.optim.RMSprop``.
 
     Parameters
     ----------
     state_dict : dict
         ``torch.optim.RMSprop.state_dict()``, with tensors on any device, or arrays.
     params : list, tuple, dict, array or tensor, or any nesting of these
-        The present parameters in the order of the torch optimizer; copied. With several groups a list of dicts that
-        have parameters under ``"params"``, such as ``optimizer.param_groups``; other entries are ignored.
+        The present parameters, in the order of the torch optimizer. They are copied. With several groups, a list of
+        dicts with parameters under ``"params"``, such as ``optimizer.param_groups``. Other entries are ignored.
     **options
-        Options of `RMSProp` that replace those of the state: a schedule as ``lr``, clipping, the kernel.
+        Options of `RMSProp` that replace those of the state, such as a schedule as ``lr``, clipping, or the kernel.
 
     Returns
     -------
     optimizer : RMSProp
-        With the options of ``dialect("torch")`` and the structure of `params`. State of a parameter that has not had a
-        gradient starts from 0, as in torch. With ``lr_in_momentum=True`` the momentum buffer is multiplied by lr.
+        Has the options of ``dialect("torch")`` and the structure of `params`. The state of a parameter that never had a
+        gradient starts from 0, as in torch. With ``lr_in_momentum=True``, the momentum buffer is multiplied by lr.
 
     Raises
     ------
     CheckpointError
-        `state_dict` is not from torch's RMSprop, or has another number of parameters or groups than `params`.
+        `state_dict` is not from RMSprop of torch, or `params` has a different number of parameters or groups.
     StructureError, DtypeError
-        An array has another shape than its parameter, or does not hold numbers.
+        An array and its parameter have different shapes, or an array does not contain numbers.
     OptionError, OptionTypeError
-        `RMSProp` refuses an option, such as ``eps=0``.
+        `RMSProp` rejects an option, such as ``eps=0``.
 
     Examples
     --------
@@ -78,30 +78,30 @@ def from_torch(state_dict: Metadata, params: object, **options: Any) -> RMSProp:
 
 
 def to_torch(optimizer: RMSProp) -> dict[str, Any]:
-    """Return the state with which a ``torch.optim.RMSprop`` continues from `optimizer`. Needs torch.
+    """Return the state with which ``torch.optim.RMSprop`` continues from `optimizer`. Needs torch.
 
     Parameters
     ----------
     optimizer : RMSProp
-        Not changed.
+        The optimizer, which is not changed.
 
     Returns
     -------
     state_dict : dict
-        For ``torch.optim.RMSprop.load_state_dict`` of an optimizer with as many parameters in the same order and
-        groups. It has the options (for a function as lr the rate of the next step), and the buffers as tensors on the
-        CPU, copied. It does not have the values of the parameters: copy ``optimizer.params``.
+        The argument for ``load_state_dict`` of a ``torch.optim.RMSprop`` with the same parameters in the same order and
+        groups. It contains the options (the rate of the next step if lr is a function), and copies of the buffers as
+        tensors on the CPU. It does not contain the parameters: copy ``optimizer.params``.
 
     Raises
     ------
     OptionError
-        torch's RMSprop has no counterpart of an option; or a momentum buffer has to be divided by a rate of 0.
+        RMSprop of torch lacks an option that is set. Or a momentum buffer would be divided by a rate of 0.
     ImportError
         torch is not installed.
 
     Examples
     --------
-    ``docs/interop.md`` has one, which runs a model of PyTorch.
+    ``docs/interop.md`` has an example with a PyTorch model.
     """
     try:
         torch = importlib.import_module("torch")
@@ -123,7 +123,7 @@ def to_torch(optimizer: RMSProp) -> dict[str, Any]:
 
 
 def from_keras(config: Metadata, variables: object, params: object, **options: Any) -> RMSProp:
-    """Make an optimizer that continues from the state of a ``keras.optimizers.RMSprop`` of Keras 3.
+    """Make an optimizer that continues from the state of ``keras.optimizers.RMSprop`` of Keras 3.
 
     Parameters
     ----------
@@ -133,30 +133,30 @@ def from_keras(config: Metadata, variables: object, params: object, **options: A
         ``optimizer.variables``, or the dict that ``optimizer.save_own_variables`` filled.
     params : list, tuple, dict, array or Keras variable, or any nesting of these
         The present parameters in the order of ``optimizer.build``, usually ``model.trainable_variables``; copied. Or
-        parameter groups: give groups without weight decay, which `config` does not name, ``"weight_decay": 0.0``.
+        parameter groups. Variables that Keras excludes from weight decay need a group with ``"weight_decay": 0.0``.
     **options
-        Options of `RMSProp` that replace those of `config`. Give a learning rate schedule as ``lr``, a function of the
-        step, such as ``lambda k: float(schedule(k))``.
+        Options of `RMSProp` that replace those of `config`. If the learning rate is a schedule, pass it as ``lr``: a
+        function of the step, such as ``lambda k: float(schedule(k))``.
 
     Returns
     -------
     optimizer : RMSProp
-        With the options of ``dialect("keras")`` and the structure of `params`. With ``lr_in_momentum=False`` the
-        momentum buffer is divided by lr. Constraints of variables are not applied: do that after each step.
+        Has the options of ``dialect("keras")`` and the structure of `params`. With ``lr_in_momentum=False``, the
+        momentum buffer is divided by lr. Constraints of variables are not applied; apply them after each step.
 
     Raises
     ------
     CheckpointError
-        `config` is not from Keras' RMSprop, or `variables` and `params` do not go together.
+        `config` is not from RMSprop of Keras, or `variables` and `params` do not fit together.
     OptionError, OptionTypeError
-        `config` has a moving average of the weights, accumulated gradients, a loss scale or, without ``lr``, a
-        schedule; or `RMSProp` refuses an option.
+        `config` has a moving average of the weights, accumulated gradients or a loss scale. Or it has a schedule, and
+        ``lr`` is missing. Or `RMSProp` rejects an option.
     StructureError, DtypeError
-        An array has another shape than its parameter, or does not hold numbers.
+        An array and its parameter have different shapes, or an array does not contain numbers.
 
     Examples
     --------
-    ``docs/interop.md`` has one, which runs a model of Keras.
+    ``docs/interop.md`` has an example with a Keras model.
     """
     variables = _check_keras(config, variables)
     scheduled = isinstance(config["learning_rate"], Mapping) or callable(config["learning_rate"])
@@ -186,25 +186,25 @@ def from_keras(config: Metadata, variables: object, params: object, **options: A
 
 
 def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return config and variables with which a ``keras.optimizers.RMSprop`` of Keras 3 continues from `optimizer`.
+    """Return config and variables with which ``keras.optimizers.RMSprop`` of Keras 3 continues from `optimizer`.
 
     Parameters
     ----------
     optimizer : RMSProp
-        Not changed.
+        The optimizer, which is not changed.
 
     Returns
     -------
     config : dict
-        For ``keras.optimizers.RMSprop.from_config``; for a function as lr it has the rate of the next step.
+        The argument for ``keras.optimizers.RMSprop.from_config``, with the rate of the next step if lr is a function.
     variables : dict of str to ndarray
-        For ``load_own_variables`` of that optimizer, after ``build(model.trainable_variables)``. They do not include
-        the parameters: assign ``optimizer.params``.
+        The argument for ``load_own_variables`` of that optimizer, after ``build(model.trainable_variables)``. It does
+        not contain the parameters: assign ``optimizer.params``.
 
     Raises
     ------
     OptionError
-        Keras' RMSprop has no counterpart of an option (it needs ``eps_in_sqrt``), or groups differ in an option.
+        RMSprop of Keras lacks an option that is set, or needs one (``eps_in_sqrt``), or groups differ in an option.
 
     Examples
     --------

@@ -65,67 +65,69 @@ def rmsprop(
 ) -> OptimizeResult:
     """Minimize a function with RMSProp: ``scipy.optimize.minimize(fun, x0, method=fastrms.scipy.rmsprop)``.
 
-    Each iteration is one step of `fastrms.RMSProp`, without a line search: values of `fun` do not influence the steps.
-    At a constant rate RMSProp moves around a minimum by about `lr`; to end with success, let `lr` be a decreasing
-    function of the step.
+    Each iteration is one step of `fastrms.RMSProp`. There is no line search, so values of `fun` do not influence the
+    steps. At a constant rate, RMSProp wanders around a minimum at a distance of about `lr`. To end with success, let
+    `lr` be a decreasing function of the step.
 
     Parameters
     ----------
     fun : callable
         ``fun(x, *args)`` returns a number.
     x0 : array_like, shape (n,)
-        The start; converted to float64.
+        The start, which is converted to float64.
     args : tuple, default ()
-        Further arguments of `fun` and `jac`.
+        Additional arguments for `fun` and `jac`.
     jac : callable, True or None
-        As for `minimize`. A callable returns n numbers, of shape (n,), (1, n) or (n, 1). With True, `fun` returns value
-        and gradient, and is called once in each iteration, even if x has not changed. With None, gradients are finite
-        differences; `minimize` turns "2-point", "3-point" and "cs" into None, so that they go to `finite_diff`.
+        The gradient, as for `minimize`. A callable returns n numbers, of shape (n,), (1, n) or (n, 1). With True, `fun`
+        returns value and gradient, and is called once in each iteration, even if x has not changed. With None,
+        gradients are finite differences, which `finite_diff` chooses. `minimize` replaces "2-point", "3-point" and "cs"
+        by None.
     hess, hessp : callable, optional
-        Ignored with a warning.
+        Ignored, with a warning.
     bounds : scipy.optimize.Bounds or sequence of (low, high), optional
-        `x0` and the result of each step are clipped to the bounds, so that `fun` is never called outside of them, not
-        even for finite differences. Momentum is not changed by clipping.
+        `x0` and the result of each step are clipped to the bounds. `fun` is never called outside of them, not even for
+        finite differences. Clipping does not change the momentum buffer.
     constraints : tuple or list, default ()
         Must be empty.
     callback : callable, optional
-        Called after each iteration with x, or with an OptimizeResult of x and fun if its only parameter is called
-        ``intermediate_result``. StopIteration ends the run.
+        Function that is called after each iteration with x, or with an OptimizeResult of x and fun if its only
+        parameter is named ``intermediate_result``. StopIteration ends the run.
     tol : float, optional
         The value of `gtol` if `gtol` is None.
     gtol : float, default 1e-5
-        Success if no component of the gradient (with bounds: of the projected gradient) is larger. >= 0.
+        The run ends with success if no component of the gradient is larger. With bounds, the projected gradient counts.
+        >= 0.
     maxiter : float, default 15000
-        The number of iterations, >= 0, not necessarily whole. The default is that of L-BFGS-B.
+        The largest number of iterations, >= 0, not necessarily whole. The default is that of L-BFGS-B.
     disp : bool, default False
-        Print the outcome, and warn if it is no success.
+        Print the outcome, and warn if the run had no success.
     return_all : bool, default False
         Add ``allvecs`` to the result: `x0` and x after each iteration.
     finite_diff : {"2-point", "3-point", "cs"}, default "2-point"
-        Forward differences, central differences or a complex step, used if `jac` is None. They take n, 2 n or n
-        evaluations of `fun` for n variables.
+        Forward differences, central differences or a complex step, if `jac` is None. For n variables, they need n, 2 n
+        or n evaluations of `fun`.
     finite_diff_rel_step : float or array of n, optional
-        The step of the differences relative to ``max(1, abs(x))``; by default SciPy chooses it.
+        The step of the differences, relative to ``max(1, abs(x))``. By default, SciPy chooses it.
     **options
-        Options of `fastrms.RMSProp`, except ``maximize``. Others are ignored with a warning, also SciPy's ``eps``, a
-        step of finite differences.
+        Options of `fastrms.RMSProp`, except ``maximize``. Others are ignored with a warning. This includes ``eps`` of
+        SciPy, a step of finite differences.
 
     Returns
     -------
     result : scipy.optimize.OptimizeResult
         x, fun, jac, nit, nfev, njev, success, message, and status: 0 for success, 1 after `maxiter` iterations, 3 if
-        `fun` or the gradient at x is inf or NaN, 99 after StopIteration. x is the end of the run, which need not be the
-        lowest point. With finite differences jac is NaN for variables that bounds fix.
+        `fun` or the gradient at x is inf or NaN, 99 after StopIteration. x is the last point of the run, which is not
+        necessarily the lowest. With finite differences, jac is NaN for variables that the bounds fix.
 
     Raises
     ------
     OptionError, OptionTypeError
         There are constraints, or an option is out of range or of the wrong kind.
     StructureError, DtypeError
-        `x0`, `bounds`, or a result of `fun` or `jac` has another shape or kind.
+        `x0`, `bounds`, or a result of `fun` or `jac` has a wrong shape or kind.
     NonfiniteError
-        With the option ``nonfinite="raise"``, instead of status 3. With "skip" such iterations change nothing, which is
-        useful for a function that draws new data at each call.
+        With ``nonfinite="raise"``, a gradient contains an inf or NaN. By default, the run ends with status 3 instead.
+        With "skip", such an iteration changes nothing, which is useful for a function that draws new data at each call.
 
     Examples
     --------

@@ -1,14 +1,14 @@
-"""``ShardedRMSProp``: data-parallel training over MPI, with the optimizer state sharded over the ranks.
+"""``ShardedRMSProp``: data-parallel training with MPI, with the optimizer state sharded over the ranks.
 
     from fastrms.mpi import ShardedRMSProp        # mpiexec -n 4 python train.py
 
-Each rank has all parameters and the gradients of its part of the batch. A step reduce-scatters the gradients, updates
+Each rank has all parameters, and the gradients of its part of the batch. A step reduce-scatters the gradients, updates
 this rank's shard with the same kernels as `fastrms.RMSProp`, and all-gathers the parameters. Each of P ranks has 1/P of
-the state and does 1/P of the update, as in stage 1 of ZeRO (S. Rajbhandari et al., ZeRO: Memory Optimizations Toward
-Training Trillion Parameter Models, SC 2020).
+the state and computes 1/P of the update, as in stage 1 of ZeRO (S. Rajbhandari et al., `ZeRO: Memory Optimizations
+Toward Training Trillion Parameter Models <https://arxiv.org/abs/1910.02054>`_, 2020).
 
-Needs mpi4py and an MPI: ``python -m pip install "fastrms[mpi]"``, or ``"fastrms[mpi-bundled]"`` with an MPI from PyPI.
-``import fastrms`` does not import this package.
+This package needs mpi4py and an MPI library. The extra ``mpi`` installs mpi4py, and the extra ``mpi-bundled`` also
+installs an MPI. ``import fastrms`` does not import this package.
 """
 
 from importlib.util import find_spec

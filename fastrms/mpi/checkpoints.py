@@ -40,7 +40,7 @@ class Unsharded(RMSProp[P]):
         Returns
         -------
         state : dict
-            `RMSProp`, and this class with any number of ranks, can load it.
+            The whole state. `RMSProp` can load it, and so can this class with any number of ranks.
         """
         with self._together("state_dict"):
             whole = _whole(self, on_all=True)
@@ -57,13 +57,13 @@ class Unsharded(RMSProp[P]):
         Parameters
         ----------
         state : dict
-            From `state_dict`, of `RMSProp` or of this class with any number of ranks. Ranks other than 0 may give
-            None.
+            A result of `state_dict`, of `RMSProp` or of this class with any number of ranks. Ranks other than 0 may
+            pass None.
 
         Raises
         ------
         CheckpointError
-            On all ranks, as from `RMSProp.load_state_dict`. Nothing is changed then.
+            As from `RMSProp.load_state_dict`, on all ranks. After an error, nothing has changed.
         """
         with self._together("load_state_dict"):
             whole = _whole(self)
@@ -73,17 +73,17 @@ class Unsharded(RMSProp[P]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state of all ranks to one file, as `RMSProp.save` does. All ranks call it, and rank 0 writes.
 
-        Rank 0 needs memory for all of the state.
+        Rank 0 needs memory for the whole state.
 
         Parameters
         ----------
         path : str or path-like
-            Its name ends in .npz or .safetensors. That of rank 0 counts.
+            A file with the suffix .npz or .safetensors. The path on rank 0 counts.
 
         Raises
         ------
         CheckpointError, OSError
-            On all ranks, as from `RMSProp.save`.
+            As from `RMSProp.save`, on all ranks.
         """
         with self._together("save"):
             whole = _whole(self)
@@ -92,17 +92,17 @@ class Unsharded(RMSProp[P]):
             _on_first(self._ranks, lambda: whole.save(path) if whole else None)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read a file of `save`, or of `RMSProp.save`. All ranks call it, and rank 0 reads.
+        """Load a file of `save` or of `RMSProp.save`. All ranks call it, and rank 0 reads the file.
 
         Parameters
         ----------
         path : str or path-like
-            Its name ends in .npz or .safetensors. That of rank 0 counts.
+            A file with the suffix .npz or .safetensors. The path on rank 0 counts.
 
         Raises
         ------
         CheckpointError, OSError
-            On all ranks, as from `RMSProp.load`. Nothing is changed then.
+            As from `RMSProp.load`, on all ranks. After an error, nothing has changed.
         """
         with self._together("load"):
             whole = _whole(self)
@@ -121,17 +121,17 @@ class Unsharded(RMSProp[P]):
         reduction: Reduction = "mean",
         timeout: float | str | None = "auto",
     ) -> Self:
-        """Make the optimizer of a file: its parameters, their structure, state and options.
+        """Make an optimizer from a checkpoint, with its parameters, their structure, state and options.
 
-        All ranks call it, and rank 0 reads the file, of this class or of `RMSProp`.
+        All ranks call it, and rank 0 reads the file, which is from this class or from `RMSProp`.
 
         Parameters
         ----------
         path : str or path-like
-            Its name ends in .npz or .safetensors. That of rank 0 counts.
+            A file with the suffix .npz or .safetensors. The path on rank 0 counts.
         lr : float or callable, optional
-            The learning rate of groups whose saved rate was a function: required for them, because a file cannot hold
-            a function. Without such groups `lr` replaces the saved rates of all groups.
+            The rate of the groups whose saved rate was a function, because a file cannot contain a function. Required
+            if there are such groups. If there are none, `lr` replaces the saved rates of all groups.
         kernel : {"auto", "numpy", "serial", "parallel"}, default "auto"
             As for `ShardedRMSProp`.
         num_threads : int or None, default None
@@ -139,19 +139,19 @@ class Unsharded(RMSProp[P]):
         comm : mpi4py.MPI.Intracomm or None, default None
             As for `ShardedRMSProp`.
         reduction : {"mean", "sum"}, default "mean"
-            As for `ShardedRMSProp`; it is not saved.
+            As for `ShardedRMSProp`. It is not saved.
         timeout : float, None or "auto", default "auto"
             As for `ShardedRMSProp`.
 
         Returns
         -------
         optimizer : ShardedRMSProp
-            With parameters of its own, and the state of this rank's shard.
+            A new optimizer with its own buffers, and the state of this rank's shard.
 
         Raises
         ------
         CheckpointError, OSError
-            On all ranks, as from `RMSProp.from_checkpoint`.
+            As from `RMSProp.from_checkpoint`, on all ranks.
         """
         ranks = Communicator(comm, "ShardedRMSProp.from_checkpoint", check_timeout(timeout))
         whole: RMSProp | None = None

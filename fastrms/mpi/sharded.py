@@ -33,59 +33,60 @@ class _Keywords(Keywords, total=False):
 
 
 class ShardedRMSProp(Unsharded[P]):
-    """RMSProp divided among P ranks of an MPI program: each has 1/P of the state and does 1/P of the update.
+    """RMSProp divided among P ranks of an MPI program. Each has 1/P of the state and computes 1/P of the update.
 
-    Options, kernels and bits are those of `fastrms.RMSProp`; ``docs/mpi.md`` lists the differences. All ranks make the
-    optimizer, step, load and save together.
+    Options, kernels and bits are those of `fastrms.RMSProp`; ``docs/mpi.md`` lists the differences. All ranks together
+    make the optimizer, step, save and load.
 
     Parameters
     ----------
     params : list, tuple, dict or ndarray, or any nesting of these, of float32 or float64 arrays
-        As for `RMSProp`, parameter groups too. Each rank gives all of them, with the same shapes.
+        As for `RMSProp`, including parameter groups. Each rank passes all parameters, with the same shapes.
     lr : float or callable, default 0.001
-        Learning rate, >= 0, or a function of the number of steps taken so far; the same on all ranks.
+        Learning rate, >= 0, or a function of the number of steps taken so far. It is the same on all ranks.
     decay_rate : float, default 0.9
         Decay rate of the mean square, in [0, 1).
     epsilon : float, default 1e-8
-        Added to the denominator, > 0.
+        Constant that is added to the denominator, > 0.
     comm : mpi4py.MPI.Intracomm or None, default None
-        The ranks that train together; None for MPI.COMM_WORLD. Messages go through copies of it.
+        The ranks that train together; None for MPI.COMM_WORLD. Messages use copies of the communicator.
     reduction : {"mean", "sum"}, default "mean"
-        The reduction of the ranks' gradients. The mean is right if the loss of each rank is a mean over equally many
-        rows. Otherwise use the sum, and scale each gradient by the rank's share of the batch.
+        The reduction of the gradients of all ranks. The mean is right if the loss of each rank is a mean over the same
+        number of rows. Otherwise use the sum, and scale the gradients of each rank by its share of the batch.
     check_params : {"broadcast", "raise"}, default "broadcast"
-        "broadcast": all ranks start from the values of rank 0. "raise": values that differ between ranks are an error.
+        With "broadcast", all ranks start from the values of rank 0. With "raise", values that differ between ranks are
+        an error.
     timeout : float, None or "auto", default "auto"
-        Seconds that a rank waits for the others to make the same call (`step`, `save` and so on). After that each
-        waiting rank writes where it waits and for which ranks, and all ranks are ended. 0 or None: no limit. "auto":
-        the environment variable FASTRMS_MPI_TIMEOUT, or 600.
+        Seconds that a rank waits for the others to make the same call (`step`, `save` and so on). After this time, each
+        waiting rank reports where it waits and for which ranks, and all ranks are ended. 0 or None means no limit.
+        "auto" means the value of the environment variable FASTRMS_MPI_TIMEOUT, or 600.
     **options
         The other options of `RMSProp`: momentum, clipping, `kernel`, `nonfinite` and so on. The default of
-        `num_threads` is the number of cores of this rank, divided by the ranks that share them.
+        `num_threads` is the number of cores of this rank, divided by the number of ranks that share them.
 
     Attributes
     ----------
     params, grads : the structure of `params`
-        All parameters, and the gradients of this rank; views of flat buffers, the same for the optimizer's life.
+        All parameters, and the gradients of this rank. They are views of flat buffers, and stay the same arrays.
     cache, momentum_buffer, grad_avg : the structure of `params`
-        State of this rank's shard: for each parameter a 1-D array with its elements in the shard, in C order.
+        The state of this rank's shard. For each parameter, a 1-D array of its elements in the shard, in C order.
     buffers : mapping of str to FlatBuffer
-        The flat buffers behind the views. State buffers have this rank's shard only.
+        The flat buffers behind the views. State buffers contain only this rank's shard.
     rank, size : int
         The number of this rank, and the number of ranks.
     shard : list of slice
         The elements of each segment of the flat buffers in this rank's shard.
     timeout : float or None
-        Seconds that this rank waits for the others; may be set.
+        Seconds that this rank waits for the others. It can be set.
 
     Raises
     ------
     RankError
-        Another rank could not make its optimizer, for an error of `RMSProp` there. Or another rank calls
+        Another rank could not make its optimizer, because `RMSProp` raised an error there. Or another rank calls
         `from_checkpoint` at the same time.
     StructureError
-        The ranks have parameters of different structure, shapes or dtypes. Or ``check_params="raise"``, and they have
-        different values.
+        The parameters of the ranks differ in structure, shapes or dtypes. Or they differ in values, and
+        ``check_params="raise"`` is set.
 
     Examples
     --------
@@ -226,7 +227,7 @@ class ShardedRMSProp(Unsharded[P]):
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that this rank waits for the others to make the same call, or None for no limit; may be set."""
+        """Seconds that this rank waits for the others to make the same call, or None for no limit. It can be set."""
         return None if math.isinf(self._ranks.timeout) else self._ranks.timeout
 
     @timeout.setter
@@ -235,18 +236,18 @@ class ShardedRMSProp(Unsharded[P]):
 
     @property
     def shard(self) -> list[slice]:
-        """The elements of each segment of the flat buffers that this rank updates and has the state of."""
+        """The part of each segment of the flat buffers that this rank updates, and whose state it has."""
         return self._shards.slices
 
     def step(self, gradients: PyTree = None) -> P:
-        """Take one step with the gradients of all ranks and return the updated parameters, the same views as before.
+        """Take one step with the gradients of all ranks, and return the updated parameters, the same views as before.
 
         Parameters
         ----------
         gradients : the structure of the parameters, or None
-            The gradients of this rank, as for `RMSProp.step`. A parameter whose item is None on all ranks has no
-            gradient; None on some ranks counts as zeros. Without an argument the step uses the gradients that were
-            handed over to `ready`. If none were, it uses the gradients in `grads`.
+            The gradients of this rank, as for `RMSProp.step`. If an item is None on all ranks, its parameter has no
+            gradient. None on only some of the ranks counts as zeros. Without an argument, the step uses the gradients
+            that were passed to `ready`. If there are none, it uses the gradients in `grads`.
 
         Returns
         -------
@@ -256,39 +257,40 @@ class ShardedRMSProp(Unsharded[P]):
         Raises
         ------
         StructureError, DtypeError, OptionError, OptionTypeError
-            As from `RMSProp.step`; or only some gradients were handed over to `ready`, or `gradients` came as well; or
-            options, learning rates or numbers of steps differ between ranks.
+            As from `RMSProp.step`. Or only some gradients were passed to `ready`, or `gradients` was passed in
+            addition. Or options, learning rates or numbers of steps differ between ranks.
         RankError
-            Another rank has one of these errors.
+            One of these errors was raised on another rank.
         NonfiniteError
-            On all ranks: the sum of the gradients has an inf or NaN, and `nonfinite` is "raise".
+            The sum of the gradients has an inf or NaN, and `nonfinite` is "raise". This is raised on all ranks.
 
         Notes
         -----
-        All ranks raise or none. All errors come before the first write to parameters and state. After an error,
-        gradients that were handed over are forgotten.
+        All ranks raise an error, or none. All errors are raised before the first write to parameters and state. After
+        an error, gradients that were passed to `ready` are discarded.
         """
         return super().step(gradients)
 
     def ready(self, key: Hashable, grad: PyTree) -> None:
-        """Hand over one gradient while others are still being computed. `step()` follows after the last.
+        """Pass one gradient while others are still being computed. Call `step()` after the last gradient.
 
-        The reduction of a piece of the gradient buffer begins when all gradients in it were handed over. Pieces come
-        in the order of back-propagation, the last parameter first. The order of calls may differ between ranks.
+        The reduction of a piece of the gradient buffer begins as soon as all gradients in the piece have been passed.
+        The pieces are in the order of back-propagation, the last parameter first. The order of calls may differ between
+        ranks.
 
         Parameters
         ----------
         key : int, str or other key, or tuple of these
-            The key of the parameter in the list or dict; for nestings and groups a tuple of keys, outermost first.
-            ``()`` where `params` is a single array.
+            The index of the parameter in the list or dict. In nestings and groups, a tuple of indices, outermost first.
+            For a single array, ``()``.
         grad : array or None
-            As an item of `gradients` in `step`; copied, unless it is the view in `grads`. None for a parameter without
-            a gradient on this rank in this step.
+            The gradient, as an item of `gradients` in `step`. It is copied, unless it is the view in `grads`. None if
+            the parameter has no gradient on this rank in this step.
 
         Raises
         ------
         StructureError
-            `key` is unknown, its gradient was handed over already, or the shape is wrong.
+            `key` is unknown, its gradient was already passed in this step, or the shape is wrong.
         DtypeError
             As from `step`.
         """
@@ -296,7 +298,7 @@ class ShardedRMSProp(Unsharded[P]):
             self._shards.hand_over(key, grad)
 
     def discard(self) -> None:
-        """Forget the gradients that were handed over since the last step. All ranks call it together."""
+        """Discard the gradients that were passed to `ready` since the last step. All ranks call it together."""
         with self._together("discard") as begun:
             if begun:
                 self._shards.discard()

@@ -44,19 +44,19 @@ _UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
 
 def format_seconds(seconds: float, *, plain: bool = False) -> str:
-    """Return a time with its unit and three digits, such as "1.28 ms".
+    """Return a time as text with its unit and three digits, such as "1.28 ms".
 
     Parameters
     ----------
     seconds : float
         The time, > 0.
     plain : bool, default False
-        Write "us" in place of a micro sign.
+        Write "us" instead of a micro sign.
 
     Returns
     -------
     text : str
-        In the largest of seconds, milliseconds and microseconds that gives at least 1, or in microseconds.
+        The unit is the largest of s, ms and us in which the time is at least 1, or us if there is none.
 
     Examples
     --------
@@ -80,16 +80,16 @@ def _unit_of(seconds: float) -> tuple[str, float]:
 def plot_training(
     losses: Mapping[str, ArrayLike], times: Mapping[str, tuple[float, float]], *, title: str = ""
 ) -> "tuple[Figure, tuple[Axes, Axes]]":
-    """Draw the losses of two trainings, which should coincide, and the time of their steps.
+    """Draw the losses of two training runs, which should coincide, and the time of their steps.
 
     Parameters
     ----------
     losses : mapping of str to array-like, shape (steps,)
-        The loss of each step, by the name of the training. The first of two is a wide line under the second.
+        The loss of each step, by the name of the run. The first run is a wide line under the second.
     times : mapping of str to (float, float)
-        Seconds of a whole step, and of the optimizer in it, by the same names.
+        Seconds of a whole training step and of its optimizer part, by the same names.
     title : str
-        Above both panels.
+        The title above both panels.
 
     Returns
     -------
@@ -167,17 +167,17 @@ def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
     Parameters
     ----------
     records : sequence of mapping
-        ``results`` in the JSON file of ``fastrms bench``; records with the kernel "limit" are the bounds of the
-        roofline. Of the bounds for one number of threads ("threads") the lowest holds.
+        The list ``results`` in the JSON file of ``fastrms bench``. Records with the kernel "limit" are the bounds of
+        the roofline. For each number of threads ("threads"), the lowest bound is drawn.
     title : str
-        Above all panels.
+        The title above all panels.
 
     Returns
     -------
     figure : matplotlib.figure.Figure
         Not known to pyplot; ``figure.savefig(path)`` writes it.
     axes : list of matplotlib.axes.Axes
-        One for each dtype, in the order of the records.
+        One panel for each dtype, in the order of the records.
 
     Examples
     --------

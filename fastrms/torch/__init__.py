@@ -1,13 +1,13 @@
-"""``RMSprop`` for PyTorch: `torch.optim.RMSprop` with its step taken by the compiled kernels.
+"""``RMSprop`` for PyTorch: a `torch.optim.RMSprop` whose steps are taken by compiled kernels.
 
-PyTorch has no fused RMSprop: on the CPU it runs several operations for each parameter and step. Here the parameters of
-a group are views of one buffer, and one compiled pass updates them in place. The pass reads gradients where autograd
-left them. Parameters that it cannot take fall back to PyTorch's own functions, with the same state.
+PyTorch has no fused RMSprop: on the CPU, it runs several operations for each parameter in each step. Here, the
+parameters of a group are views of one buffer, and one compiled pass updates them in place. The pass reads gradients
+where autograd left them. Parameters that it cannot update fall back to PyTorch's own functions, with the same state.
 
     from fastrms.torch import RMSprop
     optimizer = RMSprop(model.parameters(), lr=1e-3)
 
-This package needs PyTorch (``python -m pip install "fastrms[torch]"``), and ``import fastrms`` does not import it.
+This package needs PyTorch, as installed with the extra ``torch``. ``import fastrms`` does not import this package.
 """
 
 try:

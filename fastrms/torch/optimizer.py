@@ -25,21 +25,22 @@ _GLOBAL_HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
 class RMSprop(torch.optim.RMSprop):
-    """A drop-in for `torch.optim.RMSprop` (A. Graves 2013 with epsilon outside the root), faster on the CPU.
+    """A drop-in replacement for `torch.optim.RMSprop` that is faster on the CPU.
+
+    It computes the variant of A. Graves (2013, https://arxiv.org/abs/1308.0850), with epsilon outside the root.
 
     Parameters
     ----------
     params : iterable of torch.Tensor or of dict
         As for every optimizer of PyTorch. Dense parameters of dtype float32 or float64 on the CPU that share their
         memory with nothing are moved: their ``.data`` become views of one buffer for each group. All others (CUDA,
-        bfloat16, complex, channels-last, tied by memory, shared between processes) stay where they are and take
-        PyTorch's own step.
+        bfloat16, complex, channels-last, with shared memory) keep their memory and take PyTorch's own step.
     lr : float or torch.Tensor, default 0.01
         Learning rate, >= 0.
     alpha : float, default 0.99
         Decay rate of the mean square, >= 0.
     eps : float, default 1e-8
-        Added to the root, >= 0.
+        Constant that is added to the root, >= 0.
     weight_decay, momentum : float, default 0
         As for `torch.optim.RMSprop`, >= 0.
     centered : bool, default False
@@ -47,7 +48,7 @@ class RMSprop(torch.optim.RMSprop):
     capturable : bool, default False
         If True, all parameters take PyTorch's step.
     foreach : bool or None, default None
-        For the parameters that take PyTorch's step.
+        As for `torch.optim.RMSprop`, for the parameters that take PyTorch's step.
     maximize : bool, default False
         As for `torch.optim.RMSprop`.
     differentiable : bool, default False
@@ -57,14 +58,14 @@ class RMSprop(torch.optim.RMSprop):
 
     Notes
     -----
-    Everything else is inherited: parameter groups, hooks, schedulers, closures, and state with PyTorch's names and
-    shapes, so that a ``state_dict()`` of either loads into the other. The tensors of the state are views of the
-    optimizer's buffers. Results differ from PyTorch's by rounding. With ``centered=True`` the variance is clamped at 0,
-    where PyTorch's can become NaN. A gradient that is None is skipped.
+    Parameter groups, hooks, schedulers, closures and state are those of PyTorch. A ``state_dict()`` of either class
+    loads into the other. The tensors of the state are views of the optimizer's buffers. Results differ from those of
+    PyTorch by rounding. With ``centered=True``, the variance is clamped at 0; in PyTorch its root can become NaN. A
+    parameter whose gradient is None is skipped.
 
-    Each step locates gradients, parameters and state anew, as ``zero_grad()``, ``p.data = ...`` and
-    ``optimizer.state[p] = ...`` put them elsewhere. `explain` says which parameters take which step. If most of a model
-    takes PyTorch's, the first step says so with a RuntimeWarning.
+    Each step locates gradients, parameters and state again, because ``zero_grad()``, ``p.data = ...`` and
+    ``optimizer.state[p] = ...`` replace them. `explain` lists which parameters take which step. If most of a model
+    takes PyTorch's step, the first step gives a RuntimeWarning.
 
     Examples
     --------
@@ -108,12 +109,12 @@ class RMSprop(torch.optim.RMSprop):
         self._release: Release | None = None
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, as for every optimizer of PyTorch; its parameters get a buffer of their own.
+        """Add a parameter group, as for every optimizer of PyTorch. The group gets its own buffer.
 
         Parameters
         ----------
         param_group : dict
-            Parameters under ``"params"``, and options that differ from the defaults of the optimizer.
+            Parameters under ``"params"``, and options that override the defaults of the optimizer.
         """
         super().add_param_group(param_group)
         self._packs.append(Pack(self.param_groups[-1], self._kernel))
@@ -124,13 +125,14 @@ class RMSprop(torch.optim.RMSprop):
     def release_gradients(self, release: bool = True) -> None:
         """Update each parameter within `backward()`, as soon as its gradient is complete, and drop the gradient then.
 
-        All gradients never exist together, which saves their memory. Parameters and state are the same as without it.
-        `step()` is called as before; it ends the step. Options and learning rates are those at the `backward()`.
+        This saves memory, because not all gradients exist at the same time. Parameters and state are the same as
+        without it. Call `step()` as before; it ends the step. A step uses the options and learning rates at the time of
+        `backward()`.
 
         Parameters
         ----------
         release : bool, default True
-            False: gradients stay until `zero_grad()` from now on. Copies of the optimizer begin with False.
+            With False, gradients are kept until `zero_grad()` again. Copies of the optimizer begin with False.
 
         Raises
         ------
@@ -139,10 +141,10 @@ class RMSprop(torch.optim.RMSprop):
 
         Notes
         -----
-        Between `backward()` and `step()` a gradient that was dropped is a tensor of which every use raises
-        StepInProgressError. So do a second `backward()` and `zero_grad()`. These need gradients that stay: accumulation
-        over several `backward()`, clipping by the norm of all gradients, GradScaler, and exchange between processes.
-        ``docs/torch.md`` has more.
+        Between `backward()` and `step()`, every use of a dropped gradient raises StepInProgressError, and so do a
+        second `backward()` and `zero_grad()`. Not available with it are accumulation over several `backward()`,
+        clipping by the norm of all gradients, GradScaler, and exchange of gradients between processes.
+        ``docs/torch.md`` has details.
 
         Examples
         --------
@@ -175,7 +177,7 @@ class RMSprop(torch.optim.RMSprop):
         Parameters
         ----------
         closure : callable, optional
-            Computes the loss and its gradients again.
+            Function that computes the loss and its gradients again, and returns the loss.
 
         Returns
         -------
@@ -201,9 +203,9 @@ class RMSprop(torch.optim.RMSprop):
         Parameters
         ----------
         set_to_none : bool, default True
-            If False, gradients are set to 0 and stay the same tensors. Dense ones that share their memory with nothing
-            become views of one buffer for each group. Autograd adds to them there, one operation sets all to 0, and a
-            step reads them as one array.
+            If False, gradients are set to 0 and stay the same tensors. Dense gradients that share their memory with
+            nothing become views of one buffer for each group. Then autograd adds to the buffer, one operation sets it
+            to 0, and a step reads it as one array.
         """
         if self._release is not None:
             self._release.refuse_in_progress("zero_grad")
@@ -282,13 +284,13 @@ class RMSprop(torch.optim.RMSprop):
             release.watch(self._packs)
 
     def explain(self) -> list[str]:
-        """Say which parameters take the compiled pass and which take PyTorch's step, and why.
+        """Describe which parameters take the compiled pass and which take PyTorch's step, and why.
 
         Returns
         -------
         lines : list of str
-            One for each group and reason, with the numbers (or names) of the first parameters. They hold for the next
-            step if its gradients are of the same kinds as the gradients of the last step.
+            One line for each group and reason, with the numbers or names of the first parameters. They are true for the
+            next step if its gradients are of the same kinds as the gradients of the last step.
         """
         lines = []
         for number, (pack, reasons) in enumerate(self._reasons()):
