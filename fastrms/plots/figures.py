@@ -54,7 +54,7 @@ def path(function: Function = "ellipse", *, ax: "Axes | None" = None, **options:
     Raises
     ------
     OptionError, OptionTypeError
-        As for `descend`; or `ax` is of the wrong kind, or there are options beside a Descent.
+        As for `descend`; or `ax` is of the wrong kind, or options are given in addition to a Descent.
     ImportError
         Matplotlib is not installed.
 
@@ -72,14 +72,14 @@ def path(function: Function = "ellipse", *, ax: "Axes | None" = None, **options:
 def surface(function: Function = "ellipse", *, ax: "Axes | None" = None, **options: Any) -> "Axes":
     """Draw a function of two variables as a surface in three dimensions, and trajectories of several methods.
 
-    Values of very different size have logarithmic heights.
+    Heights are logarithmic if values differ much in size.
 
     Parameters
     ----------
     function : str, callable, Landscape or Descent, default "ellipse"
         As for `path`.
     ax : mpl_toolkits.mplot3d.axes3d.Axes3D, optional
-        Axes made with ``projection="3d"``; by default those of a new figure of pyplot.
+        Axes made with ``projection="3d"``. By default, axes of a new figure of pyplot.
     **options
         As for `path`.
 
@@ -101,7 +101,7 @@ def surface(function: Function = "ellipse", *, ax: "Axes | None" = None, **optio
 def values(function: Function = "ellipse", *, ax: "Axes | None" = None, **options: Any) -> "Axes":
     """Draw the function's value after each step of several methods.
 
-    If minima are known, it is the height above the lowest on a logarithmic axis.
+    If minima are known, the figure shows the height above the lowest minimum on a logarithmic axis.
 
     Parameters
     ----------
@@ -169,21 +169,21 @@ def overview(
     function : str, callable, Landscape or Descent, default "ellipse"
         As for `path`.
     panels : sequence of str
-        The names of the panels; all four by default.
+        The names of the panels. By default, all four.
     **options
         As for `path`.
 
     Returns
     -------
     figure : matplotlib.figure.Figure
-        Not known to pyplot; ``figure.savefig(path)`` writes it.
+        A figure that pyplot does not manage; ``figure.savefig(path)`` writes it.
     axes : dict of str to matplotlib.axes.Axes
-        By the name of the panel.
+        The axes by the name of the panel.
 
     Raises
     ------
     OptionError, OptionTypeError, ImportError
-        As for `path`; or a panel is unknown, or given twice.
+        As for `path`. Or a panel is unknown, or listed twice.
 
     Examples
     --------
@@ -211,7 +211,7 @@ def animate(
     function : str, callable, Landscape or Descent
         As for `path`.
     file : str, Path or binary file
-        The destination.
+        The file to write.
     panels : sequence of str
         As for `overview`.
     on_picture : callable

@@ -28,19 +28,20 @@ _RATES = MappingProxyType({"rmsprop": 0.05, "gradient-descent": 0.01, "momentum"
 
 @dataclass(frozen=True)
 class Landscape:
-    """A test function of two variables, and what figures of trajectories on it need.
+    """A test function of two variables, with settings for figures of trajectories on it.
 
     Parameters
     ----------
     function : callable
-        Called with two floats x and y, returns a number. Where it has no value it may return NaN or inf, or raise an
-        ArithmeticError or a ValueError, as ``math.log(-1.0)`` does.
+        Called with two floats x and y, returns a number. At points without a value it may return NaN or inf, or raise
+        an ArithmeticError or a ValueError, as ``math.log(-1.0)`` does.
     gradient : callable, optional
-        Called likewise, returns the derivatives df/dx and df/dy. By default central differences (see `gradient_at`).
+        Function of x and y that returns the derivatives df/dx and df/dy. By default, central differences (see
+        `gradient_at`).
     name : str, optional
-        For titles; by default the name of the function.
+        The name in titles. By default, the name of the function.
     formula : str, optional
-        For titles, in Matplotlib's notation for mathematics: ``"x^2 + 10 y^2"``.
+        The formula in titles, in Matplotlib's notation for mathematics: ``"x^2 + 10 y^2"``.
     start : (float, float), default (-1.5, 1.0)
         The first point of trajectories.
     region : ((float, float), (float, float)), default ((-2, 2), (-2, 2))
@@ -111,17 +112,17 @@ class Landscape:
         Returns
         -------
         value : float
-            NaN where the function has no value, or a value beyond 1e150.
+            NaN if the function has no value there, or a value beyond 1e150.
         """
         value = float(self._call(self.function, x, y, math.nan))
         return value if abs(value) <= LARGEST else math.nan
 
     def gradient_at(self, x: float, y: float) -> Array:
-        """Return the derivatives in x and y at a point: those of `gradient`, or central differences.
+        """Return the derivatives in x and y at a point, from `gradient` or from central differences.
 
         The difference in x is ``(f(x + h, y) - f(x - h, y)) / 2h`` with ``h = cbrt(2**-52) * max(1, abs(x))``, about
         6e-6, and likewise in y. This h balances rounding, which grows as 1/h, with the error of the formula, which
-        grows as h**2 (W. Press and others, Numerical Recipes, 3rd edition, 2007, section 5.7). About 10 digits hold.
+        grows as h**2 (W. Press et al., Numerical Recipes, 3rd edition, 2007, section 5.7). About 10 digits are correct.
 
         Parameters
         ----------
@@ -131,7 +132,7 @@ class Landscape:
         Returns
         -------
         gradient : ndarray, shape (2,), float64
-            NaN where there is no derivative.
+            NaN if there is no derivative.
         """
         if self.gradient is not None:
             return self._call(self.gradient, x, y, (math.nan, math.nan))

@@ -85,7 +85,7 @@ def plot_training(
     Parameters
     ----------
     losses : mapping of str to array-like, shape (steps,)
-        The loss of each step, by the name of the run. The first run is a wide line under the second.
+        The loss of each step, by the name of the run. The first of two is a wide line under the second.
     times : mapping of str to (float, float)
         Seconds of a whole training step and of its optimizer part, by the same names.
     title : str

@@ -112,11 +112,11 @@ def descend(
         Other methods: ``"gradient-descent"``, ``"momentum"`` or ``"adagrad"``, alone or with options, such as
         ``("adagrad", {"lr": 0.5})``. By default all three, or none where there are settings.
     start : (float, float), optional
-        By default the test function's.
+        The first point. By default, the start of the test function.
     steps : int, optional
-        The number of steps of each trajectory, >= 0; by default the test function's.
+        The number of steps of each trajectory, >= 0. By default, that of the test function.
     region : ((float, float), (float, float)), optional
-        The limits of x and of y in figures; by default the test function's, extended to include `start`.
+        The limits of x and of y in figures. By default, those of the test function, extended to include `start`.
 
     Returns
     -------
@@ -131,7 +131,7 @@ def descend(
     Notes
     -----
     RMSProp runs as ``fastrms.RMSProp(np.array(start), kernel="numpy", ...)``, with one parameter of two float64
-    elements. This kernel has the bits of all others and nothing to compile.
+    elements. This kernel has the same bits as all others, and needs no compilation.
 
     Examples
     --------
