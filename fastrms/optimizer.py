@@ -103,7 +103,7 @@ class RMSProp(InParts[P]):
         Update the given arrays in place, instead of copies in a flat buffer. `params` then contains the given arrays.
         This is for programs that must keep their own arrays. Each array must be writable, C-contiguous, and of dtype
         float32 or float64 in native byte order. State and gradients are still in flat buffers. The bits are the same,
-        but a step over many small arrays takes longer. Not available with `storage` or kernel="cuda".
+        but a step takes longer, above all over many small arrays. Not available with `storage` or kernel="cuda".
 
     Attributes
     ----------
