@@ -236,7 +236,7 @@ def test_the_divider_divides_every_element_and_stays_bounded(rng):
 
 
 def test_two_threads_are_compared_with_one(monkeypatch):
-    assert roofline.divider_speedup(repeats=2, size=1000) > 0
+    assert roofline.divider_speedup(turns=1, size=1000) > 0
     calm = quiet.Quiet(0.1, 0.05, 1.9)
     assert calm.warnings() == []
     assert calm.document() == {"load": 0.1, "others_use": 0.05, "two_thread_speedup": 1.9, "warnings": []}
