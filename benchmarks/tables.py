@@ -1,4 +1,4 @@
-"""Measure, keep the results of this machine, and write README.md and docs/performance.md from the results of all.
+"""Measure, keep the results of this machine, and write the pages below and README's picture from the results of all.
 
     python benchmarks/tables.py           # measure (some 40 minutes), keep in benchmarks/results/, write the pages
     python benchmarks/tables.py --write   # write the pages from the files that are there
@@ -36,7 +36,9 @@ from fastrms.bench.measure import StepRow
 from fastrms.plots import format_seconds
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "should-i-use.md", ROOT / "docs" / "performance.md")
+# README's picture, drawn from the page of tables.
+PICTURE, PICTURES = "training_steps", ROOT / "docs" / "pictures.py"
 
 # The runs of `fastrms bench`, each in a process of its own, the file that each writes, and its options.
 STEPS, TRAINING = "fastrms-bench.json", "fastrms-bench-in-situ.json"
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     if not runs:
         raise SystemExit(f"--results: {args.results}: expected files of results, found none")
     written = fill(args.pages, tables(runs))
+    if args.pages == PAGES:
+        subprocess.run([sys.executable, str(PICTURES), str(ROOT / "docs" / "_static"), PICTURE], check=True)
     print(f"\nwritten: {', '.join(written) or 'nothing, no page has a marker'}\n")
     print(targets.table(runs))
     return 0
@@ -116,6 +120,7 @@ def tables(runs: Sequence[Results]) -> dict[str, str]:
     return {
         "machine": "\n".join(map(machine, runs)),
         "naive": loops(),
+        "naive-serial": loops(only=naive.naive.py_func),
         "against-naive": against_naive(runs),
         "in-situ": each(lambda run: in_situ(run.training)),
         "in-situ-with-sleep": each(lambda run: in_situ(run.training_with_sleep)),
@@ -127,11 +132,15 @@ def tables(runs: Sequence[Results]) -> dict[str, str]:
         "losses": each(losses),
         "targets": targets.table(runs),
         "summary": summary(runs),
+        "range": speedups(runs),
+        "worth": worth(runs),
     }
 
 
-def loops() -> str:
-    """The source of the naive loops, without the list of public names."""
+def loops(only: Callable[..., None] | None = None) -> str:
+    """The source of the naive loops, or of one of them, without the list of public names."""
+    if only is not None:
+        return f"```python\nimport numpy as np\nfrom numba import njit\n\n\n{inspect.getsource(only).rstrip()}\n```"
     source = inspect.getsource(naive).partition("\n\n")[2]
     code = re.sub(r"__all__ = .*\n\n", "", source).rstrip()
     return f"```python\n{code}\n```"
@@ -302,14 +311,77 @@ def summary(runs: Sequence[Results]) -> str:
     """The few numbers for a first page: whole training steps with the defaults, float32."""
     body = []
     for run in runs:
-        rows = [row for row in run.training if row["dtype"] == "float32"]
-        for base in rows:
-            if base["kernel"] == "reference":
-                mine = [row for row in rows if (row["network"], row["kernel"]) == (base["network"], "auto")]
-                faster = [f"{format_seconds(row['step_seconds'])} ({row['times_faster']:.2f}×)" for row in mine]
-                body.append([run.processor, base["network"], format_seconds(base["step_seconds"]), *faster])
-    header = ["processor", "layers of the network", "NumPy reference", "`opt.step(list)`", "`opt.step()`"]
+        for base in trained(run, "reference", "float32"):
+            mine = [row for row in trained(run, "auto", "float32") if row["network"] == base["network"]]
+            faster = [f"{format_seconds(row['step_seconds'])} ({row['times_faster']:.2f}×)" for row in mine]
+            part = [f"{base['optimizer_seconds'] / row['optimizer_seconds']:.1f}×" for row in mine]
+            theirs = format_seconds(base["step_seconds"])
+            body.append([run.processor, base["network"], theirs, *faster, " / ".join(part)])
+    header = ["processor", "layers of the network", "NumPy class", "`step(list)`", "`step()`", "optimizer's part"]
     return markdown(header, body)
+
+
+def trained(run: Results, kernel: str, dtype: str | None = None) -> list[TrainingRow]:
+    """The rows of training steps with one optimizer, of one dtype or of all."""
+    return [row for row in run.training if row["kernel"] == kernel and dtype in (None, row["dtype"])]
+
+
+def ratios(run: Results, ours: str, theirs: str, *, part: bool = False) -> list[float]:
+    """How many times as fast training steps are, or the optimizer's part of them, for each network and dtype."""
+
+    def speed(row: TrainingRow) -> float:
+        return 1 / row["optimizer_seconds"] if part else row["times_faster"]
+
+    found = {(row["network"], row["dtype"], row["gradients"]): speed(row) for row in trained(run, theirs)}
+    rows = [(row, "list" if theirs == "reference" else row["gradients"]) for row in trained(run, ours)]
+    cases = [(speed(row), (row["network"], row["dtype"], gradients)) for row, gradients in rows]
+    return [value / found[case] for value, case in cases if case in found]
+
+
+def range_of(values: Sequence[float | None], form: str = ".2f") -> str:
+    """The least and the greatest of some ratios, such as "1.22 to 2.47×"."""
+    found = sorted(value for value in values if value is not None)
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (found[0], found[-1]))) + "×" if found else "–"
+
+
+def speedups(runs: Sequence[Results]) -> str:
+    """The one sentence for a first page: ranges over all machines, networks, dtypes and kinds of gradients."""
+    whole, part = (
+        range_of([value for run in runs for value in ratios(run, "auto", "reference", part=part)], ".1f").rstrip("×")
+        for part in (False, True)
+    )
+    return (
+        f"In the benchmarks a whole training step is {whole} times as fast as with the NumPy code, and the optimizer's "
+        f"part of it alone {part} times."
+    )
+
+
+def worth(runs: Sequence[Results]) -> str:
+    """What fastrms is compared with, and how many times as fast it is, machine beside machine."""
+    small, large = (
+        [Case(1, (size,), dtype) for size in sizes for dtype in ("float32", "float64")]
+        for sizes in ((1_000, 10_000), (1_000_000, 10_000_000, 50_000_000))
+    )
+    many = [Case(*MANY_ARRAYS, "float32")]
+
+    def isolated(cases: Sequence[Case], ours: Sequence[str], theirs: str) -> Callable[[Results], list[float | None]]:
+        return lambda run: [targets.faster(case, way, theirs)(run) for case in cases for way in ours]
+
+    def training(ours: str, theirs: str, *, part: bool = False) -> Callable[[Results], list[float]]:
+        return lambda run: ratios(run, ours, theirs, part=part)
+
+    serial = ("serial", "serial-list")
+    rows: list[tuple[str, str, Callable[[Results], Sequence[float | None]]]] = [
+        ("a training step", "the NumPy class", training("auto", "reference")),
+        ("the optimizer's part of it", "the NumPy class", training("auto", "reference", part=True)),
+        ("a training step", "the loop, called for each array", training("auto", "naive")),
+        ("a training step with `parallel`", "the same with `serial`", training("parallel", "serial")),
+        ("one flat array of 1,000 or 10,000 elements", "the loop", isolated(small, serial, "naive")),
+        ("one flat array of 1,000,000 or more", "the loop", isolated(large, serial, "naive")),
+        ("1,000 arrays of 10×10", "the loop, called for each array", isolated(many, serial, "naive")),
+    ]
+    body = [[what, against, *(range_of(value(run)) for run in runs)] for what, against, value in rows]
+    return markdown(["times as fast with fastrms", "compared with", *(run.processor for run in runs)], body)
 
 
 if __name__ == "__main__":

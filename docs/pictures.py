@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation, each from a real run of fastrms; the docs build calls this.
 
-    python docs/pictures.py [FOLDER]      # default: docs/_pictures
+    python docs/pictures.py [FOLDER [NAME ...]]      # default: all of them, in docs/_pictures
 
 A picture is a function here that returns a figure; its file has the function's name. All runs are seeded. Colours are
 of the Okabe-Ito palette, which colour-blind people can tell apart, and dashes do the same in grey.
@@ -8,11 +8,12 @@ of the Okabe-Ito palette, which colour-blind people can tell apart, and dashes d
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -242,11 +243,21 @@ def dialects() -> Figure:
 
 def _table(name: str) -> list[list[str]]:
     """The cells of a generated table of performance.md, its heading first; of several processors, the first one's."""
-    text = (HERE / "performance.md").read_text(encoding="utf-8")
-    found = re.search(rf"<!-- table: {name} -->\n.*?(^\|.*?)\n\n", text, re.DOTALL | re.MULTILINE)
-    assert found, name
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in _part(name)[2].splitlines()]
     return [rows[0], *rows[2:]]
+
+
+def _processor(name: str) -> str:
+    """The processor of such a table."""
+    return _part(name)[1]
+
+
+def _part(name: str) -> re.Match[str]:
+    text = (HERE / "performance.md").read_text(encoding="utf-8")
+    pattern = rf"<!-- table: {name} -->\n\n\*\*([^\n]*)\*\*\n\n(^\|.*?)\n\n"
+    found = re.search(pattern, text, re.DOTALL | re.MULTILINE)
+    assert found, name
+    return found
 
 
 def _seconds(text: str) -> float:
@@ -292,10 +303,11 @@ def throughput() -> Figure:
 
 def training_steps() -> Figure:
     """Where the time of training steps goes, from the table of training steps, float32 and lists."""
-    figure, (axes,) = _figure(1, "A training step in float32, the reference's = 100 %")
+    figure, (axes,) = _figure(1, f"The time of a training step, float32, on {_processor('in-situ')}")
+    figure.set_size_inches(8.2, 3.0)
     networks: list[str] = []
     whole = 1.0
-    for network, optimizer, gradients, step, part, *_ in _table("in-situ")[1:]:
+    for network, optimizer, gradients, step, part, faster, *_ in _table("in-situ")[1:]:
         if network:  # otherwise the same as in the row above
             networks.append(network)
         if "float32" not in networks[-1] or gradients != "list":
@@ -311,13 +323,16 @@ def training_steps() -> Figure:
         axes.barh(place, rest, 0.32, color="#BBBBBB", label="forward and backward" if first else None)
         optimizing = 100 * _seconds(part) / whole
         axes.barh(place, optimizing, 0.32, left=rest, color="#0072B2", label="optimizer" if first else None)
-        axes.text(rest + optimizing + 1, place, optimizer, fontsize=8, verticalalignment="center")
+        label = f"{optimizer}: {step.partition(' ±')[0]}" + f" ({faster})" * (optimizer != "reference class")
+        axes.text(rest + optimizing + 1, place, label, fontsize=8, verticalalignment="center")
     names = [name.partition(",")[0] for name in networks if "float32" in name]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 122)
-    axes.set_xlabel("percent")
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    axes.set_xlim(0, 132)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("percent of the time with the reference class")
+    axes.set_ylabel("layers of the network")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.17), ncols=2)
     return figure
 
 
@@ -327,12 +342,14 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 }
 
 
-def draw_all(folder: Path) -> None:
-    """Write every picture to `folder`, as NAME.svg."""
+def draw_all(folder: Path, names: Iterable[str] = PICTURES) -> None:
+    """Write pictures to `folder`, as NAME.svg."""
     folder.mkdir(exist_ok=True)
-    for name, picture in PICTURES.items():
-        picture().savefig(folder / f"{name}.svg", metadata={"Date": None})
+    for name in names:
+        # Without a date, and with the same identifiers each time: the same picture is the same file.
+        with rc_context({"svg.hashsalt": name}):
+            PICTURES[name]().savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    draw_all(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "_pictures")
+    draw_all(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "_pictures", sys.argv[2:] or PICTURES)

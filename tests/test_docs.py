@@ -16,6 +16,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import BLOCK, UNDEFINE_GRADIENTS, undefine_gradients
 from numpydoc.validate import validate
@@ -37,7 +38,7 @@ CLAIMS = {
     "README.md": [
         "W is opt.params[0] and b is opt.params[1] and dW is opt.grads[0] and db is opt.grads[1]",
         "np.shares_memory(W, opt.buffers['params'].flat) and np.shares_memory(dW, opt.buffers['grads'].flat)",
-        "opt.steps == 400 and opt.lr == 1e-3",
+        "opt.steps == 400 and opt.lr == 1e-3 and np.mean((x @ W + b - y) ** 2) < 1e-5",
     ],
     "checkpoints.md": [
         "opt.steps == 1 and opt.param_groups[0]['momentum'] == 0.9",
@@ -112,6 +113,25 @@ def test_every_block_is_one_that_runs(page):
     lines = re.findall(r"^ *(?:```+|~~~+)(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert lines[1::2] == [""] * (len(lines) // 2)
     assert [line for line in lines[::2] if line != "python" and not line.startswith("{")] == []
+
+
+def test_readmes_programs_before_and_after_end_with_the_same_bits():
+    before, after = {}, {}
+    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    for code, names in zip(blocks, (before, after), strict=False):
+        exec(code, names)
+    assert "RMSProp" not in before
+    assert isinstance(after["opt"], fastrms.RMSProp)
+    for name in ("W", "b"):
+        assert before[name].tobytes() == after[name].tobytes()
+    assert np.mean(after["y"] ** 2) > 0.5
+    assert np.mean(after["error"] ** 2) < 0.001
+
+
+def test_readmes_table_of_contents_has_every_page():
+    pages = {f"docs/{page.name}" for page in PAGES} - {"docs/README.md", "docs/index.md"}
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Documentation")[2]
+    assert pages <= set(re.findall(r"\]\(([^)#]+)\)", table))
 
 
 def test_claims_are_about_pages_that_are_there():

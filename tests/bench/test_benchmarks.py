@@ -132,6 +132,9 @@ def test_tables_are_written_from_all_files(tmp_path, capsys):
     assert re.search(r"^\| 1,000 float32 \| [\d.]+× \|", first, re.MULTILINE) is None  # serial was not measured
     assert "|  | no optimizer | list |" in first
     assert "| decay_rate=0.9 | bfloat16 | 0.5000 ± 0.0100 | 0.6000 ± 0.0200 | 0.9000 ± 0.0300 |" in first
+    assert first.count("@njit") == 3  # both loops, and the first one alone
+    assert re.search(r"training step is [\d.]+( to [\d.]+)? times as fast as with the NumPy code", first)
+    assert re.search(r"^\| a training step \| the NumPy class \| [\d.]+× \| – \|$", first, re.MULTILINE)
     assert capsys.readouterr().out.count("reached") > 0
 
     page.write_text("<!-- table: nonsense -->\n<!-- end -->\n")
@@ -142,6 +145,45 @@ def test_tables_are_written_from_all_files(tmp_path, capsys):
         tables.main(arguments)
     with pytest.raises(SystemExit, match="expected files of results, found none"):
         tables.main(["--write", "--results", str(tmp_path / "none")])
+
+
+def test_what_it_is_worth():
+    ways = [way("reference", "list", 1.0, 2.0), way("auto", "list", 1.5, 1.2), way("auto", "buffer", 3.0, 1.2),
+            way("serial", "list", 2.0, 1.1), way("serial", "buffer", 4.0, 1.1), way("parallel", "list", 1.0, 1.1),
+            way("parallel", "buffer", 3.0, 1.1), way("naive", "list", 1.2, 1.1)]  # fmt: skip
+    for each in ways:
+        each["optimizer_seconds"] = 0.5 if each["kernel"] == "reference" else 0.25 / each["times_faster"]
+    steps = [row("serial", 2.0, size=1000), row("serial-list", 4.0, size=1000), row("naive", 3.0, size=1000),
+             row("serial", 1.0, size=10**6), row("naive", 1.0, size=10**6)]  # fmt: skip
+    assert tables.worth([run(steps=steps, training=ways)]).splitlines()[2:] == [
+        "| a training step | the NumPy class | 1.50 to 3.00× |",
+        "| the optimizer's part of it | the NumPy class | 3.00 to 6.00× |",
+        "| a training step | the loop, called for each array | 1.25× |",
+        "| a training step with `parallel` | the same with `serial` | 0.50 to 0.75× |",
+        "| one flat array of 1,000 or 10,000 elements | the loop | 0.75 to 1.50× |",
+        "| one flat array of 1,000,000 or more | the loop | 1.00× |",
+        "| 1,000 arrays of 10×10 | the loop, called for each array | – |",
+    ]
+    assert "1.5 to 3.0 times as fast as with the NumPy code, and" in tables.speedups([run(training=ways)])
+    assert "alone 3.0 to 6.0 times." in tables.speedups([run(training=ways)])
+    assert "| 1.50× |" not in tables.summary([run(training=ways)])
+    assert "(1.50×) | 333 ms (3.00×) | 3.0× / 6.0× |" in tables.summary([run(training=ways)])
+
+
+def test_readme_says_what_the_results_show():
+    """What the prose around the tables says of the loop and of `parallel`, on the machines that are there."""
+    runs = results.newest()
+    for each in runs:
+        assert each.machine["processors"] == 2
+        assert max(tables.ratios(each, "parallel", "serial")) < tables.MARGIN
+        assert min(tables.ratios(each, "auto", "reference")) > 1
+    small, large = (
+        [value for size in sizes for each in runs
+         if (value := targets.faster(Case(1, (size,), "float32"), "serial-list", "naive")(each)) is not None]
+        for sizes in ((1_000,), (1_000_000, 10_000_000, 50_000_000))
+    )  # fmt: skip
+    assert max(small) < 1
+    assert 0.9 < min(large) <= max(large) < 1.1
 
 
 def test_a_time_counts_as_lost_from_three_percent_on():

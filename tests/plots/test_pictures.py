@@ -115,3 +115,15 @@ def test_throughput_and_training_steps_are_of_the_tables(lines, pictures):
     bars = pictures.PICTURES["training_steps"]().axes[0].patches
     assert len(bars) == len(networks) * 4 > 0  # two ways with two parts each
     assert bars[0].get_width() + bars[1].get_width() == pytest.approx(100)
+
+
+def test_readmes_picture_is_of_the_table(pictures, tmp_path):
+    """`python benchmarks/tables.py --write` draws it again. Text is drawn as paths, each with the text in a comment."""
+    pictures.draw_all(tmp_path, ["training_steps"])
+    drawn, kept = (
+        re.findall(r"<!-- (.+?) -->", (folder / "training_steps.svg").read_text(encoding="utf-8"))
+        for folder in (tmp_path, DOCS / "_static")
+    )
+    assert drawn == kept
+    assert [text for text in kept if text.startswith("fastrms auto: ")]
+    assert "](docs/_static/training_steps.svg)" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
