@@ -317,7 +317,7 @@ def summary(runs: Sequence[Results]) -> str:
             part = [f"{base['optimizer_seconds'] / row['optimizer_seconds']:.1f}×" for row in mine]
             theirs = format_seconds(base["step_seconds"])
             body.append([run.processor, base["network"], theirs, *faster, " / ".join(part)])
-    header = ["processor", "layers of the network", "NumPy class", "`step(list)`", "`step()`", "optimizer's part"]
+    header = ["processor", "layers of the network", "NumPy class", "`step(list)`", "`step()`", "optimizer alone"]
     return markdown(header, body)
 
 
@@ -351,8 +351,8 @@ def speedups(runs: Sequence[Results]) -> str:
         for part in (False, True)
     )
     return (
-        f"In the benchmarks a whole training step is {whole} times as fast as with the NumPy code, and the optimizer's "
-        f"part of it alone {part} times."
+        f"In the benchmarks, whole training steps are {whole} times as fast as with the NumPy code. The optimizer's part "
+        f"alone is {part} times as fast."
     )
 
 
