@@ -351,8 +351,8 @@ def speedups(runs: Sequence[Results]) -> str:
         for part in (False, True)
     )
     return (
-        f"In the benchmarks, whole training steps are {whole} times as fast as with the NumPy code. The optimizer's part "
-        f"alone is {part} times as fast."
+        f"In the benchmarks, whole training steps are {whole} times as fast as with the NumPy code. The optimizer's "
+        f"part alone is {part} times as fast."
     )
 
 

@@ -134,6 +134,12 @@ def test_readmes_table_of_contents_has_every_page():
     assert pages <= set(re.findall(r"\]\(([^)#]+)\)", table))
 
 
+def test_the_glossary_is_in_alphabetical_order():
+    terms = re.findall(r"^## (.+)$", (DOCS / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert terms == sorted(terms, key=str.casefold)
+    assert len(terms) > 30
+
+
 def test_claims_are_about_pages_that_are_there():
     assert CLAIMS.keys() <= {page.name for page in PAGES}
 
