@@ -14,8 +14,8 @@ TEXT, COMMON = ((DOCS / name).read_text(encoding="utf-8") for name in ("wrong-in
 # wrong-input.md: what it is | `code` | `error`
 ROW = re.compile(r"^\| (.+?) \| `(.+)` \| `(\w+): (.+)` \|$", re.MULTILINE)
 ROWS = ROW.findall(TEXT)
-# errors.md: `code` | `error` | what to do
-COMMON_ROW = re.compile(r"^\| `([^`]+)` \| `(\w+): ([^`]+)` \| .+ \|$", re.MULTILINE)
+# errors.md: `code`<br>`error` | what to do
+COMMON_ROW = re.compile(r"^\| `([^`]+)`<br>`(\w+): ([^`]+)` \| .+ \|$", re.MULTILINE)
 COMMON_ROWS = COMMON_ROW.findall(COMMON)
 
 
