@@ -5,7 +5,6 @@ from typing import Any
 
 from fastrms._persistence import Persistent
 from fastrms._types import Array
-from fastrms.backends.host import HostBackend
 from fastrms.backends.making import add_group
 from fastrms.buffers.pytree import P
 from fastrms.errors import DtypeError, OptionError
@@ -47,7 +46,7 @@ class InParts(Persistent[P]):
             As from `step`.
         OptionError
             `global_clip_norm` is set, or `nonfinite` is not "propagate": these options need all gradients together. Or
-            the optimizer is on a GPU or on several ranks.
+            the optimizer is on several ranks.
 
         Examples
         --------
@@ -77,7 +76,7 @@ class InParts(Persistent[P]):
             As for `step_parameter`.
         rows : array-like of int, shape (k,)
             Indices along the first axis of the parameter, from -n to n - 1 for n rows. If a row occurs several times,
-            its gradients are added up.
+            its gradients are added up. Indices on a GPU are copied to the host, which waits for them.
         gradient : array, shape (k, ...)
             The gradient of each row in `rows`.
 
@@ -117,16 +116,16 @@ class InParts(Persistent[P]):
         nothing happens.
         """
         with self._turns.part_of_step("finish_step"):
-            if isinstance(self._backend, HostBackend) and self._backend.one_by_one is not None:
+            if self._backend.one_by_one is not None:
                 self._backend.one_by_one.finish(self._backend)
 
     def _update(self, name: str, key: Hashable, gradient: Any, rows: Any) -> Array:
         """Update one parameter, and return it."""
         backend = self._backend
-        if not isinstance(backend, HostBackend) or backend.one_by_one is None:
+        if backend.one_by_one is None:
             raise OptionError(
-                f"{name}: expected an optimizer of one process on the host, got one on a GPU or on several ranks. With "
-                "ranks, hand each gradient over with ready(key, grad), and then call step()"
+                f"{name}: expected an optimizer of one process, got one on several ranks; hand each gradient over with "
+                "ready(key, grad), and then call step()"
             )
         turns, state = self._turns, self._state
         with turns.lock:  # as in `Turns.part_of_step`, which takes 2 us longer

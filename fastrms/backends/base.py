@@ -18,6 +18,7 @@ from fastrms.kernels.norms import AddUp, SpanNorms, combine
 if TYPE_CHECKING:
     from fastrms.backends.at_once import AtOnce
     from fastrms.backends.host import HostBackend
+    from fastrms.backends.one_by_one import OneByOne
     from fastrms.backends.storage import Storage
 
 __all__ = ["Backend", "Call", "Memory", "Ranks", "RunCalls"]
@@ -36,6 +37,9 @@ class Backend(ABC):
     """
 
     at_once: "AtOnce | None" = None  # steps that need no lock
+    one_by_one: "OneByOne[Any] | None" = None  # steps of one parameter at a time
+    run_calls: RunCalls
+    version: object  # of the options: another object after each change
     thread_limit: int | None = None  # the number of threads of a step
     in_parts: bool = False  # whether buffers may be larger than memory, and are read and written part by part
     storage: "Storage | None" = None  # the folder with the buffers
@@ -61,6 +65,10 @@ class Backend(ABC):
         """Tell whether the last step was skipped."""
         return self.settle_steps().last_skipped
 
+    def forget_last_step(self) -> None:
+        """Forget the norms of the last step, and whether it was skipped."""
+        self.state.counts.last_norms, self.state.counts.last_skipped = None, False
+
     def take_in(self, new: OptimizerState) -> None:
         """Append the only group of another optimizer, with its buffers, which are in the memory of this process."""
         raise OptionError(
@@ -71,6 +79,13 @@ class Backend(ABC):
     def settle_steps(self) -> Counts:
         """Return the counts as `settle` does, except that `absent` may be that of an earlier step."""
         return self.settle()
+
+    @abstractmethod
+    def rates(self) -> list[float] | None:
+        """Return the learning rate of each group, from functions too. Return None if no rate is a function."""
+
+    def step_ended(self) -> None:  # noqa: B027 - a default
+        """Record the end of a step that has been counted. Here nothing is recorded."""
 
     @abstractmethod
     def settle(self) -> Counts:

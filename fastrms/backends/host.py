@@ -15,6 +15,7 @@ from fastrms._types import Items, Options
 from fastrms.backends import plan, tuner
 from fastrms.backends.at_once import AtOnce
 from fastrms.backends.base import Backend, Call, Memory, Ranks
+from fastrms.backends.host_parameter import HostParameter
 from fastrms.backends.one_by_one import OneByOne
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, HostRun, Located, Variant
 from fastrms.backends.storage import Storage
@@ -53,7 +54,7 @@ class HostBackend(Backend):
         self.run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
         self._runs = [self.new_run(k, numbers) for k, numbers in plan.split_runs(layout, state.group_of)]
-        self.one_by_one = OneByOne() if ranks is None else None
+        self.one_by_one = OneByOne(HostParameter) if ranks is None else None
         self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.kernel_changed()

@@ -86,6 +86,14 @@ class Run:
         used = [(name, self.group[option]) for name, option in STATE_OPTIONS.items()]
         return always + [self.part_of(buffers[name]) if value else None for name, value in used]
 
+    def corrections(self, counts: Counts) -> NDArray[np.float64] | None:
+        """Return the factor of bias correction of each parameter in the next step; None without bias correction."""
+        if not self.group["bias_correction"]:
+            return None
+        own_steps = counts.steps + 1 - counts.absent[self.numbers]
+        corrections: NDArray[np.float64] = 1.0 / (1.0 - self.group["decay_rate"] ** own_steps)
+        return corrections
+
 
 class HostRun(Run):
     """A run on the host. One kernel call updates it."""
@@ -207,14 +215,6 @@ class HostRun(Run):
         clip_value = self.group["clip_value"]
         bound = np.inf if clip_value is None else clip_value
         return self.norms(self.part_of(grads), bound, kernel, None if ranks is None else ranks.add_up(self.numbers))
-
-    def corrections(self, counts: Counts) -> NDArray[np.float64] | None:
-        """Return the factor of bias correction of each parameter in the next step; None without bias correction."""
-        if not self.group["bias_correction"]:
-            return None
-        own_steps = counts.steps + 1 - counts.absent[self.numbers]
-        corrections: NDArray[np.float64] = 1.0 / (1.0 - self.group["decay_rate"] ** own_steps)
-        return corrections
 
     def arguments(
         self,

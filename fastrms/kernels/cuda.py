@@ -16,6 +16,7 @@ import numba
 import numpy as np
 
 from fastrms.kernels import norms
+from fastrms.kernels.cuda_arrays import add_up_rows, convert_kernel, fill
 from fastrms.kernels.cuda_target import (
     LEGACY_STREAM,
     SIMULATED,
@@ -27,13 +28,15 @@ from fastrms.kernels.cuda_target import (
     missing,
     multiply,
     number_at,
+    vector_at,
 )
 from fastrms.kernels.rule import rule
 
 __all__ = [
     "ABSENT", "CHUNK", "DOUBTFUL", "EVERY", "IN_BUFFER", "LANES", "LEGACY_STREAM", "PRESCALE", "SIMULATED", "THREADS",
-    "TOO_LARGE", "TOO_SMALL", "add_partials", "convert_kernel", "cuda", "decide", "driver_version", "fill",
-    "handle_of", "interface_of", "launch", "missing", "square_chunks", "update_kernel",
+    "TOO_LARGE", "TOO_SMALL", "add_partials", "add_up_rows", "convert_kernel", "cuda", "decide", "driver_version",
+    "fill", "handle_of", "interface_of", "launch", "limit_norm", "missing", "square_chunks", "update_kernel",
+    "vector_at",
 ]  # fmt: skip
 
 CHUNK, LANES = norms.CHUNK, norms.LANES
@@ -240,6 +243,23 @@ def add_partials(first_chunk, sources, which, prescale, partials, sums, span_nor
 
 
 @cuda.jit(device=True)
+def _scale_to(limit, norm):
+    """Return the factor that brings a norm down to a limit, as `norms.scale_to`."""
+    return 1.0 if norm <= limit else limit / norm
+
+
+@cuda.jit
+def limit_norm(span_norms, limit, sign, correction, factors):
+    """Write the factors of a gradient with the first norm to each row of `factors`, for a step of one parameter.
+
+    The factors are that of the gradient, with its `sign`, and `correction`.
+    """
+    for k in range(cuda.grid(1), factors.shape[0], cuda.gridsize(1)):
+        factors[k, 0] = multiply(sign, _scale_to(limit, span_norms[0]))
+        factors[k, 1] = correction
+
+
+@cuda.jit(device=True)
 def _add_exactly(digits, x):
     """Add a number from 0 to 1 to a number of `_DIGITS` digits of 32 bits; `_rounded` carries what exceeds 32 bits."""
     fraction, exponent = math.frexp(x)
@@ -308,8 +328,7 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
             if guarded and finite[k] == 0:
                 wrong[0] = 1
             if limits[k] < math.inf:
-                if not norm <= limits[k]:
-                    scale = limits[k] / norm
+                scale = _scale_to(limits[k], norm)
                 if norm > limits[k]:
                     norm = limits[k]
         factors[k, 0] = scale
@@ -358,28 +377,3 @@ def decide(sources, span_norms, finite, guarded, limits, global_limit, signs, ro
         go[0] = 1 if takes_step else 0
         if not takes_step:
             missed[0] += 1
-
-
-@cuda.jit
-def fill(array, value):
-    """Set all elements of a 1-D array."""
-    for i in range(cuda.grid(1), array.size, cuda.gridsize(1)):
-        array[i] = value
-
-
-@cache
-def convert_kernel(dimensions):
-    """Return the kernel that copies an array of any dtype and strides (in bytes), at an address, into a 1-D array."""
-
-    @cuda.jit
-    def convert(target, address, like, shape, strides):
-        for i in range(cuda.grid(1), target.size, cuda.gridsize(1)):
-            rest = i
-            place = address
-            for d in range(dimensions):
-                axis = dimensions - 1 - d
-                place += rest % shape[axis] * strides[axis]
-                rest //= shape[axis]
-            target[i] = number_at(place, like)
-
-    return convert

@@ -30,7 +30,7 @@ with warnings.catch_warnings():  # NumPy 2.5 warns of code in numba-cuda 0.30
 
 __all__ = [
     "LEGACY_STREAM", "SIMULATED", "cuda", "driver_version", "for_device", "handle_of", "interface_of", "missing",
-    "multiply", "number_at",
+    "multiply", "number_at", "vector_at",
 ]  # fmt: skip
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
@@ -109,6 +109,14 @@ def interface_of(thing: Any) -> dict[str, Any] | None:
     except Exception:  # any error of a user's attribute; torch raises for dtypes without a description
         return None
     return found
+
+
+def vector_at(address: int, size: int, dtype: Any) -> Any:
+    """Return the dense 1-D array on the device at an address. The caller keeps its memory alive."""
+    if SIMULATED:
+        return type(cuda.device_array(0))(numba.carray(ctypes.c_void_p(address), (size,), dtype))
+    described = {"shape": (size,), "typestr": dtype.str, "data": (address, False), "version": 3}
+    return cuda.from_cuda_array_interface(described, sync=False)
 
 
 def handle_of(stream: Any) -> int:

@@ -144,6 +144,38 @@ def test_a_run_goes_on_elsewhere_with_the_same_bits(cuda, rng, tmp_path):
         assert_same_state(optimizer, oracle)
 
 
+def test_one_parameter_at_a_time_has_the_bits_of_a_whole_step_on_the_host(cuda, rng):
+    for names in combinations():
+        if names & {"global_clip_norm", "nonfinite"}:  # they need all gradients together
+            continue
+        options = {name: OPTIONS[name] for name in sorted(names)}
+        oracle, optimizer = pair(arrays(rng), lr=0.01, **options)
+        for t in range(3):
+            gradients = arrays(rng)
+            if t == 1:
+                gradients[5] = None
+            for number in rng.permutation(len(gradients)):
+                gradient = gradients[number]
+                there = gradient is not None and gradient.size and number % 2
+                optimizer.step_parameter(int(number), cuda.to_device(gradient) if there else gradient)
+            oracle.step(gradients)
+        assert_same_state(optimizer, oracle, str(options))
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0, "momentum": 0.9, "bias_correction": True}], ids=str)
+@pytest.mark.parametrize("width", [1, 50, 300, 5000])
+def test_rows_have_the_bits_of_the_host(width, options, cuda, rng):
+    oracle, optimizer = pair([wide(rng, (2000, width), np.float32, -1, 1)], **options)
+    for size in (1, 700, 5000, 3):
+        rows = rng.integers(0, 2000, size)
+        gradient = wide(rng, (size, width), np.float32, -1, 1)
+        oracle.step_rows(0, rows, gradient)
+        optimizer.step_rows(0, cuda.to_device(rows) if size % 2 else rows, cuda.to_device(gradient))
+        oracle.step_rows(0, rows[:2], gradient[:2])
+        optimizer.step_rows(0, rows[:2], gradient[:2])
+    assert_same_state(optimizer, oracle)
+
+
 # Memory of other libraries.
 
 
@@ -180,7 +212,7 @@ def test_torch_shares_memory_and_its_gradients_are_read_where_they_lie(count, to
         given = [torch.tensor(g, device="cuda") for g in gradients]
         oracle.step(gradients)
         optimizer.step(given)
-        found = optimizer.backend._finder.find(tuple(given), optimizer.backend._written)
+        found = optimizer.backend._finder.find(tuple(given), optimizer.backend.written)
         assert found.sources.tolist() == [tensor.data_ptr() for tensor in given]
         assert found.others == found.arrays == []
     optimizer.synchronize()
@@ -252,6 +284,48 @@ def test_a_steady_step_does_not_wait_for_the_device(options, cuda, cupy, rng):
     optimizer.synchronize()
     print(f"ten steps were asked for in {1e3 * asked:.2f} ms")
     assert optimizer.steps == 13
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0, "bias_correction": True}], ids=str)
+def test_one_parameter_at_a_time_does_not_wait_for_the_device(options, cuda, cupy, rng):
+    stream = cupy.cuda.Stream(non_blocking=True)
+    params = [np.ones((30, 4), np.float32), np.ones(50)]
+    optimizer = RMSProp(params, kernel="cuda", stream=stream, **options)
+    with stream:
+        first, second = (cupy.asarray(p) for p in params)
+    rows = [3, 0, 3]
+
+    def step():
+        optimizer.step_rows(0, rows, first[:3])
+        optimizer.step_parameter(1, second)
+
+    for _ in range(20):  # the first ones allocate pinned memory
+        step()
+    optimizer.synchronize()
+    busy(cupy, stream, 1.0)
+    for _ in range(5):
+        step()
+    assert not stream.done, "the steps were taken after all that was asked of the stream before"
+    optimizer.synchronize()
+    assert optimizer.steps == 25
+
+
+def test_the_stream_of_who_made_the_gradient_of_one_parameter_is_waited_for(cupy, rng):
+    values = rng.standard_normal((1000, 1000)).astype(np.float32)
+    oracle, optimizer = pair([np.ones_like(values)])
+    theirs = cupy.cuda.Stream(non_blocking=True)
+    source, rows = cupy.asarray(values), rng.integers(0, 1000, 1000)
+    for step in (lambda opt, g: opt.step_parameter(0, g), lambda opt, g: opt.step_rows(0, rows, g)):
+        gradient = cupy.zeros_like(source)
+        cupy.cuda.runtime.deviceSynchronize()
+        busy(cupy, theirs)
+        with theirs:
+            gradient[...] = source  # not there yet when the update is asked for
+            step(optimizer, gradient)
+            gradient[...] = np.nan  # and gone soon, but not before it has been read
+        step(oracle, values)
+        optimizer.synchronize()
+        assert_same_state(optimizer, oracle)
 
 
 def test_numpy_gradients_do_not_overtake_one_another(cuda, rng):

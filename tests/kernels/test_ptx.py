@@ -50,7 +50,9 @@ PROGRAM = """if True:
         for other in (types.float64, types.float32, types.int32, types.uint8):
             count(f"convert {other} to {name}", kernels.convert_kernel(2), numbers, integer, other, shape, shape)
         count(f"fill {name}", kernels.fill, numbers, number)
+        count(f"rows {name}", kernels.add_up_rows, numbers, integers, integers, numbers)
     count("partials", kernels.add_partials, integers, integers, integer, double, doubles, doubles, doubles, integers)
+    count("limit", kernels.limit_norm, doubles, double, double, double, double[:, ::1])
     count(
         "decide", kernels.decide, integers, doubles, integers, types.boolean, doubles, double, doubles, integers,
         double[:, ::1], integer, integers, integers, double[:, ::1], integers,
@@ -73,7 +75,7 @@ def floats(instructions, kernel, *names):
 
 
 def test_everything_is_compiled(instructions):
-    assert len(instructions) == 20
+    assert len(instructions) == 23
 
 
 def test_no_product_and_sum_become_one_operation(instructions):
@@ -95,6 +97,8 @@ def test_divisions_and_roots_round_correctly_and_subnormals_are_kept(instruction
 def test_float32_is_not_computed_in_float64(instructions):
     for flags in ((False,) * 5, (True, False, True, False, False)):
         assert not any(name.endswith(".f64") for name in instructions[f"update float32 {flags}"])
+    assert not any(name.endswith(".f64") for name in instructions["rows float32"])
+    assert floats(instructions, "rows float32", "add", r"add\.rn") >= 1
 
 
 def test_elements_in_flight_stay_in_registers(instructions):

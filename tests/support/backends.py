@@ -17,7 +17,7 @@ from fastrms import OptionError, RMSProp, StorageError
 STARTED_FOR = os.environ.get("FASTRMS_TEST_BACKEND", "")
 
 
-NOT_ONE_BY_ONE = (OptionError, "step_(parameter|rows): expected an optimizer of one process on the host")
+NOT_ONE_BY_ONE = (OptionError, "step_(parameter|rows): expected an optimizer of one process, got one on several ranks")
 NO_MORE_GROUPS = (OptionError, "add_param_group: expected an optimizer with its buffers in the memory of one process")
 
 
@@ -103,7 +103,6 @@ class Cuda(Backend):
 
     refuses: ClassVar = {
         "bfloat16": (OptionError, "cache_dtype: expected None"),
-        "one by one": NOT_ONE_BY_ONE,
         "groups": NO_MORE_GROUPS,
     }
     large = 2 * 64 + 3  # the simulator has smaller chunks, and is slow

@@ -83,6 +83,20 @@ class Theirs:
         } | other
 
 
+# How a gradient on the device may be given, but for its values.
+KINDS = {
+    "device": lambda g: Theirs(g.copy()),
+    "numba": lambda g: cuda.to_device(g) if g.ndim else Theirs(g),
+    "strides given": lambda g: Theirs(g.copy(), strides=tuple(g.strides)),
+    "Fortran order": lambda g: Theirs(g.copy(order="F")),
+    "every second": lambda g: Theirs(np.repeat(g, 2, axis=-1)[..., ::2] if g.ndim else g),
+    "backwards": lambda g: Theirs(np.ascontiguousarray(g[::-1])[::-1] if g.ndim else g),
+    "float64": lambda g: Theirs(g.astype(np.float64)),
+    "the default stream": lambda g: Theirs(g.copy(), stream=1),
+    "no stream, an older version": lambda g: Theirs(g.copy(), version=2),
+}
+
+
 def arrays(rng, shapes=SHAPES, dtypes=MIXED, low=-3, high=1):
     return [np.asarray(wide(rng, s, np.float64, low, high)).astype(d) for s, d in zip(shapes, dtypes, strict=True)]
 

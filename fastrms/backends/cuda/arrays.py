@@ -14,8 +14,8 @@ from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
-    "DeviceArray", "Interface", "Stream", "as_stream", "copy_in", "cuda", "dense_strides", "let_wait", "require_gpu",
-    "shadows", "stream_of", "to_host",
+    "DeviceArray", "Interface", "Stream", "as_stream", "copy_in", "copy_out", "cuda", "dense_strides", "let_wait",
+    "require_gpu", "shadows", "stream_of", "to_host",
 ]  # fmt: skip
 
 Interface = Options
@@ -96,6 +96,20 @@ def copy_in(target: DeviceArray, interface: Interface, stream: Stream) -> None:
     )  # fmt: skip
 
 
+def copy_out(item: Any, interface: Interface, stream: Stream) -> Array:
+    """Return a copy on the host of an array on the device, of any strides and a native dtype. Wait for the device."""
+    shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)
+    if theirs := stream_of(item, interface):
+        let_wait(stream, as_stream(theirs))
+    dense = cuda.device_array(math.prod(shape), dtype)
+    copy_in(dense, interface, stream)
+    host: Array = dense.copy_to_host(stream=stream)
+    stream.synchronize()
+    return host.reshape(shape)
+
+
 def to_host(tree: Any, stream: Stream) -> Any:
     """Return a copy of a nesting with all arrays on the host. Arrays of other dtypes than float32 and float64 become 0.
 
@@ -104,15 +118,9 @@ def to_host(tree: Any, stream: Stream) -> Any:
 
     def copied(item: Any, interface: Interface) -> Array:
         shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
-        if dtype not in (np.float32, np.float64) or not dtype.isnative or not math.prod(shape):
+        if dtype not in (np.float32, np.float64) or not dtype.isnative:
             return np.broadcast_to(np.zeros((), dtype), shape)
-        if theirs := stream_of(item, interface):
-            let_wait(stream, as_stream(theirs))
-        dense = cuda.device_array(math.prod(shape), dtype)
-        copy_in(dense, interface, stream)
-        host: Array = dense.copy_to_host(stream=stream)
-        stream.synchronize()
-        return host.reshape(shape)
+        return copy_out(item, interface, stream)
 
     return _mapped(tree, copied)
 

@@ -10,16 +10,19 @@ from fastrms._state import Counts, OptimizerState
 from fastrms._types import Items
 from fastrms.backends.base import Backend
 from fastrms.backends.cuda.arrays import Stream, as_stream, copy_in, cuda, let_wait, require_gpu, to_host
-from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned
+from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned, Scratch
 from fastrms.backends.cuda.gradients import Finder, Found
+from fastrms.backends.cuda.launches import Pass, norm_passes, squares, update
+from fastrms.backends.cuda.parameter import DeviceParameter
 from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
+from fastrms.backends.memory import Ram
+from fastrms.backends.one_by_one import OneByOne
 from fastrms.backends.plan import rate_of, split_runs
 from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import DeviceError, NonfiniteError
 from fastrms.kernels import check_cuda_kernel, threads
 from fastrms.kernels import cuda as kernels
-from fastrms.kernels.hyper import needs_extended_rule
 from fastrms.kernels.norms import LEAST_SUM, combine
 from fastrms.options import resolve_lr
 
@@ -42,20 +45,22 @@ class CudaBackend(Backend):
             state.buffers[name] = DeviceBuffer.of(buffer, self._stream)
         self._params, self._grads = self._on_device("params"), self._on_device("grads")
         self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
-        self._finder = Finder(self._grads)
+        self._finder = Finder(self._grads.layout, self._grads.leaves, "gradients")
         self._pinned: list[tuple[Pinned, Any]] = []
         self._runs = [
             DeviceRun(k, state.param_groups[k], state.layout, numbers)
             for k, numbers in split_runs(state.layout, state.group_of)
         ]
+        self.one_by_one, self.scratch, self.run_calls = OneByOne(DeviceParameter), Scratch(), Ram().run
         self._tables: Tables | None = None
         self._measured = self._guarded = False  # whether the last step computed norms, or may have been skipped
         self._forked = False
         self._device_counts = False  # whether the device, not the host, counts `absent`
         self._pending = 0  # steps since the host last asked the device whether it has taken or skipped them
         self._absent_changed = False  # whether `absent` on the device is newer than on the host
-        self._written = np.zeros((0, 2), np.int64)  # bounds of the memory that a step writes
-        self._computed_from: object = None  # the version of the options that `_use_options` used last
+        # Bounds of the memory that a step writes; and of the memory that updates write, without the gradient buffer.
+        self.written = self.written_by_update = np.zeros((0, 2), np.int64)
+        self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.options_changed()
         threads.call_after_fork(self.after_fork)
@@ -98,11 +103,16 @@ class CudaBackend(Backend):
 
     def options_changed(self) -> None:
         """Forget everything that was computed from options. The next step computes it again."""
-        self._version = object()
+        self.version = object()
 
-    def _use_options(self) -> None:
-        """Compute everything on the host that depends on options only. `_prepare_tables` does so on the device."""
-        version = self._version
+    def use_options(self) -> None:
+        """Compute everything on the host that depends on options only, unless they are unchanged.
+
+        `_prepare_tables` does so on the device.
+        """
+        version = self.version
+        if self._computed_from is version:
+            return
         self._scheduled = self.state.scheduled
         used = self.state.state_in_use
         if used != self._used:
@@ -110,7 +120,9 @@ class CudaBackend(Backend):
                 run.use_buffers(self.state.buffers)
             self._used = used
         self._changed = True
-        self._written = np.array([self._on_device(name).span for name in self.state.buffers], np.int64)
+        spans = {name: self._on_device(name).span for name in self.state.buffers}
+        self.written = np.array([*spans.values()], np.int64)
+        self.written_by_update = np.array([span for name, span in spans.items() if name != "grads"], np.int64)
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
 
     # Counts.
@@ -160,24 +172,25 @@ class CudaBackend(Backend):
         """Tell whether the last step was skipped. Wait for the device."""
         return self._guarded and self._tables is not None and not self._params.read(self._tables.go)[0]
 
+    def forget_last_step(self) -> None:
+        """Forget the norms of the last step, and whether it was skipped."""
+        self._measured = self._guarded = False
+
     # Steps.
 
     def step(self, gradients: object) -> None:
         """Take one step, as `Backend.step`."""
-        if self._forked:
-            raise DeviceError(
-                "step: this process was forked from one that used the GPU, which CUDA does not allow; start processes "
-                'with the method "spawn", and load a checkpoint there'
-            )
+        self.turns.refuse_in_pass("step")
+        self._refuse_forked("step")
         # Functions of the user come first, because they may set options: rates, mappings, arrays.
-        rates = self._rates()
+        rates = self.rates()
         grads = self._grads
         from_buffer = gradients is None or gradients is grads.views
         items: Items = () if from_buffer else grads.layout.flatten(gradients, "gradients")
-        found = self._finder.find(items, self._written) if items else Found(len(grads.leaves))
-        if self._computed_from is not self._version:  # an item has set options
-            rates = rates or self._rates()
-            self._use_options()
+        found = self._finder.find(items, self.written) if items else Found(len(grads.leaves))
+        if self._computed_from is not self.version:  # an item has set options
+            rates = rates or self.rates()
+            self.use_options()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         counts, tables = self.state.counts, self._prepare_tables()
         if self._changed or rates:
@@ -213,14 +226,28 @@ class CudaBackend(Backend):
             counts.steps += 1
         counts.writing = False
 
-    def _rates(self) -> list[float] | None:
+    def rates(self) -> list[float] | None:
         """Return the learning rate of each group, from functions too. Return None if no rate is a function."""
-        if self._computed_from is not self._version:
-            self._use_options()
+        self.use_options()
         if not self._scheduled:
             return None
         steps = self.settle_steps().steps
         return [resolve_lr(group, steps) for group in self.state.param_groups]
+
+    def begin_part(self) -> None:
+        """Prepare for the update of one parameter: from now on the host counts."""
+        self._refuse_forked("step_parameter")
+        if self._device_counts:
+            self.settle()
+            self.counts_changed()
+
+    def _refuse_forked(self, name: str) -> None:
+        """Raise DeviceError in a child of the process that has made the optimizer. `name` is the call."""
+        if self._forked:
+            raise DeviceError(
+                f"{name}: this process was forked from one that used the GPU, which CUDA does not allow; start "
+                'processes with the method "spawn", and load a checkpoint there'
+            )
 
     def _prepare_tables(self) -> Tables:
         """Return the tables of the device, with the present options in them."""
@@ -279,30 +306,18 @@ class CudaBackend(Backend):
         """Compute the norms of gradients, and whether they are finite, as options need it."""
         for run in self._runs:
             sources, sums, norms, finite, _ = run.tables
-            bounds, first_chunk = run.each
-            for which, prescale, limit in self._passes(run):
-                if run.chunks:
-                    kernels.launch(
-                        kernels.square_chunks, run.chunks, kernels.LANES, self._stream, run.arrays[1], bounds,
-                        first_chunk, sources, run.dtype.type(limit), prescale, which, sums, norms, tables.partials,
-                    )  # fmt: skip
-                kernels.launch(
-                    kernels.add_partials, len(run.numbers), kernels.THREADS, self._stream, first_chunk, sources, which,
-                    prescale, tables.partials, sums, norms, finite,
-                )  # fmt: skip
+            spans, results = (run.chunks, *run.each, sources), (sums, norms, finite)
+            for function, *arguments in squares(
+                run, run.arrays[1], spans, results, tables.partials, self._passes(run), self._stream
+            ):
+                function(*arguments)
 
-    def _passes(self, run: DeviceRun) -> list[tuple[int, float, float]]:
-        """Return the passes over the gradients of a run: which gradients, the scale of values, and their bound."""
-        bound = NO_BOUND if run.group["clip_value"] is None else run.group["clip_value"]
-        passes = []
-        if self._clips:
-            passes.append((kernels.EVERY, 1.0, bound))
-            if run.dtype == np.float64:
-                passes.append((kernels.TOO_SMALL, kernels.PRESCALE, bound))
-                passes.append((kernels.TOO_LARGE, 1 / kernels.PRESCALE, bound))
+    def _passes(self, run: DeviceRun) -> list[Pass]:
+        """Return the passes over the gradients of a run that options need."""
+        passes = norm_passes(run) if self._clips else []
         if self.state.nonfinite != "propagate":
             # A finite norm proves a finite gradient, unless values were clipped. Otherwise read the values.
-            by_norm = self._clips and bound == NO_BOUND
+            by_norm = self._clips and run.group["clip_value"] in (None, NO_BOUND)
             passes.append((kernels.DOUBTFUL if by_norm else kernels.EVERY, 0.0, NO_BOUND))
         return passes
 
@@ -329,21 +344,14 @@ class CudaBackend(Backend):
                 self.state.counts.steps + self._pending, tables.absent, tables.missed, tables.factors, tables.go,
             )  # fmt: skip
         for run in self._runs:
-            if not run.chunks:
-                continue
-            kernel = kernels.update_kernel(
-                run.dtype, run.group["momentum"] > 0, run.group["centered"],
-                factored or needs_extended_rule(run.group), factored, guarded,
-            )  # fmt: skip
-            if factored or found.sources[run.numbers].any():
-                blocks, spans = run.chunks, (*run.each, run.tables[0])
-            else:
-                blocks, spans = run.whole_chunks, run.whole
-            sign = run.dtype.type(-1 if run.group["maximize"] else 1)
-            kernels.launch(
-                kernel, blocks, kernels.THREADS, self._stream, *run.arrays, run.hyper, sign, run.dtype.type(1), *spans,
-                run.tables[-1], tables.go,
-            )  # fmt: skip
+            if run.chunks:
+                by_parameter = factored or found.sources[run.numbers].any()
+                spans = (run.chunks, *run.each, run.tables[0]) if by_parameter else run.whole
+                function, *arguments = update(
+                    run, run.arrays[1], spans, run.tables[-1], tables.go, self._stream, factored=factored,
+                    guarded=guarded,
+                )  # fmt: skip
+                function(*arguments)
 
     # Access to buffers.
 

@@ -12,7 +12,7 @@ from fastrms.backends.cuda.arrays import DeviceArray, Stream, cuda
 from fastrms.buffers import Array, FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
 
-__all__ = ["DeviceBuffer", "Pinned", "Staged"]
+__all__ = ["DeviceBuffer", "Pinned", "Scratch", "Staged"]
 
 # The number of copies of a table that can be in flight to the device. Before a further copy the host waits.
 _IN_FLIGHT = 16
@@ -138,28 +138,70 @@ class Pinned(FlatBuffer):
         self._allocate(layout, cuda.pinned_array)
 
 
+class Uploads:
+    """Asynchronous copies of arrays to the device, through pinned memory. `most` of them can be in flight at once.
+
+    Before a further copy the host waits.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._pinned: list[tuple[Array, Any]] = []  # memory, and the event after the copy from it
+        self._turn = -1
+
+    def copy(self, values: Array, target: DeviceArray, stream: Stream) -> None:
+        """Copy values to a 1-D array on the device of the same size, cast to its dtype."""
+        self._turn = (self._turn + 1) % self._most
+        if self._turn == len(self._pinned):
+            self._pinned.append((cuda.pinned_array(target.nbytes, np.uint8), cuda.event()))
+        else:
+            memory, event = self._pinned[self._turn]
+            event.synchronize()
+            if memory.size < target.nbytes:
+                self._pinned[self._turn] = cuda.pinned_array(target.nbytes, np.uint8), event
+        memory, event = self._pinned[self._turn]
+        vector = memory[: target.nbytes].view(target.dtype)
+        with np.errstate(all="ignore"):  # values that are too large become inf
+            vector.reshape(values.shape)[...] = values
+        target.copy_to_device(vector, stream=stream)
+        event.record(stream)
+
+
 class Staged:
-    """A 1-D array on the device that the host writes asynchronously, through pinned memory."""
+    """A 1-D array on the device that the host writes asynchronously."""
 
     def __init__(self, values: Array, stream: Stream) -> None:
         self.array: DeviceArray = cuda.device_array(max(1, values.size), values.dtype)
         self._now: Array | None = None
-        self._pinned: list[tuple[Array, Any]] = []
-        self._turn = 0
+        self._uploads = Uploads(_IN_FLIGHT)
         self.write(values, stream)
 
     def write(self, values: Array, stream: Stream) -> None:
         """Write values, unless the array has them already."""
         if not values.size or (self._now is not None and np.array_equal(values, self._now)):
             return
-        if len(self._pinned) < _IN_FLIGHT:
-            self._pinned.append((cuda.pinned_array(values.size, values.dtype), cuda.event()))
-            self._turn = -1
-        else:
-            self._turn = (self._turn + 1) % _IN_FLIGHT
-            self._pinned[self._turn][1].synchronize()
-        memory, event = self._pinned[self._turn]
-        memory[...] = values
-        self.array.copy_to_device(memory, stream=stream)
-        event.record(stream)
+        self._uploads.copy(values, self.array, stream)
         self._now = values.copy()
+
+
+class Scratch:
+    """Arrays on the device for intermediate values, each with a name. Their memory is used again, and grows."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, tuple[tuple[int, ...], DType, DeviceArray]] = {}
+        self._blocks: dict[str, DeviceArray] = {}
+        self.gradients, self.tables = Uploads(2), Uploads(_IN_FLIGHT)
+
+    def array(self, name: str, dtype: DTypeLike, *shape: int) -> DeviceArray:
+        """Return an array that is not empty. It has the memory of the last array of this name."""
+        known, dtype = self._arrays.get(name), np.dtype(dtype)
+        if known is not None and known[:2] == (shape, dtype):
+            return known[2]
+        block, nbytes = self._blocks.get(name), math.prod(shape) * dtype.itemsize
+        if block is None or block.size < nbytes:
+            # A quarter more, so that sizes that grow slowly seldom allocate.
+            grown = nbytes if block is None else max(nbytes, block.size * 5 // 4)
+            block = self._blocks[name] = cuda.device_array(grown, np.uint8)
+        array = block[:nbytes].view(dtype).reshape(shape)
+        self._arrays[name] = shape, dtype, array
+        return array

@@ -1,5 +1,6 @@
 """The location of the gradients of a step: on the device, on the host, or none."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 
 from fastrms._types import DType, Items
 from fastrms.backends.cuda.arrays import Interface, cuda, dense_strides, stream_of
-from fastrms.backends.cuda.buffer import DeviceBuffer
+from fastrms.buffers import Layout
 from fastrms.buffers.conversion import can_store, castable_to
 from fastrms.buffers.flat import as_arrays
 from fastrms.errors import DtypeError, StructureError
@@ -37,17 +38,20 @@ class Found:
 
 
 class Finder:
-    """The search for gradients, with all checks. It writes nothing to buffers. `grads` is the gradient buffer."""
+    """The search for gradients, with all checks. It writes nothing to buffers.
 
-    def __init__(self, grads: DeviceBuffer) -> None:
-        self._grads = grads
-        layout = grads.layout
+    `layout` has the shapes and dtypes of the gradients, and `views` those gradients that lie in the gradient buffer.
+    Errors call the gradients `name`.
+    """
+
+    def __init__(self, layout: Layout, views: Sequence[Any], name: str) -> None:
+        self._layout, self._views, self._name = layout, views, name
         self._leaves = layout.leaves
         self._dtypes = [layout.dtype_of(leaf) for leaf in layout.leaves]
         # (typestr of a gradient, dtype of its parameter): dtype of the gradient, if it can be cast.
         self._known: dict[tuple[str, DType], DType] = {}
         # For `dlpack.locate`.
-        self._expected = dlpack.expected_of(grads.leaves)
+        self._expected = dlpack.expected_of(views)
         self._words = np.zeros(dlpack.WORDS, np.int64)
         self._places = np.zeros((2, len(self._leaves)), np.int64)
         self._device = dlpack.CUDA | getattr(getattr(cuda.current_context(), "device", None), "id", 0) << 32
@@ -70,7 +74,7 @@ class Finder:
             item = items[k]
             if item is None:
                 found.sources[k] = kernels.ABSENT
-            elif item is not self._grads.leaves[k]:
+            elif item is not self._views[k]:
                 interface = kernels.interface_of(item)
                 if interface is None:
                     on_host.append(k)
@@ -84,7 +88,7 @@ class Finder:
         if on_host:
             wanted = set(on_host)
             chosen = [item if k in wanted else None for k, item in enumerate(items)]
-            found.arrays = as_arrays(chosen, self._grads.layout, "gradients", allow_none=True)
+            found.arrays = as_arrays(chosen, self._layout, self._name, allow_none=True)
         return found
 
     def _locate(self, items: Items, written: NDArray[np.int64], found: Found) -> list[int]:
@@ -109,15 +113,15 @@ class Finder:
         leaf, dtype, shape = self._leaves[k], self._dtypes[k], interface["shape"]
         if interface.get("mask") is not None:
             raise DtypeError(
-                f"gradients{leaf.path}: expected an array, got a masked one on the device; the mask would be lost"
+                f"{self._name}{leaf.path}: expected an array, got a masked one on the device; the mask would be lost"
             )
         if shape != leaf.shape and tuple(shape) != leaf.shape:
-            raise StructureError(f"gradients{leaf.path}: expected shape {leaf.shape}, got {tuple(shape)}")
+            raise StructureError(f"{self._name}{leaf.path}: expected shape {leaf.shape}, got {tuple(shape)}")
         theirs = self._known.get((interface["typestr"], dtype))
         if theirs is None:
             theirs = np.dtype(interface["typestr"])
             if not can_store(theirs, dtype) or not theirs.isnative:
-                raise DtypeError(f"gradients{leaf.path}: expected {castable_to(dtype)}, got {theirs}")
+                raise DtypeError(f"{self._name}{leaf.path}: expected {castable_to(dtype)}, got {theirs}")
             self._known[interface["typestr"], dtype] = theirs
         if leaf.stop == leaf.start:
             return

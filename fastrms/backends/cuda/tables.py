@@ -27,11 +27,11 @@ class DeviceRun(Run):
         sizes = self.bounds[:, 1] - self.bounds[:, 0]
         first_chunk = np.concatenate([[0], np.cumsum(-(-sizes // kernels.CHUNK))])
         self.chunks = int(first_chunk[-1])
-        self.whole_chunks = -(-self.size // kernels.CHUNK)
-        # Bounds and first chunks: of each parameter, and of the run as one span with its gradient in the buffer.
+        whole_chunks = -(-self.size // kernels.CHUNK)
+        # Bounds and first chunks of each parameter; and the run as one span, with its gradient in the buffer.
         self.each = tuple(map(cuda.to_device, (self.bounds, first_chunk)))
-        whole = np.array([[0, self.size]]), np.array([0, self.whole_chunks]), np.array([kernels.IN_BUFFER])
-        self.whole = tuple(map(cuda.to_device, whole))
+        whole = np.array([[0, self.size]]), np.array([0, whole_chunks]), np.array([kernels.IN_BUFFER])
+        self.whole = (whole_chunks, *map(cuda.to_device, whole))
         self.slots = slice(0, 0)  # its rows in the tables
         self.tables: tuple[DeviceArray, ...] = ()  # its rows of `sources`, `sums`, `norms`, `finite` and `factors`
         self.hyper: tuple[DeviceArray, ...] = ()
@@ -105,5 +105,6 @@ class Tables:
         if known >= steps or (known and bool((self.corrections[:, -1] == 1).all())):
             return
         number = np.arange(1, max(1024, 2 * steps) + 1)
-        self.corrections = np.array([1.0 / (1.0 - rate**number) for rate in self.decay_rates])
+        with np.errstate(all="ignore"):  # a power may underflow
+            self.corrections = np.array([1.0 / (1.0 - rate**number) for rate in self.decay_rates])
         self.corrections_there = cuda.to_device(self.corrections, stream=stream)

@@ -4,22 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import assert_same_bits, assert_same_state
-from simulator import Theirs, arrays, cuda, kernels, pair
+from simulator import KINDS, Theirs, arrays, kernels, pair
 
 from fastrms import NonfiniteError
 from fastrms.kernels import dlpack
-
-KINDS = {
-    "device": lambda g: Theirs(g.copy()),
-    "numba": lambda g: cuda.to_device(g) if g.ndim else Theirs(g),
-    "strides given": lambda g: Theirs(g.copy(), strides=tuple(g.strides)),
-    "Fortran order": lambda g: Theirs(g.copy(order="F")),
-    "every second": lambda g: Theirs(np.repeat(g, 2, axis=-1)[..., ::2] if g.ndim else g),
-    "backwards": lambda g: Theirs(np.ascontiguousarray(g[::-1])[::-1] if g.ndim else g),
-    "float64": lambda g: Theirs(g.astype(np.float64)),
-    "the default stream": lambda g: Theirs(g.copy(), stream=1),
-    "no stream, an older version": lambda g: Theirs(g.copy(), version=2),
-}
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"nonfinite": "skip"}], ids=str)
@@ -118,7 +106,7 @@ def test_tensors_of_torch_are_read_where_they_lie(rng):
             gradients[1] = given[1] = None
             given[4] = Theirs(gradients[4])
         oracle.step(gradients)
-        found = optimizer.backend._finder.find(tuple(given), optimizer.backend._written)
+        found = optimizer.backend._finder.find(tuple(given), optimizer.backend.written)
         assert found.sources[0] == given[0].data_ptr()
         assert (found.sources[1] == kernels.ABSENT) == (t == 1)
         assert found.others == found.arrays == []
