@@ -8,6 +8,7 @@ from simulator import KINDS, Theirs, arrays, cuda, kernels, pair
 
 from fastrms import DtypeError, OptionError, RMSProp, StepInProgressError, StructureError
 from fastrms.backends.cuda.parameter import DeviceParameter
+from fastrms.kernels import dlpack
 
 SHAPES, DTYPES = [(4, 3), (), (0,), (7,), (2, 1, 3)], [np.float32, np.float64, np.float64, np.float32, np.float64]
 
@@ -110,7 +111,45 @@ def test_a_gradient_that_overlaps_memory_of_the_step_is_read_first(name, rng):
     assert_same_state(optimizer, oracle)
 
 
-# Counts.
+@pytest.mark.torch
+def test_tensors_of_torch_are_read_where_they_lie(read, rng, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(dlpack, "CUDA", dlpack.CPU)  # tensors of the processor stand for those of a device
+    oracle, optimizer = pair(arrays(rng, SHAPES, [np.float32] * 5))
+    for _ in range(2):
+        gradients = arrays(rng, SHAPES, [np.float32] * 5)
+        given = [torch.from_numpy(g.copy()) for g in gradients]
+        oracle.step(gradients)
+        take(optimizer, given)
+        assert read == [tensor.data_ptr() for tensor in reversed(given) if tensor.numel()]
+        read.clear()
+        rows = [3, 0]
+        for opt, gradient in ((oracle, gradients[0][:2]), (optimizer, given[0][:2])):
+            opt.step_rows(0, torch.tensor(rows), gradient)
+            opt.finish_step()
+        assert read == [given[0].data_ptr()]
+        read.clear()
+    assert_same_state(optimizer, oracle)
+
+
+# Counts and options.
+
+
+@pytest.mark.parametrize("name", ["decay_rate", "momentum", "centered", "clip_norm", "clip_value", "lr"])
+def test_options_change_from_the_next_update_on(name, rng):
+    value = {"decay_rate": 0.5, "momentum": 0.9, "centered": True, "lr": lambda step: 0.1}.get(name, 0.01)
+    params = arrays(rng, SHAPES, DTYPES)
+    oracle, optimizer = pair([{"params": params[:3]}, {"params": params[3:]}])
+    for t in range(4):
+        gradients = arrays(rng, SHAPES, DTYPES)
+        for opt in (oracle, optimizer):
+            if t in (1, 3):
+                opt.param_groups[t // 2][name] = value
+        oracle.step([gradients[:3], gradients[3:]])
+        for number, gradient in enumerate(gradients):
+            optimizer.step_parameter((number // 3, number % 3), Theirs(gradient))
+    assert_same_state(optimizer, oracle)
 
 
 def test_steps_of_both_kinds_alternate_with_options_that_the_device_counts_for(rng):
