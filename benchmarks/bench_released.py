@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +21,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import resident
-from pages import fill, markdown
+from pages import fill, markdown, this_machine
 
 sys.path.pop(0)
 
-from fastrms.bench import machine
 from fastrms.bench.measure import quartiles, time_in_turns
 from fastrms.plots import format_seconds
 
@@ -155,6 +153,7 @@ def measure(seconds: float, sizes: Sizes) -> str:
     """The table, after a look that the ways have the same losses."""
     import torch
 
+    note = this_machine(f"PyTorch {torch.__version__}")
     bytes_of, losses = zip(*(memory(way, sizes) for way in WAYS), strict=True)
     for each in losses[1:]:
         torch.testing.assert_close(torch.tensor(each), torch.tensor(losses[0]), rtol=1e-2, atol=1e-2)
@@ -168,10 +167,7 @@ def measure(seconds: float, sizes: Sizes) -> str:
         for way, found, time in zip(WAYS, bytes_of, times, strict=True)
     ]
     count = sum(p.numel() for p in transformer(sizes).parameters())
-    processor = f"{machine.processor()} ({machine.microarchitecture()}), {machine.processors()} processors"
     header = f"{count / 1e6:.1f} million parameters of float32, {4 * count / 1e6:.0f} MB"
-    load = f"{machine.load():.1f} programs were running or waiting when it began"
-    note = f"{processor}; PyTorch {torch.__version__}; {date.today()}; {load}."
     return f"{markdown([header, 'memory of training', 'training step'], body)}\n\n{note}"
 
 

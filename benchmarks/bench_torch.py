@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pages import fill, markdown
+from pages import fill, markdown, this_machine
 from results import TorchRow
 
 sys.path.pop(0)
@@ -142,7 +142,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=15.0, help="for each case (default: 15)")
     args = parser.parse_args()
     header = ["", *WAYS, "faster by", "at least", ""]
-    table = markdown(header, [row(result(name, measure(name, args.seconds))) for name in CASES])
+    import torch
+
+    note = this_machine(f"PyTorch {torch.__version__}")
+    body = [row(result(name, measure(name, args.seconds))) for name in CASES]
+    table = f"{markdown(header, body)}\n\n{note}"
     print(table)
     if args.write:
         fill([PAGE], {"torch": table}, others=["released"])

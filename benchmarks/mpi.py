@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mpi_model import Machine, Times, bytes_of_rank, fit
-from pages import fill, markdown
+from pages import fill, markdown, this_machine
 
 sys.path.pop(0)
 
@@ -297,10 +297,11 @@ def main() -> int:
     if args.worker:
         work(args.worker, args.sizes, args.seconds)
         return 0
+    about = this_machine()
     times, sent, ready, rate = measure(args.seconds, args.sizes, args.ranks)
     here = fit(times, rate, processors())
     network = Machine(args.latency, args.bandwidth, here.rate, here.overhead, here.alone, here.flops)
-    made = tables(times, sent, ready, here, network)
+    made = tables(times, sent, ready, here, network) | {"machine": about}
     for name, table in made.items():
         print(f"\n{name}\n\n{table}")
     if args.write:

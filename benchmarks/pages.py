@@ -2,9 +2,19 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
-__all__ = ["fill", "markdown"]
+from fastrms.bench import machine
+
+__all__ = ["fill", "markdown", "this_machine"]
+
+
+def this_machine(*details: str) -> str:
+    """A line on the machine of a measurement: processor, details, date and load. Call it before the measurement."""
+    processor = f"{machine.processor()} ({machine.microarchitecture()}), {machine.processors()} processors"
+    load = f"load average {machine.load() or 0.0:.1f} at the start"
+    return f"{'; '.join([processor, *details, str(date.today()), load])}."
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

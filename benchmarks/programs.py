@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import resident
-from pages import fill, markdown
+from pages import fill, markdown, this_machine
 
 sys.path.pop(0)
 
@@ -185,9 +184,8 @@ def measure(seconds: float, quick: bool = False) -> dict[str, str]:
     small = {f"{many:,} × 10×10, {kernel}": steps(many, (10, 10), kernel) for kernel in ("serial", "parallel")}
     large_cases = {f"{large[0]} × {'×'.join(map(str, large[1]))}, serial": steps(*large, "serial")}
     caches = ", ".join(f"{level} {size}" for level, size in machine.caches().items())
-    processor = f"{machine.processor()} ({machine.microarchitecture()}), {machine.processors()} processors; {caches}"
     return {
-        "machine": f"{processor}; NumPy {np.__version__}; {date.today()}.",
+        "machine": this_machine(caches, f"NumPy {np.__version__}"),
         "steps": table(small | large_cases, seconds, 1),
         "training": table({f"{network}, {dtype}": training(sizes, dtype) for dtype in dtypes}, seconds, 1),
         "memory": memory(sizes if quick else MEMORY_SIZES),

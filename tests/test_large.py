@@ -1,4 +1,4 @@
-"""More than 2**31 elements: `python -m pytest -m large`, where there are 24 GB of memory; some minutes."""
+"""More than 2**31 elements: `python -m pytest -m large`, needs 22 GB of memory and some minutes."""
 
 import numpy as np
 import pytest
