@@ -167,32 +167,49 @@ def batch() -> Figure:
     return figure
 
 
-def adagrad() -> Figure:
-    """AdaGrad and RMSProp after a minimum that moves three times."""
-    figure, (left, right) = _figure(2, "A sum only grows: why AdaGrad freezes")
-    target = np.repeat([1.0, -1.0, 1.0, -1.0], 1000)
-    noise = 0.3 * np.random.default_rng(0).standard_normal(len(target))
-    opt = RMSProp([np.zeros(1)], lr=0.005, decay_rate=0.99)
+# AdaGrad and RMSProp follow a minimum that moves every 1,000 steps; learning rates are 1, 2 and 5 times powers of 10.
+MOVES = np.repeat([1.0, -1.0, 1.0, -1.0], 1000)
+RATES = [digit * power for power in (0.001, 0.01, 0.1, 1.0) for digit in (1, 2, 5)]
+
+
+def _follow(method: str, lr: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the parameter after each step towards the noisy minimum, and the factor of the gradient in each step."""
+    noise = 0.3 * np.random.default_rng(0).standard_normal(len(MOVES))
+    opt = RMSProp([np.zeros(1)], lr=lr, decay_rate=0.99)
     p, total = 0.0, 0.0
-    ours, theirs, our_rate, their_rate = [], [], [], []
-    for t in range(len(target)):
-        gradient = p - target[t] + noise[t]  # AdaGrad: J. Duchi, E. Hazan and Y. Singer, 2011
-        total += gradient**2
-        p -= 0.1 * gradient / (np.sqrt(total) + 1e-8)
-        opt.step([opt.params[0] - target[t] + noise[t]])
-        ours.append(opt.params[0][0])
-        theirs.append(p)
-        our_rate.append(0.005 / np.sqrt(opt.cache[0][0]))
-        their_rate.append(0.1 / np.sqrt(total))
-    left.plot(our_rate, label="RMSProp: lr / √(mean of squares)", **STYLES[0])
-    left.plot(their_rate, label="AdaGrad: lr / √(sum of squares)", **STYLES[2])
+    path, factors = [], []
+    for minimum, wrong in zip(MOVES, noise, strict=True):
+        gradient = p - minimum + wrong
+        if method == "RMSProp":
+            p = opt.step([np.array([gradient])])[0][0]
+            factors.append(lr / np.sqrt(opt.cache[0][0]))
+        else:  # AdaGrad: J. Duchi, E. Hazan and Y. Singer, 2011
+            total += gradient**2
+            factors.append(lr / np.sqrt(total))
+            p -= factors[-1] * gradient
+        path.append(p)
+    return np.array(path), np.array(factors)
+
+
+def _error(path: np.ndarray) -> np.ndarray:
+    """Return the mean of the squared distance from the minimum over each 1,000 steps."""
+    return ((path - MOVES) ** 2).reshape(-1, 1000).mean(axis=1)
+
+
+def adagrad() -> Figure:
+    """AdaGrad and RMSProp follow a minimum that moves, each with the rate that is best before it moves."""
+    title = "AdaGrad divides by a sum, which only grows, and adapts more and more slowly"
+    rates = "lr: the best of 0.001, 0.002, 0.005, ..., 5 for the first 1,000 steps, for each method"
+    figure, (left, right) = _figure(2, f"{title}\n{rates}")
+    right.plot(MOVES, color="#BBBBBB", linewidth=5, label="minimum")
+    for method, divisor, style in (("RMSProp", "mean", STYLES[0]), ("AdaGrad", "sum", STYLES[2])):
+        lr = min(RATES, key=lambda lr: _error(_follow(method, lr)[0])[0])
+        path, factors = _follow(method, lr)
+        left.plot(factors, label=f"{method}: lr / √({divisor} of squares)", **style)
+        right.plot(path, label=f"{method}, lr {lr:g}", **style)
     left.set_yscale("log")
-    left.set_ylim(8e-4, 0.2)
-    left.set_title("what a gradient is multiplied with")
-    right.plot(target, color="#BBBBBB", linewidth=5, label="minimum")
-    right.plot(ours, label="RMSProp, lr 0.005", **STYLES[0])
-    right.plot(theirs, label="AdaGrad, lr 0.1", **STYLES[2])
-    right.set_ylim(-1.4, 2.4)
+    left.set_title("factor of the gradient")
+    right.set_ylim(-1.5, 2.6)
     right.set_title("a minimum that moves every 1,000 steps")
     for axes in (left, right):
         axes.set_xlabel("step")

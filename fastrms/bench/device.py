@@ -1,4 +1,4 @@
-"""The GPU in `fastrms bench` and `fastrms info`: its facts, and the time of a step beside a device copy."""
+"""The GPU in `fastrms bench` and `fastrms info`: its facts, and the times of a step and of a device copy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -94,7 +94,7 @@ def measure_device(case: Case, min_time: float, rows: list[StepRow]) -> None:
         optimizer.step(there)
     if any(ours.copy_to_host().tobytes() != theirs.tobytes()
            for ours, theirs in zip(optimizer.params, reference.params, strict=True)):  # fmt: skip
-        raise BenchmarkError("cuda: expected the bits of the reference after two steps, got others")
+        raise BenchmarkError("cuda: expected the same bits as the reference after two steps, got different ones")
 
     # A copy reads and writes each byte.
     source, target = (cuda.device_array(case.traffic // 2, np.uint8) for _ in range(2))

@@ -135,7 +135,7 @@ def measure_training(
         if step is not None and way != NONE:
             raise BenchmarkError(
                 f"{network.name}: {LABELS[way]}, gradients as {gradients}: expected the losses of the reference, got "
-                f"another one at step {step + 1}"
+                f"a different loss at step {step + 1}"
             )
         if way == "auto" and count_params(network.widths) >= SETTLE_FROM:
             trainer.settle()

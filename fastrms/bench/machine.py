@@ -91,7 +91,7 @@ def threading_layer() -> str:
     try:
         return str(numba.threading_layer())  # type: ignore[attr-defined] # pyright: ignore[reportPrivateImportUsage] # numba has no types
     except ValueError:  # nothing is compiled
-        return "none, the JIT is off"
+        return "none, because the JIT is disabled"
 
 
 def blas() -> list[str]:

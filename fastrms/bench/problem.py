@@ -161,7 +161,7 @@ def check(runner: Runner, problem: Problem, exact: bool, oracle: Oracle = rmspro
         return "same bits"
     worst = max(errors)
     if exact:
-        raise BenchmarkError(f"expected the bits of the reference, got an error of {worst:.3g} eps")
+        raise BenchmarkError(f"expected the same bits as the reference, got an error of {worst:.3g} eps")
     if worst > TOLERANCE:
         raise BenchmarkError(
             f"expected the reference's numbers within {TOLERANCE:g} eps after {CHECKED_STEPS} steps, got an error of "

@@ -25,8 +25,8 @@ class Quiet:
             found.append(f"other programs use {self.others_use:.1f} processors: times are too long, and vary")
         if self.two_thread_speedup is not None and self.two_thread_speedup < SPEEDUP:
             found.append(
-                f"two threads divide only {self.two_thread_speedup:.2f} times as fast as one: a processor is busy, or "
-                "both threads share one; times with many threads are too long"
+                f"two threads compute divisions only {self.two_thread_speedup:.2f} times as fast as one: a processor "
+                "is busy, or both threads share one; times with several threads are too long"
             )
         return found
 

@@ -70,7 +70,7 @@ def _run(argv: Sequence[str] | None, words: list[str]) -> int:
         args = _parser().parse_args(argv)
         words.append(args.command)
         if sys.stdout is None and not getattr(args, "quiet", False):
-            raise CommandError("standard output: expected an open one, got a closed one")
+            raise CommandError("standard output: expected an open stream, got a closed one")
         if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status: int = args.run(args)
@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
     # A fixed name, for `python -m fastrms`.
     parser: argparse.ArgumentParser = _Parser(
-        prog="fastrms", description="RMSProp for people who train with plain NumPy."
+        prog="fastrms",
+        description="RMSProp for training in plain NumPy: a demo, a benchmark, facts about this machine, and pictures.",
     )
     parser.add_argument("--version", action="version", version=f"fastrms {fastrms.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

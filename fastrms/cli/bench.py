@@ -48,37 +48,80 @@ R = TypeVar("R", bound=Mapping[str, object])
 STEM, STEM_IN_SITU = "fastrms-bench", "fastrms-bench-in-situ"
 
 _DESCRIPTION = """
-Time one RMSProp step: kernels of fastrms, NumPy, and other libraries where they are installed, over sizes and dtypes.
-Results are checked to be equal first. Beside each time stands how near it is to the limit of this machine, on as many
-threads: the slower of two loops, one that moves the same memory (20 bytes a float32 parameter), and one that takes the
-same square roots and divisions in the cache. Where there is a GPU, its own tables: a step
-there beside a copy of as many bytes. Writes fastrms-bench.json, .csv and .png.
+Time one RMSProp step over sizes and dtypes: kernels of fastrms, NumPy, and other libraries that are installed. Results
+are first checked to be equal. Each time is compared with the limit of this machine on the same number of threads: the
+time of the slower of two loops. One loop moves the same memory (20 bytes per float32 parameter). The other computes the
+same square roots and divisions in the cache. If there is a GPU, further tables compare a step on the GPU with a copy of
+the same number of bytes. Writes fastrms-bench.json, .csv and .png.
 """
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``bench`` and its options to the subcommands."""
     parser = commands.add_parser(
-        "bench", help="time kernels and other libraries beside the limit of this machine", description=_DESCRIPTION
+        "bench",
+        help="time kernels and other libraries, and compare them with the limit of this machine",
+        description=_DESCRIPTION,
     )
     add = parser.add_argument
     sizes = " ".join(f"{size:.0e}".replace("+0", "") for size in cases.SIZES)
     add("--sizes", nargs="+", type=_count, metavar="N", help=f"elements of one flat array (default: {sizes})")
-    add("--arrays", type=_count, metavar="N", help="many arrays in place of one: how many")
-    add("--shape", nargs="+", type=whole_number(1), metavar="N", help="with --arrays: shape of each (default: 10 10)")
-    add("--in-situ", action="store_true", help="whole training steps of networks, against the reference class")
+    add("--arrays", type=_count, metavar="N", help="time N small arrays instead of one flat array")
+    add(
+        "--shape",
+        nargs="+",
+        type=whole_number(1),
+        metavar="N",
+        help="with --arrays: shape of each array (default: 10 10)",
+    )
+    add(
+        "--in-situ",
+        action="store_true",
+        help="time whole training steps of networks, compared with the reference class",
+    )
     add("--networks", nargs="+", metavar="A-B-C",
-        help=f"with --in-situ: widths, joined by '-' (default: {' '.join(cases.NETWORKS)})")  # fmt: skip
-    add("--dtypes", nargs="+", choices=cases.DTYPES, help="of all arrays (default: both, with --quick float32)")
-    add("--kernels", nargs="+", choices=tuple(IMPLEMENTATIONS), help="what to time (default: all that is installed)")
+        help=f"with --in-situ: layer widths joined by '-' (default: {' '.join(cases.NETWORKS)})")  # fmt: skip
+    add("--dtypes", nargs="+", choices=cases.DTYPES, help="dtypes of all arrays (default: both, with --quick float32)")
+    add(
+        "--kernels",
+        nargs="+",
+        choices=tuple(IMPLEMENTATIONS),
+        help="implementations to time (default: all that are installed)",
+    )
     add("--kernel", action="append", default=[], metavar="MODULE:FUNCTION", help=
-        "time your own kernel too, called as f(params, grads, cache, lr, decay_rate, epsilon) with 1 array each and "
-        "Python floats; it updates params and cache in place")  # fmt: skip
-    add("--threads", type=whole_number(1), metavar="N", help="threads of whatever has some (default: those of Numba)")
-    add("--min-time", type=positive, metavar="S", help="seconds to spend on each way (default: 1, with --quick 0.1)")
-    add("--timeout", type=positive, default=300, metavar="S", help="for one answer of a library (default: %(default)s)")
-    add("--output", type=Path, default=Path(), metavar="DIR", help="folder for results (default: this folder)")
-    add("--quick", action="store_true", help="fewer and smaller cases, less time, no torch.compile: about a minute")
+        "also time your own kernel, called as f(params, grads, cache, lr, decay_rate, epsilon) with one array of each "
+        "and Python floats; it must update params and cache in place")  # fmt: skip
+    add(
+        "--threads",
+        type=whole_number(1),
+        metavar="N",
+        help="threads of each implementation that uses threads (default: as many as Numba)",
+    )
+    add(
+        "--min-time",
+        type=positive,
+        metavar="S",
+        help="seconds of measurement per implementation and case (default: 1, with --quick 0.1)",
+    )
+    add(
+        "--timeout",
+        type=positive,
+        default=300,
+        metavar="S",
+        help="seconds to wait for an answer of another library (default: %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder for the results, created if it does not exist (default: the current folder)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="fewer and smaller cases, shorter measurements, no torch.compile; takes about a minute",
+    )
     parser.set_defaults(run=run)
 
 
@@ -92,9 +135,9 @@ _count = number(_whole, lambda value: 1 <= value <= 1e12, "a whole number from 1
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out ``fastrms bench`` and return 0.
+    """Run ``fastrms bench`` and return 0.
 
-    After Ctrl-C, raise a KeyboardInterrupt whose message says in which case, and whether results are kept.
+    After Ctrl-C, raise a KeyboardInterrupt. Its message names the case, and says whether results are saved.
     """
     _check(args)
     require("bench", "rich", *([] if args.in_situ else ["matplotlib"]))
@@ -104,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
     limit = max_threads()
     if args.threads is not None and args.threads > limit:
         raise CommandError(
-            f"--threads: expected at most {limit}, which Numba starts with here (NUMBA_NUM_THREADS), got {args.threads}"
+            f"--threads: expected at most {limit}, the number of threads that Numba started (NUMBA_NUM_THREADS), got "
+            f"{args.threads}"
         )
     args.min_time = args.min_time or (0.1 if args.quick else 1.0)
     args.dtypes = args.dtypes or (["float32"] if args.quick else list(cases.DTYPES))
@@ -131,7 +175,7 @@ class _Session:
         yield f"{about['processor']} ({about['microarchitecture']}), {about['processors']} processors; {sizes}"
         yield ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         load = "unknown" if self.quiet.load is None else f"{self.quiet.load:.2f}"
-        yield f"{self.threads} threads, threading layer {about['threading_layer']}; load over the last minute {load}"
+        yield f"{self.threads} threads, threading layer {about['threading_layer']}; load over the last minute: {load}"
         for warning in self.quiet.warnings():
             yield f"warning: {warning}"
 
@@ -141,7 +185,7 @@ def _run_steps(args: argparse.Namespace, session: _Session) -> int:
     implementations, skipped = _choose(args)
     todo = _cases(args)
     for name, why in skipped.items():
-        say(console, f"left out: {IMPLEMENTATIONS[name].label}: {why}")
+        say(console, f"skipped: {IMPLEMENTATIONS[name].label}: {why}")
     with _output(console, len(todo), _step_table) as output:
         results = run_steps(
             todo, implementations, threads, min_time=args.min_time, timeout=args.timeout,
@@ -175,11 +219,11 @@ def _output(
         print_table(console, make(console, title, rows))
 
     with show_progress(console, total) as on_progress:
-        yield Output(on_progress, on_rows, lambda what, why: say(console, f"left out: {what}: {why}"))
+        yield Output(on_progress, on_rows, lambda what, why: say(console, f"skipped: {what}: {why}"))
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
+    """Reject combinations of options that contradict each other."""
 
     def refuse(option: str, why: str) -> None:
         if getattr(args, option.removeprefix("--").replace("-", "_")):
@@ -187,16 +231,16 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.in_situ:
         for option in ("--sizes", "--arrays", "--shape", "--kernel"):
-            refuse(option, "not with --in-situ, which trains networks with kernels of fastrms")
+            refuse(option, "cannot be combined with --in-situ, which trains networks")
         for kernel in args.kernels or ():
             if kernel not in IN_SITU_WAYS:
-                raise CommandError(f"--kernels: with --in-situ expected some of {IN_SITU_WAYS}, got {kernel!r}")
+                raise CommandError(f"--kernels: with --in-situ, expected names out of {IN_SITU_WAYS}, got {kernel!r}")
     else:
-        refuse("--networks", "only with --in-situ")
+        refuse("--networks", "needs --in-situ")
     if args.arrays:
-        refuse("--sizes", "not with --arrays, whose size --shape gives")
+        refuse("--sizes", "cannot be combined with --arrays; --shape sets the size of the arrays")
     else:
-        refuse("--shape", "only with --arrays, which says how many")
+        refuse("--shape", "needs --arrays, the number of arrays")
 
 
 def _cases(args: argparse.Namespace) -> list[cases.Case]:
@@ -233,11 +277,11 @@ def _choose(args: argparse.Namespace) -> tuple[dict[str, Implementation], dict[s
         if asked and name not in args.kernels:
             continue
         if missing := implementation.missing():
-            why = f"{' and '.join(missing)} not installed"
+            why = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
         elif not set(implementation.dtypes) & set(args.dtypes):
-            why = f"expected float32 among --dtypes, got {' '.join(args.dtypes)}" if asked else "for float32 only"
+            why = f"expected float32 among --dtypes, got {' '.join(args.dtypes)}" if asked else "supports float32 only"
         elif not asked and args.quick and not implementation.in_quick:
-            why = f"takes long to compile; with --quick ask for it: --kernels {name}"
+            why = f"takes long to compile; to include it with --quick, add --kernels {name}"
         else:
             chosen[name] = implementation
             continue
@@ -264,7 +308,14 @@ def _step_table(console: "Console", title: str, rows: Sequence[StepRow]) -> "Tab
 def _training_table(console: "Console", title: str, rows: Sequence[TrainingRow]) -> "Table":
     plain = is_plain(console)
     table = make_table(
-        console, title, "gradients", "training step", "middle half", "of which optimizer", "faster", "over none"
+        console,
+        title,
+        "gradients",
+        "training step",
+        "middle half",
+        "of which optimizer",
+        "speed-up",
+        "over no optimizer",
     )
     for row in rows:
         step, optimizer = (format_seconds(row[key], plain=plain) for key in ("step_seconds", "optimizer_seconds"))
@@ -303,6 +354,6 @@ def _finish(console: "Console", paths: Sequence[Path], results: Results[R], tota
     if paths:
         say(console, f"\nResults: {', '.join(map(str, paths))}")
     if results.interrupted:
-        kept = "what was measured is kept" if paths else "nothing was measured yet"
+        kept = "results so far are saved" if paths else "there are no results yet"
         raise KeyboardInterrupt(f"in case {results.done + 1} of {total}; {kept}")
     return 0

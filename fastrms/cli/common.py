@@ -48,7 +48,7 @@ def one_line(error: BaseException) -> str:
 def require(extra: str, *modules: str) -> None:
     """Import `modules`, which the optional dependencies `extra` install, or raise CommandError.
 
-    Missing packages are found first, ahead of seconds of importing the others.
+    Missing packages are found first, before the others are imported, which takes seconds.
     """
     missing = [_DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -121,7 +121,7 @@ def find_object(option: str, name: str) -> Any:
     try:
         return getattr(found, attribute)
     except AttributeError:
-        raise CommandError(f"{option}: {name}: expected a function of that name in {module}, found none") from None
+        raise CommandError(f"{option}: {name}: expected a function of this name in {module}, found none") from None
 
 
 # Output files.
@@ -151,7 +151,7 @@ def make_folder(folder: Path, *names: str) -> None:
     """Make the folder of ``--output``, and check before the work that files of these names can be written there."""
     with writing(folder, "expected a folder to write to") as place:
         place.mkdir(parents=True, exist_ok=True)
-    with writing(folder, "no file can be written there") as place, tempfile.TemporaryFile(dir=place) as file:
+    with writing(folder, "no file can be written in it") as place, tempfile.TemporaryFile(dir=place) as file:
         file.write(b"x")
     for name in names:
         with writing(folder / name) as place:

@@ -1,4 +1,4 @@
-"""``fastrms info``: the facts about this machine, the choice of "auto" and its reason, and settings to consider."""
+"""``fastrms info``: facts about this machine, the choice of "auto" and its reason, and settings to consider."""
 
 import argparse
 import importlib.util
@@ -24,8 +24,8 @@ NETWORK = "784-512-512-10"
 TRAIN_SECONDS = 2.5
 
 _DESCRIPTION = """
-Print versions, processor, threads, the folder of compiled kernels, settings in the environment, and which kernel
-"auto" chooses in a short training, and why.
+Print versions, processor, threads, the folder of compiled kernels, relevant environment variables, and the kernel that
+"auto" chooses in a short training run, with the reason.
 """
 
 # A setting that can make training faster: variable, value.
@@ -35,17 +35,19 @@ _TIMEOUT = ("OPENBLAS_THREAD_TIMEOUT", "20")
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``info`` and its options to the subcommands."""
     parser = commands.add_parser(
-        "info", help="what is installed, what auto chooses and why, and what you could set", description=_DESCRIPTION
+        "info",
+        help="print versions, the kernel that auto chooses and why, and settings to consider",
+        description=_DESCRIPTION,
     )
-    seconds = "of training, from which the choice of auto is seen (default: %(default)s)"
+    seconds = "seconds of training, after which the choice of auto is printed (default: %(default)s)"
     parser.add_argument("--seconds", type=positive, default=TRAIN_SECONDS, metavar="S", help=seconds)
-    measure = "measure here what a setting would bring; takes half a minute"
+    measure = "measure the effect of a setting on this machine; takes half a minute"
     parser.add_argument("--measure", action="store_true", help=measure)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out ``fastrms info`` and return 0."""
+    """Run ``fastrms info`` and return 0."""
     if args.measure and importlib.util.find_spec("rich") is None:
         raise CommandError('--measure: rich is not installed; install with: python -m pip install "fastrms[bench]"')
     start_threads()
@@ -53,15 +55,15 @@ def run(args: argparse.Namespace) -> int:
     for name, text in _facts():
         print(f"{name if name != label else '':18}{text}", flush=True)
         label = name
-    print(f'\nkernel="auto" after {args.seconds:g} s of training a network of {NETWORK}, float32:')
+    print(f'\nkernel="auto" after {args.seconds:g} s of training a {NETWORK} network in float32:')
     for line in _explain(args.seconds):
         print(f"  {line}")
-    print("\nWhat you could set, before Python starts:")
+    print("\nSettings to consider (environment variables, set before Python starts):")
     for line in _advice():
         print(f"  {line}")
     if args.measure:
         print(
-            f"\nMeasured now, {_TIMEOUT[0]} unset and {_TIMEOUT[1]} (a training step of {NETWORK}, float32):",
+            f"\nMeasured now: a training step of {NETWORK} in float32, with {_TIMEOUT[0]} unset and ={_TIMEOUT[1]}:",
             flush=True,
         )
         for line in _measured():
@@ -76,49 +78,51 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield from machine.versions().items()
     for library in machine.blas():
         yield "BLAS", library
-    yield "processor", f"{machine.processor()}, {machine.processors()} to run on"
+    yield "processor", f"{machine.processor()}, {machine.processors()} available"
     yield "Numba threads", str(max_threads())
     yield "threading layer", layer
     # Only a compiled kernel has statistics.
     path = getattr(getattr(cpu.serial, "stats", None), "cache_path", None)
-    yield "kernels cached in", str(path or "nothing is cached: no folder is writable, or the JIT is off")
+    yield "kernel cache", str(path or "none: no folder is writable, or the JIT is disabled")
     yield from device.facts()
     off = " (FASTRMS_ZERO_COPY=0)" if os.environ.get("FASTRMS_ZERO_COPY") == "0" else ""
-    yield "step(list) copies", f"{'nothing, as a rule' if pointers.available() else 'every gradient'}{off}"
+    yield "step(list)", f"{'copies no contiguous gradient' if pointers.available() else 'copies every gradient'}{off}"
     for name, value in variables.items():
         yield "environment", f"{name}={value}"
     if not variables:
-        yield "environment", "nothing set that steers threads or caches"
+        yield "environment", "no relevant variables set"
 
 
 def _explain(seconds: float) -> list[str]:
-    """Train for some seconds, and return the optimizer's explanation and the times."""
+    """Train for `seconds`, and return the optimizer's explanation and the times."""
     training, optimizer = in_situ.train_with_auto(Network(NETWORK, NETWORKS[NETWORK], "float32"), seconds)
-    time = f"{1e3 * training.step_time:.3g} ms a step, of which optimizer {1e3 * training.optimizer_time:.3g} ms"
+    time = (
+        f"{1e3 * training.step_time:.3g} ms per step, of which {1e3 * training.optimizer_time:.3g} ms for the optimizer"
+    )
     return [*optimizer.explain(), f"{len(training.losses):,} steps, {time}"]
 
 
 def _advice() -> Iterator[str]:
     name, value = _TIMEOUT
     if not any("openblas" in line.lower() for line in machine.blas()):
-        yield "Nothing that is known to help: NumPy's matrix products are not computed by OpenBLAS here."
+        yield "None: NumPy does not use OpenBLAS for matrix products here."
     elif name in os.environ:
-        yield f"Nothing more: {name} is set."
+        yield f"None: {name} is already set."
     elif machine.processors() == 1:
-        yield "Nothing that is known to help: there is one processor, and no thread to wait for."
+        yield "None: there is only one processor, so no threads compete."
     else:
         yield f"{name}={value}"
-        yield "  OpenBLAS' threads go on spinning for tens of milliseconds after each matrix product, on the cores"
-        yield "  that the optimizer's threads need then; with this they soon sleep. `fastrms info --measure` shows"
+        yield "  After each matrix product, the threads of OpenBLAS spin for tens of milliseconds on cores that the"
+        yield "  optimizer's threads need. With this setting they sleep sooner. `fastrms info --measure` measures"
         yield "  the effect."
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active":
-        yield 'OMP_WAIT_POLICY without "active": spinning threads make the next matrix product slower.'
+        yield 'OMP_WAIT_POLICY: a value other than "active". Spinning threads make the next matrix product slower.'
     if not importlib.util.find_spec("threadpoolctl"):
-        yield "(With the package threadpoolctl installed, this page can tell which BLAS is in use, and its threads.)"
+        yield "(Install the package threadpoolctl to see here which BLAS is in use, and its threads.)"
 
 
 def _measured() -> Iterator[str]:
-    """Train in processes with and without the setting, in turn, and yield the times of each kernel."""
+    """Train in processes with and without the setting, in turns, and yield the times of each kernel."""
     name, value = _TIMEOUT
     times: dict[str, list[dict[str, float]]] = {"unset": [], f"={value}": []}
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""``fastrms path``: draw the path of RMSProp on a function of two variables, beside other methods."""
+"""``fastrms path``: draw the paths of RMSProp and other methods on a function of two variables."""
 
 import argparse
 import math
@@ -28,7 +28,7 @@ from fastrms.cli.progress import show_progress
 from fastrms.errors import FastrmsError
 from fastrms.plots import PANELS, animate, overview
 from fastrms.plots.functions import TEST_FUNCTIONS, Landscape
-from fastrms.plots.methods import METHODS
+from fastrms.plots.methods import DEFAULT_METHODS, METHODS
 from fastrms.plots.trajectories import Descent, descend
 
 if TYPE_CHECKING:
@@ -51,16 +51,18 @@ _OPTIONS_OF = {
 
 # The formatter keeps these lines as they are, because it would join those of the examples.
 _DESCRIPTION = """
-Draw what RMSProp does on a function of two variables: its path from above and on
-the surface, the function's value, and the rate of each step. By default with
-default options, beside gradient descent, momentum and AdaGrad.
+Draw how RMSProp minimises a function of two variables: its path from above and
+on the surface, the function's value, and the rate of each step (the factor of
+the gradient). By default, RMSProp with default options is compared with
+gradient descent, momentum and AdaGrad.
 """
 _EXAMPLES = """
 examples:
   fastrms path
-  fastrms path --function rosenbrock --steps 1000 --animate
+  fastrms path --function rosenbrock --steps 2000 --animate
   fastrms path --with decay_rate=0.5 --with decay_rate=0.99 --with momentum=0.9,centered
   fastrms path --with epsilon=5 --with epsilon=5,eps_in_sqrt --beside adagrad,lr=0.5
+  fastrms path --beside adam
   fastrms path --function my_module:f --start 1 2 --x -3 3 --y -3 3
 """
 
@@ -69,7 +71,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Add ``path`` and its options to the subcommands."""
     parser = commands.add_parser(
         "path",
-        help="draw the path of RMSProp on a function of two variables, beside other methods",
+        help="draw the paths of RMSProp and other methods on a function of two variables",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -77,31 +79,36 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add = parser.add_argument
     names = ", ".join(TEST_FUNCTIONS)
     add("--function", default="ellipse", metavar="NAME", help=
-        f"{names}; or your own, module:name, called as f(x, y) with two floats (default: %(default)s)")  # fmt: skip
+        f"{names}; or your own function, module:name, called as f(x, y) with two floats "
+        "(default: %(default)s)")  # fmt: skip
     add("--gradient", metavar="module:name", help=
-        "of your own function, called likewise, returns (df/dx, df/dy) (default: central differences)")  # fmt: skip
+        "gradient of your own function, called as g(x, y), returns (df/dx, df/dy) "
+        "(default: central differences)")  # fmt: skip
     add("--with", dest="settings", action="append", type=_options, metavar="OPTIONS", help=
-        "options of RMSProp, such as decay_rate=0.99,centered; repeat it for several paths side by side")  # fmt: skip
+        "options of RMSProp, such as decay_rate=0.99,centered; repeat --with to compare several paths")  # fmt: skip
     add("--beside", nargs="*", type=_method, metavar="METHOD", help=
-        f"{', '.join(METHODS)}, each with options if you like, such as adagrad,lr=0.5 (default: all three; "
-        "none with --with)")  # fmt: skip
-    add("--lr", type=positive, help="learning rate of RMSProp where --with has none (default: one for the function)")
-    add("--steps", type=whole_number(0), metavar="N", help="of each path (default: enough for the function)")
+        f"methods to compare with: {', '.join(METHODS)}, each with options if you like, such as adagrad,lr=0.5 "
+        f"(default: {', '.join(DEFAULT_METHODS)}; none with --with)")  # fmt: skip
+    add("--lr", type=positive, help=
+        "learning rate of RMSProp, unless --with sets it (default: one for the function; the picture says how it "
+        "was chosen)")  # fmt: skip
+    add("--steps", type=whole_number(0), metavar="N", help=
+        "number of steps of each path (default: 300; saddle 60, rosenbrock 1000)")  # fmt: skip
     for name, metavar, what in (
-        ("--start", ("X", "Y"), "where paths begin"),
+        ("--start", ("X", "Y"), "start of all paths"),
         ("--x", ("LOW", "HIGH"), "limits of x in the picture"),
         ("--y", ("LOW", "HIGH"), "limits of y in the picture"),
     ):
-        add(name, nargs=2, type=float, metavar=metavar, help=f"{what} (default: of the function)")
+        add(name, nargs=2, type=float, metavar=metavar, help=f"{what} (default: set for each function)")
     add("--panels", nargs="+", choices=PANELS, default=PANELS, metavar="PANEL", help=
-        f"what to draw: {', '.join(PANELS)} (default: all four)")  # fmt: skip
+        f"parts of the picture: {', '.join(PANELS)} (default: all four)")  # fmt: skip
     add("--format", nargs="+", choices=FORMATS, default=["png"], metavar="FORMAT", help=
-        f"of the picture: {', '.join(FORMATS)} (default: png)")  # fmt: skip
+        f"file formats of the picture: {', '.join(FORMATS)} (default: png)")  # fmt: skip
     add("--animate", action="store_true", help=
-        f"write {STEM}.gif too, in which the paths grow; takes about ten seconds")  # fmt: skip
+        f"also write {STEM}.gif, in which the paths grow step by step; takes about ten seconds")  # fmt: skip
     add("--output", type=Path, default=Path(), metavar="DIR", help=
-        f"folder for {STEM}.png, made if it is missing (default: this folder)")  # fmt: skip
-    add("--quiet", action="store_true", help="print nothing but errors; pictures are still made")
+        f"folder for {STEM}.png, created if it does not exist (default: the current folder)")  # fmt: skip
+    add("--quiet", action="store_true", help="print only errors; pictures are still written")
     parser.set_defaults(run=run)
 
 
@@ -163,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
 def _descend(args: argparse.Namespace, landscape: Landscape) -> Descent:
     settings, beside = args.settings, args.beside
     if beside is None:
-        beside = () if settings else tuple(METHODS)
+        beside = () if settings else DEFAULT_METHODS
     if args.lr is not None:
         settings = [{"lr": args.lr, **options} for options in settings or [{}]]
     region = (args.x or landscape.region[0], args.y or landscape.region[1]) if args.x or args.y else None
@@ -205,14 +212,14 @@ def _landscape(name: str, gradient: str | None) -> Landscape:
     """Return the landscape of ``--function`` and ``--gradient``."""
     if name in TEST_FUNCTIONS:
         if gradient is not None:
-            raise CommandError(f"--gradient: {name} has one; it is for functions of your own")
+            raise CommandError(f"--gradient: {name} has a gradient; the option is for functions of your own")
         return TEST_FUNCTIONS[name]
     if ":" not in name:
         raise CommandError(f"--function: expected one of {', '.join(TEST_FUNCTIONS)}, or module:name, got {name!r}")
     found = find_object("--function", name)
     if isinstance(found, Landscape):
         if gradient is not None:
-            raise CommandError(f"--gradient: {name} is a Landscape, which can have one itself")
+            raise CommandError(f"--gradient: {name} is a Landscape, which can have a gradient itself")
         return found
     derivatives = None if gradient is None else _guarded("--gradient", gradient, find_object("--gradient", gradient))
     return Landscape(_guarded("--function", name, found), derivatives, name=name)
@@ -240,7 +247,9 @@ def _print_paths(console: "Console", descent: Descent) -> None:
     formula = f", f(x, y) = {landscape.formula}" if landscape.formula else ""
     say(console, f"Function: {landscape.name}{formula}")
     say(console, f"Start: x = {first.points[0][0]:g}, y = {first.points[0][1]:g}, f = {first.values[0]:.4g}")
-    table = make_table(console, "", "steps", "x", "y", "f(x, y)", "from minimum", "first rate", "last rate")
+    table = make_table(
+        console, "", "steps", "last x", "last y", "last f(x, y)", "to minimum", "first rate", "last rate"
+    )
     for trace in descent.traces:
         end = trace.points[-1]
         distance = min((np.hypot(*(end - minimum)) for minimum in landscape.minima), default=None)
@@ -250,4 +259,6 @@ def _print_paths(console: "Console", descent: Descent) -> None:
         table.add_row(trace.label, steps, *("" if number is None else f"{number:.3g}" for number in numbers))
     say(console)
     print_table(console, table)
+    if descent.note:
+        say(console, descent.note)
     say(console)

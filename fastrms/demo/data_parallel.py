@@ -1,4 +1,4 @@
-"""The demo on MPI ranks: one process and all ranks train in turn, and their losses are compared."""
+"""The demo on MPI ranks: one process and all ranks train in turns, and their losses are compared."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from fastrms.demo.training import Batch, Batches, Training, train_in_turns
 from fastrms.mpi import MPI, ShardedRMSProp
 from fastrms.optimizer import RMSProp
 
-__all__ = ["OneProcessTraining", "RankTraining", "comm", "compare", "traffic", "train_one_and_all"]
+__all__ = ["OneProcessTraining", "RankTraining", "comm", "compare", "train_one_and_all", "use_of_ranks"]
 
 comm = MPI.COMM_WORLD
 
@@ -24,12 +24,12 @@ COMPARED = 10
 
 @dataclass
 class OneProcessTraining(Training):
-    """The training of rank 0 alone."""
+    """The training run of rank 0 alone."""
 
-    def epoch(self, batches: Sequence[Batch], on_step: Callable[[Training], None]) -> None:
+    def turn(self, batches: Sequence[Batch], on_step: Callable[[Training], None]) -> None:
         """Train on rank 0, while the other ranks sleep until its end."""
         if comm.rank == 0:
-            super().epoch(batches, on_step)
+            super().turn(batches, on_step)
         request = comm.Ibarrier()
         while not request.Test():  # a blocking barrier would spin and take a core from rank 0
             time.sleep(0.001)
@@ -37,7 +37,7 @@ class OneProcessTraining(Training):
 
 @dataclass
 class RankTraining(Training):
-    """One rank's part of a training on all ranks: its rows of each batch."""
+    """One rank's part of a training run on all ranks: its rows of each batch."""
 
     def compute(self, x: Array, y: Labels) -> tuple[np.floating[Any], Sequence[Array | None]]:
         """Return this rank's shares of the loss and gradients of a batch: their sums over ranks are the batch's own."""
@@ -56,14 +56,14 @@ class RankTraining(Training):
         super().step(x, y)
         self.losses[-1] = np.float64(comm.allreduce(float(self.losses[-1])))
 
-    def epoch(self, batches: Sequence[Batch], on_step: Callable[[Training], None]) -> None:
-        """Train on all ranks, with the cores shared out among them."""
+    def turn(self, batches: Sequence[Batch], on_step: Callable[[Training], None]) -> None:
+        """Train on all ranks, with the cores divided among them."""
         from threadpoolctl import threadpool_limits
 
         assert isinstance(self.optimizer, ShardedRMSProp)
         # By default the matrix products of each rank use all cores.
         with threadpool_limits(self.optimizer.num_threads, user_api="blas"):
-            super().epoch(batches, on_step)
+            super().turn(batches, on_step)
 
 
 def train_one_and_all(
@@ -75,7 +75,7 @@ def train_one_and_all(
     into_buffer: bool,
     on_step: Callable[[Training], None] = lambda training: None,
 ) -> tuple[Training, Training]:
-    """Train on rank 0 alone and on all ranks, and return both trainings; the first has steps on rank 0 only.
+    """Train on rank 0 alone and on all ranks, and return both training runs; the first has steps on rank 0 only.
 
     The arguments, which are the same on all ranks, are those of `fastrms.demo.training.train_both`.
     """
@@ -93,25 +93,42 @@ def train_one_and_all(
 
 
 def compare(one: Training, all_: Training) -> tuple[bool, str]:
-    """Return whether the losses of two trainings differ by rounding alone, and a text about the outcome."""
+    """Return whether the losses of two training runs differ by rounding alone, and a text about the outcome."""
     a, b = np.array(one.losses, np.float64), np.array(all_.losses, np.float64)
     if not np.isfinite(a).all() and not np.isfinite(b).all():
-        return True, "both trainings diverged"
+        return True, "both training runs diverged"
     compared = min(COMPARED, len(a))
     first = float(np.max(np.abs(a - b)[:compared] / np.abs(a[:compared])))
     text = (
-        f"Losses of {comm.size} ranks and of one process: the first {compared} at most {first:.1e} of the loss apart, "
-        f"all {len(a)} at most {np.max(np.abs(a - b)):.1e} (rounding, which training makes grow)"
+        f"The losses of {comm.size} ranks and of one process differ by at most {first:.1e} of the loss in the first "
+        f"{compared} steps, and by at most {np.max(np.abs(a - b)):.1e} in all {len(a)} steps"
     )
     limit = float(np.sqrt(np.finfo(one.optimizer.params[0].dtype).eps))
     same = first <= limit
-    return same, text if same else f"{text}; expected at most {limit:.1e} of the first {compared}"
-
-
-def traffic(optimizer: RMSProp) -> str:
-    """Return a sentence about the bytes that each rank sends in a step, for readers who expect ranks to be faster."""
-    sent = 2 * (comm.size - 1) / comm.size * optimizer.buffers["params"].nbytes
     return (
-        f"Each rank sends {sent / 1e6:.1f} MB a step, and ranks of one machine share its cores: docs/mpi.md has when "
-        "that pays"
+        same,
+        f"{text} (rounding errors, which grow in training)"
+        if same
+        else f"{text}; expected at most {limit:.1e} of the loss in the first {compared} steps",
     )
+
+
+def use_of_ranks(optimizer: RMSProp) -> str:
+    """Return sentences about what ranks are good for, and about the bytes that each rank sends in a step."""
+    whole = optimizer.buffers["params"].nbytes
+    own = sum(buffer.nbytes for name, buffer in optimizer.buffers.items() if name not in ("params", "grads"))
+    sent = 2 * (comm.size - 1) / comm.size * whole
+    return (
+        f"Ranks divide the optimizer's state (here {format_bytes(own)} of {format_bytes(whole)} on rank 0) and can run "
+        f"on several machines. On one machine they share its cores, and each rank sends {format_bytes(sent)} a step: "
+        "expect at most the speed of one process. docs/mpi.md says when more ranks are faster."
+    )
+
+
+def format_bytes(number: float) -> str:
+    """Return a number of bytes with its unit and three digits, such as "4.53 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5 or unit == "GB":
+            break
+        number /= 1000
+    return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"

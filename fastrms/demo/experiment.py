@@ -49,12 +49,12 @@ class Experiment:
         loss, _ = mlp.evaluate(params, dataset.train_x, dataset.train_y)
         return loss, mlp.evaluate(params, dataset.test_x, dataset.test_y)[1]
 
-    def plot(self, trainings: Mapping[str, Training]) -> "Figure":
-        """Draw the losses and times of trainings, by their names."""
+    def plot(self, trainings: Mapping[str, Training], conclusion: str) -> "Figure":
+        """Draw the losses and times of training runs, by their names, with `conclusion` as the title."""
         figure, _ = plot_training(
             {name: np.array(each.losses) for name, each in trainings.items()},
             {name: (each.step_time, each.optimizer_time) for name, each in trainings.items()},
-            title=f"RMSProp on a network of {network_name(self.sizes)}, {self.dataset.train_x.dtype}",
+            title=f"{conclusion}\n(RMSProp, network {network_name(self.sizes)}, {self.dataset.train_x.dtype})",
         )
         return figure
 

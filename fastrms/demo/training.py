@@ -1,9 +1,9 @@
-"""A network's training with two optimizers in turn: losses, times, and a comparison of their bits."""
+"""Two training runs of a network, with two optimizers in turn: losses, times, and a comparison of their bits."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,19 @@ from fastrms.demo.mlp import Array, Labels, loss_and_gradients
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
-__all__ = ["Batches", "Optimizer", "Training", "compare", "first_difference", "train_both", "train_in_turns"]
+__all__ = [
+    "Batches", "Optimizer", "Ratio", "Training", "compare", "first_difference", "ratio_of_times", "rest_differs",
+    "train_both", "train_in_turns",
+]  # fmt: skip
 
 Batch = tuple[Array, Labels]
+
+# The steps of one training run before it is the turn of the other: few, so that other load of the machine slows both.
+# After a turn, the caches hold the data of the other run.
+TURN = 10
+
+# Forward and backward run the same code in both training runs. A larger difference comes from the machine.
+REST_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Optimizer(Protocol):
 
 @dataclass
 class Training:
-    """A training: its optimizer, and the loss and times of each step."""
+    """A training run: its optimizer, and the loss and times of each step."""
 
     optimizer: Optimizer
     # Arrays for the gradients. With the gradient buffer of an `RMSProp`, it steps in place. None: new arrays.
@@ -81,8 +91,8 @@ class Training:
         self.optimizer_seconds.append(end - computed)
         self.losses.append(loss)
 
-    def epoch(self, batches: Sequence[Batch], on_step: Callable[["Training"], None]) -> None:
-        """Train on batches; call `on_step` with this training after each of them."""
+    def turn(self, batches: Sequence[Batch], on_step: Callable[["Training"], None]) -> None:
+        """Train on batches; call `on_step` with this training run after each batch."""
         for x, y in batches:
             self.step(x, y)
             on_step(self)
@@ -97,6 +107,19 @@ class Training:
         """The median time of the optimizer in a step, in seconds."""
         return float(np.median(self.optimizer_seconds))
 
+    @property
+    def rest_seconds(self) -> NDArray[np.float64]:
+        """The time of forward and backward in each step, shape (steps,)."""
+        return np.subtract(self.step_seconds, self.optimizer_seconds)
+
+
+class Ratio(NamedTuple):
+    """The median and the quartiles of ratios."""
+
+    median: float
+    quarter: float
+    three_quarters: float
+
 
 def train_both(
     start: Sequence[Array],
@@ -109,9 +132,9 @@ def train_both(
 ) -> tuple[Training, Training]:
     """Train with the NumPy reference and with fastrms, from the same parameters `start` on the same batches.
 
-    With `into_buffer`, gradients are written into the gradient buffer of fastrms, in place of new arrays. `on_step` is
-    called with a training after each of its steps; its time is not measured. Both trainings, the reference's first, end
-    with the first epoch that has a loss of inf or NaN.
+    With `into_buffer`, gradients are written into the gradient buffer of fastrms instead of new arrays. `on_step` is
+    called with a training run after each of its steps; its time is not measured. Return the run of the reference and
+    the run of fastrms. Both end with the first epoch that has a loss of inf or NaN.
     """
 
     def new_pair() -> tuple[Training, Training]:
@@ -127,26 +150,40 @@ def train_in_turns(
     on_step: Callable[[Training], None],
     agree: Callable[[bool], bool] = bool,
 ) -> tuple[Training, Training]:
-    """Train a pair epoch by epoch, in turns, until a loss is not finite.
+    """Train a pair in turns of `TURN` steps on the same batches, until a loss is not finite.
 
-    The second training of an epoch is the first of the next, so that other load of the machine slows both. The first
-    pair from `new_pair` takes one step, which compiles, and is dropped. The second is trained and returned. `agree` is
-    called with whether the losses of an epoch are finite, and returns whether to continue: MPI ranks end together.
+    The second training run of a turn is the first of the next turn. The first pair from `new_pair` takes one step,
+    which compiles, and is dropped. The second pair is trained and returned. `agree` is called after each epoch with
+    whether its losses are finite, and returns whether to continue: MPI ranks end together.
     """
     with np.errstate(all="ignore"):  # the losses are checked below
         for training in new_pair():
-            training.epoch([(batches.x[: batches.size], batches.y[: batches.size])], lambda training: None)
+            training.turn([(batches.x[: batches.size], batches.y[: batches.size])], lambda training: None)
         pair = new_pair()
-        for number, epoch in enumerate(batches):
-            for training in pair if number % 2 == 0 else pair[::-1]:
-                training.epoch(epoch, on_step)
+        order = pair
+        for epoch in batches:
+            for first in range(0, len(epoch), TURN):
+                for training in order:
+                    training.turn(epoch[first : first + TURN], on_step)
+                order = order[::-1]
             if not agree(all(bool(np.isfinite(each.losses[-len(epoch) :]).all()) for each in pair)):
                 break
     return pair
 
 
+def ratio_of_times(first: Sequence[float], second: Sequence[float]) -> Ratio:
+    """Return how many times as long the first took as the second, from their times for the same batches."""
+    return Ratio(*map(float, np.quantile(np.divide(first, second), (0.5, 0.25, 0.75))))
+
+
+def rest_differs(first: Training, second: Training) -> bool:
+    """Return whether forward and backward differ in time by so much that the machine must have been busy."""
+    ratio = float(np.median(first.rest_seconds)) / float(np.median(second.rest_seconds))
+    return max(ratio, 1 / ratio) > 1 + REST_TOLERANCE
+
+
 def compare(reference: Training, fast: Training) -> tuple[bool, str]:
-    """Return whether losses and parameters of two trainings have the same bits, and a text about the outcome.
+    """Return whether losses and parameters of two training runs have the same bits, and a text about the outcome.
 
     Losses are compared up to the first that is not finite in both.
     """
@@ -158,8 +195,8 @@ def compare(reference: Training, fast: Training) -> tuple[bool, str]:
     if (step := first_difference(a[:numbers], b[:numbers])) is not None:
         gap = abs(float(a[step]) - float(b[step]))
         return False, (
-            f"the losses differ first at step {step + 1} of {steps}, {a[step]} with the reference and {b[step]} "
-            f"with fastrms, by {gap:.3g}"
+            f"the losses differ first at step {step + 1} of {steps}: {a[step]} with the reference and {b[step]} "
+            f"with fastrms, a difference of {gap:.3g}"
         )
     if numbers < steps and np.isfinite(a[numbers]) != np.isfinite(b[numbers]):
         return False, f"the loss at step {numbers + 1} is {a[numbers]} with the reference and {b[numbers]} with fastrms"
@@ -168,10 +205,10 @@ def compare(reference: Training, fast: Training) -> tuple[bool, str]:
             if (at := first_difference(p, q)) is not None:
                 gap = float(np.max(np.abs(p.astype(np.float64) - q)))
                 return False, (
-                    f"the losses of all {steps} steps are the same bits, but the final parameters differ, first in "
-                    f"{'b' if k % 2 else 'W'}{k // 2 + 1} (flat index {at}), there by at most {gap:.3g}"
+                    f"the losses of all {steps} steps have the same bits, but the final parameters differ, first in "
+                    f"{'b' if k % 2 else 'W'}{k // 2 + 1} (flat index {at}); the largest difference there is {gap:.3g}"
                 )
-    return True, f"Losses of all {steps} steps: the same bits; final parameters too."
+    return True, f"The losses of all {steps} steps and the final parameters have the same bits."
 
 
 def first_difference(a: NDArray[Any], b: NDArray[Any]) -> int | None:

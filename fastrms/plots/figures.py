@@ -1,6 +1,7 @@
 """Figures of trajectories on a function of two variables. Matplotlib is imported when one is drawn."""
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, SupportsFloat
@@ -44,7 +45,7 @@ def path(function: Function = "ellipse", *, ax: "Axes | None" = None, **options:
         By default axes of a new figure of pyplot.
     **options
         Options of `descend`: ``settings``, ``beside``, ``start``, ``steps``, ``region``. Without the first two: RMSProp
-        with default options beside gradient descent, momentum and AdaGrad.
+        with default options, gradient descent, momentum and AdaGrad.
 
     Returns
     -------
@@ -64,7 +65,7 @@ def path(function: Function = "ellipse", *, ax: "Axes | None" = None, **options:
     >>> from fastrms import plots
     >>> ax = plots.path("bowl", settings=[{}, {"momentum": 0.9}], ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['RMSProp, lr 0.1', 'RMSProp, lr 0.1, momentum 0.9', 'start', 'minimum']
+    ['RMSProp, lr 0.2', 'RMSProp, lr 0.2, momentum 0.9', 'start', 'minimum']
     """
     return _draw_alone("path", function, ax, options)
 
@@ -123,7 +124,7 @@ def values(function: Function = "ellipse", *, ax: "Axes | None" = None, **option
     >>> from fastrms import plots
     >>> ax = plots.values("bowl", beside=["adagrad"], ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['RMSProp, lr 0.1', 'AdaGrad, lr 0.1']
+    ['RMSProp, lr 0.2', 'AdaGrad, lr 1']
     """
     return _draw_alone("values", function, ax, options)
 
@@ -131,8 +132,8 @@ def values(function: Function = "ellipse", *, ax: "Axes | None" = None, **option
 def rates(function: Function = "ellipse", *, ax: "Axes | None" = None, **options: Any) -> "Axes":
     """Draw the rate of each step, which is the factor of the gradient.
 
-    Of the rates in x and y, which differ for RMSProp and AdaGrad, it is the geometric mean. Gradient descent has a
-    constant rate. The rate of AdaGrad only falls; that of RMSProp rises again where gradients become small.
+    The rates in x and y differ for RMSProp, AdaGrad and Adam; the figure shows their geometric mean. Gradient descent
+    has a constant rate. The rate of AdaGrad only falls. The rate of RMSProp rises again when gradients become small.
 
     Parameters
     ----------
@@ -154,7 +155,7 @@ def rates(function: Function = "ellipse", *, ax: "Axes | None" = None, **options
     >>> from fastrms import plots
     >>> ax = plots.rates("bowl", beside=["adagrad"], ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['RMSProp, lr 0.1', 'AdaGrad, lr 0.1']
+    ['RMSProp, lr 0.2', 'AdaGrad, lr 1']
     """
     return _draw_alone("rates", function, ax, options)
 
@@ -215,8 +216,8 @@ def animate(
     panels : sequence of str
         As for `overview`.
     on_picture : callable
-        Called after each picture with the number of finished pictures and of all. There are at most 51, evenly spaced
-        over the steps.
+        Called after each picture with the number of finished pictures and of all. There are at most 51. Of more than 50
+        steps, the first have a picture each, and later ones are further and further apart.
     **options
         As for `path`.
 
@@ -246,7 +247,9 @@ def animate(
     canvas.draw()
     figure.set_layout_engine("none")  # freezes the layout of the whole trajectories
     steps = max(len(trace.rates) for trace in descent.traces)
-    shown = np.unique(np.linspace(0, steps, min(steps, _FRAMES) + 1).round().astype(int)).tolist()
+    # The first steps one by one: most of the way is covered in them.
+    power = 1 if steps <= _FRAMES else 2
+    shown = np.unique((steps * np.linspace(0, 1, min(steps, _FRAMES) + 1) ** power).round().astype(int)).tolist()
     pictures = []
     for step in shown:
         for line, data in lines:
@@ -280,7 +283,7 @@ def _descent(function: Function, options: dict[str, Any]) -> Descent:
     if not isinstance(function, Descent):
         return descend(function, **options)
     if options:
-        raise OptionError(f"{next(iter(options))}: not beside a Descent, whose paths are there already")
+        raise OptionError(f"{next(iter(options))}: cannot be combined with a Descent, whose paths are already computed")
     return function
 
 
@@ -310,7 +313,10 @@ def _draw_alone(panel: str, function: Function, ax: "Axes | None", options: dict
     DRAW[panel](ax, descent)
     ax.set_title(_title(descent), fontsize=11)
     # Below the axes, the legend covers no line.
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9)
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9,
+        title=textwrap.fill(descent.note, 64), title_fontsize=9,
+    )  # fmt: skip
     return ax
 
 
@@ -320,7 +326,7 @@ def _draw_together(descent: Descent, panels: Sequence[str]) -> "tuple[Figure, di
     from fastrms.plots.panels import DRAW
 
     if not panels or len(set(panels)) < len(panels) or not set(panels) <= set(PANELS):
-        raise OptionError(f"panels: expected some of {PANELS}, each once, got {panels!r}")
+        raise OptionError(f"panels: expected names out of {PANELS}, each once, got {panels!r}")
     # The function is above, the curves are below. A panel alone in its row fills the row.
     rows = [row for names in (PANELS[:2], PANELS[2:]) if (row := [name for name in panels if name in names])]
     columns = max(map(len, rows))
@@ -340,8 +346,9 @@ def _draw_together(descent: Descent, panels: Sequence[str]) -> "tuple[Figure, di
         handles, labels = axes[name].get_legend_handles_labels()
         labelled = dict(zip(labels, handles, strict=True)) | labelled
     figure.legend(
-        list(labelled.values()), list(labelled), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
+        title=textwrap.fill(descent.note, 64 * columns), title_fontsize=9,
+    )  # fmt: skip
     # The layout uses sizes from the previous drawing, and needs a first one.
     figure.draw_without_rendering()
     return figure, {name: axes[name] for name in panels}, lines

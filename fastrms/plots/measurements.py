@@ -128,7 +128,7 @@ def _draw_losses(axes: "Axes", losses: Mapping[str, NDArray[np.float64]]) -> Non
         blocks = values[: len(values) // block * block].reshape(-1, block)
         steps = np.arange(len(blocks)) * block + (block + 1) / 2
         if block > 1 and k == 0:
-            label = f"lowest to highest of {block} steps (lines: median)"
+            label = f"range of {block} steps (lines: median)"
             axes.fill_between(steps, blocks.min(axis=1), blocks.max(axis=1), color="#DDDDDD", linewidth=0, label=label)
         # A few points make no curve, and a single one no line.
         marker: dict[str, Any] = {"marker": "o", "markersize": 10 - 6 * k} if len(blocks) <= 10 else {}
@@ -196,7 +196,7 @@ def plot_throughput(records: Sequence[Mapping[str, Any]], *, title: str = "") ->
         axes.set_title(f"One RMSProp step, {dtype}", fontsize=11)
         axes.set_xlabel("parameters")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("billion parameters a second")
+    panels[0].set_ylabel("billion parameters per second")
     if title:
         figure.suptitle(title, fontsize=11)
     # In the order of the lines at their right ends, so that the eye finds one from the other.

@@ -39,6 +39,9 @@ _STYLES: tuple[tuple[str, str, style.Dashes], ...] = (
 _COLOURS = LinearSegmentedColormap.from_list("fastrms", ["#F6F9FB", "#9FB3C4"])
 _CONTOUR: dict[str, Any] = {"colors": "#7A8B99", "linestyles": "solid", "linewidths": 0.5, "zorder": 1}
 
+# The smallest height above the minimum that a figure shows, as a part of the largest.
+_SMALLEST = 1e-14
+
 # Markers on each line.
 _MARKERS = 12
 
@@ -116,7 +119,7 @@ def _draw_values(ax: "Axes", descent: Descent) -> list[Line]:
     ax.set_title("Value", fontsize=11)
     grid = descent.grid[2]
     low, high = ax.get_ylim()
-    # A trajectory that leaves the region must not flatten the others.
+    # A trajectory that leaves the region, or that converges to 1e-300, must not flatten the others.
     if lowest is None:
         bottom, top = np.nanmin(grid), np.nanmax(grid)
         margin = 0.05 * (top - bottom) or 1.0
@@ -124,8 +127,11 @@ def _draw_values(ax: "Axes", descent: Descent) -> list[Line]:
     else:
         _make_logarithmic(ax, data)
         top = 10 * (np.nanmax(grid) - lowest)
-        if high > top:
-            ax.set_ylim(0.5 * np.nanmin(np.concatenate(data)[:, 1]), top)
+        positive = np.concatenate(data)[:, 1]
+        positive = positive[positive > 0]
+        if len(positive) and (positive.max() > top or positive.min() < _SMALLEST * top):
+            bottom = max(positive.min() / 2, _SMALLEST * top)
+            ax.set_ylim(bottom, min(2 * max(positive.max(), bottom), top))
     return lines
 
 

@@ -14,7 +14,7 @@ from fastrms._types import Options
 from fastrms.errors import DeviceError, OptionError, OptionTypeError
 from fastrms.optimizer import RMSProp
 from fastrms.plots.functions import LARGEST, Array, Landscape, Point, Region, find_function
-from fastrms.plots.methods import METHODS, GradientDescent, rmsprop_rate
+from fastrms.plots.methods import DEFAULT_METHODS, METHODS, GradientDescent, rmsprop_rate
 
 __all__ = ["Descent", "Trajectory", "descend"]
 
@@ -42,7 +42,8 @@ class Trajectory:
         The function at the points.
     rates : ndarray of float64, shape (steps, 2)
         The factors of the derivatives in x and y at each step: lr for gradient descent and momentum, lr over the root
-        of the sum of squares for AdaGrad, and lr over the root of their running mean for RMSProp.
+        of the sum of squares for AdaGrad, and lr over the root of their running mean for RMSProp and Adam, whose
+        gradients are running means too.
     lost_at : int or None
         The number of the step that led beyond 1e150 or to a point without a value, or that had no gradient. The
         trajectory ends before it. None without such a step.
@@ -72,11 +73,14 @@ class Descent:
         The limits of x and of y in figures.
     traces : tuple of Trajectory
         First those of RMSProp, then those of the other methods.
+    note : str
+        For captions, how the learning rates were chosen; empty if all of them were given.
     """
 
     landscape: Landscape
     region: Region
     traces: tuple[Trajectory, ...]
+    note: str = ""
 
     @cached_property
     def grid(self) -> tuple[Array, Array, Array]:
@@ -109,8 +113,8 @@ def descend(
         Options of `fastrms.RMSProp` for one trajectory each: ``[{"decay_rate": 0.99}, {"momentum": 0.9}]``. The keys of
         a mapping are labels. By default one trajectory with default options. The default of lr is the test function's.
     beside : sequence of str or (str, mapping), optional
-        Other methods: ``"gradient-descent"``, ``"momentum"`` or ``"adagrad"``, alone or with options, such as
-        ``("adagrad", {"lr": 0.5})``. By default all three, or none where there are settings.
+        Other methods: ``"gradient-descent"``, ``"momentum"``, ``"adagrad"`` or ``"adam"``, alone or with options, such
+        as ``("adagrad", {"lr": 0.5})``. By default the first three, or none if there are settings.
     start : (float, float), optional
         The first point. By default, the start of the test function.
     steps : int, optional
@@ -146,14 +150,17 @@ def descend(
     landscape = replace(find_function(function), **{k: value for k, value in given.items() if value is not None})
     first, limits = landscape.start, landscape.region
     if math.isnan(landscape.value_at(*first)):
-        raise OptionError(f"start: expected a point where {landscape.name} has a value, up to {LARGEST:g}, got {first}")
+        raise OptionError(
+            f"start: expected a point at which {landscape.name} has a value of at most {LARGEST:g}, got {first}"
+        )
     if region is None:
         limits = _extended(limits, first)
     elif not all(low <= at <= high for at, (low, high) in zip(first, limits, strict=True)):
         raise OptionError(f"start: expected a point in the region {limits}, got {first}")
     methods = _list_methods(settings, beside)
     optimizers = [_make_optimizer(landscape, *each) for each in methods]  # all of them, before one runs
-    return Descent(landscape, limits, tuple(_follow(landscape, *each) for each in optimizers))
+    note = landscape.rates_note if any("lr" not in options for *_, options in methods) else ""
+    return Descent(landscape, limits, tuple(_follow(landscape, *each) for each in optimizers), note)
 
 
 def _extended(region: Region, point: Point) -> Region:
@@ -168,7 +175,7 @@ def _extended(region: Region, point: Point) -> Region:
 def _list_methods(settings: Any, beside: Any) -> list[tuple[str, str | None, str, Any]]:
     """Return for each trajectory the place of its options for errors, its label if given, its method and options."""
     if beside is None:
-        beside = tuple(METHODS) if settings is None else ()
+        beside = DEFAULT_METHODS if settings is None else ()
     settings = [{}] if settings is None else settings
     if not isinstance(settings, Sequence | Mapping) or isinstance(settings, str):
         raise OptionTypeError(f"settings: expected a list of dicts of options, got {settings!r}")
@@ -200,7 +207,7 @@ def _make_optimizer(
     for name in options:
         if name not in known:
             hint = f"the options are {', '.join(known)}"
-            raise OptionError(f"{place}: {name!r} is no option of {method} on a path; {hint}")
+            raise OptionError(f"{place}: {name!r} is not an option of {method} on a path; {hint}")
     options = {"lr": landscape.rates[method.lower()], **options}
     try:
         optimizer = make(np.array(landscape.start), **(({"kernel": "numpy"} if make is RMSProp else {}) | options))

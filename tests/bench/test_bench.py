@@ -102,7 +102,7 @@ def test_a_kernel_of_the_users_own(tmp_path, module, function, verdict):
     [
         ("my_kernels:eps_inside", "expected the reference's numbers within 16 eps after 3 steps, got an error of"),
         ("my_kernels:broken", "it raised ValueError: on purpose"),
-        ("my_kernels:nothing", "expected a function of that name in my_kernels, found none"),
+        ("my_kernels:nothing", "expected a function of this name in my_kernels, found none"),
         ("my_kernels:number", "expected a function, got int"),
         ("no_such_module_here:f", "the module cannot be imported"),
         ("my_kernels", "expected module:function, got 'my_kernels'"),
@@ -172,20 +172,20 @@ def test_in_situ_finds_a_way_that_trains_otherwise(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(in_situ, "RMSProp", Other)
     assert main(["bench", "--in-situ", "--networks", "5-4-3", "--output", str(tmp_path)]) == 1
-    assert "expected the losses of the reference, got another one at step 2" in capsys.readouterr().err
+    assert "expected the losses of the reference, got a different loss at step 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--in-situ", "--sizes", "10"], "--sizes: not with --in-situ"),
-        (["--in-situ", "--arrays", "10"], "--arrays: not with --in-situ"),
-        (["--in-situ", "--kernels", "numpy"], "--kernels: with --in-situ expected some of"),
+        (["--in-situ", "--sizes", "10"], "--sizes: cannot be combined with --in-situ"),
+        (["--in-situ", "--arrays", "10"], "--arrays: cannot be combined with --in-situ"),
+        (["--in-situ", "--kernels", "numpy"], "--kernels: with --in-situ, expected names out of"),
         (["--in-situ", "--networks", "10"], "--networks: expected widths of at least 1 joined by '-'"),
         (["--in-situ", "--networks", "3-0-2"], "got '3-0-2'"),
-        (["--networks", "3-2"], "--networks: only with --in-situ"),
-        (["--shape", "3"], "--shape: only with --arrays"),
-        (["--arrays", "3", "--sizes", "5"], "--sizes: not with --arrays"),
+        (["--networks", "3-2"], "--networks: needs --in-situ"),
+        (["--shape", "3"], "--shape: needs --arrays"),
+        (["--arrays", "3", "--sizes", "5"], "--sizes: cannot be combined with --arrays"),
         (["--threads", "100000"], "--threads: expected at most"),
     ],
 )
@@ -242,6 +242,6 @@ def test_the_header_names_the_machine_and_warns(tmp_path, monkeypatch, capsys):
     about = results(tmp_path)["machine"]
     assert lines[0].startswith(f"{about['processor']} ({about['microarchitecture']})")
     assert "NumPy" in lines[1]
-    assert "load over the last minute 2.50" in lines[2]
+    assert "load over the last minute: 2.50" in lines[2]
     assert [line[:8] for line in lines[3:5]] == ["warning:", "warning:"]
     assert results(tmp_path)["quiet"]["others_use"] == 1.25

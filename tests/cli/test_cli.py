@@ -148,23 +148,23 @@ def test_module_prints_plain_text_into_a_pipe(tmp_path):
     assert "\r" not in text.replace("\r\n", "\n")
     assert not re.search("[│┃━─+|]", text)
     assert re.search(r"^of which optimizer .*\dx$", text, re.MULTILINE)  # not folded, however narrow the terminal is
-    assert "Losses of all 3 steps: the same bits" in text
+    assert "The losses of all 3 steps and the final parameters have the same bits." in text
     assert (tmp_path / demo.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
 
 
 def test_table_is_aligned_in_plain_text(capsys, tmp_path):
     assert main(["demo", *TINY, "--output", str(tmp_path)]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    head = next(k for k, line in enumerate(lines) if line.endswith("speed-up"))
+    head = next(k for k, line in enumerate(lines) if line.endswith("middle half"))
     header, rows = lines[head], lines[head + 1 : head + 6]
-    ends = [header.index(name) + len(name) for name in ("NumPy reference", "fastrms", "speed-up")]
+    ends = [header.index(name) + len(name) for name in ("NumPy reference", "fastrms", "speed-up", "middle half")]
     names = ["final training loss", "test accuracy", "training step", "of which optimizer", "optimizer's share"]
     for row, name in zip(rows, names, strict=True):
         assert row.startswith(name + " ")
-        # Two values, and a speed-up in the rows of times: each ends where its header does.
-        cells = [(match.group(), match.end()) for match in re.finditer(r"\S+( [mu]?s)?(?=\s|$)", row[len(name) :])]
+        # Two values, and a speed-up with its quartiles in the rows of times: each ends where its header does.
+        cells = [(match.group(), match.end()) for match in re.finditer(r"\S+( \S+)*(?=\s|$)", row[len(name) :])]
         assert [end + len(name) for _, end in cells] == ends[: len(cells)]
-        assert len(cells) == (3 if name in ("training step", "of which optimizer") else 2)
+        assert len(cells) == (4 if name in ("training step", "of which optimizer") else 2)
 
 
 def test_quiet_prints_nothing(capsys, tmp_path):
@@ -219,7 +219,7 @@ def test_terminal_without_colour(tmp_path):
 def test_a_narrow_terminal_loses_no_numbers(tmp_path):
     status, text = run_in_terminal(["path", "--steps", "1", "--panels", "values"], tmp_path, COLUMNS="20")
     assert status == 0, text
-    for cell in ("steps", "first", "-1.38", "AdaGrad", "0.0111"):
+    for cell in ("steps", "first", "-1.07", "AdaGrad", "0.0111"):
         assert cell in text
 
 
@@ -276,7 +276,7 @@ def test_a_full_disk_for_its_output(tmp_path, arguments, unbuffered):
 @posix
 def test_closed_streams(tmp_path):
     status, _, err = shell(f"fastrms {' '.join(STEP)} >&-", tmp_path)
-    assert (status, err) == (1, "fastrms info: error: standard output: expected an open one, got a closed one\n")
+    assert (status, err) == (1, "fastrms info: error: standard output: expected an open stream, got a closed one\n")
     assert shell("fastrms path --steps 1 --panels values --quiet <&- >&- 2>&-", tmp_path) == (0, "", "")
     assert (tmp_path / "fastrms-path.png").read_bytes().startswith(b"\x89PNG")
     # An error is not printed among the output.
@@ -327,7 +327,7 @@ def test_a_folder_that_cannot_be_written_is_found_ahead_of_the_work(capsys, monk
 
     monkeypatch.setattr(common.tempfile, "TemporaryFile", refuse)  # to root no folder is read-only
     assert main([*command, "--output", str(tmp_path)]) == 1
-    expected = f"fastrms {command[0]}: error: --output: {tmp_path}: no file can be written there: Permission denied\n"
+    expected = f"fastrms {command[0]}: error: --output: {tmp_path}: no file can be written in it: Permission denied\n"
     assert capsys.readouterr() == ("", expected)
 
 

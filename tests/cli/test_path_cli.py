@@ -69,11 +69,12 @@ def test_alone_it_draws_the_four_methods(seen, capsys, tmp_path):
     assert [row[0] for row in rows] == [trace.label for trace in descend().traces]
     for row, trace in zip(rows, descend().traces, strict=True):
         x, y, value, distance, first, last = map(float, row[2:])
-        assert row[1] == "40"
+        assert row[1] == "300"
         assert [x, y] == pytest.approx(trace.points[-1], rel=0.01)
         assert value == pytest.approx(trace.values[-1], rel=0.01)
         assert distance == pytest.approx(np.hypot(*trace.points[-1]), rel=0.01)
         assert [first, last] == pytest.approx(np.sqrt(trace.rates.prod(axis=1))[[0, -1]], rel=0.01)
+    assert "\nDefault lr: each method's best of 0.001, 0.002, 0.005, ..., 5 (lowest mean of f over 300 steps)\n" in out
     assert out.endswith("Picture: fastrms-path.png\n")
     assert list(seen[0].traces) != []
     with Image.open(tmp_path / "fastrms-path.png") as image:
@@ -92,7 +93,7 @@ def test_settings_and_methods_from_the_command_line(seen):
         "RMSProp, lr 0.2",
         "RMSProp, lr 0.4",
         "AdaGrad, lr 0.5",
-        "momentum, lr 0.01",
+        "momentum, lr 0.02",
     ]
     assert descent.region == ((-3, 1), (-2, 2))
     assert {len(trace.rates) for trace in descent.traces} == {5}
@@ -122,6 +123,7 @@ def test_options_as_text(text, options):
         ("--lr 0.3", 4),
         ("--beside", 1),
         ("--beside momentum", 2),
+        ("--beside adam", 2),
         ("--with centered", 1),
         ("--with centered --beside adagrad", 2),
     ],
@@ -169,7 +171,7 @@ def test_a_path_that_diverges_is_told(capsys):
 
 def test_no_steps(capsys):
     assert main(["path", "--steps", "0"]) == 0
-    assert re.search(r"^RMSProp, lr 0.1 +0 +-1.7 +1.2 +17.3 +2.08 *$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^RMSProp, lr 0.2 +0 +-1.7 +1.2 +17.3 +2.08 *$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -179,16 +181,19 @@ def test_no_steps(capsys):
         ("--function mine:", "--function: expected module:function, got 'mine:'"),
         ("--function nowhere:f", "--function: nowhere:f: the module cannot be imported: No module named 'nowhere'"),
         ("--function wrong_syntax:f", "--function: wrong_syntax:f: the module cannot be imported: SyntaxError: "),
-        ("--function mine:g", "--function: mine:g: expected a function of that name in mine, found none"),
+        ("--function mine:g", "--function: mine:g: expected a function of this name in mine, found none"),
         ("--function mine:number", "--function: mine:number: expected a function, got int"),
         ("--function mine:boom", "--function: mine:boom: at x=-1.5, y=1 it raised KeyError: 'on purpose'"),
         ("--function mine:none", "--function: expected a number at x=-1.5, y=1, got None (NoneType)"),
         (
             "--function mine:half",
-            "--start: expected a point where mine:half has a value, up to 1e+150, got (-1.5, 1.0)",
+            "--start: expected a point at which mine:half has a value of at most 1e+150, got (-1.5, 1.0)",
         ),
-        ("--gradient mine:one", "--gradient: ellipse has one; it is for functions of your own"),
-        ("--function mine:hill --gradient mine:one", "--gradient: mine:hill is a Landscape, which can have one itself"),
+        ("--gradient mine:one", "--gradient: ellipse has a gradient; the option is for functions of your own"),
+        (
+            "--function mine:hill --gradient mine:one",
+            "--gradient: mine:hill is a Landscape, which can have a gradient itself",
+        ),
         ("--function mine:f --gradient mine:one", "--gradient: expected two numbers at x=-1.5, y=1, got 1.0 (float)"),
         (
             "--function mine:f --gradient mine:boom",
@@ -196,19 +201,22 @@ def test_no_steps(capsys):
         ),
         (
             "--with decay=0.9",
-            "--with: 'decay' is no option of RMSProp on a path; the options are lr, decay_rate, epsilon,",
+            "--with: 'decay' is not an option of RMSProp on a path; the options are lr, decay_rate, epsilon,",
         ),
         ("--with decay_rate=2", "--with: decay_rate: expected a number with decay_rate >= 0 and < 1, finite; got 2"),
         ("--with momentum=0.9 --with momentum=2", "--with, number 2: momentum: expected a number"),
-        ("--with storage=x", "--with: 'storage' is no option of RMSProp on a path; the options are lr, decay_rate,"),
-        ("--with num_threads=1", "--with: 'num_threads' is no option of RMSProp on a path"),
-        ("--with cache_dtype=bfloat16", "--with: 'cache_dtype' is no option of RMSProp on a path"),
-        ("--with params=1", "--with: 'params' is no option of RMSProp on a path"),
+        (
+            "--with storage=x",
+            "--with: 'storage' is not an option of RMSProp on a path; the options are lr, decay_rate,",
+        ),
+        ("--with num_threads=1", "--with: 'num_threads' is not an option of RMSProp on a path"),
+        ("--with cache_dtype=bfloat16", "--with: 'cache_dtype' is not an option of RMSProp on a path"),
+        ("--with params=1", "--with: 'params' is not an option of RMSProp on a path"),
         ("--beside momentum adagrad,epsilon=0", "--beside adagrad: epsilon: expected a number"),
         ("--with lr=fast", "--with: lr: expected a number or a function of the step, got 'fast' (str)"),
         (
             "--beside adagrad,rate=2",
-            "--beside adagrad: 'rate' is no option of adagrad on a path; the options are lr, epsilon",
+            "--beside adagrad: 'rate' is not an option of adagrad on a path; the options are lr, epsilon",
         ),
         ("--start 9 9 --y -1 1", "--start: expected a point in the region ((-2.0, 2.0), (-1.0, 1.0)), got (9.0, 9.0)"),
         ("--x 1 -1", "--x: expected two finite numbers, LOW below HIGH, got 1 -1"),
@@ -237,7 +245,7 @@ def test_errors_are_one_line_and_nothing_is_written(capsys, tmp_path, arguments,
         ("--with =3", "argument --with: expected options such as decay_rate=0.99,centered, each once, got '=3'"),
         ("--with lr=", "argument --with: expected options such as decay_rate=0.99,centered, each once, got 'lr='"),
         ("--with lr=1,lr=2", "argument --with: expected options such as decay_rate=0.99,centered, each once, got"),
-        ("--beside adam", "argument --beside: expected one of gradient-descent, momentum, adagrad, got 'adam'"),
+        ("--beside lion", "argument --beside: expected one of gradient-descent, momentum, adagrad, adam, got 'lion'"),
         ("--steps -1", "argument --steps: expected a whole number of at least 0, got '-1'"),
         ("--lr 0", "argument --lr: expected a finite number above 0, got '0'"),
         ("--start 1", "argument --start: expected 2 arguments"),
@@ -277,7 +285,7 @@ def test_help_shows_examples_that_run(capsys, monkeypatch, tmp_path):
     text = capsys.readouterr().out
     mine = importlib.import_module("mine")
     examples = [line.split()[1:] for line in text.splitlines() if line.startswith("  fastrms path")]
-    assert len(examples) == 5
+    assert len(examples) == 6
     monkeypatch.setitem(sys.modules, "my_module", mine)
     for arguments in examples:
         assert main([*arguments, "--quiet", "--steps", "2"]) == 0

@@ -1,6 +1,7 @@
-"""The demo: the two trainings, and what it says of them."""
+"""The demo: the two training runs, and what it says of them."""
 
 import re
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_the_same_bits(capsys, tmp_path, dtype, kernel, gradients):
     assert f"64-9-5-10, 695 parameters, {dtype}" in out
     assert f"kernel {kernel}, " in out
     assert f"gradients {'as a list' if gradients == 'list' else 'written into its buffer'}" in out
-    assert "Losses of all 12 steps: the same bits; final parameters too." in out
+    assert "The losses of all 12 steps and the final parameters have the same bits." in out
     losses = re.search(r"final training loss +(\S+) +(\S+)", out).groups()
     assert losses[0] == losses[1]
 
@@ -74,11 +75,14 @@ def test_fails_when_losses_differ(monkeypatch, capsys, tmp_path, quiet):
     monkeypatch.setattr(RMSProp, "step", tampered_step(2, change))
     assert run(tmp_path, *quiet) == 1
     out, err = capsys.readouterr()
-    message = r"fastrms demo: error: the two trainings are not the same: the losses differ first at step 3 of 3, "
-    gap = re.fullmatch(message + r"(\S+) with the reference and (\S+) with fastrms, by (\S+)\n", err).groups()
+    message = r"fastrms demo: error: the two training runs differ: the losses differ first at step 3 of 3: "
+    end = r"(\S+) with the reference and (\S+) with fastrms, a difference of (\S+)\n"
+    gap = re.fullmatch(message + end, err).groups()
     reference, fast, difference = map(float, gap)
     assert abs(reference - fast) == pytest.approx(difference, rel=0.01)
     assert "the same bits" not in out
+    assert "bit for bit. With" not in out
+    assert ("Result: different losses. " in out) == (not quiet)
     assert ("speed-up" in out) == (not quiet)
     assert (tmp_path / demo.PLOT_NAME).exists()
 
@@ -92,7 +96,7 @@ def test_fails_when_one_bit_of_the_final_parameters_differs(monkeypatch, capsys,
     assert run(tmp_path) == 1
     err = capsys.readouterr().err
     assert (
-        "the losses of all 3 steps are the same bits, but the final parameters differ, first in b2 (flat index 4)"
+        "the losses of all 3 steps have the same bits, but the final parameters differ, first in b2 (flat index 4)"
         in err
     )
 
@@ -113,7 +117,7 @@ def test_diverging_training_is_an_error(capsys, tmp_path):
         r"fastrms demo: error: the training diverged: the loss is \w+ at step \d+; use a smaller --lr than 1e\+38\n",
         err,
     )
-    assert "speed-up" not in out
+    assert "middle half" not in out
 
 
 def test_trainings_take_turns_on_the_same_batches(rng):
@@ -136,6 +140,19 @@ def test_trainings_take_turns_on_the_same_batches(rng):
             assert whole > part > 0
     # The step that compiles is not among them.
     assert fast.optimizer.steps == 9
+    assert bits(reference.losses) == bits(fast.losses)
+
+
+def test_turns_are_ten_steps(rng):
+    sizes = [5, 4, 3]
+    x, y = batch(rng, 23, sizes)
+    order = []
+    start = mlp.init_params(sizes, "float64", rng)
+    reference, fast = train_both(
+        start, Batches(x, y, 1, 2, rng), lr=0.1, kernel="serial", into_buffer=False, on_step=order.append
+    )
+    turns = [(each is fast, len(list(steps))) for each, steps in groupby(order)]
+    assert turns == [(False, 10), (True, 20), (False, 13), (True, 3 + 10), (False, 20), (True, 13), (False, 3)]
     assert bits(reference.losses) == bits(fast.losses)
 
 
@@ -183,18 +200,65 @@ def trained(steps, optimizers, params):
     return Training(ReferenceRMSProp(params), None, [np.float32(1)] * len(steps), steps, optimizers)
 
 
+def known_pair(rng):
+    """Training runs whose steps took 1, 2 and 30 ms, and 4 ms each."""
+    params = mlp.init_params([2, 2], "float32", rng)
+    reference = trained([1e-3, 2e-3, 30e-3], [0.5e-3, 0.6e-3, 0.7e-3], params)
+    return reference, trained([4e-3, 4e-3, 4e-3], [0.1e-3, 0.2e-3, 0.3e-3], params)
+
+
 def test_table_of_known_times(capsys, rng):
     x = np.arange(40.0).reshape(20, 2)
     dataset = data.split(x, np.arange(20) % 2, "float32", 0, "data")
-    params = mlp.init_params([2, 2], "float32", rng)
-    reference = trained([1e-3, 2e-3, 30e-3], [0.5e-3, 0.6e-3, 0.7e-3], params)
-    fast = trained([4e-3, 4e-3, 4e-3], [0.1e-3, 0.2e-3, 0.3e-3], params)
+    pair = dict(zip(("reference", "fast"), known_pair(rng), strict=True))
     experiment = Experiment(dataset, [2, 2], Batches(dataset.train_x, dataset.train_y, 4, 1, rng), rng)
-    demo._print_results(demo.make_console(), experiment, {"reference": reference, "fast": fast})
-    rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
-    assert ["training step", "2.00 ms", "4.00 ms", "0.50x"] in rows  # medians; slower is said as it is
-    assert ["of which optimizer", "600 us", "200 us", "3.00x"] in rows
+    demo._print_results(demo.make_console(), experiment, pair, "what to conclude")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["", "what to conclude", ""]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    # Medians; slower is said as it is. The ratios of steps are 1/4, 2/4 and 30/4.
+    assert ["training step", "2.00 ms", "4.00 ms", "0.50x", "0.38x to 4.00x"] in rows
+    assert ["of which optimizer", "600 us", "200 us", "3.00x", "2.67x to 4.00x"] in rows
     assert ["optimizer's share", "30.0%", "5.0%"] in rows
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(12.345, "12.35x"), (1, "1.00x"), (0.5, "0.50x"), (0.0342, "0.034x"), (0.03, "0.030x")]
+)
+def test_ratios_have_two_digits(ratio, text):
+    assert demo._times(ratio) == text
+
+
+@pytest.mark.parametrize(
+    ("rest", "shown"), [(1.0, None), (1.09, None), (0.92, None), (1.12, "1.12 ms"), (0.89, "890 us")]
+)
+def test_a_busy_machine_is_noticed(rng, rest, shown):
+    """The rest of a step runs the same code in both training runs."""
+    params = mlp.init_params([2, 2], "float32", rng)
+    pair = trained([3e-3] * 5, [2e-3] * 5, params), trained([rest * 1e-3 + 5e-4] * 5, [5e-4] * 5, params)
+    conclusion = demo._conclusion(True, False, ("NumPy reference", "fastrms"), *pair)
+    if shown:
+        assert conclusion == "Result: the same losses, bit for bit. The machine was too busy to compare times."
+        assert f"took 1.00 ms with the NumPy reference and {shown} with fastrms" in demo._warning(*pair)
+    else:
+        assert re.fullmatch(
+            r"Result: the same losses, bit for bit. With fastrms, a training step is \S+x as fast, and the optimizer's "
+            r"part of it 4.00x.", conclusion,
+        )  # fmt: skip
+        assert demo._warning(*pair) is None
+
+
+def test_the_first_lines_and_the_plot_say_what_to_conclude(monkeypatch, capsys, tmp_path):
+    titles = []
+    real = Experiment.plot
+    monkeypatch.setattr(Experiment, "plot", lambda self, runs, text: titles.append(text) or real(self, runs, text))
+    assert run(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert re.match(
+        r"fastrms \S+: train one network twice .*\. Expect the same losses, bit for bit, in less time\.\n", out
+    )
+    assert re.search(r"^Result: the same losses, bit for bit\. ", out, re.MULTILINE).group() in titles[0]
+    assert titles[0] in out
 
 
 @pytest.mark.parametrize(

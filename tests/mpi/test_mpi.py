@@ -278,12 +278,21 @@ def test_the_demo_has_the_losses_of_one_process(ranks, gradients, dtype, tmp_pat
     assert status == 0, printed
     assert printed.count("speed-up") == 1  # of one rank
     assert re.search(rf"one process +{ranks} ranks +speed-up", printed)
-    first, every = map(float, re.search(r"the first 10 at most (\S+) of the loss apart, all 18 at most (\S+) ",
-                                        printed).groups())  # fmt: skip
+    differences = r"at most (\S+) of the loss in the first 10 steps, and by at most (\S+) in all 18 steps"
+    first, every = map(float, re.search(differences, printed).groups())
     assert max(first, every) < (1e-5 if dtype == "float32" else 1e-13)
     losses = re.search(r"final training loss +(\S+) +(\S+)", printed).groups()
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-4)
     assert (tmp_path / "fastrms-demo.png").stat().st_size > 10_000
+    # Padded to multiples of 64 bytes; a rank sends 2 (P - 1)/P of the parameters.
+    own, whole, sent = map(_bytes, re.search(r"\(here (.*?) of (.*?) on .* sends (.*?) a step", printed).groups())
+    assert 385 * np.dtype(dtype).itemsize <= whole < 1.1 * 385 * np.dtype(dtype).itemsize
+    assert [own, sent] == pytest.approx([whole / ranks, 2 * (ranks - 1) / ranks * whole], rel=0.05)
+
+
+def _bytes(text):
+    number, unit = text.split()
+    return float(number) * {"B": 1, "kB": 1000}[unit]
 
 
 @needs_mpi
@@ -325,7 +334,7 @@ def test_the_demo_fails_where_the_losses_are_not_those_of_one_process(tmp_path):
     """
     status, printed = mpiexec(2, sys.executable, "-c", code, "demo", "--mpi", *TINY, folder=tmp_path)
     assert status != 0
-    assert "expected at most 3.5e-04 of the first 10" in printed
+    assert "expected at most 3.5e-04 of the loss in the first 10 steps" in printed
 
 
 BENCHMARK = HERE.parent.parent / "benchmarks" / "mpi.py"

@@ -189,7 +189,7 @@ def test_values_and_rates_over_steps():
     descent = descend("ellipse")
     values, rates = plots.values(descent, ax=flat_axes()), plots.rates(descent, ax=flat_axes())
     for line, trace in zip(paths_and_ends(values, descent)[0], descent.traces, strict=True):
-        np.testing.assert_array_equal(line.get_xdata(), np.arange(41))
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(301))
         np.testing.assert_array_equal(line.get_ydata(), trace.values)
     for line, trace in zip(paths_and_ends(rates, descent)[0], descent.traces, strict=True):
         assert np.isnan(line.get_ydata()[0])
@@ -199,13 +199,21 @@ def test_values_and_rates_over_steps():
     assert rates.get_ylabel() == "factor of the gradient"
 
 
-def test_the_picture_shows_that_the_rate_of_adagrad_dies():
+def test_the_picture_shows_that_rmsprop_goes_on_and_that_values_have_a_floor():
     descent = descend()
-    *_, adagrad = paths_and_ends(plots.rates(descent, ax=flat_axes()), descent)[0]
-    assert adagrad.get_label() == "AdaGrad, lr 0.1"
-    drawn = adagrad.get_ydata()[1:]
-    assert (np.diff(drawn) < 0).all()
-    assert drawn[-1] < drawn[0] / 3
+    rmsprop, *_, adagrad = paths_and_ends(plots.values(descent, ax=flat_axes()), descent)[0]
+    assert adagrad.get_label() == "AdaGrad, lr 1"
+    bottom, top = rmsprop.axes.get_ylim()
+    assert adagrad.get_ydata()[-1] < 1e-100 < 1e-13 < bottom
+    assert bottom < rmsprop.get_ydata()[-100:].min() < rmsprop.get_ydata()[-100:].max() < top < 100
+
+
+@pytest.mark.parametrize("panels", [["path"], plots.PANELS])
+def test_captions_say_how_default_rates_were_chosen(panels):
+    figure, _ = plots.overview("bowl", panels=panels, steps=2)
+    assert figure.legends[0].get_title().get_text().replace("\n", " ") == descend("bowl", steps=2).note
+    alone = plots.values("bowl", ax=flat_axes(), steps=2).get_legend()
+    assert alone.get_title().get_text().replace("\n", " ") == descend("bowl", steps=2).note
 
 
 def test_values_where_no_minimum_is_known():
@@ -262,7 +270,7 @@ def test_overview_has_the_panels_and_one_legend(panels):
     assert all(ax.get_legend() is None for ax in axes.values())
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
-    assert texts[:4] == ["RMSProp, lr 0.1", "gradient descent, lr 0.03", "momentum, lr 0.01", "AdaGrad, lr 0.1"]
+    assert texts[:4] == ["RMSProp, lr 0.2", "gradient descent, lr 0.1", "momentum, lr 0.02", "AdaGrad, lr 1"]
     assert texts[4:] == (["start", "minimum"] if {"path", "surface"} & set(panels) else [])
     assert figure.get_suptitle() == "bowl: $5 x^2 + 7 y^2$"
 
@@ -334,12 +342,12 @@ def test_a_path_that_diverges_does_not_flatten_the_others():
         (lambda: plots.path(ax=3), OptionTypeError, "ax: expected two-dimensional axes of Matplotlib, got 3"),
         (lambda: plots.path(ax=solid_axes()), OptionTypeError, "ax: expected two-dimensional axes"),
         (lambda: plots.surface(ax=flat_axes()), OptionTypeError, 'ax: expected axes made with projection="3d"'),
-        (lambda: plots.path(descend(), steps=3), OptionError, "steps: not beside a Descent"),
-        (lambda: plots.overview(panels=[]), OptionError, "panels: expected some of ('path', 'surface', 'values',"),
-        (lambda: plots.overview(panels=["path", "path"]), OptionError, "panels: expected some of"),
-        (lambda: plots.overview(panels=["map"]), OptionError, "panels: expected some of"),
+        (lambda: plots.path(descend(), steps=3), OptionError, "steps: cannot be combined with a Descent"),
+        (lambda: plots.overview(panels=[]), OptionError, "panels: expected names out of ('path', 'surface', 'values',"),
+        (lambda: plots.overview(panels=["path", "path"]), OptionError, "panels: expected names out of"),
+        (lambda: plots.overview(panels=["map"]), OptionError, "panels: expected names out of"),
         (lambda: plots.path("hill"), OptionError, "function: expected one of ('bowl',"),
-        (lambda: plots.animate("bowl", io.BytesIO(), panels="path"), OptionError, "panels: expected some of"),
+        (lambda: plots.animate("bowl", io.BytesIO(), panels="path"), OptionError, "panels: expected names out of"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(call, error, message):

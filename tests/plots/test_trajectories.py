@@ -10,13 +10,14 @@ import fastrms
 from fastrms import OptionError, OptionTypeError
 from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.plots.functions import TEST_FUNCTIONS, Landscape
-from fastrms.plots.methods import METHODS, AdaGrad, GradientDescent, Momentum
+from fastrms.plots.methods import METHODS, AdaGrad, Adam, GradientDescent, Momentum
 from fastrms.plots.trajectories import descend
 
 TORCH = {
     "gradient-descent": ("SGD", {}),
     "momentum": ("SGD", {"momentum": 0.9}),
     "adagrad": ("Adagrad", {"eps": 1e-8}),
+    "adam": ("Adam", {}),
 }
 
 
@@ -94,6 +95,12 @@ def test_other_methods_are_those_of_torch(method):
             [[0.5, 1.0], [0.5 - 0.5 / math.sqrt(2), 1.5]],
             [[0.5, 5e7], [0.5 / math.sqrt(2), 0.5]],
         ),
+        # The corrected means of 1 and 1, and of 0 and -1; of the squares likewise.
+        (
+            Adam,
+            [[0.5, 1.0], [0.0, 1 + 0.5 * (0.1 / 0.19) * math.sqrt(1.999)]],
+            [[0.5, 5e7], [0.5, 0.5 * math.sqrt(1.999)]],
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -101,7 +108,7 @@ def test_two_steps_by_hand(make, points, rates):
     start = np.array([1.0, 1.0])
     optimizer = make(start, 0.5)
     for gradient, point, rate in zip(([1.0, 0.0], [1.0, -1.0]), points, rates, strict=True):
-        np.testing.assert_allclose(optimizer.step(np.array(gradient)), point, rtol=1e-7)
+        np.testing.assert_allclose(optimizer.step(np.array(gradient)), point, rtol=1e-7, atol=1e-7)
         np.testing.assert_allclose(optimizer.rate, rate, rtol=1e-7)
     assert start.tolist() == [1.0, 1.0]
 
@@ -127,18 +134,64 @@ def test_rates_are_what_the_gradient_was_multiplied_by(options):
     np.testing.assert_allclose(np.diff(trace.points, axis=0), -trace.rates * gradients, rtol=1e-6, atol=1e-14)
 
 
-def test_the_rate_of_adagrad_dies_and_that_of_rmsprop_recovers():
+def test_rates_of_the_default_picture():
+    """As docs/path.md says: RMSProp arrives, leaves, and wanders within half an lr of the minimum; AdaGrad settles."""
     descent = descend("ellipse")
     rmsprop, gradient_descent, momentum, adagrad = (trace.rates for trace in descent.traces)
-    assert (np.diff(adagrad, axis=0) < 0).all()
-    assert (rmsprop[-1] > 2 * rmsprop.min(axis=0)).all()
+    assert (np.diff(adagrad, axis=0) <= 0).all()
+    assert (rmsprop.max(axis=0) > 10 * rmsprop[0]).all()
     assert np.ptp(gradient_descent) == np.ptp(momentum) == 0
-    # With the same lr, AdaGrad stops far from where RMSProp comes to.
-    assert descent.traces[0].values[-1] < 1e-6 < 0.1 < descent.traces[3].values[-1]
+    values = descent.traces[0].values
+    assert values[50] < 1e-10
+    assert 55 < 50 + np.argmax(values[50:] > 0.1) < 65
+    last = abs(descent.traces[0].points[-100:])
+    assert (last.max(axis=0) < 0.51 * 0.2).all()
+    assert (last.min(axis=0) > 0.4 * 0.2).all()
+    assert max(trace.values[-1] for trace in descent.traces[1:]) < 1e-10
+
+
+GRID = [digit * power for power in (0.001, 0.01, 0.1, 1) for digit in (1, 2, 5)]
+TUNED = [name for name in TEST_FUNCTIONS if name != "saddle"]
+
+
+@pytest.mark.parametrize("method", ["rmsprop", *METHODS])
+@pytest.mark.parametrize("name", TUNED)
+def test_default_rates_are_the_best_of_the_grid(name, method):
+    means = {}
+    for lr in GRID:
+        settings, beside = ([{"lr": lr}], []) if method == "rmsprop" else ([], [(method, {"lr": lr})])
+        (trace,) = descend(name, settings, beside).traces
+        means[lr] = trace.values.mean() if trace.lost_at is None else math.inf
+    best = min(means, key=means.get)
+    assert TEST_FUNCTIONS[name].rates[method] == pytest.approx(best)
+    assert best != GRID[-1]
+
+
+def test_the_saddle_has_first_steps_of_one_length():
+    first = [
+        trace.points[1, 0] - trace.points[0, 0] for trace in descend("saddle", [{}], list(METHODS), steps=1).traces
+    ]
+    assert np.ptp(first) < 0.06 * np.mean(first)
+
+
+@pytest.mark.parametrize("name", TEST_FUNCTIONS)
+def test_the_note_says_how_default_rates_were_chosen(name):
+    note = descend(name, steps=1).note
+    assert note.startswith("Default lr: ")
+    assert (f"over {TEST_FUNCTIONS[name].steps} steps" in note) == (name in TUNED)
+    assert descend(name, [{"lr": 1}, {}], steps=1).note == note
+    assert descend(name, [{"lr": 1}], [("adam", {"lr": 1})], steps=1).note == ""
+
+
+def test_notes_of_functions_of_the_users_own():
+    assert "not tuned" in descend(lambda x, y: x * x + y * y, steps=1).note
+    assert "not tuned" in descend(Landscape(lambda x, y: x * x, name="mine"), steps=1).note
+    assert descend(Landscape(lambda x, y: x * x, rates={"momentum": 1}), steps=1).note == ""
+    assert descend(Landscape(lambda x, y: x * x, rates_note="tried"), steps=1).note == "tried"
 
 
 def test_by_default_all_methods_and_beside_settings_none():
-    labels = ["RMSProp, lr 0.1", "gradient descent, lr 0.09", "momentum, lr 0.01", "AdaGrad, lr 0.1"]
+    labels = ["RMSProp, lr 0.2", "gradient descent, lr 0.05", "momentum, lr 0.02", "AdaGrad, lr 1"]
     assert [trace.label for trace in descend().traces] == labels
     assert [trace.label for trace in descend(settings=[{}]).traces] == labels[:1]
     assert [trace.label for trace in descend(beside=["momentum"]).traces] == [labels[0], labels[2]]
@@ -149,9 +202,9 @@ def test_labels():
     labels = [trace.label for trace in descend("bowl", settings, [("adagrad", {"epsilon": 1e-3})], steps=1).traces]
     assert labels == [
         "RMSProp, lr 1, centered",
-        "RMSProp, lr 0.1, flush_subnormals off",
+        "RMSProp, lr 0.2, flush_subnormals off",
         "RMSProp, lr sin, clip_norm None",
-        "AdaGrad, lr 0.1, epsilon 0.001",
+        "AdaGrad, lr 1, epsilon 0.001",
     ]
     assert [trace.label for trace in descend("bowl", {"mine": {}, "yours": {}}).traces] == ["mine", "yours"]
 
@@ -213,7 +266,7 @@ def test_no_value_where_arithmetic_fails(error):
     x, _, values = descent.grid
     assert np.isnan(values[:, x < 0]).all()
     assert np.isfinite(values[:, x >= 0]).all()
-    with pytest.raises(OptionError, match="start: expected a point where function has a value"):
+    with pytest.raises(OptionError, match="start: expected a point at which function has a value"):
         descend(raises(error), start=(-1, 1))
 
 
@@ -224,7 +277,7 @@ def test_other_errors_of_the_function_come_out_as_they_are():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200])
 def test_no_value_at_the_start(value):
-    with pytest.raises(OptionError, match=r"start: .* has a value, up to 1e\+150, got \(1.0, 1.0\)"):
+    with pytest.raises(OptionError, match=r"start: .* has a value of at most 1e\+150, got \(1.0, 1.0\)"):
         descend(Landscape(lambda x, y: value, name="none"), start=(1, 1))
 
 
@@ -285,13 +338,13 @@ def test_functions_get_two_floats():
         (
             {"settings": [{}, {"rate": 1}]},
             OptionError,
-            "settings[1]: 'rate' is no option of RMSProp on a path; the options are lr",
+            "settings[1]: 'rate' is not an option of RMSProp on a path; the options are lr",
         ),
-        ({"settings": [{"params": 1}]}, OptionError, "settings[0]: 'params' is no option of RMSProp"),
+        ({"settings": [{"params": 1}]}, OptionError, "settings[0]: 'params' is not an option of RMSProp"),
         (
             {"settings": [{"storage": "x"}]},
             OptionError,
-            "settings[0]: 'storage' is no option of RMSProp on a path; the",
+            "settings[0]: 'storage' is not an option of RMSProp on a path; the",
         ),
         ({"settings": {"a": {"lr": -1}}}, OptionError, "settings['a']: lr: expected a number"),
         (
@@ -302,17 +355,35 @@ def test_functions_get_two_floats():
         ({"settings": [{}] * 9}, OptionError, "settings and beside: expected 1 to 8 paths in one picture, got 9"),
         ({"settings": []}, OptionError, "settings and beside: expected 1 to 8 paths in one picture, got 0"),
         ({"beside": "adagrad"}, OptionTypeError, "beside: expected a list of names such as ['adagrad'], got 'adagrad'"),
-        ({"beside": ["adam"]}, OptionError, "beside[0]: expected one of ('gradient-descent', 'momentum', 'adagrad')"),
-        ({"beside": [3]}, OptionError, "beside[0]: expected one of ('gradient-descent', 'momentum', 'adagrad')"),
+        (
+            {"beside": ["lion"]},
+            OptionError,
+            "beside[0]: expected one of ('gradient-descent', 'momentum', 'adagrad', 'adam')",
+        ),
+        (
+            {"beside": [3]},
+            OptionError,
+            "beside[0]: expected one of ('gradient-descent', 'momentum', 'adagrad', 'adam')",
+        ),
         (
             {"beside": [("momentum", 0.9)]},
             OptionTypeError,
             "beside[0]: expected a dict of options of momentum, got 0.9",
         ),
-        ({"beside": [("adagrad", {"momentum": 0.9})]}, OptionError, "beside[0]: 'momentum' is no option of adagrad"),
+        (
+            {"beside": [("adagrad", {"momentum": 0.9})]},
+            OptionError,
+            "beside[0]: 'momentum' is not an option of adagrad",
+        ),
         ({"beside": [("adagrad", {"lr": -1})]}, OptionError, "beside[0]: lr: expected a number"),
         ({"beside": [("adagrad", {"lr": abs})]}, OptionTypeError, "beside[0]: lr: expected a number, got <built-in"),
         ({"beside": [("momentum", {"momentum": 1})]}, OptionError, "beside[0]: momentum: expected a number"),
+        (
+            {"beside": [("adam", {"beta1": 1})]},
+            OptionError,
+            "beside[0]: beta1: expected a number with beta1 >= 0 and < 1",
+        ),
+        ({"beside": [("adam", {"beta2": "x"})]}, OptionTypeError, "beside[0]: beta2: expected a number, got 'x' (str)"),
         ({"beside": [("adagrad", {"epsilon": 0})]}, OptionError, "beside[0]: epsilon: expected a number"),
         ({"start": (1, math.nan)}, OptionError, "start: expected two finite numbers, x and y, got (1, nan)"),
         ({"start": 1}, OptionError, "start: expected two finite numbers, x and y, got 1"),
@@ -336,7 +407,7 @@ def test_wrong_arguments(arguments, error, message):
     ("options", "error", "message"),
     [
         ({"gradient": 3}, OptionTypeError, "gradient: expected a function of x and y, got 3"),
-        ({"rates": {"adam": 1}}, OptionError, "rates: expected some of ('rmsprop', 'gradient-descent', "),
+        ({"rates": {"lion": 1}}, OptionError, "rates: expected names out of ('rmsprop', 'gradient-descent', "),
         ({"minima": [(1,)]}, OptionError, "minima: expected two finite numbers"),
         ({"start": None}, OptionError, "start: expected two finite numbers"),
         ({"steps": None}, OptionError, "steps: expected a whole number"),

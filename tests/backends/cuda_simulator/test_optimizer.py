@@ -234,7 +234,7 @@ def test_a_step_is_measured_beside_a_copy():
 def test_other_bits_than_the_references_are_noticed(monkeypatch):
     rows = []
     monkeypatch.setattr(device, "ReferenceRMSProp", lambda params, *options: ReferenceRMSProp(params, 0.5))
-    with pytest.raises(BenchmarkError, match="expected the bits of the reference"):
+    with pytest.raises(BenchmarkError, match="expected the same bits as the reference"):
         device.measure_device(Case(1, (3,), "float64"), 0.01, rows)
     assert rows == []
 
