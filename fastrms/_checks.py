@@ -121,7 +121,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception as error:
-        text = f"something that cannot be shown: {error}"
+        text = f"an object whose repr() raises: {error}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -133,8 +133,8 @@ def check_threads(value: object, available: int) -> int | None:
         raise OptionTypeError(f"num_threads: expected an integer or None, got {shown(value)} ({type(value).__name__})")
     if not 1 <= value <= available:
         raise OptionError(
-            f"num_threads: expected 1 to {available}, got {shown(value)}; Numba started with {available}, and the "
-            "environment variable NUMBA_NUM_THREADS, set before it is imported, can raise that"
+            f"num_threads: expected 1 to {available}, got {shown(value)}; Numba started {available} threads. For more, "
+            "set the environment variable NUMBA_NUM_THREADS before Numba is imported"
         )
     return int(value)
 
@@ -167,7 +167,7 @@ def check_cache_dtype(value: object, dtypes: Set[DType]) -> CacheDType | None:
         raise OptionError(f'cache_dtype: expected "bfloat16" or None, got {shown(value)}')
     if dtypes != {np.dtype(np.float32)}:
         raise OptionError(
-            "cache_dtype: bfloat16 goes with float32 parameters, got float64 ones; use .astype(np.float32)"
+            "cache_dtype: bfloat16 requires float32 parameters, got float64 ones; convert them with .astype(np.float32)"
         )
     return "bfloat16"
 
@@ -180,6 +180,6 @@ def check_for_dtype(name: str, value: float, dtype: DType) -> None:
         raise OptionError(f"{name}: {value!r} is too large for {dtype} parameters (at most {np.finfo(dtype).max})")
     if there == 0 and name in ("epsilon", "clip_value"):
         raise OptionError(
-            f"{name}: {value!r} is 0 in {dtype}, the dtype of some parameters; use at least "
+            f"{name}: {value!r} rounds to 0 in {dtype}, the dtype of a parameter; use at least "
             f"{float(np.finfo(dtype).tiny):.2g}, the smallest normal {dtype}, or float64 parameters"
         )

@@ -33,7 +33,7 @@ class Guarded:
                 elif vars(self).get(name, value) is not value:
                     raise AttributeError(f"{name}: cannot be replaced; write into it: {name}[...] = value")
             elif not callable(value) and inspect.isfunction(getattr(type(self), name, None)):
-                raise AttributeError(f"{name}: expected a function in the place of a method, got {value!r}")
+                raise AttributeError(f"{name}: expected a function to replace a method, got {value!r}")
             super().__setattr__(name, value)
 
     def _refuse_attribute(self, name: str) -> None:

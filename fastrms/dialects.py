@@ -134,10 +134,10 @@ def dialect(name: str, /, **arguments: Any) -> dict[str, Any]:
     peer = DIALECTS[name]
     for argument in arguments:
         if argument not in peer.names and argument not in peer.ignored:
-            raise OptionError(f"{name}: unknown argument {argument!r}; it takes {', '.join(peer.names)}")
+            raise OptionError(f"{name}: unknown argument {argument!r}; the arguments are {', '.join(peer.names)}")
     for argument in peer.required:
         if argument not in arguments:
-            raise OptionError(f"{name}: {argument!r} is required, as it is there")
+            raise OptionError(f"{name}: {argument!r} is required, as in {name}")
     options: dict[str, Any] = {}
     for argument, option in peer.names.items():
         if argument in arguments:
@@ -160,7 +160,7 @@ def meant(name: str, known: Iterable[str]) -> str:
         options = dict.fromkeys(repr(DIALECTS[project].names[name]) for project in projects)
         return (
             f"expected {' or '.join(options)}, which {', '.join(projects)} call{'s' * (len(projects) == 1)} {name!r}; "
-            f"fastrms.dialect({projects[0]!r}, {name}=...) takes the names of {projects[0]}"
+            f"fastrms.dialect({projects[0]!r}, {name}=...) accepts the names of {projects[0]}"
         )
     names = list(known)
     if near := difflib.get_close_matches(str(name), names, 1, 0.7):

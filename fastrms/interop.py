@@ -161,7 +161,7 @@ def from_keras(config: Metadata, variables: object, params: object, **options: A
     variables = _check_keras(config, variables)
     scheduled = isinstance(config["learning_rate"], Mapping) or callable(config["learning_rate"])
     if scheduled and "lr" not in options:
-        raise OptionError("lr: the learning rate is a schedule; give it as a function of the step: lr=...")
+        raise OptionError("lr: the learning rate is a schedule; pass it as a function of the step: lr=...")
     arguments = {name: value for name, value in config.items() if name in DIALECTS["keras"].names}
     # Keras ignores bounds of 0 and less.
     arguments |= {n: None for n in ("clipnorm", "clipvalue", "global_clipnorm") if not (config.get(n) or 0) > 0}
@@ -219,7 +219,7 @@ def to_keras(optimizer: RMSProp) -> tuple[dict[str, Any], dict[str, Array]]:
     for argument in config:
         values = [each[argument] for each in configs]
         if any(value != values[0] for value in values):
-            raise OptionError(f"{argument}: expected the same in all groups, as keras has no groups; got {values}")
+            raise OptionError(f"{argument}: expected one value for all groups, as keras has no groups; got {values}")
     config["weight_decay"] = config["weight_decay"] or None
     arrays: list[Any] = [np.array(state["steps"], np.int32), np.array(config["learning_rate"])]
     for name in ["cache", *optional_state(state["param_groups"])]:
@@ -266,7 +266,7 @@ def _check_keras(config: object, variables: object) -> Sequence[Any]:
         )
     for name in _KERAS_ONLY:
         if value := config.get(name):
-            raise OptionError(f"{name}: expected an optimizer without, got {value!r}; there is no such thing here")
+            raise OptionError(f"{name}: expected an optimizer without it, got {value!r}; fastrms has no such option")
     if isinstance(variables, Mapping):
         names = [str(number) for number in range(len(variables))]
         if variables.keys() != set(names):
@@ -289,8 +289,8 @@ def _export(optimizer: RMSProp, project: str) -> tuple[State, list[float], list[
             converted = option in peer.names.values() or option in _OURS_ALONE
             unused = option == "decoupled_weight_decay" and not values["weight_decay"]
             if values[option] != expected and not converted and not unused:
-                other = f"expected {expected!r}, as {project} has nothing else, got {values[option]!r}"
-                raise OptionError(f"{option}: {other}; set it to that first, if the training may change")
+                other = f"expected {expected!r}, because {project} has no other choice, got {values[option]!r}"
+                raise OptionError(f"{option}: {other}; set it to {expected!r} first, if training may change")
         arguments.append({argument: values[option] for argument, option in peer.names.items()})
     return state, rates, arguments
 
@@ -352,7 +352,7 @@ def _views(state: State, name: str) -> list[Array]:
 def _convert_momentum(array: Array, lr: float, multiply: bool) -> Array:
     """Return a momentum buffer multiplied by lr, or divided by lr."""
     if not multiply and lr <= 0:
-        raise OptionError("lr: expected more than 0, by which the momentum buffer is divided; got 0")
+        raise OptionError("lr: expected a number > 0, because the momentum buffer is divided by lr; got 0")
     return array * lr if multiply else array / lr
 
 

@@ -348,7 +348,7 @@ class RMSProp(InParts[P]):
         []
         >>> copied_w, copied = copy.deepcopy((w, opt))
         >>> copied.check(w=copied_w)
-        ['w: expected a view of the parameters, got an array with other memory; take it from params again']
+        ['w: expected a view of the parameters, got an array in other memory; take the view from params again']
         >>> (copied_w,) = copied.params
         """
         replaced = [problem for name, buffer in self.buffers.items() for problem in changed_views(buffer, name)]

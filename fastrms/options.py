@@ -139,12 +139,12 @@ class ParamGroup(MutableMapping[str, Any]):
             raise OptionError(f"{self._label}: 'params' cannot be set; write into them: group['params'][...] = value")
         if name not in GROUP_DEFAULTS:
             raise OptionError(
-                f"{self._label}: {name!r} is no option of a parameter group; {meant(name, GROUP_DEFAULTS)}"
+                f"{self._label}: {name!r} is not an option of a parameter group; {meant(name, GROUP_DEFAULTS)}"
             )
         if name == "initial_scale" and value != self._values.get(name, value):
             raise OptionError(
-                f"initial_scale: set at construction only, got {shown(value)} later; it is what the cache started "
-                "from. To change the cache now, write to it: opt.cache[0][...] = value"
+                f"initial_scale: can only be set at construction, got {shown(value)} later; it is the initial value of "
+                "the cache. To change the cache now, write to it: opt.cache[0][...] = value"
             )
 
     def assign(self, values: Options) -> None:
@@ -268,8 +268,8 @@ def parameter_groups(params: object) -> list[Options] | None:
     for k, group in enumerate(params):
         if not isinstance(group, Mapping) or "params" not in group:
             raise StructureError(
-                f"params[{k}]: expected a parameter group with the key 'params', as another item of the list has, "
-                f"got {shown(group)}"
+                f"params[{k}]: expected a parameter group with the key 'params', because another item of the list has "
+                f"one, got {shown(group)}"
             )
     return list(params)
 

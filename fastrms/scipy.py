@@ -144,9 +144,9 @@ def rmsprop(
         if given is not None:
             warnings.warn(f"Method rmsprop does not use {name}.", RuntimeWarning, stacklevel=3)
     if not (constraints is None or (isinstance(constraints, list | tuple) and not constraints)):
-        raise OptionError("constraints: expected none, which RMSProp cannot handle; it takes bounds")
+        raise OptionError("constraints: expected none, because RMSProp supports only bounds")
     if options.get("maximize"):
-        raise OptionError("maximize: expected False for minimize(), got True; give the negative of fun and jac")
+        raise OptionError("maximize: expected False for minimize(), got True; pass the negative of fun and jac")
     tolerance: float = _at_least_0("gtol", next((value for value in (gtol, tol) if value is not None), 1e-5))
     most: float = _at_least_0("maxiter", 15_000 if maxiter is None else maxiter)
 

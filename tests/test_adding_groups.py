@@ -70,7 +70,7 @@ def test_state_that_a_later_option_needs_is_made_for_all_groups(in_place):
         ({"lr": 0.1}, StructureError, "group: expected a dict with the key 'params'"),
         ({"params": [np.ones(2, int)]}, DtypeError, r"params\[1\]\[0\]: expected float32 or float64, got int64"),
         ({"params": [np.ones(2)], "lr": -1.0}, OptionError, "lr: expected"),
-        ({"params": [np.ones(2)], "rate": 1.0}, OptionError, r"param_groups\[1\]: 'rate' is no option"),
+        ({"params": [np.ones(2)], "rate": 1.0}, OptionError, r"param_groups\[1\]: 'rate' is not an option"),
         ({"params": [{"params": [np.ones(2)]}]}, StructureError, "group: expected one parameter group, got groups"),
         ({"params": []}, StructureError, r"params\[1\]: expected at least one array"),
     ],

@@ -157,7 +157,9 @@ def test_none_is_off(peer, name):
 @pytest.mark.parametrize("peer", DEFAULTS)
 def test_unknown_argument(peer):
     required, _ = DEFAULTS[peer]
-    with pytest.raises(OptionError, match=f"{peer}: unknown argument 'beta'; it takes .*{list(ARGUMENTS[peer])[-1]}"):
+    with pytest.raises(
+        OptionError, match=f"{peer}: unknown argument 'beta'; the arguments are .*{list(ARGUMENTS[peer])[-1]}"
+    ):
         dialect(peer, **required, beta=0.9)
 
 

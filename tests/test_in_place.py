@@ -28,7 +28,7 @@ def test_the_parameters_are_the_given_arrays():
     assert bias[0] != 1
     assert opt.check(W=weights, b=bias, part=weights[1:]) == []
     assert opt.check(W=weights * 2) == [
-        "W: expected an array that is updated in place, got an array with other memory; take it from params again"
+        "W: expected an array that is updated in place, got an array in other memory; take the view from params again"
     ]
 
 
@@ -37,7 +37,7 @@ def test_check_reports_arrays_that_changed_objects_around_arrays_and_no_gradient
     opt = RMSProp([array], in_place=True)
     assert opt.check(dW=opt.grads[0][1:]) == []
     assert opt.check(W=types.SimpleNamespace(data=array)) == [
-        "W: expected an array that is updated in place, got SimpleNamespace object; give the array that it holds"
+        "W: expected an array that is updated in place, got SimpleNamespace object; pass the array that it holds"
     ]
     array.shape = (3, 2)
     (problem,) = opt.check()
@@ -122,7 +122,7 @@ def test_an_array_that_changes_its_shape_is_named():
 def test_a_replaced_item_of_params_is_noticed():
     opt = RMSProp([np.ones(2), np.ones(3)], in_place=True)
     opt.params[0] = opt.params[0] * 2
-    with pytest.raises(StructureError, match=r"params\[0\]: expected the view that was there"):
+    with pytest.raises(StructureError, match=r"params\[0\]: expected the original view"):
         opt.step([np.ones(2), np.ones(3)])
 
 

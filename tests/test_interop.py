@@ -295,7 +295,7 @@ def test_a_schedule(keras, rng):
     theirs = Keras(arrays(rng, "float64"), {"learning_rate": schedule, "momentum": 0.5})
     for _ in range(3):
         theirs.step(arrays(rng, "float64"))
-    with pytest.raises(OptionError, match="lr: the learning rate is a schedule; give it as a function of the step"):
+    with pytest.raises(OptionError, match="lr: the learning rate is a schedule; pass it as a function of the step"):
         theirs.ours()
     ours = theirs.ours(lr=lambda k: 0.1 * 0.5 ** (k / 2))
     for _ in range(5):

@@ -111,7 +111,7 @@ def test_a_replaced_view_is_noticed():
     opt = RMSProp([np.ones(2), np.ones(3)])
     opt.params[1] = np.ones(3)
     opt.step_parameter(0, np.ones(2))
-    with pytest.raises(StructureError, match=r"params\[1\]: expected the view that was there"):
+    with pytest.raises(StructureError, match=r"params\[1\]: expected the original view"):
         opt.step_parameter(1, np.ones(3))
 
 

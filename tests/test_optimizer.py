@@ -136,8 +136,12 @@ def test_parameter_groups_as_in_pytorch(rng):
     [
         ([{"params": [np.ones(2)]}, {"lr": 0.1}], StructureError, r"params\[1\]: expected a parameter group"),
         ([{"params": [np.ones(2)]}, np.ones(2)], StructureError, r"params\[1\]: expected a parameter group"),
-        ([{"params": np.ones(2), "learning_rate": 1}], OptionError, r"param_groups\[0\]: 'learning_rate' is no option"),
-        ([{"params": np.ones(2), "global_clip_norm": 1}], OptionError, "'global_clip_norm' is no option"),
+        (
+            [{"params": np.ones(2), "learning_rate": 1}],
+            OptionError,
+            r"param_groups\[0\]: 'learning_rate' is not an option",
+        ),
+        ([{"params": np.ones(2), "global_clip_norm": 1}], OptionError, "'global_clip_norm' is not an option"),
         ([{"params": []}], StructureError, "expected at least one array"),
     ],
     ids=["no-params", "array", "unknown", "global", "empty"],

@@ -242,12 +242,12 @@ def test_a_group_is_a_mapping_that_refuses_what_it_cannot_do():
     assert set(group) == {"params", *GROUP_DEFAULTS}
     assert len(group) == len(list(group))
     with pytest.raises(
-        OptionError, match="'alpha' is no option of a parameter group; expected 'decay_rate', which torch"
+        OptionError, match="'alpha' is not an option of a parameter group; expected 'decay_rate', which torch"
     ):
         group["alpha"] = 0.9
     with pytest.raises(OptionError, match="'params' cannot be set"):
         group["params"] = []
-    with pytest.raises(OptionError, match="initial_scale: set at construction only"):
+    with pytest.raises(OptionError, match="initial_scale: can only be set at construction"):
         group["initial_scale"] = 1.0
     with pytest.raises(OptionError, match="cannot be deleted"):
         del group["lr"]

@@ -105,7 +105,7 @@ def test_functions_that_return_something_else(fun, jac, error, message):
         ({"options": {"gtol": "small"}}, OptionTypeError, r"gtol: expected a number, got 'small' \(str\)"),
         ({"tol": np.nan}, OptionError, "gtol: expected a number >= 0, got nan"),
         ({"options": {"lr": -1}}, OptionError, "lr: expected a number or a function"),
-        ({"options": {"cache_dtype": "bfloat16"}}, OptionError, "cache_dtype: bfloat16 goes with float32"),
+        ({"options": {"cache_dtype": "bfloat16"}}, OptionError, "cache_dtype: bfloat16 requires float32"),
         ({"jac": None, "options": {"finite_diff": "4-point"}}, OptionError, "finite_diff: expected one of"),
         ({"jac": None, "options": {"finite_diff_rel_step": [1, 2]}}, StructureError, "finite_diff_rel_step: .* or 3"),
         ({"bounds": [(0, 1)]}, StructureError, r"bounds: expected .* for each of 3 .*; got \[\(0, 1\)\]"),

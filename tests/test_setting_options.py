@@ -51,7 +51,7 @@ NO_MEMORY = """if True:
 def test_an_option_whose_buffer_cannot_be_made_is_not_set(code):
     done = subprocess.run([sys.executable, "-c", NO_MEMORY, code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [
-        "expected arrays that fit into memory, got 32,000,000 bytes of them, which each buffer takes",
+        "expected arrays that fit into memory, got 32,000,000 bytes, which every buffer needs",
         "True [ParamGroup(lr=0.001)] ['cache', 'grads', 'params'] []",
     ], done.stderr
 
@@ -105,7 +105,7 @@ def test_an_attribute_that_nothing_reads_cannot_be_set(name):
     if name != "anything":
         with pytest.raises(TypeError, match=f"^{name}: RMSProp has no such argument; .*{message}"):
             RMSProp([np.ones(2)], **{name: 0.5})
-    with pytest.raises(OptionError, match=f"{name!r} is no option of a parameter group; .*{message}"):
+    with pytest.raises(OptionError, match=f"{name!r} is not an option of a parameter group; .*{message}"):
         opt.param_groups[0][name] = 0.5
 
 
@@ -164,7 +164,7 @@ def test_a_class_of_somebody_elses_may_have_attributes_of_its_own():
     opt = Logged([np.ones(2)])
     opt.step()
     assert opt.history == [0]
-    opt.backends = ["nccl"]  # similar to a name that is no option
+    opt.backends = ["nccl"]  # similar to a name that is not an option
     with pytest.raises(AttributeError, match="expected 'lr'"):
         opt.learning_rate = 0.5
 

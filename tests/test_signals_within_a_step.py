@@ -180,7 +180,7 @@ def test_a_handler_may_not_step_while_the_state_is_saved_or_loaded(rng, tmp_path
     parts = backend.parts
 
     def asking(self, array):
-        with pytest.raises(StepInProgressError, match=r"^step: .* in the midst of a step, save or load"):
+        with pytest.raises(StepInProgressError, match=r"^step: .* during a step, save or load"):
             opt.step(gradients)
         seen.append(array)
         return parts(self, array)
@@ -193,7 +193,7 @@ def test_a_handler_may_not_step_while_the_state_is_saved_or_loaded(rng, tmp_path
 
     def looking(self, segment, values):
         for call in (opt.step, opt.state_dict, lambda: opt.load_state_dict(state)):
-            with pytest.raises(StepInProgressError, match=r"in the midst of a step, save or load"):
+            with pytest.raises(StepInProgressError, match=r"during a step, save or load"):
                 call()
         seen.append(segment)
         write(self, segment, values)

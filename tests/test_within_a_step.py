@@ -38,7 +38,7 @@ def test_a_function_that_a_step_calls_may_not_ask_for_another(what, place, kerne
     opt.save(tmp_path / "state.npz")
     before = whole(opt)
     # What a method of an array raises is an error about that array.
-    with pytest.raises(Exception, match=r"expected a call between two steps, got one in the midst of a step"):
+    with pytest.raises(Exception, match=r"expected a call between two steps, got one during a step"):
         PLACES[place](opt, gradients, lambda: REFUSED[what](opt, gradients, tmp_path / "state.npz"))
     assert whole(opt) == before
     opt.step(gradients)

@@ -33,7 +33,7 @@ def new_backend(
         raise OptionTypeError(f"in_place: expected True or False, got {shown(in_place)}")
     if in_place and (storage is not None or settings.kernel == "cuda"):
         other = "storage" if storage is not None else 'kernel="cuda"'
-        raise OptionError(f"in_place: expected False with {other}, which keeps the parameters in buffers of its own")
+        raise OptionError(f"in_place: expected False with {other}, which keeps the parameters in its own buffers")
     if settings.kernel == "cuda":
         if storage is not None:
             raise OptionError('storage: expected None with kernel="cuda", which keeps the buffers on a GPU, got a path')

@@ -289,7 +289,7 @@ class HostBackend(Backend):
         if not unchanged and (problems := changed_views(self._params, "params")):
             raise StructureError(problems[0])
         if self.reads_in_place and not unchanged:
-            raise StructureError("params: expected arrays as they were at first, got one that was changed")
+            raise StructureError("params: expected the original arrays, got one that was changed")
 
     def rates(self) -> list[float] | None:
         """Return the learning rate of each group, from functions too. Return None if no rate is a function."""

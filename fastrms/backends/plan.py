@@ -73,7 +73,8 @@ class Run:
         self.bounds = np.array([(leaf.start, leaf.stop) for leaf in leaves], np.int64) - self._part.start
 
     def __str__(self) -> str:
-        return f"group {self.group_number}, {self.size:,} {self.dtype} in {len(self.numbers):,} arrays"
+        arrays = "1 array" if len(self.numbers) == 1 else f"{len(self.numbers):,} arrays"
+        return f"group {self.group_number}, {self.size:,} {self.dtype} in {arrays}"
 
     def part_of(self, buffer: FlatBuffer) -> Array:
         """Return the elements of this run in `buffer`, 1-D."""

@@ -187,11 +187,11 @@ def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> st
     if not threads.threads_work() and kernel in ("auto", "parallel"):
         return "serial; this process was forked from one that had started OpenMP threads"
     if kernel != "auto":
-        return f"{kernel}, as asked for"
+        return f"{kernel}, as requested"
     if tuner is not None and size >= TRY_PARALLEL_FROM:
         return f"{tuner.variant}; {tuner.reason}"
     if os.environ.get("FASTRMS_TUNE") == "0":
         return "serial; FASTRMS_TUNE is 0 in the environment"
     if num_threads > 1:
-        return f"serial; {TRY_PARALLEL_FROM:,} elements are too few for threads to gain"
-    return "serial; there is one thread"
+        return f"serial; threads do not pay below {TRY_PARALLEL_FROM:,} elements"
+    return "serial; only one thread is available"

@@ -67,9 +67,9 @@ class Turns:
             self._counts.writing = False  # a step was broken off, as by Ctrl-C
         elif changes or self._counts.writing:
             raise StepInProgressError(
-                f"{name}: expected a call between two steps, got one in the midst of a step, save or load on the same "
-                "thread, made by a signal handler or by a function that the step calls; set a flag there, and check it "
-                "after step()"
+                f"{name}: expected a call between two steps, got one during a step, save or load on the same thread, "
+                "from a signal handler or a function that the step calls; set a flag there, and check the flag after "
+                "step()"
             )
 
     def refuse_in_pass(self, name: str) -> None:

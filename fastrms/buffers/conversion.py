@@ -27,7 +27,9 @@ def as_array(item: Any, name: str, target: DType | None = None) -> Array:
     that another package has added to NumPy, are cast to `target`. They are refused if `target` is None.
     """
     if isinstance(item, np.ma.MaskedArray):
-        raise DtypeError(f"{name}: expected an array, got a masked array; use .filled(value), the mask would be lost")
+        raise DtypeError(
+            f"{name}: expected an array, got a masked array; use .filled(value), because the mask would be lost"
+        )
     if isinstance(item, np.matrix):
         raise DtypeError(f"{name}: expected an array, got a np.matrix; use np.asarray(...), for which * is elementwise")
     try:
@@ -49,14 +51,13 @@ def as_array(item: Any, name: str, target: DType | None = None) -> Array:
             raise DtypeError(f"{name}: expected an array{host}, got {describe(item)}{place}: {error}") from None
         if target is None:
             raise DtypeError(
-                f"{name}: expected an array of a dtype of NumPy's own, got bfloat16; convert it to float32"
+                f"{name}: expected an array with a NumPy dtype, got bfloat16; convert it to float32"
             ) from None
         array = bfloat16.from_bfloat16(bits)
     if array.dtype.isbuiltin == _REGISTERED:
         if target is None:
             raise DtypeError(
-                f"{name}: expected an array of a dtype of NumPy's own, got {array.dtype}; convert it with "
-                ".astype(np.float32)"
+                f"{name}: expected an array with a NumPy dtype, got {array.dtype}; convert it with .astype(np.float32)"
             )
         if can_store(array.dtype, target):
             with np.errstate(all="ignore"):

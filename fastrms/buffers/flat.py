@@ -152,7 +152,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
             memory = allocate(layout.nbytes + alignment, np.uint8)
         except (MemoryError, ValueError):  # ValueError for a number of bytes beyond NumPy's integers
             raise MemoryError(
-                f"expected arrays that fit into memory, got {layout.nbytes:,} bytes of them, which each buffer takes"
+                f"expected arrays that fit into memory, got {layout.nbytes:,} bytes, which every buffer needs"
             ) from None
         start = -memory.ctypes.data % alignment
         self._memory = memory
@@ -242,7 +242,7 @@ class FlatBuffer(Guarded, Generic[P], set_once=("block", "layout", "leaves", "se
         segments = self.layout.segments
         vectors: list[Any] = [vector] if len(segments) == 1 else list(vector)
         if len(vectors) != len(segments):
-            raise StructureError(f"vector: expected {len(segments)} vectors, one a dtype, got {len(vectors)}")
+            raise StructureError(f"vector: expected {len(segments)} vectors, one for each dtype, got {len(vectors)}")
         for one, segment in zip(vectors, segments, strict=True):
             if not isinstance(one, np.ndarray):
                 raise DtypeError(f"vector: expected a 1-D ndarray of {segment.size} elements, got {describe(one)}")

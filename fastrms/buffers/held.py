@@ -53,8 +53,8 @@ class HeldArrays(FlatBuffer):
         for leaf, array, original in zip(self.layout.leaves, self.leaves, self._originals, strict=True):
             if _place(array) != _place(original):
                 raise StructureError(
-                    f"params{leaf.path}: expected the array as it was at first, of shape {leaf.shape} and "
-                    f"{original.dtype}, got one that was moved, or changed to shape {array.shape} or {array.dtype}"
+                    f"params{leaf.path}: expected the original array, of shape {leaf.shape} and {original.dtype}, "
+                    f"got one that was moved, or changed to shape {array.shape} or {array.dtype}"
                 )
         return tuple(np.asarray(array).reshape(-1) for array in self.leaves)
 

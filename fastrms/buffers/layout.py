@@ -96,7 +96,8 @@ class Layout:
             self._root, items = take_apart(arrays)
         except RecursionError:
             raise StructureError(
-                f"{name}: expected arrays in lists, tuples or dicts, got a nesting that contains itself, or is too deep"
+                f"{name}: expected arrays in lists, tuples or dicts, got a structure that contains itself or is "
+                "nested too deeply"
             ) from None
         if not items:
             raise StructureError(f"{name}: expected at least one array, got {describe(arrays)} without any")

@@ -92,7 +92,7 @@ def _changes(
         if item is not view:
             what = describe(item) if on_host else f"a {type(item).__name__}"
             found.append(
-                f"{path}: expected the view that was there, got {what} in its place; write into the view: "
+                f"{path}: expected the original view, got {what} in its place; write into the view instead: "
                 f"{path}[...] = value"
             )
         elif on_host and (problem := changed_view(path, view, fresh, held)):  # the arrays of a device cannot change
@@ -104,12 +104,12 @@ def changed_view(path: str, view: Array, original: Array, held: bool) -> str | N
     """Return a sentence if a view, or an array that is updated in place, is not as it was at first; otherwise None."""
     if not view.flags.writeable and (held or original.flags.writeable):
         return (
-            f"{path}: expected an array that a step can write to, got one that is read-only now; make it writable, or "
-            "end the work that has made it read-only"
+            f"{path}: expected an array that a step can write to, got one that is read-only now; make it writable "
+            "again, or finish the operation that made it read-only"
         )
     if view.__array_interface__ != original.__array_interface__:
         return (
-            f"{path}: expected a view of shape {original.shape} of its part of the block, got one that was changed to "
+            f"{path}: expected a view of shape {original.shape} of its part of the buffer, got one that was changed to "
             f"shape {view.shape}, strides {view.strides}, {view.dtype}"
         )
     return None
@@ -127,8 +127,8 @@ def foreign_arrays(params: FlatBuffer, grads: FlatBuffer, tree: object, name: st
         if params.contains(item) or grads.contains(item):
             continue
         if on_host and not isinstance(item, np.ndarray):
-            got = f"{describe(item)}; give the array that it holds"
+            got = f"{describe(item)}; pass the array that it holds"
         else:
-            got = "an array with other memory; take it from params again"
+            got = "an array in other memory; take the view from params again"
         found.append(f"{path}: expected {expected}, got {got}")
     return found

@@ -95,7 +95,7 @@ class _Npz:
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise CheckpointError(f"{name}: expected an entry that is not compressed")
             if name in self._entries:
-                raise CheckpointError(f"{name}: expected once, got twice")
+                raise CheckpointError(f"{name}: expected one entry of this name, got two")
             if info.header_offset + info.file_size > size:
                 raise CheckpointError(f"{name}: expected an entry inside the file, got one of {info.file_size} bytes")
             with self._archive.open(info) as entry:
@@ -144,7 +144,7 @@ def _npy_kind(stream: Any) -> Kind:
     try:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     except MemoryError as error:  # Python's parser raises it for an expression that is nested too deeply
-        raise CheckpointError(f"expected a header of NumPy's, got one that cannot be read: {error}") from None
+        raise CheckpointError(f"expected a header in NumPy's format, got one that cannot be read: {error}") from None
     if dtype.kind not in "fiu" or len(shape) != 1:
         raise CheckpointError(f"expected a one-dimensional array of numbers, got {dtype} of shape {shape}")
     return dtype, tuple(map(int, shape))
@@ -258,7 +258,7 @@ def _create(temporary: Path, mode: int, path: Path) -> int:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     except PermissionError as error:
         raise PermissionError(
-            error.errno, "expected a folder in which a file can be made, got one that is read-only", str(path)
+            error.errno, "expected a folder in which a file can be created, got one that is read-only", str(path)
         ) from None
     return stat.S_IMODE(temporary.stat().st_mode)
 
@@ -347,4 +347,4 @@ def compare_checksum(metadata: Any, name: str, parts: Iterable[Array]) -> None:
     checksums = metadata.get("checksums")
     expected = checksums.get(name) if isinstance(checksums, Mapping) else None
     if (found := checksum(parts)) != expected:
-        raise CheckpointError(f"{name}: expected the checksum {expected!r}, got {found!r}: it is damaged")
+        raise CheckpointError(f"{name}: expected the checksum {expected!r}, got {found!r}: the array is damaged")

@@ -104,7 +104,7 @@ def _check_entries(metadata: Metadata) -> None:
         raise CheckpointError(f"grouped: expected True or False, got {metadata.get('grouped')!r}")
     for name in ("global_clip_norm", "nonfinite", "cache_dtype", "structure"):
         if name not in metadata:
-            raise CheckpointError(f"{name}: expected in a state, got none")
+            raise CheckpointError(f"{name}: missing in the state")
 
 
 def not_steps(name: str, value: object) -> CheckpointError:
@@ -120,7 +120,8 @@ def check_absent(absent: NDArray[np.int64], steps: int) -> None:
     if len(wrong):
         k = wrong[0]
         raise CheckpointError(
-            f"skipped[{k}]: expected 0 to {steps}, as no parameter can miss more steps than were taken; got {absent[k]}"
+            f"skipped[{k}]: expected 0 to {steps}, because no parameter can miss more steps than were taken; "
+            f"got {absent[k]}"
         )
 
 
@@ -155,8 +156,8 @@ def which_get_lr(metadata: Metadata, lr: object, call: str, error: type[FastrmsE
     missing = [group.get("lr") is None for group in metadata["param_groups"]]
     if lr is None and any(missing):
         raise error(
-            "lr: expected a rate for the groups whose rate was a function, as no file can hold a function, got None; "
-            f"give it: {call}(path, lr=...)"
+            "lr: expected a learning rate for the groups whose learning rate was a function, because a file cannot "
+            f"store functions; got None. Pass it: {call}(path, lr=...)"
         )
     return missing if any(missing) else [lr is not None] * len(missing)
 
@@ -233,12 +234,13 @@ def check_keys(tree: object) -> None:
             text = repr(key)
             if type(key) is not str and (re.search(" at 0x[0-9a-fA-F]+", text) or _has_set(key)):
                 raise CheckpointError(
-                    "params: expected keys whose repr, by which load() finds them, is the same in all processes; got "
-                    f"{text}"
+                    "params: expected keys with the same repr in all processes, because load() finds keys by their "
+                    f"repr; got {text}"
                 )
             if text in texts:
                 raise CheckpointError(
-                    f"params: expected keys that load() can tell apart by their repr, got two that are {text}"
+                    f"params: expected keys with different reprs, because load() finds keys by their repr; got two "
+                    f"with {text}"
                 )
             texts.add(text)
             check_keys(item)

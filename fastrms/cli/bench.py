@@ -67,61 +67,28 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     sizes = " ".join(f"{size:.0e}".replace("+0", "") for size in cases.SIZES)
     add("--sizes", nargs="+", type=_count, metavar="N", help=f"elements of one flat array (default: {sizes})")
     add("--arrays", type=_count, metavar="N", help="time N small arrays instead of one flat array")
-    add(
-        "--shape",
-        nargs="+",
-        type=whole_number(1),
-        metavar="N",
-        help="with --arrays: shape of each array (default: 10 10)",
-    )
-    add(
-        "--in-situ",
-        action="store_true",
-        help="time whole training steps of networks, compared with the reference class",
-    )
+    add("--shape", nargs="+", type=whole_number(1), metavar="N", help=
+        "with --arrays: shape of each array (default: 10 10)")  # fmt: skip
+    add("--in-situ", action="store_true", help=
+        "time whole training steps of networks, compared with the reference class")  # fmt: skip
     add("--networks", nargs="+", metavar="A-B-C",
         help=f"with --in-situ: layer widths joined by '-' (default: {' '.join(cases.NETWORKS)})")  # fmt: skip
     add("--dtypes", nargs="+", choices=cases.DTYPES, help="dtypes of all arrays (default: both, with --quick float32)")
-    add(
-        "--kernels",
-        nargs="+",
-        choices=tuple(IMPLEMENTATIONS),
-        help="implementations to time (default: all that are installed)",
-    )
+    add("--kernels", nargs="+", choices=tuple(IMPLEMENTATIONS), metavar="NAME", help=
+        f"implementations to time: {', '.join(IMPLEMENTATIONS)} (default: all that are installed)")  # fmt: skip
     add("--kernel", action="append", default=[], metavar="MODULE:FUNCTION", help=
         "also time your own kernel, called as f(params, grads, cache, lr, decay_rate, epsilon) with one array of each "
         "and Python floats; it must update params and cache in place")  # fmt: skip
-    add(
-        "--threads",
-        type=whole_number(1),
-        metavar="N",
-        help="threads of each implementation that uses threads (default: as many as Numba)",
-    )
-    add(
-        "--min-time",
-        type=positive,
-        metavar="S",
-        help="seconds of measurement per implementation and case (default: 1, with --quick 0.1)",
-    )
-    add(
-        "--timeout",
-        type=positive,
-        default=300,
-        metavar="S",
-        help="seconds to wait for an answer of another library (default: %(default)s)",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="folder for the results, created if it does not exist (default: the current folder)",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="fewer and smaller cases, shorter measurements, no torch.compile; takes about a minute",
-    )
+    add("--threads", type=whole_number(1), metavar="N", help=
+        "threads of each implementation that uses threads (default: as many as Numba)")  # fmt: skip
+    add("--min-time", type=positive, metavar="S", help=
+        "seconds of measurement per implementation and case (default: 1, with --quick 0.1)")  # fmt: skip
+    add("--timeout", type=positive, default=300, metavar="S", help=
+        "seconds to wait for an answer of another library (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path, default=Path(), metavar="DIR", help=
+        "folder for the results, created if it does not exist (default: the current folder)")  # fmt: skip
+    add("--quick", action="store_true", help=
+        "fewer and smaller cases, shorter measurements, no torch.compile; takes about a minute")  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -22,9 +22,9 @@ def check_host_kernel(value: object) -> HostKernel:
     """Return a kernel that runs on the host as it is; raise for another value."""
     if isinstance(value, str) and value == "cuda":
         raise OptionError(
-            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU: make a new '
-            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and let it '
-            "load_state_dict() of this one"
+            'kernel: expected a kernel that runs on the host, got "cuda", which keeps all buffers on a GPU; make a new '
+            'optimizer, RMSProp(params, kernel="cuda") or a class derived from fastrms.cuda.CudaRMSProp, and load the '
+            "state_dict() of this one into it"
         )
     return check_one_of("kernel", value, HOST_KERNELS)
 
@@ -33,7 +33,7 @@ def check_cuda_kernel(value: object) -> Literal["cuda"]:
     """Return "cuda" for "cuda" or "auto", the kernels of an optimizer on a GPU; raise OptionError for another value."""
     if value not in ("cuda", "auto"):
         raise OptionError(
-            f'kernel: expected "cuda", as all buffers are on the GPU, got {value!r}; make a new optimizer for the '
-            "host, RMSProp(params), and let it load_state_dict() of this one"
+            f'kernel: expected "cuda", because all buffers are on the GPU, got {value!r}; make a new optimizer for '
+            "the host, RMSProp(params), and load the state_dict() of this one into it"
         )
     return "cuda"

@@ -113,7 +113,7 @@ def _on_a_thread(compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             result, error = outcome.get()
         except BaseException as interrupt:
-            interrupt.add_note("fastrms: a kernel is still being compiled; the process ends when that is done")
+            interrupt.add_note("fastrms: a kernel is still being compiled; the process ends after the compilation")
             raise
         if error is None:
             return result
@@ -261,11 +261,11 @@ class _Cache(caching.FunctionCache):
         try:
             super().__init__(function)
         except RuntimeError:
-            raise _NoPlaceError("no folder for them can be written") from None
+            raise _NoPlaceError("no folder for them is writable") from None
         folder = Path(self.cache_path)
         trusted = _trusted(Path(function.__code__.co_filename))
         if trusted is not None and (owner := folder.stat().st_uid) not in trusted:
-            raise _NoPlaceError(f"{folder} belongs to another user, number {owner}, and what is in there would be run")
+            raise _NoPlaceError(f"{folder} belongs to another user (number {owner}), whose files would be executed")
         name = f"{function.__module__}.{function.__qualname__}-{sys.implementation.cache_tag}{_abi}"
         stamp = _digest(_SOURCE + repr(self._impl.locator.get_source_stamp()).encode())
         self._cache_file: Any = _Files(folder, name, stamp, trusted)
@@ -305,8 +305,8 @@ def _say_that_it_is_not_kept(reason: str) -> None:
     if not _said:
         _said = True
         warnings.warn(
-            f"fastrms: compiled kernels are not kept on disk ({reason}), so that each process compiles for itself, "
-            "for some seconds; the environment variable NUMBA_CACHE_DIR can name a folder of your own",
+            f"fastrms: compiled kernels are not cached on disk ({reason}), so each process compiles them again, "
+            "which takes seconds; set the environment variable NUMBA_CACHE_DIR to a folder of yours",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -141,7 +141,7 @@ def _unfit() -> str | None:
         descriptor.cuda_target.typing_context.refresh()
     except Exception as error:
         return (
-            f"numba.cuda fails with NumPy {np.__version__} ({error}); numba-cuda 0.30 needs one before 2.5, install "
+            f"numba.cuda fails with NumPy {np.__version__} ({error}); numba-cuda 0.30 needs NumPy < 2.5; install it "
             'with: python -m pip install "numpy<2.5"'
         )
     return None
@@ -156,14 +156,14 @@ def missing() -> str | None:
     why = str(cuda.cuda_error() or "").strip()
     if not why:
         return (
-            "the driver is there, but NVIDIA's compiler for kernels (libNVVM) is not; install with: python -m pip "
+            "the NVIDIA driver is installed, but its kernel compiler (libNVVM) is not; install it with: python -m pip "
             'install "fastrms[cuda]"'
         )
     last = why.splitlines()[-1].strip(" :")
     if "NO_DEVICE" in why:
-        return f"there is a driver, but no device that this process can see (CUDA_VISIBLE_DEVICES?): {last}"
+        return f"the NVIDIA driver is installed, but this process sees no GPU (check CUDA_VISIBLE_DEVICES): {last}"
     if "cannot be found" in why or "not found" in why:
         return (
-            "there is no NVIDIA driver (libcuda) on this machine; it comes with the system, not with a Python package"
+            "there is no NVIDIA driver (libcuda) on this machine; install it with the system, not with a Python package"
         )
     return f"the driver cannot be started: {last}"

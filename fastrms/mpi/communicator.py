@@ -116,7 +116,7 @@ class Communicator:
             stack = [*traceback.format_stack()[:-1], *traceback.format_exception(error, chain=False)[1:]]
             end_all(
                 f"Traceback (most recent call last):\n{''.join(stack)}fastrms: rank {self.rank} of {self.size} ends in "
-                "the middle of a call; it ends the other ranks too, which would wait for it (MPI_Abort)\n"
+                "the middle of a call and also ends the other ranks, which would wait for it (MPI_Abort)\n"
             )
 
     @contextmanager
@@ -147,7 +147,7 @@ class Communicator:
             raise self.all_raise(error)
         for rank, (theirs, _) in enumerate(told):
             if theirs is not None:
-                raise self.all_raise(RankError(f"rank {rank} of {self.size} cannot go on: {theirs}"))
+                raise self.all_raise(RankError(f"rank {rank} of {self.size} cannot continue: {theirs}"))
         return [fact for _, fact in told]
 
     def broadcast_error(self, error: BaseException | None) -> None:
@@ -237,7 +237,7 @@ def _picklable(error: BaseException) -> BaseException:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RankError(f"rank 0 cannot go on: {type(error).__name__}: {error}")
+        return RankError(f"rank 0 cannot continue: {type(error).__name__}: {error}")
     return error
 
 

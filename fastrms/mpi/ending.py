@@ -57,8 +57,8 @@ def install_excepthook() -> None:
             if not (is_interactive() or MPI.Is_finalized()):
                 world = MPI.COMM_WORLD
                 end_all(
-                    f"fastrms: rank {world.rank} of {world.size} ends with {kind.__name__}: {error}; it ends the other "
-                    "ranks too, which would wait for it (MPI_Abort)\n"
+                    f"fastrms: rank {world.rank} of {world.size} ends with {kind.__name__}: {error}; it also ends the "
+                    "other ranks, which would wait for it (MPI_Abort)\n"
                 )
 
     sys.excepthook = hook

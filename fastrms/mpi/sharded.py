@@ -190,7 +190,9 @@ class ShardedRMSProp(Unsharded[P]):
         check_one_of("check_params", check_params, PARAMS_CHECKS)
         for name, kind in (("storage", "path"), ("stream", "stream")):
             if options.pop(name, None) is not None:
-                raise OptionError(f"{name}: expected None, as a ShardedRMSProp has its buffers in memory, got a {kind}")
+                raise OptionError(
+                    f"{name}: expected None, because a ShardedRMSProp has its buffers in memory, got a {kind}"
+                )
         settings = Settings.of(options)
         settings.check()
         check_host_kernel(settings.kernel)
@@ -206,8 +208,8 @@ class ShardedRMSProp(Unsharded[P]):
         digests = self._ranks.agree(error, digest)
         if others := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
             raise self._ranks.all_raise(StructureError(
-                "params: expected the same structure, shapes, dtypes and check_params on all ranks, got others "
-                f"than on rank 0 on {named(others)}"
+                "params: expected the same structure, shapes, dtypes and check_params on all ranks, got different "
+                f"ones on {named(others)} than on rank 0"
             ))  # fmt: skip
 
     @property
@@ -313,8 +315,8 @@ class ShardedRMSProp(Unsharded[P]):
         if others:
             path = self.buffers["params"].layout.leaves[first_different[others[0]][0]].path
             raise self._ranks.all_raise(StructureError(
-                f"params{path}: expected the same values on all ranks, got others than on rank 0 on {named(others)}; "
-                'check_params="broadcast" starts all ranks from those of rank 0'
+                f"params{path}: expected the same values on all ranks, got different ones on {named(others)} than on "
+                'rank 0; check_params="broadcast" starts all ranks from the values of rank 0'
             ))  # fmt: skip
 
     def __repr__(self) -> str:

@@ -143,15 +143,14 @@ class Shards:
         self._digest = None
         if self._options_fixed:
             raise StepInProgressError(
-                "options: expected to be set between two steps, or by a function that the step calls on all ranks, got "
-                "a change in the midst of a step, after the ranks have compared their options, as a signal handler can "
-                "make it"
+                "options: expected changes between two steps, or by a function that the step calls on all ranks, got a "
+                "change during a step, after the ranks compared their options, for example by a signal handler"
             )
 
     def refuse_copy(self) -> NoReturn:
         """Raise TypeError: the other shards are in other processes."""
         raise TypeError(
-            "a ShardedRMSProp cannot be copied or pickled, as its other parts are in other processes: "
+            "a ShardedRMSProp cannot be copied or pickled, because other processes hold its other parts; "
             "use state_dict() or save()"
         )
 
@@ -185,8 +184,8 @@ class Shards:
                 not np.array_equal(gathered[rank][part], gathered[0][part]) for rank in others
             )]  # fmt: skip
             raise self.communicator.all_raise(OptionError(
-                f"{' and '.join(differ)}: expected the same on all ranks, got others than on rank 0 on "
-                f"{named(others)}; nothing was changed"
+                f"{' and '.join(differ)}: expected the same on all ranks, got different ones on "
+                f"{named(others)} than on rank 0; nothing was changed"
             ))  # fmt: skip
 
     def prepare_meet(self) -> None:
@@ -218,7 +217,7 @@ class Shards:
                 self._buckets.finish()
             self.communicator.agree(error)
             self.check_facts(facts)
-            raise AssertionError("ranks found that they differ, and then that they do not")
+            raise AssertionError("ranks found a difference, and then none")
         return bool(begun), self._present > 0
 
     @contextmanager
@@ -243,7 +242,7 @@ class Shards:
         k = self._state.layout.number_of(key)
         name = f"gradients{self._whole.layout.leaves[k].path}"
         if self._buckets.ready[k]:
-            raise StructureError(f"{name}: expected once before each step, got it a second time")
+            raise StructureError(f"{name}: expected one call of ready() before each step, got a second one")
         part = self._leaf(k)
         if grad is None:
             part.flat = 0
@@ -347,15 +346,15 @@ class Shards:
         leaves = self._whole.layout.leaves
         if not from_buffer:
             raise StructureError(
-                "gradients: expected step() without an argument after ready(), got one; what was handed over is "
-                "forgotten"
+                "gradients: expected step() without an argument after ready(), got one; the gradients given to "
+                "ready() are discarded"
             )
         if missing := [leaves[k].path for k, given in enumerate(self._buckets.ready) if not given]:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise StructureError(
-                f"gradients: expected all of them to be handed over to ready() ahead of step(), got none for "
-                f"{', '.join(missing[:10])}{more}; hand over None for a parameter without a gradient; what was handed "
-                "over is forgotten"
+                f"gradients: expected a call of ready() for every parameter before step(), got none for "
+                f"{', '.join(missing[:10])}{more}; call ready(key, None) for a parameter without a gradient; the "
+                "gradients given to ready() are discarded"
             )
 
 

@@ -325,8 +325,8 @@ class RMSprop(torch.optim.RMSprop):
         left = total - elements.pop(None, 0)
         if 2 * left > total:
             warnings.warn(
-                f"fastrms.torch.RMSprop: PyTorch's own step is taken for {left:,} of {total:,} elements, mainly "
-                f"because {elements.most_common(1)[0][0]}; optimizer.explain() says more",
+                f"fastrms.torch.RMSprop: PyTorch's own step is used for {left:,} of {total:,} elements, mainly "
+                f"because {elements.most_common(1)[0][0]}; optimizer.explain() has details",
                 RuntimeWarning,
                 stacklevel=4,  # the caller of `step`
             )

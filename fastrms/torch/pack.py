@@ -42,7 +42,7 @@ Group = dict[str, Any]
 # Options by PyTorch's names, and the names of `RMSProp`.
 OPTIONS = DIALECTS["torch"].names
 
-ASKED_FOR = "differentiable=True or capturable=True asks for it"
+ASKED_FOR = "differentiable=True or capturable=True requires it"
 
 
 def options_of(group: Group) -> tuple[float, ...]:
@@ -189,7 +189,10 @@ class MovedParameters:
         if k in self._displaced:
             return why_not_movable(self._params[k]) or "it has another shape or dtype than before"
         if k in self.state.left_outside:
-            return "its state cannot be moved: it is incomplete, of another shape or dtype, or others share its memory"
+            return (
+                "its state cannot be moved: it is incomplete, has another shape or dtype, or shares memory with other "
+                "tensors"
+            )
         if self._gradient_kinds[k] == dlpack.UNUSUAL:
             return "its last gradient is not a dense tensor of its dtype and shape"
         return None

@@ -127,7 +127,7 @@ def _why_not_dense(tensor: Any) -> str | None:
     if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
         return f"its dtype is {tensor.dtype}" if tensor.layout is torch.strided else f"its layout is {tensor.layout}"
     if not tensor.is_contiguous() or tensor.is_neg():
-        return "its elements do not lie one after another"
+        return "it is not contiguous"
     return None
 
 
@@ -149,12 +149,12 @@ def why_not_movable(tensor: Any) -> str | None:
     if tensor.is_shared():
         return "its memory is shared between processes"
     if _use_count is None:
-        return "this version of PyTorch cannot tell whether others share its memory (2.8 can)"
+        return "this version of PyTorch cannot tell whether other tensors share its memory (2.8 can)"
     if _references(tensor) != _UNSHARED or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-        return "others share its memory"
+        return "other tensors share its memory"
     # Memory that cannot be resized came from outside, as by torch.from_numpy, or is part of one of our buffers.
     if tensor.numel() > 0 and not tensor.untyped_storage().resizable() and not is_viewed(tensor.data_ptr()):
-        return "its memory came from outside of PyTorch or from torch.load of a whole model (copy.deepcopy of it helps)"
+        return "its memory came from outside PyTorch or from torch.load of a whole model (copy.deepcopy of it helps)"
     return None
 
 

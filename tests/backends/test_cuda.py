@@ -99,7 +99,7 @@ def test_a_numpy_that_numba_cuda_does_not_know_is_named():
     status, output = run(["-c", f"{broken}\n{WITHOUT}"])
     assert status == 0, output
     assert "none: numba.cuda fails with NumPy " in output
-    assert output.strip().endswith('before 2.5, install with: python -m pip install "numpy<2.5"')
+    assert output.strip().endswith('needs NumPy < 2.5; install it with: python -m pip install "numpy<2.5"')
 
 
 def test_nobody_who_does_not_ask_for_it_imports_cuda():

@@ -153,7 +153,9 @@ def test_gradients_in_memory_are_read_where_they_lie(path, rng):
 
 def test_a_learning_rate_that_is_a_function_has_to_be_given_again(path):
     RMSProp([np.ones(2)], lr=lambda step: 0.5, storage=path).close()
-    with pytest.raises(StorageError, match=r"lr: expected a rate for the groups .*; give it: reopen\(path, lr="):
+    with pytest.raises(
+        StorageError, match=r"lr: expected a learning rate for the groups .*; got None. Pass it: reopen\(path, lr="
+    ):
         RMSProp.reopen(path)
     with RMSProp.reopen(path, lr=lambda step: 0.25 / (step + 1)) as opt:
         opt.step([np.ones(2)])

@@ -80,7 +80,7 @@ DAMAGE = {
     "another structure": (lambda path: rewrite(path, structure=["list", [0]]), "do not fit"),
     "groups": (
         lambda path: rewrite(path, param_groups=[{"speed": 1, "lr": 1.0}]),
-        "'speed' is no option of a parameter group",
+        "'speed' is not an option of a parameter group",
     ),
     "no group": (lambda path: rewrite(path, param_groups=[]), "cannot be read"),
     "shorter": (lambda path: os.truncate(path / "cache.bin", 5), r"cache\.bin: expected 4,096 bytes, got 5"),

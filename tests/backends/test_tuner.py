@@ -188,13 +188,13 @@ def test_explain_says_what_runs_and_why(small_trials):
     opt = RMSProp([np.zeros(60), np.zeros(3, np.float32)], num_threads=2)
     opt.step()
     large, small = opt.explain()
-    assert large.startswith("group 0, 60 float64 in 1 arrays: ")
+    assert large.startswith("group 0, 60 float64 in 1 array: ")
     assert "small" not in large
-    assert small == "group 0, 3 float32 in 1 arrays: serial; 50 elements are too few for threads to gain"
+    assert small == "group 0, 3 float32 in 1 array: serial; threads do not pay below 50 elements"
     opt.kernel = "numpy"
-    assert opt.explain()[0].endswith("numpy, as asked for")
+    assert opt.explain()[0].endswith("numpy, as requested")
     one = RMSProp([np.zeros(52)], num_threads=1)
-    assert one.explain() == ["group 0, 52 float64 in 1 arrays: serial; there is one thread"]
+    assert one.explain() == ["group 0, 52 float64 in 1 array: serial; only one thread is available"]
     assert one.backend._tuner is None
 
 

@@ -165,7 +165,7 @@ def test_unflatten_refuses(vector, error, message):
 
 
 def test_unflatten_refuses_one_vector_for_two_segments():
-    with pytest.raises(StructureError, match="expected 2 vectors, one a dtype, got 3"):
+    with pytest.raises(StructureError, match="expected 2 vectors, one for each dtype, got 3"):
         FlatBuffer([np.zeros(2, np.float32), np.zeros(3)]).unflatten(np.zeros((3, 5)))
 
 

@@ -26,18 +26,18 @@ def trees():
 
 # How something may be put into `params`, by structure, and the path that the message has to name.
 REPLACED = {
-    "array": ("list", lambda views: views.__setitem__(1, views[1] - 1.0), r"\[1\]: expected the view that was there"),
-    "0-d": ("list", lambda views: views.__setitem__(2, views[2] - 1.0), r"\[2\]: expected the view that was there"),
-    "equal": ("ones", lambda views: views.__setitem__(1, np.clip(views[1], 0.1, 1.0)), r"\[1\]: expected the view"),
-    "equal 0-d": ("ones", lambda views: views.__setitem__(2, views[2] + 0.0), r"\[2\]: expected the view"),
-    "equal, in a dict": ("one", lambda views: views.update(b=views["b"].copy()), r"\['b'\]: expected the view"),
-    "swapped": ("list", lambda views: views.reverse(), r"\[0\]: expected the view"),
+    "array": ("list", lambda views: views.__setitem__(1, views[1] - 1.0), r"\[1\]: expected the original"),
+    "0-d": ("list", lambda views: views.__setitem__(2, views[2] - 1.0), r"\[2\]: expected the original"),
+    "equal": ("ones", lambda views: views.__setitem__(1, np.clip(views[1], 0.1, 1.0)), r"\[1\]: expected the original"),
+    "equal 0-d": ("ones", lambda views: views.__setitem__(2, views[2] + 0.0), r"\[2\]: expected the original"),
+    "equal, in a dict": ("one", lambda views: views.update(b=views["b"].copy()), r"\['b'\]: expected the original"),
+    "swapped": ("list", lambda views: views.reverse(), r"\[0\]: expected the original"),
     "number": ("list", lambda views: views.__setitem__(0, 3), r"\[0\]: .* got int object in its place"),
     "none": ("list", lambda views: views.__setitem__(0, None), r"\[0\]: .* got None in its place"),
     "appended": ("list", lambda views: views.append(np.ones(2)), "expected 3 items, got 4"),
     "cleared": ("list", lambda views: views.clear(), "expected 3 items, got 0"),
-    "key": ("dict", lambda views: views.update(W=np.zeros((2, 3))), r"\['W'\]: expected the view"),
-    "empty": ("dict", lambda views: views.update(b=np.zeros(0)), r"\['b'\]: expected the view"),
+    "key": ("dict", lambda views: views.update(W=np.zeros((2, 3))), r"\['W'\]: expected the original"),
+    "empty": ("dict", lambda views: views.update(b=np.zeros(0)), r"\['b'\]: expected the original"),
     "new key": ("dict", lambda views: views.update(c=np.zeros(2)), "unknown 'c'"),
     "deep, equal": ("nested", lambda views: views[0]["more"].__setitem__(0, np.ones(1)), r"\[0\]\['more'\]\[0\]: exp"),
     "deep": ("nested", lambda views: views[0]["more"].__setitem__(0, np.full(1, 5.0)), r"\[0\]\['more'\]\[0\]: exp"),
@@ -97,9 +97,9 @@ def test_check_finds_what_no_step_looks_at():
     opt.params[1].shape = (4,)
     opt.momentum_buffer.pop()
     assert opt.check() == [
-        "params[1]: expected a view of shape (2, 2) of its part of the block, got one that was changed to shape (4,), "
+        "params[1]: expected a view of shape (2, 2) of its part of the buffer, got one that was changed to shape (4,), "
         "strides (8,), float64",
-        "cache[0]: expected the view that was there, got an array of shape (3,) in its place; write into the view: "
+        "cache[0]: expected the original view, got an array of shape (3,) in its place; write into the view instead: "
         "cache[0][...] = value",
         "momentum_buffer: expected 3 items, got 2",
     ]
@@ -143,7 +143,7 @@ def test_check_sees_views_that_a_copy_has_cut_off(how):
     ]  # fmt: skip
     model.W = model.W * 2
     assert model.opt.check(W=model.W) == [
-        "W: expected a view of the parameters, got an array with other memory; take it from params again"
+        "W: expected a view of the parameters, got an array in other memory; take the view from params again"
     ]
 
 

@@ -202,7 +202,7 @@ def test_a_read_only_installation_without_a_home_says_once_that_nothing_is_kept(
     imported, said = errors.split("imported\n")
     assert imported == ""
     assert said.count("RuntimeWarning") == 1
-    assert "fastrms: compiled kernels are not kept on disk (no folder for them can be written)" in said
+    assert "fastrms: compiled kernels are not cached on disk (no folder for them is writable)" in said
 
 
 def test_where_nobody_knows_a_home_no_folder_is_made_in_its_stead(monkeypatch, tmp_path):
@@ -228,7 +228,7 @@ def test_a_folder_of_somebody_else_is_not_used(monkeypatch):
     assert isinstance(function._cache, compiled._Cache)
     monkeypatch.setattr(compiled, "_trusted", lambda source: {987654})
     function = compiled.jit()(double)
-    with pytest.warns(RuntimeWarning, match=rf"belongs to another user, number {os.geteuid()}, and what is in"):
+    with pytest.warns(RuntimeWarning, match=rf"belongs to another user \(number {os.geteuid()}\), whose files"):
         assert function(2.0) == 4.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -256,7 +256,7 @@ def test_a_disk_that_is_full_when_code_is_kept(monkeypatch, tmp_path):
     function = compiled.jit()(double)
     function._cache._cache_file._folder = tmp_path
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.warns(RuntimeWarning, match=re.escape("not kept on disk ([Errno 28] No space left on device)")):
+    with pytest.warns(RuntimeWarning, match=re.escape("not cached on disk ([Errno 28] No space left on device)")):
         assert function(2.0) == 4.0
     assert list(tmp_path.iterdir()) == []
 

@@ -134,7 +134,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("outside", "rank 2 of 3 ends with ValueError: no data on this rank; it ends the other ranks too"),
+        ("outside", "rank 2 of 3 ends with ValueError: no data on this rank; it also ends the other ranks"),
         ("inside", r"StructureError: gradients\[0\]: expected shape \(50,\), got \(51,\)"),
     ],
 )

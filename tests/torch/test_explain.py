@@ -35,12 +35,14 @@ def test_explain_says_which_parameters_take_which_step_and_why():
     params["state"].grad = torch.ones(2)
     optimizer.step()
     optimizer.state[params["state"]]["square_avg"] = values[6:8]
-    wrong = "its state cannot be moved: it is incomplete, of another shape or dtype, or others share its memory"
+    wrong = (
+        "its state cannot be moved: it is incomplete, has another shape or dtype, or shares memory with other tensors"
+    )
     assert optimizer.explain() == [
-        "group 0, 1 of 9 parameters (usual): the compiled pass (serial, as asked for)",
+        "group 0, 1 of 9 parameters (usual): the compiled pass (serial, as requested)",
         "group 0, 2 of 9 parameters (bfloat16, half): PyTorch's step; its dtype is torch.bfloat16",
-        "group 0, 1 of 9 parameters (strided): PyTorch's step; its elements do not lie one after another",
-        "group 0, 2 of 9 parameters (part, moved): PyTorch's step; others share its memory",
+        "group 0, 1 of 9 parameters (strided): PyTorch's step; it is not contiguous",
+        "group 0, 2 of 9 parameters (part, moved): PyTorch's step; other tensors share its memory",
         f"group 0, 1 of 9 parameters (state): PyTorch's step; {wrong}",
         "group 0, 1 of 9 parameters (gradient): PyTorch's step; its last gradient is not a dense tensor of its dtype "
         "and shape",
@@ -50,8 +52,8 @@ def test_explain_says_which_parameters_take_which_step_and_why():
     assert "cannot take the options of its group (epsilon: " in optimizer.explain()[0]
     asked = RMSprop([torch.nn.Parameter(torch.ones(1)) for _ in range(7)], capturable=True)
     assert asked.explain() == [
-        "group 0, 7 of 7 parameters (0, 1, 2, 3, 4, ...): PyTorch's step; differentiable=True or capturable=True asks "
-        "for it"
+        "group 0, 7 of 7 parameters (0, 1, 2, 3, 4, ...): PyTorch's step; differentiable=True or capturable=True "
+        "requires it"
     ]
 
 
@@ -81,5 +83,5 @@ def test_one_warning_where_most_of_a_model_takes_pytorchs_step(sizes, options, e
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == (expected is not None)
     if expected is not None:
-        assert f"PyTorch's own step is taken for {expected}" in messages[0]
+        assert f"PyTorch's own step is used for {expected}" in messages[0]
         assert caught[0].filename == __file__

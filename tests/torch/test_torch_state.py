@@ -296,7 +296,9 @@ def test_a_pytorch_that_cannot_tell_who_shares_memory_takes_its_own_step(monkeyp
         for params, optimizer in ((mine, ours), (theirs, other)):
             give(params, step)
             if optimizer is ours and step == 0:
-                with pytest.warns(RuntimeWarning, match=r"cannot tell whether others share its memory \(2.8 can\)"):
+                with pytest.warns(
+                    RuntimeWarning, match=r"cannot tell whether other tensors share its memory \(2.8 can\)"
+                ):
                     optimizer.step()
             else:
                 optimizer.step()

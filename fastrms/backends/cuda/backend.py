@@ -379,4 +379,4 @@ class CudaBackend(Backend):
 
     def explain(self) -> list[str]:
         """Return a line for each group and dtype: the kernel that updates it."""
-        return [f"{run}: cuda, as asked for" for run in self._runs]
+        return [f"{run}: cuda, as requested" for run in self._runs]

@@ -113,7 +113,8 @@ class Finder:
         leaf, dtype, shape = self._leaves[k], self._dtypes[k], interface["shape"]
         if interface.get("mask") is not None:
             raise DtypeError(
-                f"{self._name}{leaf.path}: expected an array, got a masked one on the device; the mask would be lost"
+                f"{self._name}{leaf.path}: expected an array, got a masked array on the device, whose mask would be "
+                "lost"
             )
         if shape != leaf.shape and tuple(shape) != leaf.shape:
             raise StructureError(f"{self._name}{leaf.path}: expected shape {leaf.shape}, got {tuple(shape)}")

@@ -190,7 +190,7 @@ def test_what_cannot_be_had():
 def test_what_it_says_of_itself():
     optimizer = RMSProp([np.ones((3, 2), np.float32)], kernel="cuda", momentum=0.9)
     assert isinstance(optimizer, RMSProp)
-    assert optimizer.explain() == ["group 0, 6 float32 in 1 arrays: cuda, as asked for"]
+    assert optimizer.explain() == ["group 0, 6 float32 in 1 array: cuda, as requested"]
     assert repr(optimizer.buffers["params"]) == "DeviceBuffer(1 arrays, 6 float32)"
     assert optimizer.kernel == "cuda"
     assert fastrms.cuda.why_not() is None

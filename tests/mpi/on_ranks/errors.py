@@ -46,7 +46,7 @@ def parameters_and_options_are_compared_when_the_optimizer_is_made():
         return
     different = params_of(LAYOUT)
     different["c"][1, 2] += RANK == LAST
-    others = f"on all ranks, got others than on rank 0 on rank {LAST}"
+    others = f"on all ranks, got different ones on rank {LAST} than on rank 0"
     raises(StructureError, f"params['c']: expected the same values {others}",
            lambda: ShardedRMSProp(different, check_params="raise"))  # fmt: skip
     raises(StructureError, f"params: expected the same structure, shapes, dtypes and check_params {others}",
@@ -76,7 +76,7 @@ def errors_in_steps_raise_on_all_ranks():
     mine = opt.params["W"]
     if RANK == 0:
         opt.params["W"] = mine.copy()
-    raises_on(0, StructureError, "params['W']: expected the view that was there", opt.step, gradients[RANK])
+    raises_on(0, StructureError, "params['W']: expected the original view", opt.step, gradients[RANK])
     opt.params["W"] = mine
     opt.lr = lambda step: 1 / 0 if RANK == LAST else 0.1
     raises_on(LAST, ZeroDivisionError, "division", opt.step, gradients[RANK])
@@ -88,12 +88,12 @@ def errors_in_steps_raise_on_all_ranks():
     opt.nonfinite = "propagate"
     if SIZE > 1:
         opt.lr = 0.1 + RANK
-        raises(fastrms.OptionError, "lr: expected the same on all ranks, got others than on rank 0 on rank", opt.step,
+        raises(fastrms.OptionError, "lr: expected the same on all ranks, got different ones on rank", opt.step,
                gradients[RANK])  # fmt: skip
         opt.lr = 0.1
         opt.param_groups[0]["epsilon"] = 1e-8 + 1e-3 * (RANK == LAST)
-        raises(fastrms.OptionError, f"options: expected the same on all ranks, got others than on rank 0 on "
-               f"rank {LAST};", opt.step, gradients[RANK])  # fmt: skip
+        raises(fastrms.OptionError, f"options: expected the same on all ranks, got different ones on "
+               f"rank {LAST} than on rank 0;", opt.step, gradients[RANK])  # fmt: skip
         opt.param_groups[0]["epsilon"] = 1e-8
     alone.lr = 0.1
     opt.step(gradients[RANK])
@@ -151,8 +151,8 @@ def different_options_or_kinds_of_state_are_found_by_checkpoints():
         opt.state_dict, lambda: opt.save(path), lambda: opt.load(path), lambda: opt.load_state_dict(state)
     ]  # fmt: skip
     for call in calls:
-        raises(fastrms.OptionError, "options or kinds of state: expected the same on all ranks, got others than on "
-               f"rank 0 on rank {LAST}", call)  # fmt: skip
+        raises(fastrms.OptionError, "options or kinds of state: expected the same on all ranks, got different ones on "
+               f"rank {LAST} than on rank 0", call)  # fmt: skip
     opt.param_groups[0]["centered"] = True
     opt.param_groups[0]["epsilon"] = 1e-8 + 1e-3 * (RANK == LAST)
     raises(fastrms.OptionError, "options or kinds of state: expected", opt.state_dict)

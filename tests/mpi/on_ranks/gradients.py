@@ -73,8 +73,10 @@ def refused_when_handed_over_or_in_the_step():
         if RANK != LAST or key not in ("b", "d"):
             opt.ready(key, mine[key])
     if RANK != LAST:
-        raises(StructureError, "gradients['b']: expected once before each step", opt.ready, "b", mine["b"])
-    raises_on(LAST, StructureError, "got none for ['b'], ['d']; hand over None", opt.step)
+        raises(
+            StructureError, "gradients['b']: expected one call of ready() before each step", opt.ready, "b", mine["b"]
+        )
+    raises_on(LAST, StructureError, "got none for ['b'], ['d']; call ready(key, None)", opt.step)
     for key in mine:
         opt.ready(key, mine[key])
     raises_on(LAST, StructureError, "expected step() without an argument after ready()", opt.step,

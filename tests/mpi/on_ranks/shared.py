@@ -109,7 +109,7 @@ def raises_on(rank, kind, text, function, *arguments):
     """Check that a call raises an error on one rank, and a RankError with its message on the others."""
     if rank == RANK:
         return raises(kind, text, function, *arguments)
-    error = raises(RankError, f"rank {rank} of {SIZE} cannot go on: {kind.__name__}: ", function, *arguments)
+    error = raises(RankError, f"rank {rank} of {SIZE} cannot continue: {kind.__name__}: ", function, *arguments)
     assert text in str(error), str(error)
     return error
 
