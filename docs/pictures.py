@@ -71,7 +71,7 @@ def _train(lr: float, batch: int, epochs: int, seed: int = 0) -> tuple[RMSProp, 
 
 
 def valley() -> Figure:
-    """The paths of gradient descent and of RMSProp in a valley that is 100 times as steep one way."""
+    """The paths of gradient descent and of RMSProp in a valley that is 100 times as steep in y as in x."""
     steepness = np.array([1.0, 100.0])
     start = np.array([-2.0, 0.9])
     figure, (axes,) = _figure(1, "50 steps in a valley: f = (x² + 100 y²) / 2")
@@ -95,7 +95,7 @@ def valley() -> Figure:
 
 
 def lr() -> Figure:
-    """What a learning rate does to a training, and how long steps are compared with it."""
+    """The effect of the learning rate on training, and the length of steps compared with it."""
     figure, (left, right) = _figure(2, "The learning rate is the length of a step")
     for rate, style in zip((1e-4, 1e-3, 1e-2, 1e-1), reversed(STYLES), strict=True):
         _, losses = _train(rate, 32, 20)
@@ -126,7 +126,9 @@ def lr() -> Figure:
 
 def window() -> Figure:
     """How soon the root mean square follows gradients whose size changes, for three decay rates."""
-    figure, (axes,) = _figure(1, "A window of 1/(1 - decay_rate) steps: slow and smooth, or quick and rough")
+    figure, (axes,) = _figure(
+        1, "A window of 1/(1 - decay_rate) steps: long is smooth and slow, short is rough and quick"
+    )
     rng = np.random.default_rng(0)
     size = np.repeat([0.1, 1.0, 0.1], [500, 500, 1500])
     gradients = size * rng.standard_normal(len(size))
@@ -148,7 +150,7 @@ def window() -> Figure:
 
 def batch() -> Figure:
     """The loss after the same number of rows, by learning rate and size of the batches; geometric means over seeds."""
-    figure, (axes,) = _figure(1, "Ten times the batch wants some √10 times the rate: digits, five passes")
+    figure, (axes,) = _figure(1, "Ten times the batch size needs about √10 times the rate: digits, five passes")
     x, y = _digits()
     rates = 10.0 ** np.arange(-3.5, -0.9, 0.25)
     for size, style, marker in zip((1, 10, 100), STYLES[:0:-1], "osv", strict=True):
@@ -219,7 +221,7 @@ def adagrad() -> Figure:
 
 def epsilon() -> Figure:
     """The length of a step by the size of the gradient, for epsilon outside and inside the root."""
-    figure, (axes,) = _figure(1, "Epsilon: from which gradient on steps are full ones")
+    figure, (axes,) = _figure(1, "Epsilon: only gradients much larger than epsilon make full steps")
     sizes = 10.0 ** np.linspace(-12, 0, 121)
     cases = {
         "1e-8": {"epsilon": 1e-8},
@@ -246,7 +248,7 @@ def dialects() -> Figure:
         "ε outside the root (reference, PyTorch)": {},
         "ε inside the root (Keras, optax)": {"eps_in_sqrt": True},
         "v starts from 1 (TensorFlow 1)": {"eps_in_sqrt": True, "initial_scale": 1.0},
-        "bias correction (optax, if asked for)": {"bias_correction": True},
+        "bias correction (optax, optional)": {"bias_correction": True},
     }
     for (name, options), style in zip(cases.items(), STYLES, strict=True):
         opt = RMSProp([np.array([1.0])], lr=0.02, epsilon=1e-2, **options)

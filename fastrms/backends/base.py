@@ -73,7 +73,7 @@ class Backend(ABC):
         """Append the only group of another optimizer, with its buffers, which are in the memory of this process."""
         raise OptionError(
             "add_param_group: expected an optimizer with its buffers in the memory of one process, got one with "
-            'storage, several ranks or kernel="cuda"; give all groups to the constructor'
+            'storage, several ranks or kernel="cuda"; pass all groups to the constructor'
         )
 
     def settle_steps(self) -> Counts:

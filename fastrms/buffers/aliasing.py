@@ -27,7 +27,7 @@ def refuse_overlap(layout: Layout, arrays: object, name: str = "params") -> None
     """Raise StructureError, with the paths of the first pair, if two ndarrays among the parameters share memory."""
     if overlap := _find_overlap(layout, arrays):
         raise StructureError(
-            f"{name}{overlap[0]} and {name}{overlap[1]} share memory; give tied parameters once and add up their "
+            f"{name}{overlap[0]} and {name}{overlap[1]} share memory; pass tied parameters once and add up their "
             "gradients, or copy one of them"
         )
 

@@ -140,7 +140,7 @@ def _check(array: object, dtype: np.dtype[Any], path: str) -> None:
     """Raise DtypeError unless a step can update an array in place."""
     if not isinstance(array, np.ndarray):
         raise DtypeError(
-            f"{path}: expected an ndarray, which a step can update in place, got {describe(array)}; give the array "
+            f"{path}: expected an ndarray, which a step can update in place, got {describe(array)}; pass the array "
             "that this object holds, or a new one: np.array(value)"
         )
     wrong = [

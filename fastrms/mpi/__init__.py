@@ -19,7 +19,7 @@ except (ImportError, RuntimeError) as error:  # RuntimeError where there is no l
     _found = "mpi4py is not installed" if find_spec("mpi4py") is None else "mpi4py finds no MPI"
     raise ImportError(
         f'{_found} ({" ".join(str(error).split())}); install with: python -m pip install "fastrms[mpi]", or '
-        '"fastrms[mpi-bundled]", which brings an MPI'
+        '"fastrms[mpi-bundled]", which includes an MPI library'
     ) from None
 
 from fastrms.mpi.sharded import ShardedRMSProp
