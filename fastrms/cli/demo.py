@@ -176,12 +176,12 @@ def _conclusion(same: bool, mpi: bool, names: tuple[str, str], first: Training, 
     )
     if not mpi and training.rest_differs(first, second):
         return f"Result: {losses}. The machine was too busy to compare times."
-    step = training.ratio_of_times(first.step_seconds, second.step_seconds).median
+    step = training.ratio_of_times(first.step_seconds, second.step_seconds)
     optimizer = training.ratio_of_times(first.optimizer_seconds, second.optimizer_seconds).median
     if mpi:
-        return f"Result: {losses}. With {names[1]}, a training step is {_times(step)} as fast as on one process."
+        return f"Result: {losses}. With {names[1]}, a training step is {_spread(step)} as fast as on one process."
     return (
-        f"Result: {losses}. With {names[1]}, a training step is {_times(step)} as fast, and the optimizer's part of it "
+        f"Result: {losses}. With {names[1]}, a training step is {_spread(step)} as fast, its optimizer part "
         f"{_times(optimizer)}."
     )
 
@@ -250,6 +250,10 @@ def _warning(first: Training, second: Training) -> str | None:
         f"warning: forward and backward took {times[0]} with the NumPy reference and {times[1]} with fastrms, although "
         "both run the same code. The machine was busy: do not trust the speed-up; run the demo again."
     )
+
+
+def _spread(ratio: training.Ratio) -> str:
+    return f"{_times(ratio.median)} ({_times(ratio.quarter)} to {_times(ratio.three_quarters)})"
 
 
 def _times(ratio: float) -> str:

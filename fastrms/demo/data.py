@@ -79,7 +79,9 @@ def split(x: Array, y: Labels, dtype: DTypeLike, seed: int, name: str) -> Datase
         deviation[~varies] = 1
         scaled = [np.where(varies, (part - mean) / deviation, 0).astype(dtype) for part in (train_x, test_x)]
     if not np.isfinite(scaled[1]).all():
-        raise DataError(f"{name}: X: expected rows that {np.dtype(dtype)} can hold after scaling, got a value out of range")
+        raise DataError(
+            f"{name}: X: expected rows that {np.dtype(dtype)} can hold after scaling, got a value out of range"
+        )
     return Dataset(scaled[0], train_y, scaled[1], test_y, int(y.max()) + 1)
 
 

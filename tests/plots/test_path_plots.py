@@ -326,7 +326,7 @@ def test_unusual_functions_and_paths(function, options):
 
 
 def test_a_path_that_diverges_does_not_flatten_the_others():
-    descent = descend("bowl", [{}], [("gradient-descent", {"lr": 5})])
+    descent = descend("bowl", [{}], [("gradient-descent", {"lr": 5})], steps=10)
     ax = plots.values(descent, ax=flat_axes())
     bottom, top = ax.get_ylim()
     assert 48 < top < 1000
