@@ -65,7 +65,7 @@ def test_alone_it_draws_the_four_methods(seen, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert err == ""
     assert "Function: ellipse, f(x, y) = x^2 + 10 y^2\nStart: x = -1.7, y = 1.2, f = 17.29\n" in out
-    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines() if "lr 0" in line]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines() if ", lr " in line]
     assert [row[0] for row in rows] == [trace.label for trace in descend().traces]
     for row, trace in zip(rows, descend().traces, strict=True):
         x, y, value, distance, first, last = map(float, row[2:])
