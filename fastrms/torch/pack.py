@@ -191,7 +191,7 @@ class MovedParameters:
         if k in self.state.left_outside:
             return (
                 "its state cannot be moved: it is incomplete, has another shape or dtype, or shares memory with other "
-                "tensors"
+                "objects"
             )
         if self._gradient_kinds[k] == dlpack.UNUSUAL:
             return "its last gradient is not a dense tensor of its dtype and shape"

@@ -149,9 +149,9 @@ def why_not_movable(tensor: Any) -> str | None:
     if tensor.is_shared():
         return "its memory is shared between processes"
     if _use_count is None:
-        return "this version of PyTorch cannot tell whether other tensors share its memory (2.8 can)"
+        return "this version of PyTorch cannot tell whether other objects share its memory (2.8 can)"
     if _references(tensor) != _UNSHARED or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-        return "other tensors share its memory"
+        return "other objects share its memory"
     # Memory that cannot be resized came from outside, as by torch.from_numpy, or is part of one of our buffers.
     if tensor.numel() > 0 and not tensor.untyped_storage().resizable() and not is_viewed(tensor.data_ptr()):
         return "its memory came from outside PyTorch or from torch.load of a whole model (copy.deepcopy of it helps)"

@@ -36,13 +36,13 @@ def test_explain_says_which_parameters_take_which_step_and_why():
     optimizer.step()
     optimizer.state[params["state"]]["square_avg"] = values[6:8]
     wrong = (
-        "its state cannot be moved: it is incomplete, has another shape or dtype, or shares memory with other tensors"
+        "its state cannot be moved: it is incomplete, has another shape or dtype, or shares memory with other objects"
     )
     assert optimizer.explain() == [
         "group 0, 1 of 9 parameters (usual): the compiled pass (serial, as requested)",
         "group 0, 2 of 9 parameters (bfloat16, half): PyTorch's step; its dtype is torch.bfloat16",
         "group 0, 1 of 9 parameters (strided): PyTorch's step; it is not contiguous",
-        "group 0, 2 of 9 parameters (part, moved): PyTorch's step; other tensors share its memory",
+        "group 0, 2 of 9 parameters (part, moved): PyTorch's step; other objects share its memory",
         f"group 0, 1 of 9 parameters (state): PyTorch's step; {wrong}",
         "group 0, 1 of 9 parameters (gradient): PyTorch's step; its last gradient is not a dense tensor of its dtype "
         "and shape",

@@ -297,7 +297,7 @@ def test_a_pytorch_that_cannot_tell_who_shares_memory_takes_its_own_step(monkeyp
             give(params, step)
             if optimizer is ours and step == 0:
                 with pytest.warns(
-                    RuntimeWarning, match=r"cannot tell whether other tensors share its memory \(2.8 can\)"
+                    RuntimeWarning, match=r"cannot tell whether other objects share its memory \(2.8 can\)"
                 ):
                     optimizer.step()
             else:
