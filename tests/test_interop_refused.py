@@ -80,7 +80,7 @@ VARIABLES = [3, 0.5, np.ones(2), np.ones(2)]
 WRONG_KERAS = {
     "nothing": ({"config": None}, CheckpointError, "config: expected what get_config.. of keras.*, got a NoneType"),
     "SGD's": ({"config": {"learning_rate": 0.5, "momentum": 0.5}}, CheckpointError, "got a dict with 'learning_rate'"),
-    "an average": ({"config": CONFIG | {"use_ema": True}}, OptionError, "use_ema: expected .* without, got True"),
+    "an average": ({"config": CONFIG | {"use_ema": True}}, OptionError, "use_ema: expected .* without it, got True"),
     "accumulates": ({"config": CONFIG | {"gradient_accumulation_steps": 2}}, OptionError, "gradient_accumulation_ste"),
     "scales": ({"config": CONFIG | {"loss_scale_factor": 8.0}}, OptionError, "loss_scale_factor: "),
     "a schedule": ({"config": CONFIG | {"learning_rate": {}}}, OptionError, "lr: the learning rate is a schedule"),
@@ -134,7 +134,9 @@ def test_options_that_the_other_project_does_not_have(project, option):
     base = dialect(project)
     TO[project](RMSProp([np.ones(2)], **base))
     options = base | NOT_THERE[project][option]
-    message = f"{option}: expected {not options[option] if type(options[option]) is bool else None}, as {project} has"
+    message = (
+        f"{option}: expected {not options[option] if type(options[option]) is bool else None}, because {project} has"
+    )
     with pytest.raises(OptionError, match=message):
         TO[project](RMSProp([np.ones(2)], **options))
 

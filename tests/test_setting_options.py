@@ -89,7 +89,7 @@ UNREAD = {
     "alpha": "expected 'decay_rate', which torch, ",
     "rho": "expected 'decay_rate', which keras",
     "eps": "expected 'epsilon', which torch",
-    "clipnorm": "expected 'clip_norm', which keras calls 'clipnorm'; fastrms.dialect('keras', clipnorm=...) takes",
+    "clipnorm": "expected 'clip_norm', which keras calls 'clipnorm'; fastrms.dialect('keras', clipnorm=...) accepts",
     "weight_decy": "did you mean 'weight_decay'?",
     "nestrov": "did you mean 'nesterov'?",
     "anything": "the options are ",

@@ -87,7 +87,7 @@ class Tuner:
         self._clock = clock
         self._prepare = prepare
         self._best = candidates[0]
-        self.reason = f"after {self.FIRST_LOOK:g} s of training also tried: {', '.join(candidates[1:])}"
+        self.reason = f"after {self.FIRST_LOOK:g} s of training, auto also tries {', '.join(candidates[1:])}"
         self._last: float | None = None
         self._begin()
 

@@ -121,7 +121,8 @@ def use_of_ranks(optimizer: RMSProp) -> str:
     return (
         f"Ranks divide the optimizer's state (here {format_bytes(own)} of {format_bytes(whole)} on rank 0) and can run "
         f"on several machines. On one machine they share its cores, and each rank sends {format_bytes(sent)} a step: "
-        "expect at most the speed of one process. docs/mpi.md says when more ranks are faster."
+        "expect at most the speed of one process. The optimizer's part includes messages and waits for other ranks. "
+        "docs/mpi.md says when more ranks are faster."
     )
 
 

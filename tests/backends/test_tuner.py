@@ -37,7 +37,7 @@ TRIAL = Tuner.ROUNDS * Tuner.STEPS
 def test_nothing_is_tried_in_the_first_seconds():
     training = Training(serial=0.01, parallel=0.001).run(190)
     assert set(training.used) == {"serial"}
-    assert training.tuner.reason == "after 2 s of training also tried: parallel"
+    assert training.tuner.reason == "after 2 s of training, auto also tries parallel"
 
 
 def test_the_faster_one_is_kept():
@@ -211,7 +211,7 @@ def test_only_auto_with_many_elements_and_threads_is_watched():
         assert opt.backend._tuner is None
     if JIT:
         one_thread = RMSProp([np.zeros(tuner.TRY_PREFETCHING_FROM)], num_threads=1)
-        assert one_thread.explain()[0].endswith("; after 2 s of training also tried: serial with prefetching")
+        assert one_thread.explain()[0].endswith("; after 2 s of training, auto also tries serial with prefetching")
 
 
 def test_a_variable_of_the_environment_turns_trials_off(monkeypatch):

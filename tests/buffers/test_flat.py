@@ -195,7 +195,9 @@ def test_gather_takes_every_number_of_the_floats_of_ml_dtypes(name, target):
 @pytest.mark.parametrize("name", ["bfloat16", "float8_e5m2", "int4", "complex32"])
 def test_dtypes_of_other_packages_are_refused_where_they_cannot_be_kept_or_cast(name):
     numbers = np.zeros(2, getattr(ml_dtypes, name, None) or pytest.skip(f"an older ml_dtypes has no {name}"))
-    with pytest.raises(DtypeError, match=rf"^arrays\[0\]: .*own, got {name}; convert it with .astype\(np.float32\)"):
+    with pytest.raises(
+        DtypeError, match=rf"^arrays\[0\]: .*a NumPy dtype, got {name}; convert it with .astype\(np.float32\)"
+    ):
         FlatBuffer([numbers])
     target = np.float32 if name == "complex32" else bool
     with pytest.raises(DtypeError, match=r"^arrays\[0\]: expected "):

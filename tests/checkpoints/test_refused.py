@@ -70,7 +70,7 @@ def test_a_disk_or_memory_that_fails_is_not_called_a_bad_file(tmp_path, monkeypa
 def test_a_checkpoint_that_cannot_be_loaded_leaves_no_storage(tmp_path):
     _, path, _ = saved(tmp_path, "npz")
     rewritten(path, lambda e: e | {"params/float64": np.zeros(40)})  # another checksum
-    with pytest.raises(CheckpointError, match="it is damaged"):
+    with pytest.raises(CheckpointError, match="the array is damaged"):
         RMSProp.from_checkpoint(path, storage=tmp_path / "run")
     assert [item.name for item in tmp_path.iterdir()] == ["state.npz"]
 
