@@ -142,7 +142,7 @@ def descend(
     >>> from fastrms.plots.trajectories import descend
     >>> descent = descend("bowl", [{"lr": 0.1}], ["adagrad"], steps=50)
     >>> [trace.label for trace in descent.traces]
-    ['RMSProp, lr 0.1', 'AdaGrad, lr 0.1']
+    ['RMSProp, lr 0.1', 'AdaGrad, lr 1']
     >>> descent.traces[0].points.shape
     (51, 2)
     """
