@@ -217,7 +217,7 @@ def animate(
         As for `overview`.
     on_picture : callable
         Called after each picture with the number of finished pictures and of all. There are at most 51. Of more than 50
-        steps, the first have a picture each, and later ones are further and further apart.
+        steps, pictures are close together at first and further apart later.
     **options
         As for `path`.
 
@@ -247,9 +247,7 @@ def animate(
     canvas.draw()
     figure.set_layout_engine("none")  # freezes the layout of the whole trajectories
     steps = max(len(trace.rates) for trace in descent.traces)
-    # The first steps one by one: most of the way is covered in them.
-    power = 1 if steps <= _FRAMES else 2
-    shown = np.unique((steps * np.linspace(0, 1, min(steps, _FRAMES) + 1) ** power).round().astype(int)).tolist()
+    shown = _shown_steps(steps)
     pictures = []
     for step in shown:
         for line, data in lines:
@@ -259,6 +257,15 @@ def animate(
         pictures.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB"))
         on_picture(len(pictures), len(shown))
     _save_gif(pictures, file)
+
+
+def _shown_steps(steps: int) -> list[int]:
+    """Return the steps that have a picture, close together at first, because the first steps are the longest."""
+    power = 1 if steps <= _FRAMES else 2
+    shown: list[int] = np.unique(
+        (steps * np.linspace(0, 1, min(steps, _FRAMES) + 1) ** power).round().astype(int)
+    ).tolist()
+    return shown
 
 
 def _save_gif(pictures: "Sequence[Image.Image]", file: "Path | BinaryIO") -> None:

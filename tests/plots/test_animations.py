@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fastrms import plots
+from fastrms.plots import figures
 
 
 def frames(data):
@@ -50,6 +51,21 @@ def test_an_animation_goes_where_its_path_led_when_it_was_given(tmp_path, monkey
 
     plots.animate(leaves, "path.gif", panels=["values"], start=(1.0, 1.0), region=((-2, 2), (-2, 2)), steps=1)
     assert (tmp_path / "path.gif").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7, 50, 51, 300, 1000, 100_000])
+def test_pictures_are_close_together_at_first(steps):
+    shown = figures._shown_steps(steps)
+    assert (shown[0], shown[-1]) == (0, steps)
+    assert len(shown) <= 51
+    gaps = np.diff(shown)
+    if steps <= 50:
+        assert (gaps == 1).all()
+    else:
+        assert gaps[0] <= max(1, 0.1 * steps / 50)  # of even gaps, each is a fiftieth
+        assert gaps[-1] > 1.9 * steps / 50
+    if steps == 300:
+        assert shown[:5] == [0, 1, 2, 3, 4]
 
 
 def test_animation_of_many_steps_has_few_pictures():
