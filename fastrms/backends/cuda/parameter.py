@@ -192,7 +192,7 @@ def _on_host(rows: Any, stream: Stream) -> Any:
         return rows
     dtype = np.dtype(interface["typestr"])
     if interface.get("mask") is not None:
-        raise DtypeError("rows: expected an array, got a masked one on the device; the mask would be lost")
+        raise DtypeError("rows: expected an array, got a masked array on the device, whose mask would be lost")
     if not dtype.isnative:
         raise DtypeError(f"rows: expected native byte order on the device, got {dtype}")
     if dtype.kind not in "iu":  # refused later

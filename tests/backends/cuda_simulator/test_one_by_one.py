@@ -285,7 +285,7 @@ WRONG = {
     "shape on the host": (("W", np.ones((2, 3))), StructureError, r"gradients\['W'\]: expected shape \(3, 2\), got"),
     "complex": (("W", Theirs(np.ones((3, 2), complex))), DtypeError, r"gradients\['W'\]: .* got complex128"),
     "byte order": (("W", Theirs(np.ones((3, 2), ">f4"))), DtypeError, r"gradients\['W'\]: .* got >f4"),
-    "mask": (("W", Theirs(np.ones((3, 2)), mask=MASK)), DtypeError, r"gradients\['W'\]: .* a masked one"),
+    "mask": (("W", Theirs(np.ones((3, 2)), mask=MASK)), DtypeError, r"gradients\['W'\]: .* a masked array"),
     "text": (("W", "abc"), DtypeError, r"gradients\['W'\]: expected an array, got str"),
 }
 WRONG_ROWS = {
@@ -295,7 +295,7 @@ WRONG_ROWS = {
     "float": (Theirs(np.array([0.0])), 1, DtypeError, r"rows: expected a 1-D array of integers, got float64 of shape"),
     "mask of rows": (Theirs(np.ones(3, bool)), 3, DtypeError, "rows: .* got bool .*flatnonzero"),
     "two axes": (Theirs(np.array([[0]])), 1, DtypeError, r"rows: expected a 1-D array of integers, got int64 of shape"),
-    "masked": (Theirs(np.array([0]), mask=MASK), 1, DtypeError, "rows: expected an array, got a masked one"),
+    "masked": (Theirs(np.array([0]), mask=MASK), 1, DtypeError, "rows: expected an array, got a masked array"),
     "byte order": (Theirs(np.array([0], ">i8")), 1, DtypeError, "rows: expected native byte order .* got >i8"),
     "none": (None, 1, DtypeError, "rows: expected a 1-D array of integers, got None"),
     "fewer gradients": ([0, 1], 1, StructureError, r"gradients\['W'\]: expected shape \(2, 2\), got \(1, 2\)"),
