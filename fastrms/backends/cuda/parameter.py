@@ -58,11 +58,11 @@ class DeviceParameter(Parameter["CudaBackend"]):
     def find(self, backend: "CudaBackend", gradient: Any, rows: Any) -> _Gradient | tuple[()]:
         """Check a gradient, and copy it if the kernel cannot read it in place. Return () if it has no elements."""
         self._prepared(backend)  # so that the memory of all state is known
-        if rows is None:
+        sorted_rows = None if rows is None else self.rows_of(_on_host(rows, backend.stream))
+        if sorted_rows is None:
             found = self._finder.find((gradient,), backend.written_by_update)
             size = self._run.size
         else:
-            sorted_rows = self.rows_of(_on_host(rows, backend.stream))
             like = np.broadcast_to(np.zeros((), self.dtype), (len(sorted_rows.order), *self.shape[1:]))
             found = Finder(Layout(like), [like], f"gradients{self.path}").find((gradient,), backend.written_by_update)
             size = like.size
@@ -73,7 +73,7 @@ class DeviceParameter(Parameter["CudaBackend"]):
         for other in streams:
             let_wait(stream, other)
         vector = self._vector_of(backend, found, size)
-        if rows is None:
+        if sorted_rows is None:
             return _Gradient(vector, run.whole, run.whole, kernels.THREADS, streams, found)
         return self._of_rows(backend, vector, sorted_rows, streams, found)
 
