@@ -20,6 +20,9 @@ exclude_patterns = ["_build"]
 
 # Links of pages are those that also work where the files lie: page.md#heading.
 myst_heading_anchors = 3
+# Equations: $v$ in a sentence, and ```{math} or $$ for a line of its own. ::: opens a directive that holds Markdown.
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_dmath_allow_space = False  # "$HOME and $PATH" is no equation
 
 # A page for each name that api.md lists; for a module, one with all names of its __all__.
 templates_path = ["_templates"]
