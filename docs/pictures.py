@@ -70,6 +70,47 @@ def _train(lr: float, batch: int, epochs: int, seed: int = 0) -> tuple[RMSProp, 
     return opt, losses
 
 
+def _memory(title: str, gaps: bool) -> Figure:
+    """Draw the arrays of a small network as they follow one another in memory, with gaps or without."""
+    figure, (axes,) = _figure(1, title)
+    figure.set_size_inches(4.8, 2.8)
+    opt = RMSProp({"W1": np.zeros((5, 3)), "b1": np.zeros(4), "W2": np.zeros((3, 3)), "b2": np.zeros(4)})
+    buffers = {"parameters": opt.params, "gradients": opt.grads, "mean squares": opt.cache}
+    colours = {"W1": "#56B4E9", "b1": "#E69F00", "W2": "#009E73", "b2": "#D55E00"}
+    shifts = gaps * np.random.default_rng(4).integers(1, 4, (len(buffers), len(colours))).cumsum(axis=1)
+    arrow = {"arrowstyle": "-|>", "color": "#000000", "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+    stop = 0
+    for row, (arrays, shift) in enumerate(zip(buffers.values(), shifts, strict=True)):
+        first = min(array.ctypes.data for array in arrays.values())
+        for (name, colour), apart in zip(colours.items(), shift, strict=True):
+            start = (arrays[name].ctypes.data - first) // arrays[name].itemsize + apart
+            stop = start + arrays[name].size
+            axes.barh(row, stop - start, 0.56, left=start, color=colour, edgecolor="#FFFFFF")
+            axes.text((start + stop) / 2, row, name, fontsize=9, ha="center", va="center")
+            if gaps:
+                axes.annotate("", (stop, row + 0.42), (start, row + 0.42), arrowprops=arrow)
+    if not gaps:
+        axes.annotate("", (stop, 2.42), (0, 2.42), arrowprops=arrow)
+    axes.set_ylim(2.6, -0.4)
+    axes.set_xlim(-0.5, 43)
+    axes.set_yticks(range(3), buffers)
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+def separate_arrays() -> Figure:
+    """The arrays of a NumPy loop, and an arrow for the passes over each."""
+    return _memory("Separate arrays, several passes over each", gaps=True)
+
+
+def flat_buffers() -> Figure:
+    """The same arrays in the buffers of an optimizer, and one arrow for its pass."""
+    return _memory("Three flat buffers, one pass over all", gaps=False)
+
+
 def valley() -> Figure:
     """The paths of gradient descent and of RMSProp in a valley that is 100 times as steep in y as in x."""
     steepness = np.array([1.0, 100.0])
@@ -357,7 +398,19 @@ def training_steps() -> Figure:
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
-    for function in (valley, dialects, lr, window, batch, adagrad, epsilon, throughput, training_steps)
+    for function in (
+        separate_arrays,
+        flat_buffers,
+        valley,
+        dialects,
+        lr,
+        window,
+        batch,
+        adagrad,
+        epsilon,
+        throughput,
+        training_steps,
+    )
 }
 
 

@@ -165,13 +165,11 @@ def test_tests_that_a_page_names_are_there(page):
         assert f"def {name}(" in (page.parent / target).read_text(encoding="utf-8"), name
 
 
-def test_the_index_has_every_page_as_a_link_and_in_a_table_of_contents():
+def test_tables_of_contents_of_the_index_have_every_page_once():
     text = (DOCS / "index.md").read_text(encoding="utf-8")
     tables = re.findall(r"^```\{toctree\}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     listed = [f"{line}.md" for table in tables for line in table.splitlines() if line and not line.startswith(":")]
-    pages = {page.name for page in PAGES} - {"README.md", "index.md"}
-    assert _links(DOCS / "index.md") == listed
-    assert set(listed) == pages
+    assert sorted(listed) == sorted({page.name for page in PAGES} - {"README.md", "index.md"})
 
 
 # Modules for use inside the package: what of them is public, `fastrms` itself has. Any other is public as a module.

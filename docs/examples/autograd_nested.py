@@ -1,15 +1,21 @@
-"""HIPS autograd: gradients in the structure of the parameters, here dicts in a dict.
+"""
+autograd: gradients in nested dicts
+===================================
 
-    python -m pip install autograd scikit-learn
+HIPS autograd differentiates NumPy programs. Its gradients have the structure of the
+parameters, here dicts in a dict, and ``opt.step`` takes them as they are::
 
-autograd has its own RMSProp. It flattens parameters and gradients in each step, and it
-contains the training loop. `opt.step` takes the nested gradients as they are, and the loop
-is in the program. The changed lines are marked. autograd's mean square starts at 1, so
-the program sets `initial_scale=1`. All parameters have the same bits at the end.
+    python -m pip install autograd matplotlib scikit-learn
+
+autograd has its own RMSProp, which flattens parameters and gradients in each step and
+contains the training loop. With fastrms, the loop is in the program. The changed lines are
+marked. The mean square of autograd's RMSProp starts at 1, so the program sets
+``initial_scale=1``. The final parameters are bit-identical.
 """
 
 import autograd.numpy as np
 import fastrms
+import matplotlib.pyplot as plt
 from autograd import grad
 from autograd.misc.optimizers import rmsprop
 from sklearn.datasets import load_digits
@@ -54,3 +60,13 @@ for step in range(len(batches)):  # changed
 same = all(np.array_equal(theirs[k][name], ours[k][name]) for k in ours for name in ours[k])
 accuracy = np.mean(forward(ours, test_x).argmax(axis=1) == test_y)
 print(f"{opt.steps} steps, the same bits: {same}, test accuracy {accuracy:.3f}")
+
+# %%
+# The weights of the first 16 hidden units, as pictures of 8 x 8 pixels. Orange pixels raise
+# the activation of the unit, purple pixels lower it.
+
+figure, axes = plt.subplots(2, 8, figsize=(7, 2), layout="constrained")
+for place, weights in zip(axes.flat, ours["hidden"]["W"].T, strict=False):
+    place.imshow(weights.reshape(8, 8), cmap="PuOr_r", vmin=-1, vmax=1)
+    place.axis("off")
+plt.show()

@@ -1,15 +1,20 @@
-"""PennyLane: the parameters of a quantum circuit stay PennyLane's own arrays.
+"""
+PennyLane: a quantum circuit
+============================
+
+The circuit has two qubits and classifies two species of iris. Its parameters stay
+PennyLane's own arrays, a subclass of ndarray::
 
     python -m pip install pennylane scikit-learn
 
-PennyLane's arrays are a subclass of ndarray. `qml.grad` differentiates a function with
-respect to those arguments whose attribute `requires_grad` is True. `in_place=True` keeps
-PennyLane's arrays. (Without it, the parameters are plain views, and `qml.grad` finds
-nothing to differentiate.) The changed lines are marked. The circuit has two qubits and
-classifies two species of iris.
+``qml.grad`` differentiates a function with respect to the arguments whose attribute
+``requires_grad`` is True. Plain views lack this attribute. ``in_place=True`` keeps
+PennyLane's arrays. The changed lines are marked.
 
-PennyLane divides before it multiplies: `(lr / sqrt(v + eps)) * g`. So the parameters of
-the two optimizers are equal only up to rounding.
+PennyLane divides before it multiplies: ``(lr / sqrt(v + eps)) * g``. So the final
+parameters of the two optimizers are equal only up to rounding. The program prints::
+
+    60 steps, at most 2e-13 apart, accuracy 0.950
 """
 
 import fastrms

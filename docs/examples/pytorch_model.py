@@ -1,6 +1,15 @@
-"""A PyTorch model that the compiled pass updates: the digits, with a falling rate.
+"""
+PyTorch: a model and a scheduler
+================================
 
-Needs torch and scikit-learn.
+``fastrms.torch.RMSprop`` replaces ``torch.optim.RMSprop``, with the same arguments. A small
+convolutional network learns the digits with a falling learning rate::
+
+    python -m pip install torch scikit-learn
+
+The program prints::
+
+    440 steps, test accuracy 0.967
 """
 
 import numpy as np

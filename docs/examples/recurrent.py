@@ -1,12 +1,17 @@
-"""A small recurrent network in plain NumPy that reads a handwritten digit row by row.
+"""
+A recurrent network in plain NumPy
+==================================
 
-    python -m pip install scikit-learn      # for the data
+A small network reads a handwritten digit row by row: at each of 8 time steps it sees one
+row of 8 pixels, and after the last row it predicts the digit::
 
-At each of 8 time steps it sees one row of 8 pixels; after the last it says which digit
-it was. Gradients go back through time, where they can grow, so their common norm is
-clipped. They are added up in the optimizer's own buffer.
+    python -m pip install matplotlib scikit-learn
+
+Gradients are propagated back through time, where they can grow. So the program clips their
+common norm. It adds them up in the optimizer's gradient buffer.
 """
 
+import matplotlib.pyplot as plt
 import numpy as np
 from fastrms import RMSProp
 from sklearn.datasets import load_digits
@@ -67,13 +72,26 @@ def backward(x, y):
     return loss
 
 
+losses = []
 for _ in range(25):
     order = rng.permutation(len(train_y))
     for start in range(0, len(order), 32):
         rows = order[start : start + 32]
-        loss = backward(train_x[rows], train_y[rows])
+        losses.append(backward(train_x[rows], train_y[rows]))
         opt.step()
 
 accuracy = np.mean(forward(test_x)[1].argmax(axis=1) == test_y)
-print(f"{opt.steps} steps, loss of the last batch {loss:.4f}, test accuracy {accuracy:.3f}")
+print(f"{opt.steps} steps, loss of the last batch {losses[-1]:.4f}", end=", ")
+print(f"test accuracy {accuracy:.3f}")
 assert accuracy > 0.95
+
+# %%
+# The loss of each batch, and its mean over the 45 batches of an epoch:
+
+figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+axes.plot(losses, color="#BBBBBB", linewidth=0.8, label="one batch")
+means = np.mean(np.reshape(losses, (25, 45)), axis=1)
+axes.plot(np.arange(25) * 45 + 22, means, color="#000000", label="mean of an epoch")
+axes.set(xlabel="step", ylabel="cross-entropy", yscale="log")
+axes.legend(frameon=False)
+plt.show()

@@ -1,16 +1,20 @@
-"""scikit-learn: RMSProp for MLPClassifier, with all of `fit`.
-
-    python -m pip install scikit-learn
+"""
+scikit-learn: MLPClassifier with RMSProp
+========================================
 
 MLPClassifier has SGD and Adam, but no RMSProp, and no argument for another optimizer. This
-program replaces scikit-learn's private class SGDOptimizer. Then `solver="sgd"` means
-RMSProp. Batches, penalty, early stopping, pipelines and clones work as before. A later
-scikit-learn may rename the private class; the program works with version 1.9.
+program replaces scikit-learn's private class ``SGDOptimizer``::
+
+    python -m pip install matplotlib scikit-learn
+
+Then ``solver="sgd"`` means RMSProp. Batches, penalty, early stopping, pipelines and clones
+work as before. A later scikit-learn may rename the private class; the program works with
+version 1.9.
 
 The coefficients are updated in place. With pickle, the loaded model and its optimizer
 still share their arrays. With joblib, each of them has its own copies. The class notices
-this and makes a new optimizer. For comparison, a second class takes the textbook's steps.
-All coefficients have the same bits.
+this and makes a new optimizer. For comparison, a second class computes the textbook rule.
+The coefficients are bit-identical.
 """
 
 import io
@@ -18,6 +22,7 @@ import pickle
 
 import fastrms
 import joblib
+import matplotlib.pyplot as plt
 import numpy as np
 from fastrms.kernels.reference import ReferenceRMSProp
 from sklearn.base import clone
@@ -76,7 +81,21 @@ def same(one, other):
 
 ours = fitted(RMSProp)
 print(f"{ours.n_iter_} epochs, test accuracy {ours.score(test_x, test_y):.3f}")
-print(f"the same bits as the textbook: {same(ours, fitted(Textbook))}")
+textbook = fitted(Textbook)
+print(f"the same bits as the textbook: {same(ours, textbook)}")
+
+# %%
+# The same loss in each epoch:
+
+figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+axes.plot(textbook.loss_curve_, color="#BBBBBB", linewidth=5, label="textbook rule")
+axes.plot(ours.loss_curve_, color="#0072B2", linestyle="dashed", label="fastrms")
+axes.set(xlabel="epoch", ylabel="training loss", yscale="log")
+axes.legend(frameon=False)
+plt.show()
+
+# %%
+# Models that were saved and loaded continue with the same bits:
 
 file = io.BytesIO()
 joblib.dump(ours, file)

