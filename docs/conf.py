@@ -106,6 +106,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
     "capture_repr": (),  # programs print
+    "inspect_global_variables": False,  # or each array is a link to ndarray
     "image_srcset": ["2x"],
     "backreferences_dir": "gallery/backreferences",
     "doc_module": ("fastrms",),  # pages of names link to the programs that use them
