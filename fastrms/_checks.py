@@ -27,13 +27,14 @@ _Word = TypeVar("_Word", bound=str)
 
 
 class _Range(NamedTuple):
-    """Default and range of a number. The range excludes `high`, and `low` unless `includes_low`."""
+    """Default and range of a number. The range excludes `high` and `low`, unless `includes_high` and `includes_low`."""
 
     default: float | None
     low: float
     high: float
     includes_low: bool
     or_none: bool = False
+    includes_high: bool = False
 
 
 # The options of a parameter group. The defaults of the first three are the reference's. The others are off, because the
@@ -61,7 +62,7 @@ _FLAGS = {
 GROUP_DEFAULTS: dict[str, Any] = {name: number.default for name, number in _NUMBERS.items()} | _FLAGS
 
 # The options of the optimizer as a whole: one norm over all groups.
-_GLOBAL_NUMBERS = {"global_clip_norm": _Range(None, 0.0, math.inf, False, or_none=True)}
+_GLOBAL_NUMBERS = {"global_clip_norm": _Range(None, 0.0, math.inf, False, or_none=True, includes_high=True)}
 
 # bfloat16 keeps 8 bits of a number: a change by less than 2**-8 of the number can be rounded away.
 BFLOAT16_STEP = 2.0**-8
@@ -70,7 +71,7 @@ BFLOAT16_STEP = 2.0**-8
 def check_option(name: str, value: object) -> Any:
     """Return `value` as a plain float, bool, None or callable.
 
-    Raise OptionTypeError for a value of the wrong kind, and OptionError for NaN, inf, or a value out of range.
+    Raise OptionTypeError for a value of the wrong kind, and OptionError for NaN or a value out of range.
     """
     if name in _FLAGS:
         if not isinstance(value, bool | np.bool_):
@@ -78,7 +79,7 @@ def check_option(name: str, value: object) -> Any:
         return bool(value)
     if name == "lr" and callable(value):
         return value
-    _, low, high, includes_low, or_none = (_NUMBERS | _GLOBAL_NUMBERS)[name]
+    _, low, high, includes_low, or_none, includes_high = (_NUMBERS | _GLOBAL_NUMBERS)[name]
     if value is None and or_none:
         return None
     kinds = "a number" + (" or a function of the step" if name == "lr" else "") + (" or None" if or_none else "")
@@ -91,9 +92,10 @@ def check_option(name: str, value: object) -> Any:
     except Exception as error:  # an int too large for a float, or any error of a type of the user's own
         kind = OptionTypeError if isinstance(error, TypeError) else OptionError
         raise kind(f"{name}: expected {kinds}, got {shown(value)}: {error}") from None
-    if not (low <= number < high) or (number == low and not includes_low):
+    if not (low <= number <= high) or (number == low and not includes_low) or (number == high and not includes_high):
         limits = f"{name} {'>=' if includes_low else '>'} {low:g}" + (f" and < {high:g}" if high < math.inf else "")
-        raise OptionError(f"{name}: expected {kinds} with {limits}, finite; got {shown(value)}")
+        finite = "" if includes_high else ", finite"
+        raise OptionError(f"{name}: expected {kinds} with {limits}{finite}; got {shown(value)}")
     return number
 
 

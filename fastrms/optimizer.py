@@ -71,7 +71,7 @@ class RMSProp(InParts[P]):
         Scale the gradient of a parameter down to this Euclidean norm if its norm is larger.
     global_clip_norm : float or None, default None
         Scale the gradients of all groups together down to this Euclidean norm if their norm is larger. Applied after
-        `clip_value` and `clip_norm`.
+        `clip_value` and `clip_norm`. inf scales nothing, and has the norm computed for `last_grad_norm`.
     flush_subnormals : bool, default True
         Replace subnormal numbers in weighted squares and in the state by 0. They arise in ordinary training, and make
         arithmetic many times slower. Elements without subnormal numbers keep their bits. The other parameters change by

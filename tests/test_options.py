@@ -34,7 +34,7 @@ RANGES = {
     "initial_scale": ([0, 1.0], [-1, NAN, INF, 1e39], ["a", None, True]),
     "clip_value": ([None, 0.1], [0, -1, NAN, INF, 1e-50], ["a", True]),
     "clip_norm": ([None, 0.1], [0, -1, NAN, INF], ["a", True]),
-    "global_clip_norm": ([None, 0.1], [0, -1, NAN, INF], ["a", True]),
+    "global_clip_norm": ([None, 0.1, INF], [0, -1, NAN, -INF], ["a", True]),
     "nesterov": ([False, np.False_], [], [1, 0, None, "yes"]),
     "centered": ([True, np.True_], [], [1, 0, None, "yes"]),
     "decoupled_weight_decay": ([True], [], [1, None]),

@@ -346,7 +346,7 @@ def clip_scales(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return for each parameter the factor of clipping by norm, and the norm of its gradient after clipping by value.
 
-    A parameter without a gradient has the norm 0.
+    A parameter without a gradient has the norm 0. With `global_clip_norm` inf, norms are computed and clip nothing.
     """
     count = len(grads.leaves)
     scales, norms, measured = np.ones(count), np.zeros(count), np.zeros(count)
@@ -360,7 +360,7 @@ def clip_scales(
         norms[run.numbers] = own
     if present is not None:
         norms[~present] = measured[~present] = 0.0  # the buffer still has the gradient of an earlier step
-    if global_clip_norm is not None:
+    if global_clip_norm is not None and global_clip_norm < np.inf:
         scales *= scale_to(global_clip_norm, np.array(combine(norms)))
     return scales, measured
 
