@@ -133,6 +133,7 @@ class InParts(Persistent[P]):
                 turns.admit(name, changes=True)
             with turns.in_progress:
                 state.counts.admit(0)
+                backend.settle_parameters()  # it may replace `one_by_one`
                 number = state.layout.number_of(key)
                 if backend.thread_limit is None:
                     backend.one_by_one.update(backend, number, gradient, rows)
@@ -143,7 +144,7 @@ class InParts(Persistent[P]):
         return param
 
     def add_param_group(self, group: Group) -> None:
-        """Add a parameter group, with its own buffers. All existing views stay valid.
+        """Add a parameter group, with its own buffers, or its own files in the storage. All existing views stay valid.
 
         From then on, `params`, `grads`, the views of the state and the gradients for `step` are lists with one item for
         each group. If the optimizer had no groups before, its parameters become group 0.
@@ -152,13 +153,15 @@ class InParts(Persistent[P]):
         ----------
         group : dict
             Parameters under the key ``"params"``, in any structure, and options that override those of the constructor.
-            For bias correction, the next step is the first step of the new parameters.
+            (Options of the constructor are not saved: after `reopen` or `from_checkpoint`, give all options here.) For
+            bias correction, the next step is the first step of the new parameters.
 
         Raises
         ------
         FastrmsError
-            As from the constructor. Or the optimizer has storage, is on a GPU, or is on several ranks. After an error,
-            nothing has changed.
+            As from the constructor. Or the optimizer is on several ranks. After an error, nothing has changed.
+        OSError
+            The storage has no room for the files of the group. Nothing has changed.
 
         Examples
         --------

@@ -1,6 +1,6 @@
 """The data of an optimizer: buffers of parameters and state, parameter groups, options of the whole, and counts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
@@ -151,26 +151,45 @@ class OptimizerState:
         """Drop the references to the initial values, after they were copied to the buffers."""
         self.arrays = None
 
-    def take_in(self, new: "OptimizerState") -> None:
-        """Append the only group of another optimizer, with its buffers. The new parameters have taken no step."""
-        views_of = {
-            name: [*(buffer.views if self.grouped else [buffer.views]), new.buffers[name].views]
-            for name, buffer in self.buffers.items()
-        }
-        layout, buffers = Layout(views_of["params"], "params"), self.buffers.copy()
-        for name, buffer in self.buffers.items():
-            more, views = new.buffers[name], views_of[name]
+    def take_in(
+        self, new: "OptimizerState", made: Mapping[str, FlatBuffer], join: Callable[..., FlatBuffer] = JoinedBuffer
+    ) -> None:
+        """Append the only group of another optimizer, with its buffers. The new parameters have taken no step.
+
+        `made` has the state buffers of the present parameters that only the new group needs. `join` makes a buffer of
+        two, as `JoinedBuffer`.
+        """
+
+        def joined(own: Any, more: Any) -> list[Any]:
+            return [*(own if self.grouped else [own]), more]
+
+        layout, buffers = Layout(joined(self.layout.zeros(), new.layout.zeros()), "params"), {**self.buffers, **made}
+        layout.hint = "; since add_param_group was called, there is one item for each group"
+        for name, buffer in buffers.items():
+            more = new.buffers[name]
+            views = joined(buffer.views, more.views)
             if isinstance(buffer, HeldArrays):
                 buffers[name] = HeldArrays(layout, [*buffer.leaves, *more.leaves], views)
             else:
                 placed = layout.of_parts([buffer.layout, more.layout])
-                buffers[name] = JoinedBuffer(placed, [buffer, more], views)
+                buffers[name] = join(placed, [buffer, more], views)
         counts, groups, group = self.counts, self.param_groups, new.param_groups[0]
         absent = np.append(counts.absent, new.counts.absent + counts.steps)
         group_of = np.append(self.group_of, new.group_of + len(groups))
         # Neither statement has a call of Python, so that Ctrl-C leaves all of it or nothing.
         self.buffers, self.layout, self.group_of, self.grouped, counts.absent = buffers, layout, group_of, True, absent
         list.append(groups, group)
+
+    def undo(self) -> Callable[[], None]:
+        """Return a function that takes out the groups that are taken in from now on."""
+        before = self.buffers, self.layout, self.group_of, self.grouped, self.counts.absent
+        first = slice(len(self.param_groups), None)
+
+        def undo() -> None:
+            self.buffers, self.layout, self.group_of, self.grouped, self.counts.absent = before
+            list.__delitem__(self.param_groups, first)
+
+        return undo
 
     def add_buffers(self, names: Iterable[str], new_buffer: Callable[[str], FlatBuffer]) -> None:
         """Make the named state buffers that do not exist yet; none of them after an error."""

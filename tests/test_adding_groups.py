@@ -9,6 +9,7 @@ from cases import OPTIONS, WAYS
 from helpers import assert_same_bits, assert_same_state
 
 from fastrms import DtypeError, OptionError, RMSProp, StructureError
+from fastrms._state import OptimizerState
 from fastrms.backends.host import HostBackend
 
 BODY = {"W": np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3), "b": np.linspace(-1, 1, 5)}
@@ -95,12 +96,44 @@ def test_a_parameter_of_another_group_is_refused():
         views.add_param_group({"params": [views.params[0]]})
 
 
-def test_storage_and_the_list_of_groups_are_refused(tmp_path):
-    with RMSProp([np.ones(2)], storage=tmp_path / "run") as opt:
-        with pytest.raises(OptionError, match="add_param_group: expected an optimizer with its buffers in the memory"):
-            opt.add_param_group({"params": [np.ones(2)]})
-        with pytest.raises(StructureError, match=r"add a group with optimizer\.add_param_group\(group\)"):
-            opt.param_groups.append({"params": [np.ones(2)]})
+def test_a_change_of_the_list_of_groups_is_refused():
+    opt = RMSProp([np.ones(2)])
+    with pytest.raises(StructureError, match=r"add a group with optimizer\.add_param_group\(group\)"):
+        opt.param_groups.append({"params": [np.ones(2)]})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"W": np.ones(2), "b": np.ones(2)}, "gradients: expected a list or tuple of 2 items, got a dict of 2 items"),
+        ([np.ones(2)], "gradients: expected 2 items, got 1"),
+        ([np.ones(2), np.ones(2)], r"gradients\[0\]: expected a list or tuple of 2 items, got an array of"),
+        (np.ones(2), "gradients: expected a list or tuple of 2 items, got an array"),
+    ],
+    ids=["dict", "list", "list of as many items as groups", "array"],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradients_in_the_structure_before_a_group_was_added(params, message, in_place):
+    opt = RMSProp(params, in_place=in_place)
+    opt.add_param_group({"params": [np.ones(1)]})
+    for each in (opt, pickle.loads(pickle.dumps(opt))):
+        with pytest.raises(StructureError, match=f"^{message}.*; since add_param_group was called, there is one item"):
+            each.step(params)
+    assert opt.steps == 0
+
+
+def test_an_error_about_memory_leaves_no_buffer_for_the_other_groups(monkeypatch):
+    opt = RMSProp([np.ones(2)])
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerState, "take_in", no_memory)
+        with pytest.raises(MemoryError):
+            opt.add_param_group({"params": [np.ones(1)], "momentum": 0.5})
+    assert (len(opt.param_groups), opt.momentum_buffer) == (1, None)
+    opt.step([np.ones(2)])
+
+
+def no_memory(*arguments):
+    raise MemoryError
 
 
 def test_gradients_of_the_buffer_in_another_order_are_read_before_it_is_written():
@@ -123,8 +156,9 @@ def test_many_groups_are_copied():
         assert copied.params[200][0] != 1
 
 
-@pytest.mark.parametrize("where", ["_use_parameters", "add_state", "new_run"])
-def test_an_interrupt_while_a_group_is_added_leaves_all_of_it_or_nothing(where, monkeypatch):
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("where", ["_use_parameters", "add_state", "new_run", "settle_parameters"])
+def test_an_interrupt_while_a_group_is_added_leaves_all_of_it_or_nothing(where, one_by_one, monkeypatch):
     opt = RMSProp([np.ones(2)])
     opt.step([np.ones(2)])
     with monkeypatch.context() as patch:
@@ -133,6 +167,10 @@ def test_an_interrupt_while_a_group_is_added_leaves_all_of_it_or_nothing(where, 
             opt.add_param_group({"params": [np.ones(3)]})
     if len(opt.param_groups) == 1:
         opt.step([np.ones(2)])
+    elif one_by_one:
+        opt.step_parameter((0, 0), np.ones(2))
+        opt.step_parameter((1, 0), np.ones(3))
+        assert opt.params[1][0][0] != 1
     else:
         opt.step([[np.ones(2)], [np.ones(3)]])
         assert opt.params[1][0][0] != 1

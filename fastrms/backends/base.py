@@ -69,12 +69,27 @@ class Backend(ABC):
         """Forget the norms of the last step, and whether it was skipped."""
         self.state.counts.last_norms, self.state.counts.last_skipped = None, False
 
-    def take_in(self, new: OptimizerState) -> None:
-        """Append the only group of another optimizer, with its buffers, which are in the memory of this process."""
+    def adding(self, new: OptimizerState) -> "AbstractContextManager[Memory]":
+        """Return a context for adding a group: the memory for the buffers of `new`, which has none yet.
+
+        Call `take_in` within the context. After an error in the context the optimizer is as before.
+        """
         raise OptionError(
-            "add_param_group: expected an optimizer with its buffers in the memory of one process, got one with "
-            'storage, several ranks or kernel="cuda"; pass all groups to the constructor'
+            "add_param_group: expected an optimizer of one process, got one of MPI ranks; pass all groups to the "
+            "constructor"
         )
+
+    def params_on_host(self, params: Any, name: str) -> Any:
+        """Return new parameters with all arrays on the host, for a new group. Errors call the parameters `name`."""
+        return params
+
+    def take_in(self, new: OptimizerState, made: Mapping[str, FlatBuffer]) -> None:
+        """Append the only group of a state with buffers on the host, as `OptimizerState.take_in`."""
+        self.state.take_in(new, made)
+
+    @abstractmethod
+    def settle_parameters(self) -> None:
+        """Prepare all that depends on the parameters, if groups were added or taken out."""
 
     def settle_steps(self) -> Counts:
         """Return the counts as `settle` does, except that `absent` may be that of an earlier step."""

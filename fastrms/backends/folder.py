@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from fastrms.backends.mapped import open_own
-from fastrms.checkpoints.metadata import check_metadata
-from fastrms.errors import FastrmsError, StorageError
+from fastrms.buffers import Layout
+from fastrms.checkpoints.metadata import check_metadata, encode
+from fastrms.errors import FastrmsError, StorageError, StructureError
 
-__all__ = ["BUFFERS", "METADATA_FILE", "VERSION", "make_folder", "read_metadata", "real_path"]
+__all__ = [
+    "BUFFERS", "METADATA_FILE", "added_groups", "check_keys", "make_folder", "own_metadata", "read_metadata",
+    "real_path",
+]  # fmt: skip
 
-# The version of the folder. Its metadata also has the version of checkpoints.
-VERSION = 1
+# The version of the folder. Its metadata also has the version of checkpoints. A folder with added groups has version 2,
+# which has `added`, the number of these groups. Every other folder has version 1, which older programs can open.
+_VERSIONS = (1, 2)
 
 METADATA_FILE = "head.json"
 BUFFERS = ("params", "grads", "cache", "momentum_buffer", "grad_avg")  # the first three always exist
@@ -49,6 +54,32 @@ def make_folder(path: Path) -> bool:
         return False
 
 
+def check_keys(layout: Layout) -> None:
+    """Raise StructureError if a dict of parameters has a key that the metadata cannot give back."""
+    try:
+        encode(layout.structure(range(len(layout.leaves))))
+    except StructureError as error:
+        raise StructureError(f"storage: {error} in params, which a file cannot give back") from None
+
+
+def own_metadata(clean: bool, buffers: list[str], added: int) -> dict[str, Any]:
+    """Return the part of the metadata that a checkpoint lacks.
+
+    `clean` tells whether the files on the disk are complete and belong together. `added` is the number of groups that
+    were added, and have files of their own.
+    """
+    if added:
+        return {"version": 2, "clean": clean, "buffers": buffers, "added": added}
+    return {"version": 1, "clean": clean, "buffers": buffers}
+
+
+def added_groups(metadata: Any) -> dict[int, int]:
+    """Return the numbers of the groups that were added, and how many parameters each has."""
+    groups = [parameter.get("group") for parameter in metadata["parameters"]]
+    count = len(metadata["param_groups"])
+    return {number: groups.count(number) for number in range(count - metadata["storage"].get("added", 0), count)}
+
+
 def read_metadata(path: Path) -> Any:
     """Return the metadata of a folder, after all checks that do not need the buffers."""
     try:
@@ -58,8 +89,14 @@ def read_metadata(path: Path) -> Any:
         own = metadata.get("storage")
         if not isinstance(own, dict) or type(own.get("clean")) is not bool or not isinstance(own.get("buffers"), list):
             raise StorageError("storage: expected a dict with 'clean' and 'buffers'")
-        if own.get("version") != VERSION:
-            raise StorageError(f"storage: expected version {VERSION}, got {own.get('version')!r}")
+        version, added = own.get("version"), own.get("added")
+        if version not in _VERSIONS:
+            raise StorageError(f"storage: expected version 1 or 2, got {version!r}; it needs a newer fastrms")
+        most = len(metadata["param_groups"]) - 1 if metadata["grouped"] else 0
+        if version == 1 and added is not None:
+            raise StorageError(f"storage: expected no 'added' in version 1, got {added!r}")
+        if version == 2 and (type(added) is not int or not 1 <= added <= most):
+            raise StorageError(f"storage: expected 'added' to be a number of groups, got {added!r}")
         if not set(BUFFERS[:3]) <= set(own["buffers"]) <= set(BUFFERS):
             raise StorageError(f"storage: expected the buffers of an optimizer, got {own['buffers']}")
     except (FastrmsError, ValueError, TypeError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """The backend on the host: locate gradients, compute the kernel calls from options, make the calls, and count steps."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import is_
 from typing import Any
@@ -61,7 +61,7 @@ class HostBackend(Backend):
         self._params = params  # last: after Ctrl-C in between, the next step does all of it again
 
     def settle_parameters(self) -> None:
-        """Prepare all that depends on the parameters, if Ctrl-C came while a group was added."""
+        """Prepare all that depends on the parameters, if groups were added or taken out."""
         if self._params is not self.state.buffers["params"]:
             self._use_parameters()
 
@@ -232,16 +232,13 @@ class HostBackend(Backend):
             _, memory[0], counts.absent, counts.writing = [*work], steps, absent, False
             self.step_ended()
 
-    def take_in(self, new: OptimizerState) -> None:
-        """Append a group, as `Backend.take_in`."""
-        if self.storage is not None or self._ranks is not None:
-            super().take_in(new)  # raises OptionError
+    def adding(self, new: OptimizerState) -> AbstractContextManager[Memory]:
+        """Return a context for adding a group, as `Backend.adding`."""
+        if self._ranks is not None:
+            return super().adding(new)  # raises OptionError
         if self.state.in_place:
             self._refuse_changed()
-        self.add_state(new.param_groups)
-        new.add_buffers(self.state.buffers, lambda name: self._memory.new_buffer(name, new.buffers["cache"].layout))
-        self.state.take_in(new)
-        self._use_parameters()
+        return nullcontext(self._memory) if self.storage is None else self.storage.adding(new)
 
     def step_ended(self, skipped: bool = False) -> None:
         """Record the end of a step that has been counted."""

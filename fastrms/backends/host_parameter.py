@@ -46,8 +46,7 @@ class HostParameter(Parameter["HostBackend"]):
 
     @staticmethod
     def begin(backend: "HostBackend") -> None:
-        """Prepare all parameters, or raise StorageError if the folder was closed."""
-        backend.settle_parameters()
+        """Raise StorageError if the folder was closed."""
         if backend.storage is not None:
             backend.storage.check_open()
 

@@ -57,14 +57,21 @@ def add_group(backend: Backend, group: Options) -> None:
     settings = Settings(
         options, state.kernel, state.num_threads, state.cache_dtype, state.nonfinite, state.global_clip_norm
     )
-    new = OptimizerState(group["params"], settings, state.in_place, number)
+    name = f"params[{number}]"
+    new = OptimizerState(backend.params_on_host(group["params"], name), settings, state.in_place, number)
     arrays = [item for item in new.layout.flatten(new.arrays, "params") if isinstance(item, np.ndarray)]
     if any(any(buffer.aliases(arrays)) for buffer in state.buffers.values()):
         raise StructureError(
-            f"params[{number}]: expected new parameters, got an array that shares memory with a parameter of another "
+            f"{name}: expected new parameters, got an array that shares memory with a parameter of another "
             "group, or with gradients or state"
         )
-    backend.take_in(new_host_backend(new).state)
+    try:
+        with backend.adding(new) as memory:
+            new.add_buffers(state.buffers, _with_new_buffers(new, memory, None).new_buffer)
+            made = {name: backend.new_buffer(name) for name in new.buffers if name not in state.buffers}
+            backend.take_in(new, made)
+    finally:
+        backend.settle_parameters()
 
 
 def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:

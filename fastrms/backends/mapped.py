@@ -77,15 +77,11 @@ class MappedFile:
         finally:
             os.close(descriptor)
         self.memory: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
-        self._start = self.memory.ctypes.data
-
-    def has(self, array: Array) -> bool:
-        """Return whether a dense array lies in this file."""
-        return 0 <= array.ctypes.data - self._start < self.memory.nbytes
+        self.start: int = self.memory.ctypes.data
 
     def advise(self, array: Array, advice: int) -> None:
         """Call `madvise` for the pages of an array that lies in this file."""
-        low = array.ctypes.data - self._start
+        low = array.ctypes.data - self.start
         start = low // mmap.PAGESIZE * mmap.PAGESIZE
         self.map.madvise(advice, start, min(low + array.nbytes, len(self.map)) - start)
 

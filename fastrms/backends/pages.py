@@ -1,10 +1,12 @@
 """Pages of mapped files: read, used and given back in parts, so that a process has few of them in memory."""
 
+import bisect
 import ctypes
 import errno
 import mmap
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +30,23 @@ PART_BYTES = 1 << 20
 # takes 60 ms instead of 110 if all pages are in the page cache (5e7 float32).
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 
+_start = attrgetter("start")
+
 
 class Pages:
-    """The pages of the files of one folder. `files` grows while the optimizer lives."""
+    """The pages of the files of one folder."""
 
-    def __init__(self, path: Path, files: Mapping[str, "MappedFile"]) -> None:
-        self._path, self._files = path, files
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: list[MappedFile] = []  # in the order of their addresses
+
+    def add(self, file: "MappedFile") -> None:
+        """Include the pages of a file."""
+        bisect.insort(self._files, file, key=_start)
+
+    def remove(self, file: "MappedFile") -> None:
+        """Exclude the pages of a file. Ctrl-C may have come before they were included."""
+        self._files = [other for other in self._files if other is not file]
 
     def mapped_elsewhere(self) -> list[Array]:
         """Return other mappings of the same files in this process, as arrays. Only Linux can find them."""
@@ -44,13 +57,13 @@ class Pages:
             bounds, _, _, device, inode = line.split(maxsplit=5)[:5]
             low, high = (int(bound, 16) for bound in bounds.split("-"))
             found.append((low, high, (device, inode)))
-        own = {file.memory.ctypes.data for file in self._files.values()}
+        own = [file.start for file in self._files]
         # The identity comes from the maps too, because `os.stat` gives other numbers on some file systems.
-        names = {name for low, high, name in found if any(low <= address < high for address in own)}
+        names = {name for low, high, name in found if bisect.bisect_left(own, low) < bisect.bisect_left(own, high)}
         return [
             np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
             for low, high, name in found
-            if name in names and not any(low <= address < high for address in own)
+            if name in names and bisect.bisect_left(own, low) == bisect.bisect_left(own, high)
         ]
 
     def shows(self, arrays: tuple[object, ...]) -> bool:
@@ -77,9 +90,10 @@ class Pages:
 
     def _advise(self, array: Array, advice: int) -> None:
         """Call `madvise` for the pages of a dense array. Do nothing for an array outside the files."""
-        for file in self._files.values():
-            if array.nbytes and file.has(array):
-                file.advise(array, advice)
+        address = array.ctypes.data
+        place = bisect.bisect_right(self._files, address, key=_start) - 1
+        if array.nbytes and place >= 0 and address < (file := self._files[place]).start + file.memory.nbytes:
+            file.advise(array, advice)
 
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of a 1-D array, and give back the pages of each before the next."""

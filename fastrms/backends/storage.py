@@ -1,7 +1,9 @@
 """A folder with the buffers of an optimizer in memory-mapped files. They may be larger than memory.
 
 The folder has one file for each buffer, ``head.json`` with the metadata of checkpoints, ``counts.bin`` with the counts
-of steps, and ``lock``. A process holds the lock while it has the folder open.
+of steps, and ``lock``. A process holds the lock while it has the folder open. A group that was added has files of its
+own for all of these buffers and for its counts, with the number of the group in their names: ``params-1.bin``. A file
+counts as part of the folder when the metadata list it. So a group is added by writing the metadata, after its files.
 
 The system keeps mapped pages in its page cache, and writes them to the disk at any time. Only pages that a process has
 accessed count as its memory. So a step updates the arrays in parts, and gives the pages of each part back. One kernel
@@ -13,7 +15,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,17 @@ from numpy.typing import NDArray
 
 from fastrms._state import OptimizerState
 from fastrms._types import Options
+from fastrms.backends import folder
 from fastrms.backends.base import Call
-from fastrms.backends.folder import BUFFERS, METADATA_FILE, VERSION, make_folder, read_metadata, real_path
+from fastrms.backends.folder import BUFFERS, METADATA_FILE
 from fastrms.backends.mapped import MappedFile, PartNorms, StoredBuffer, open_own
 from fastrms.backends.pages import Pages
-from fastrms.buffers import Array, Layout
+from fastrms.backends.stored_counts import COUNTS_FILE, LOAD, STEP, StoredCounts
+from fastrms.buffers import Array, FlatBuffer, Layout
+from fastrms.buffers.joined import JoinedBuffer, parts_of
 from fastrms.checkpoints.formats import replaced
-from fastrms.checkpoints.metadata import MOST_STEPS, check_absent, encode, metadata_of
-from fastrms.errors import CheckpointError, OptionError, OptionTypeError, StorageError, StructureError, call_all
+from fastrms.checkpoints.metadata import metadata_of
+from fastrms.errors import OptionError, OptionTypeError, StorageError, call_all
 from fastrms.kernels.norms import SpanNorms
 
 if sys.platform != "win32":
@@ -39,12 +44,7 @@ if sys.platform != "win32":
 __all__ = ["Storage", "check_storage"]
 
 
-_COUNTS, _LOCK = "counts.bin", "lock"
-
-# The places of the numbers in `counts.bin`. Those of `Counts.absent` begin at the last one.
-_UNDER_WAY, _STEPS, _SKIPPED_STEPS, _ABSENT = range(4)
-_NOTHING, _STEP, _LOAD = range(3)
-_WHAT = {_NOTHING: "nothing was under way", _STEP: "a step was under way", _LOAD: "a load was under way"}
+_LOCK = "lock"
 
 
 class Storage:
@@ -53,8 +53,9 @@ class Storage:
     path: Path  # absolute and without links
     reopened: bool  # whether the folder had buffers before
     metadata: Options  # the content of `head.json` when the folder was opened; empty for a new folder
-    counts: NDArray[np.int64]  # the content of `counts.bin`
-    _state: OptimizerState  # set at the end of `making`
+    _counts: StoredCounts
+    _state: OptimizerState  # set in `making`
+    _first: int  # the number of groups that the folder was made with
     _made_folder: bool = False
 
     @classmethod
@@ -65,17 +66,14 @@ class Storage:
     @classmethod
     def create(cls, path: Path, layout: Layout) -> "Storage":
         """Make the folder and lock it."""
-        path = real_path(path)
-        try:
-            encode(layout.structure(range(len(layout.leaves))))
-        except StructureError as error:
-            raise StructureError(f"storage: {error} in params, which a file cannot give back") from None
+        path = folder.real_path(path)
+        folder.check_keys(layout)
         new = cls.__new__(cls)
-        new._made_folder = make_folder(path)
+        new._made_folder = folder.make_folder(path)
         new._start(path, False)
         new._take_lock(os.O_CREAT | os.O_EXCL)
         try:
-            new._map_counts(len(layout.leaves))
+            new._counts = StoredCounts(path, len(layout.leaves), {}, True)
         except BaseException:
             new.discard()
             raise
@@ -85,7 +83,7 @@ class Storage:
     def open(cls, path: Path, after_crash: str) -> "Storage":
         """Open and lock a folder of an earlier optimizer. `new_buffer` maps its buffers later."""
         old = cls.__new__(cls)
-        path = real_path(path)
+        path = folder.real_path(path)
         if not os.path.lexists(path / METADATA_FILE):
             files = path.is_dir() and any(path.iterdir())
             rest = "; it was not finished: remove it, and make a new one with RMSProp(params, storage=...)"
@@ -93,8 +91,9 @@ class Storage:
         old._start(path, True)
         old._take_lock(os.O_CREAT)
         try:
-            old.metadata = read_metadata(path / METADATA_FILE)
-            old._map_counts(len(old.metadata["parameters"]))
+            old.metadata = folder.read_metadata(path / METADATA_FILE)
+            added = folder.added_groups(old.metadata)
+            old._counts = StoredCounts(path, len(old.metadata["parameters"]) - sum(added.values()), added, False)
             old._check_content(after_crash)
         except BaseException:
             old._unlock()
@@ -109,14 +108,13 @@ class Storage:
         new files.
         """
         try:
-            if len(self.counts) != _ABSENT + len(state.layout.leaves):
+            if len(self._counts.absent) != len(state.layout.leaves):
                 raise StorageError(f"{self.path / METADATA_FILE}: structure and parameters do not fit together")
-            yield
             self._state = state
+            self._first = len(state.param_groups) - self.metadata.get("storage", {}).get("added", 0)
+            yield
             if self.reopened:
-                counts = state.counts
-                counts.steps, counts.skipped_steps = int(self.counts[_STEPS]), int(self.counts[_SKIPPED_STEPS])
-                counts.absent[...] = np.minimum(self.counts[_ABSENT:], counts.steps)
+                self._counts.read(state.counts)
             else:
                 self._write_metadata(clean=False)
         except BaseException:
@@ -126,8 +124,8 @@ class Storage:
     def _start(self, path: Path, reopened: bool) -> None:
         """Set the attributes of a folder that is not locked yet."""
         self.path, self.reopened, self.metadata = path, reopened, {}
-        self._files: dict[str, MappedFile] = {}
-        self.pages = Pages(path, self._files)
+        self._files: dict[str, MappedFile] = {}  # of buffers, by their names without suffix
+        self.pages = Pages(path)
         self._lock: int | None = None
         self._closed: str | None = None  # the reason why the folder can no longer be used
         self._interrupted = False  # whether a step or load has begun and not ended
@@ -154,40 +152,21 @@ class Storage:
             os.close(self._lock)  # unlocks, as child processes have closed their copies
             self._lock = None
 
-    def _map_counts(self, parameters: int) -> None:
-        """Make or map the file of counts."""
-        nbytes = 8 * (_ABSENT + parameters)
-        self._counts_file = MappedFile(self.path / _COUNTS, nbytes, not self.reopened)
-        self.counts = self._counts_file.memory[:nbytes].view(np.int64)
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """The content of `counts.bin`."""
+        return self._counts.array
 
     def _check_content(self, after_crash: str) -> None:
         """Raise StorageError for impossible counts, or after a crash if `after_crash` is "raise"."""
-        under_way, steps, absent = self.counts[_UNDER_WAY], self.counts[_STEPS], self.counts[_ABSENT:]
-        if self.metadata["storage"]["clean"]:
-            self._check_counts(absent)
-        elif after_crash == "raise":
+        clean = self.metadata["storage"]["clean"]
+        if not clean and after_crash == "raise":
             raise StorageError(
                 f"{self.path}: expected a folder that was closed, got one of a process that ended without: "
-                f"{_WHAT.get(int(under_way), 'it is damaged')}, {steps} steps were finished, "
-                f"{self.metadata['steps']} when it was flushed last. Parameters and state may be of different "
-                'steps; after_crash="use" takes them as they are'
+                f"{self._counts.crash()}, {self.metadata['steps']} when it was flushed last. Parameters and state may "
+                'be of different steps; after_crash="use" takes them as they are'
             )
-        else:
-            self._check_counts(np.minimum(absent, steps))  # some counts may have reached the disk without others
-
-    def _check_counts(self, absent: NDArray[np.int64]) -> None:
-        """Raise StorageError for impossible counts."""
-        where = self.path / _COUNTS
-        for name, count in (("steps", self.counts[_STEPS]), ("skipped_steps", self.counts[_SKIPPED_STEPS])):
-            if not 0 <= count <= MOST_STEPS:
-                raise StorageError(
-                    f"{where}: {name}: expected a number of steps, got {count}, which is not from 0 to 2**53: the file "
-                    "is damaged"
-                )
-        try:
-            check_absent(absent, int(self.counts[_STEPS]))
-        except CheckpointError as error:
-            raise StorageError(f"{where}: {error}: the file is damaged") from None
+        self._counts.check(after_crash=not clean)
 
     @property
     def names(self) -> list[str]:
@@ -195,18 +174,63 @@ class Storage:
         found = {*self.metadata.get("storage", {}).get("buffers", []), *self._files}
         return [name for name in BUFFERS if name in found]
 
-    def new_buffer(self, name: str, layout: Layout) -> StoredBuffer:
-        """Return the stored buffer `name`, or a new one of zeros, in a mapped file."""
+    def new_buffer(self, name: str, layout: Layout) -> FlatBuffer:
+        """Return the stored buffer `name`, or a new one of zeros, in a mapped file, and one for each added group."""
         self.check_open()
         new = name not in self.names
         if new:
             self._check_place()
-        file = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
-        self._files[name] = file
+        added = range(self._first, len(self._state.param_groups))
+        if not added:
+            return self.map_buffer(name, layout, new)
+        layouts, before = parts_of(layout, self._first), set(self._files)
+        try:
+            names = [name, *(f"{name}-{number}" for number in added)]
+            parts = [self.map_buffer(one, part, new) for one, part in zip(names, layouts, strict=True)]
+        except BaseException:
+            if new:
+                self._remove(self._take_out_all_but(before))
+            raise
+        return JoinedBuffer(layout.of_parts(layouts), parts)
+
+    def map_buffer(self, name: str, layout: Layout, new: bool) -> StoredBuffer:
+        """Return a buffer in the file `name`, which is stored, or new and of zeros."""
+        file = self._files[name] = MappedFile(self.path / f"{name}.bin", layout.nbytes, new)
+        self.pages.add(file)
         self._marked_open = self._marked_open and not new
         buffer = StoredBuffer.from_layout(layout, lambda *size_and_dtype: file.memory)
         buffer.pages = self.pages
         return buffer
+
+    def _take_out_all_but(self, names: Set[str]) -> list[Path]:
+        """Return the paths of the files of all buffers except these, and no longer use the files."""
+        files = [self._files.pop(name) for name in self._files.keys() - names]
+        for file in files:
+            self.pages.remove(file)
+        return [file.path for file in files]
+
+    @contextlib.contextmanager
+    def adding(self, new: OptimizerState) -> Iterator["_Added"]:
+        """Return a context for adding a group, as `Backend.adding`. Its files are on the disk before the metadata are.
+
+        After Ctrl-C the group may be in the state already. Then the next step, or `flush`, writes the metadata.
+        """
+        self.check_open()
+        self._check_place()
+        folder.check_keys(new.layout)
+        state, before, undo = self._state, set(self._files), self._state.undo()
+        number = len(state.param_groups)
+        try:
+            self._counts.add(number, len(new.layout.leaves))
+            yield _Added(self, number)
+            call_all([partial(self._write_out, self._files[name]) for name in self._files.keys() - before])
+            self._write_metadata(clean=False)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                undo()
+            if len(state.param_groups) == number:
+                self._remove([*self._take_out_all_but(before), *self._counts.take_out(number)])
+            raise
 
     @property
     def is_open(self) -> bool:
@@ -239,28 +263,24 @@ class Storage:
         self.check_open()
         if not self._marked_open:
             self._write_metadata(clean=False)
-        self.counts[_UNDER_WAY] = what
+        self._counts.begin(what)
         self._interrupted = True
 
     def step_taken(self) -> None:
         """Record the counts, and the end of a step or load."""
-        counts = self._state.counts
-        self.counts[_ABSENT:] = counts.absent
-        self.counts[_SKIPPED_STEPS] = counts.skipped_steps
-        self.counts[_STEPS] = counts.steps
-        self.counts[_UNDER_WAY] = _NOTHING
+        self._counts.record(self._state.counts)
         self._interrupted = False
 
     def step_skipped(self) -> None:
         """Record the count of skipped steps."""
         if not self._marked_open:
             self._write_metadata(clean=False)
-        self.counts[_SKIPPED_STEPS] = self._state.counts.skipped_steps
+        self._counts.skipped(self._state.counts)
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Return a context for all writes of a load."""
-        self._begin(_LOAD)
+        self._begin(LOAD)
         yield
         self.step_taken()
         self._write_metadata(clean=False)  # with the options that were loaded
@@ -268,10 +288,11 @@ class Storage:
     def flush(self) -> None:
         """Write everything but gradients to the disk, and then record that the folder is complete."""
         self.check_open()
-        call_all([partial(self._write_out, file) for name, file in self._files.items() if name != "grads"])
+        state = [file for name, file in self._files.items() if name.partition("-")[0] != "grads"]
+        call_all([partial(self._write_out, file) for file in state])
         if not self._interrupted:
             self.step_taken()
-        self._counts_file.map.flush()
+        self._counts.flush()
         self._write_metadata(clean=not self._interrupted)
 
     def _write_out(self, file: MappedFile) -> None:
@@ -286,8 +307,9 @@ class Storage:
         finally:
             self._end("expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) goes on")
             for buffer in self._state.buffers.values():
-                assert isinstance(buffer, StoredBuffer)
-                buffer.make_read_only()
+                for part in buffer.parts if isinstance(buffer, JoinedBuffer) else (buffer,):
+                    assert isinstance(part, StoredBuffer)
+                    part.make_read_only()
 
     def _end(self, reason: str) -> None:
         """Close and unlock the folder. `reason` is the error of later calls."""
@@ -303,26 +325,27 @@ class Storage:
             )
 
     def discard(self) -> None:
-        """Remove new files after an error. Ignore errors of the removal, so that the first error is seen."""
-        with contextlib.suppress(StorageError):
-            self._check_place()
-            self._remove()
+        """Remove the files of a new folder after an error, and the folder if it was made."""
+        if not self.reopened:
+            names = [*(f"{name}.bin" for name in BUFFERS), COUNTS_FILE, METADATA_FILE, _LOCK]
+            self._remove([self.path / name for name in names], self._made_folder)
         self._end("it was not made")
 
-    def _remove(self) -> None:
-        """Remove the files of a new folder, and the folder if it was made."""
-        if not self.reopened:
-            for name in [*(f"{name}.bin" for name in BUFFERS), _COUNTS, METADATA_FILE, _LOCK]:
+    def _remove(self, files: Iterable[Path], with_folder: bool = False) -> None:
+        """Remove files after an error. Ignore errors of the removal, so that the first error is seen."""
+        with contextlib.suppress(StorageError):
+            self._check_place()
+            for path in files:
                 with contextlib.suppress(OSError):
-                    (self.path / name).unlink()
-            if self._made_folder:
+                    path.unlink()
+            if with_folder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
 
     def _write_metadata(self, clean: bool) -> None:
         """Write ``head.json``. `clean` tells whether the files on the disk are complete and belong together."""
         self._check_place()
-        own = {"version": VERSION, "clean": clean, "buffers": self.names}
+        own = folder.own_metadata(clean, self.names, len(self._state.param_groups) - self._first)
         with replaced(self.path / METADATA_FILE) as temporary:
             temporary.write_text(json.dumps(metadata_of(self._state) | {"storage": own}), encoding="utf-8")
         self._marked_open = not clean
@@ -333,7 +356,7 @@ class Storage:
 
     def run(self, calls: Sequence[Call]) -> Iterator[None]:
         """Return an iterator that makes one kernel call for each item, in parts. Call `step_taken` after the last."""
-        self._begin(_STEP)
+        self._begin(STEP)
         for call in calls:
             self.pages.call_in_parts(*call)
             yield
@@ -352,6 +375,20 @@ class Storage:
     def parts(self, array: Array) -> Iterator[slice]:
         """Iterate over slices of a 1-D array, and give back the pages of each before the next."""
         return self.pages.parts(array)
+
+
+class _Added:
+    """The memory of a group that is being added: files of its own in the folder."""
+
+    in_parts = True
+
+    def __init__(self, storage: Storage, number: int) -> None:
+        self._storage, self._number = storage, number
+        self.run, self.norms, self.parts = storage.run, storage.norms, storage.parts
+
+    def new_buffer(self, name: str, layout: Layout) -> StoredBuffer:
+        """Return a new buffer of zeros."""
+        return self._storage.map_buffer(f"{name}-{self._number}", layout, True)
 
 
 def check_storage(storage: object) -> None:

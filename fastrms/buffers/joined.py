@@ -9,10 +9,10 @@ import numpy as np
 from fastrms.buffers.flat import Array, FlatBuffer
 from fastrms.buffers.layout import Layout
 
-__all__ = ["JoinedBuffer", "read_segments", "write_segments"]
+__all__ = ["JoinedBuffer", "parts_of", "read_segments", "write_segments"]
 
 
-class JoinedBuffer(FlatBuffer):
+class JoinedBuffer(FlatBuffer, set_once=("parts",)):
     """Several buffers as one buffer. Each part keeps its own block, and the views of the parts stay valid.
 
     Parameters
@@ -25,12 +25,12 @@ class JoinedBuffer(FlatBuffer):
         Existing containers with the arrays; None for new containers.
     """
 
-    _parts: tuple[FlatBuffer, ...]
+    parts: tuple[FlatBuffer, ...]  # without nesting
 
     def __init__(self, layout: Layout, parts: Sequence[FlatBuffer], views: Any = None) -> None:
         # Without nesting: there may be hundreds of groups.
-        own = [part._parts if isinstance(part, JoinedBuffer) else (part,) for part in parts]
-        parts = self._parts = tuple(chain.from_iterable(own))
+        own = [part.parts if isinstance(part, JoinedBuffer) else (part,) for part in parts]
+        parts = self.parts = tuple(chain.from_iterable(own))
         self.layout = layout
         self.segments = tuple(chain.from_iterable(part.segments for part in parts))
         self.leaves = tuple(chain.from_iterable(part.leaves for part in parts))
@@ -49,7 +49,20 @@ class JoinedBuffer(FlatBuffer):
         aliases : list of bool
             One value for each array; False for None.
         """
-        return list(map(any, zip(*(part.aliases(arrays) for part in self._parts), strict=True)))
+        return list(map(any, zip(*(part.aliases(arrays) for part in self.parts), strict=True)))
+
+    def copy_in(self, arrays: Sequence[object]) -> None:
+        """Copy arrays into the parts, each as the part does it.
+
+        Parameters
+        ----------
+        arrays : sequence of ndarray or None
+            As for `FlatBuffer.store`.
+        """
+        start = 0
+        for part in self.parts:
+            part.copy_in(arrays[start : start + len(part.leaves)])
+            start += len(part.leaves)
 
     def contains(self, item: object) -> bool:
         """Tell whether an object is an array that lies in one of the buffers.
@@ -64,7 +77,7 @@ class JoinedBuffer(FlatBuffer):
         inside : bool
             True also for an array without elements.
         """
-        return any(part.contains(item) for part in self._parts)
+        return any(part.contains(item) for part in self.parts)
 
     def mappings(self) -> list[Array]:
         """Return all memory at which the buffers can be read.
@@ -74,10 +87,16 @@ class JoinedBuffer(FlatBuffer):
         mappings : list of ndarray of uint8
             At least one array for each part.
         """
-        return [mapping for part in self._parts for mapping in part.mappings()]
+        return [mapping for part in self.parts for mapping in part.mappings()]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return JoinedBuffer, (self.layout, self._parts)
+        return JoinedBuffer, (self.layout, self.parts)
+
+
+def parts_of(layout: Layout, first: int) -> list[Layout]:
+    """Return layouts of the parts of a list of groups: the first `first` groups together, and each other group."""
+    groups = layout.zeros()
+    return [Layout(groups[:first]), *map(Layout, groups[first:])]
 
 
 def read_segments(segments: Sequence[Array]) -> Array:

@@ -90,6 +90,7 @@ class Layout:
     leaves: tuple[Leaf, ...]
     segments: tuple[Segment, ...]
     nbytes: int
+    hint: str = ""  # the end of error messages about another structure
 
     def __init__(self, arrays: PyTree, name: str = "arrays") -> None:
         try:
@@ -192,6 +193,17 @@ class Layout:
         other.leaves = tuple(replace(place, path=leaf.path) for place, leaf in zip(places, self.leaves, strict=True))
         other._place_segments([segment.dtype for segment in segments], [segment.size for segment in segments])
         return other
+
+    def zeros(self) -> Any:
+        """Return arrays of zeros with this structure and these shapes and dtypes, which take no memory.
+
+        Returns
+        -------
+        arrays : the structure of this layout
+            Read-only arrays.
+        """
+        zero = [np.zeros((), segment.dtype) for segment in self.segments]
+        return self.structure(np.broadcast_to(zero[leaf.segment], leaf.shape) for leaf in self.leaves)
 
     def dtype_of(self, leaf: Leaf) -> DType:
         """Return the dtype of an array of this layout.
@@ -305,7 +317,10 @@ class Layout:
             return plain
         items = self._by_level(tree)
         if items is None:
-            refuse_structure(self._root, tree, name)
+            try:
+                refuse_structure(self._root, tree, name)
+            except StructureError as error:
+                raise StructureError(f"{error}{self.hint}") from None
             raise StructureError(
                 f"{name}: expected items that do not change while they are read, got {describe(tree)} that changes"
             )

@@ -17,7 +17,7 @@ import os
 import secrets
 import stat
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from fastrms._types import DType, Metadata
 from fastrms.buffers import Array
+from fastrms.buffers.joined import read_segments
 from fastrms.errors import CheckpointError
 
 __all__ = ["Kind", "Source", "checksum", "compare_checksum", "opened", "reading", "replaced", "write"]
@@ -57,31 +58,42 @@ class Source(Protocol):
         ...
 
 
-def write(path: Path, arrays: Mapping[str, Array], metadata: str, in_parts: Callable[[Array], Iterable[slice]]) -> None:
-    """Write 1-D arrays and metadata (JSON) to a file, in the format of its suffix, and arrays in parts."""
+def write(
+    path: Path, arrays: Mapping[str, Sequence[Array]], metadata: str, in_parts: Callable[[Array], Iterable[slice]]
+) -> None:
+    """Write 1-D arrays and metadata (JSON) to a file, in the format of its suffix, and arrays in parts.
+
+    Each array is given in pieces that follow one another.
+    """
     as_safetensors = is_safetensors(path)
     with replaced(path) as temporary:
         if not as_safetensors:
-            _write_npz(temporary, {**arrays, _METADATA: np.frombuffer(metadata.encode(), np.uint8)}, in_parts)
+            _write_npz(temporary, {**arrays, _METADATA: [np.frombuffer(metadata.encode(), np.uint8)]}, in_parts)
             return
         try:
-            _safetensors("numpy").save_file(dict(arrays), temporary, metadata={_METADATA: metadata})
+            whole = {name: read_segments(pieces) for name, pieces in arrays.items()}
+            _safetensors("numpy").save_file(whole, temporary, metadata={_METADATA: metadata})
         except Exception as error:  # its own error type, even for a full disk
             if isinstance(error, OSError | ImportError | MemoryError):
                 raise
             raise OSError(f"{path}: cannot be written: {error}") from None
 
 
-def _write_npz(path: Path, entries: Mapping[str, Array], in_parts: Callable[[Array], Iterable[slice]]) -> None:
+def _write_npz(
+    path: Path, entries: Mapping[str, Sequence[Array]], in_parts: Callable[[Array], Iterable[slice]]
+) -> None:
     """Write a file as `np.savez`, but in parts."""
     with zipfile.ZipFile(path, "w") as archive:
-        for name, array in entries.items():
+        for name, pieces in entries.items():
+            header = np.lib.format.header_data_from_array_1_0(pieces[0])
+            header["shape"] = (sum(piece.size for piece in pieces),)
             # Entered twice: after Ctrl-C in the inner exit the outer exit closes the entry. The archive would raise an
             # error of its own for an open entry, instead of KeyboardInterrupt.
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry, entry:
-                np.lib.format.write_array_header_1_0(entry, np.lib.format.header_data_from_array_1_0(array))
-                for part in in_parts(array):
-                    entry.write(array[part].data)
+                np.lib.format.write_array_header_1_0(entry, header)
+                for piece in pieces:
+                    for part in in_parts(piece):
+                        entry.write(piece[part].data)
 
 
 class _Npz:

@@ -82,11 +82,15 @@ def state_dict(target: Target) -> dict[str, Any]:
     # First, because a signal handler may set an option later, and thereby make a buffer that is not in this metadata.
     metadata = metadata_of(target.state)
     arrays = {_ABSENT: counts.absent.copy()}
-    for name, segments in _vectors(target):
-        there = target.read(segments)
-        arrays[name] = np.empty_like(there)
-        for part in target.parts(there):
-            arrays[name][part] = there[part]
+    for name, pieces in _pieces(target):
+        copied = np.empty(sum(piece.size for piece in pieces), pieces[0].dtype)
+        start = 0
+        for piece in pieces:
+            own = copied[start : start + piece.size]
+            for part in target.parts(piece):
+                own[part] = piece[part]
+            start += piece.size
+        arrays[name] = copied
     return metadata | {"arrays": arrays}
 
 
@@ -95,8 +99,11 @@ def save_file(target: Target, path: Path) -> None:
     check_keys(target.state.buffers["params"].views)
     counts = target.settle()
     metadata = metadata_of(target.state)  # first, as in `state_dict`
-    arrays = {name: target.read(segments) for name, segments in _vectors(target)} | {_ABSENT: counts.absent}
-    checksums = {name: checksum(array[part] for part in target.parts(array)) for name, array in arrays.items()}
+    arrays = dict(_pieces(target)) | {_ABSENT: [counts.absent]}
+    checksums = {
+        name: checksum(piece[part] for piece in pieces for part in target.parts(piece))
+        for name, pieces in arrays.items()
+    }
     write(path, arrays, json.dumps(metadata | {"checksums": checksums}), target.parts)
 
 
@@ -123,6 +130,12 @@ def _vectors(target: Target) -> Iterator[tuple[str, list[Array]]]:
             yield from of_dtype.items()
 
 
+def _pieces(target: Target) -> Iterator[tuple[str, Sequence[Array]]]:
+    """Iterate over the names of the vectors of a state, and the pieces on the host of which each vector consists."""
+    for name, segments in _vectors(target):
+        yield name, segments if target.in_parts else [target.read(segments)]
+
+
 def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = None) -> None:
     """Check all of `source`, then copy it into an optimizer. After a CheckpointError nothing is changed.
 
@@ -140,11 +153,11 @@ def restore(target: Target, source: Source, keep_lr: Sequence[bool] | None = Non
             if not target.in_parts:
                 target.write(segments, loaded.arrays.get(name, 0))
                 continue
-            (segment,) = segments
             if name in loaded.moves:
                 with reading():
-                    _read_in_parts(target, source, name, segment, loaded.moves[name])
-            else:
+                    _read_in_parts(target, source, name, segments, loaded.moves[name])
+                continue
+            for segment in segments:
                 for part in target.parts(segment):
                     segment[part] = 0
         counts.absent, counts.updated = loaded.arrays[_ABSENT], None
@@ -280,16 +293,20 @@ def _arranged(array: Array, moves: _Moves) -> Array:
     return arranged
 
 
-def _read_in_parts(target: Target, source: Source, name: str, segment: Array, moves: _Moves) -> None:
-    """Copy an array of the file into a segment, part by part."""
-    destination = segment
+def _read_in_parts(target: Target, source: Source, name: str, segments: Sequence[Array], moves: _Moves) -> None:
+    """Copy an array of the file into segments that follow one another, part by part."""
+    destination = segments[0]
+    starts = np.cumsum([0, *(segment.size for segment in segments)]).tolist()
 
     def slices() -> Iterator[slice]:  # one at a time: `target.parts` gives back the pages of each part before the next
         nonlocal destination
         for there, here in moves:
-            for part in target.parts(segment[here]):
-                destination = segment[here][part]
-                yield slice(there.start + part.start, there.start + part.stop)
+            for start, segment in zip(starts[:-1], segments, strict=True):
+                low, high = max(here.start, start), min(here.stop, start + segment.size)
+                piece, first = segment[low - start : max(low, high) - start], there.start + low - here.start
+                for part in target.parts(piece):
+                    destination = piece[part]
+                    yield slice(first + part.start, first + part.stop)
 
     for numbers in source.parts(name, slices()):
         destination[...] = numbers

@@ -63,8 +63,8 @@ DAMAGE = {
     "newer": (lambda path: rewrite(path, version=99), "version: expected 1 to 1, got 99"),
     "a checkpoint's": (lambda path: rewrite(path, storage=None), "expected a dict with 'clean' and 'buffers'"),
     "newer storage": (
-        lambda path: rewrite(path, storage={"version": 2, "clean": True, "buffers": ["params", "grads", "cache"]}),
-        "storage: expected version 1, got 2",
+        lambda path: rewrite(path, storage={"version": 3, "clean": True, "buffers": ["params", "grads", "cache"]}),
+        "storage: expected version 1 or 2, got 3; it needs a newer fastrms",
     ),
     "no cache": (
         lambda path: rewrite(path, storage={"version": 1, "clean": True, "buffers": ["params", "grads"]}),

@@ -18,7 +18,7 @@ STARTED_FOR = os.environ.get("FASTRMS_TEST_BACKEND", "")
 
 
 NOT_ONE_BY_ONE = (OptionError, "step_(parameter|rows): expected an optimizer of one process, got one on several ranks")
-NO_MORE_GROUPS = (OptionError, "add_param_group: expected an optimizer with its buffers in the memory of one process")
+NO_MORE_GROUPS = (OptionError, "add_param_group: expected an optimizer of one process")
 
 
 def mpiexec(ranks):
@@ -84,7 +84,7 @@ def copied(params):
 class Mapped(Backend):
     """Files that are mapped to memory, each optimizer in a folder of its own; steps go through them page by page."""
 
-    refuses: ClassVar = {"copies": (StorageError, "cannot be copied or pickled; use save"), "groups": NO_MORE_GROUPS}
+    refuses: ClassVar = {"copies": (StorageError, "cannot be copied or pickled; use save")}
 
     def start(self, folder, monkeypatch):
         super().start(folder, monkeypatch)
@@ -103,7 +103,6 @@ class Cuda(Backend):
 
     refuses: ClassVar = {
         "bfloat16": (OptionError, "cache_dtype: expected None"),
-        "groups": NO_MORE_GROUPS,
     }
     large = 2 * 64 + 3  # the simulator has smaller chunks, and is slow
     environment: ClassVar = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0", "NUMBA_NUM_THREADS": "2"}

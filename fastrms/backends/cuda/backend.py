@@ -1,6 +1,7 @@
 """The backend on a GPU: launch the kernels of a step without waiting for them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -10,7 +11,8 @@ from fastrms._state import Counts, OptimizerState
 from fastrms._types import Items
 from fastrms.backends.base import Backend
 from fastrms.backends.cuda.arrays import Stream, as_stream, copy_in, cuda, let_wait, require_gpu, to_host
-from fastrms.backends.cuda.buffer import DeviceBuffer, Pinned, Scratch
+from fastrms.backends.cuda.buffer import DeviceBuffer, JoinedDeviceBuffer, PinnedGradients, Scratch
+from fastrms.backends.cuda.given import params_on_host
 from fastrms.backends.cuda.gradients import Finder, Found
 from fastrms.backends.cuda.launches import Pass, norm_passes, squares, update
 from fastrms.backends.cuda.parameter import DeviceParameter
@@ -19,6 +21,7 @@ from fastrms.backends.memory import Ram
 from fastrms.backends.one_by_one import OneByOne
 from fastrms.backends.plan import rate_of, split_runs
 from fastrms.buffers import Array, FlatBuffer
+from fastrms.buffers.joined import read_segments
 from fastrms.buffers.replaced import Watch, refuse_replaced
 from fastrms.errors import DeviceError, NonfiniteError
 from fastrms.kernels import check_cuda_kernel, threads
@@ -43,27 +46,50 @@ class CudaBackend(Backend):
         state.kernel = "cuda"
         for name, buffer in state.buffers.items():
             state.buffers[name] = DeviceBuffer.of(buffer, self._stream)
-        self._params, self._grads = self._on_device("params"), self._on_device("grads")
-        self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
-        self._finder = Finder(self._grads.layout, self._grads.leaves, "gradients")
-        self._pinned: list[tuple[Pinned, Any]] = []
-        self._runs = [
-            DeviceRun(k, state.param_groups[k], state.layout, numbers)
-            for k, numbers in split_runs(state.layout, state.group_of)
-        ]
-        self.one_by_one, self.scratch, self.run_calls = OneByOne(DeviceParameter), Scratch(), Ram().run
+        self.scratch, self.run_calls = Scratch(), Ram().run
         self._tables: Tables | None = None
         self._measured = self._guarded = False  # whether the last step computed norms, or may have been skipped
         self._forked = False
-        self._device_counts = False  # whether the device, not the host, counts `absent`
         self._pending = 0  # steps since the host last asked the device whether it has taken or skipped them
+        self._use_parameters()
+        threads.call_after_fork(self.after_fork)
+
+    def _use_parameters(self) -> None:
+        """Prepare all that depends on the parameters and their groups."""
+        params, self._grads = self._on_device("params"), self._on_device("grads")
+        self._watched_params, self._watched_grads = Watch(params), Watch(self._grads)
+        self._finder = Finder(self._grads.layout, self._grads.leaves, "gradients")
+        self._pinned = PinnedGradients(self._grads)
+        groups, runs = self.state.param_groups, split_runs(params.layout, self.state.group_of)
+        self._runs = [DeviceRun(k, groups[k], params.layout, numbers) for k, numbers in runs]
+        self.one_by_one = OneByOne(DeviceParameter)
+        self._device_counts = False  # whether the device, not the host, counts `absent`
         self._absent_changed = False  # whether `absent` on the device is newer than on the host
         # Bounds of the memory that a step writes; and of the memory that updates write, without the gradient buffer.
         self.written = self.written_by_update = np.zeros((0, 2), np.int64)
         self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.options_changed()
-        threads.call_after_fork(self.after_fork)
+        self._params = params  # last: after Ctrl-C in between, the next step does all of it again
+
+    def settle_parameters(self) -> None:
+        """Prepare all that depends on the parameters, if groups were added."""
+        if self._params is not self.state.buffers["params"]:
+            self._use_parameters()
+
+    def adding(self, new: OptimizerState) -> AbstractContextManager[Ram]:
+        """Return a context for adding a group, as `Backend.adding`."""
+        self.settle()  # the next step copies the counts to new tables on the device
+        return nullcontext(Ram())
+
+    def take_in(self, new: OptimizerState, made: Mapping[str, FlatBuffer]) -> None:
+        """Append a group, as `Backend.take_in`."""
+        new.buffers = {name: DeviceBuffer.of(buffer, self._stream) for name, buffer in new.buffers.items()}
+        self.state.take_in(new, made, JoinedDeviceBuffer)
+
+    def params_on_host(self, params: Any, name: str) -> Any:
+        """Return new parameters with all arrays on the host, as `Backend.params_on_host`."""
+        return params_on_host(params, self._stream, name, self.state.buffers.values())
 
     def _on_device(self, name: str) -> DeviceBuffer:
         buffer = self.state.buffers[name]
@@ -120,9 +146,9 @@ class CudaBackend(Backend):
                 run.use_buffers(self.state.buffers)
             self._used = used
         self._changed = True
-        spans = {name: self._on_device(name).span for name in self.state.buffers}
-        self.written = np.array([*spans.values()], np.int64)
-        self.written_by_update = np.array([span for name, span in spans.items() if name != "grads"], np.int64)
+        spans = {name: self._on_device(name).spans for name in self.state.buffers}
+        self.written = np.concatenate([*spans.values()])
+        self.written_by_update = np.concatenate([own for name, own in spans.items() if name != "grads"])
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
 
     # Counts.
@@ -182,6 +208,7 @@ class CudaBackend(Backend):
         """Take one step, as `Backend.step`."""
         self.turns.refuse_in_pass("step")
         self._refuse_forked("step")
+        self.settle_parameters()
         # Functions of the user come first, because they may set options: rates, mappings, arrays.
         rates = self.rates()
         grads = self._grads
@@ -251,7 +278,7 @@ class CudaBackend(Backend):
 
     def _prepare_tables(self) -> Tables:
         """Return the tables of the device, with the present options in them."""
-        if self._tables is None:
+        if self._tables is None or self._tables.runs is not self._runs:
             self._tables = Tables(self._runs, self._stream)
         tables = self._tables
         if self._changed:
@@ -278,29 +305,11 @@ class CudaBackend(Backend):
                 found.others[i] = k, kernels.interface_of(apart) or interface, ours
                 saved.append(apart)
         if found.arrays:
-            self._upload(found)
+            rest = [k for k, array in enumerate(found.arrays) if array is None]
+            whole = bool((found.sources[rest] == kernels.ABSENT).all())
+            self._pinned.copy(found.arrays, whole, self._stream)
         for k, interface, _ in found.others:
             copy_in(grads.part(k), interface, self._stream)
-
-    def _upload(self, found: Found) -> None:
-        """Copy gradients from the host to the gradient buffer, through pinned memory."""
-        grads = self._grads
-        if len(self._pinned) < 2:  # one is filled while the other is being copied
-            self._pinned.append((Pinned(grads.layout), cuda.event()))
-        else:
-            self._pinned.reverse()
-            self._pinned[-1][1].synchronize()
-        pinned, event = self._pinned[-1]
-        pinned.store(found.arrays)
-        rest = [k for k, array in enumerate(found.arrays) if array is None]
-        if (found.sources[rest] == kernels.ABSENT).all():
-            if pinned.nbytes:
-                grads.block.copy_to_device(pinned.block, stream=self._stream)
-        else:
-            for k, (array, memory) in enumerate(zip(found.arrays, pinned.leaves, strict=True)):
-                if array is not None and memory.size:
-                    grads.part(k).copy_to_device(memory.reshape(-1), stream=self._stream)
-        event.record(self._stream)
 
     def _measure(self, tables: Tables) -> None:
         """Compute the norms of gradients, and whether they are finite, as options need it."""
@@ -356,14 +365,16 @@ class CudaBackend(Backend):
     # Access to buffers.
 
     def read(self, segments: Sequence[Any]) -> Array:
-        """Return a copy on the host of `segments`, which has one item. Wait for the device."""
-        (segment,) = segments
-        return self._params.read(segment)
+        """Return a copy of segments on the host, joined in their order. Wait for the device."""
+        return read_segments([self._params.read(segment) for segment in segments])
 
     def write(self, segments: Sequence[Any], values: Array | float) -> None:
-        """Set the elements of `segments`, which has one item."""
-        (segment,) = segments
-        self._params.write(segment, values)
+        """Set the elements of segments of a buffer, one after another."""
+        start = 0
+        for segment in segments:
+            stop = start + segment.size
+            self._params.write(segment, values[start:stop] if isinstance(values, np.ndarray) else values)
+            start = stop
 
     def state_on_host(self) -> OptimizerState:
         """Return a copy of the data with buffers on the host."""

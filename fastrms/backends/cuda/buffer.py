@@ -10,9 +10,10 @@ from numpy.typing import DTypeLike
 from fastrms._types import DType
 from fastrms.backends.cuda.arrays import DeviceArray, Stream, cuda
 from fastrms.buffers import Array, FlatBuffer, Layout
+from fastrms.buffers.joined import JoinedBuffer
 from fastrms.kernels import cuda as kernels
 
-__all__ = ["DeviceBuffer", "Pinned", "Scratch", "Staged"]
+__all__ = ["DeviceBuffer", "JoinedDeviceBuffer", "PinnedGradients", "Scratch", "Staged"]
 
 # The number of copies of a table that can be in flight to the device. Before a further copy the host waits.
 _IN_FLIGHT = 16
@@ -52,12 +53,17 @@ class DeviceBuffer(FlatBuffer):
             array.stream = stream
 
     @property
-    def span(self) -> tuple[int, int]:
-        """The first address of the block, and the first address after it."""
+    def spans(self) -> list[tuple[int, int]]:
+        """The first address of each block of memory, and the first address after it."""
         interface = kernels.interface_of(self.block)
         assert interface is not None
         low = interface["data"][0]
-        return low, low + self.nbytes
+        return [(low, low + self.nbytes)]
+
+    def upload(self, pinned: "Pinned") -> None:
+        """Copy all of a buffer in pinned memory, of the same layout, to the device."""
+        if pinned.nbytes:
+            self.block.copy_to_device(pinned.block, stream=self._stream)
 
     def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "DeviceBuffer":
         """Return a new buffer of the same structure on the device, as `FlatBuffer.like`."""
@@ -121,8 +127,7 @@ class DeviceBuffer(FlatBuffer):
         interface = kernels.interface_of(item)
         if interface is None or not math.prod(interface["shape"]):
             return interface is not None
-        low, high = self.span
-        return bool(low <= interface["data"][0] < high)
+        return any(low <= interface["data"][0] < high for low, high in self.spans)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.to_host().__reduce__()
@@ -131,11 +136,82 @@ class DeviceBuffer(FlatBuffer):
         return super().__repr__().replace("FlatBuffer", "DeviceBuffer", 1)
 
 
+class JoinedDeviceBuffer(JoinedBuffer, DeviceBuffer):
+    """A `JoinedBuffer` whose parts are on the device."""
+
+    def __init__(self, layout: Layout, parts: Sequence[DeviceBuffer], views: Any = None) -> None:
+        super().__init__(layout, parts, views)
+        self._stream = parts[0]._stream
+
+    @property
+    def _on_device(self) -> list[DeviceBuffer]:
+        """The parts."""
+        return [part for part in self.parts if isinstance(part, DeviceBuffer)]
+
+    def use(self, stream: Stream) -> None:
+        """Use another stream from now on."""
+        self._stream = stream
+        for part in self._on_device:
+            part.use(stream)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The first address of each block of memory, and the first address after it."""
+        return [span for part in self._on_device for span in part.spans]
+
+    def upload(self, pinned: "Pinned") -> None:
+        """Copy all of a buffer in pinned memory, of the same layout, to the device."""
+        for ours, theirs in zip(self.segments, pinned.segments, strict=True):
+            if theirs.size:
+                ours.copy_to_device(theirs, stream=self._stream)
+
+    def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> DeviceBuffer:
+        """Return a new buffer of the same structure on the device, as `FlatBuffer.like`."""
+        parts = [part.like(fill, dtype) for part in self._on_device]
+        return JoinedDeviceBuffer(self.layout.of_parts([part.layout for part in parts]), parts)
+
+    def to_host(self) -> FlatBuffer:
+        """Return a copy on the host."""
+        return JoinedBuffer(self.layout, [part.to_host() for part in self._on_device])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.to_host().__reduce__()
+
+
 class Pinned(FlatBuffer):
     """A `FlatBuffer` in pinned memory of the host. Copies from there to the device are asynchronous."""
 
     def __init__(self, layout: Layout) -> None:
         self._allocate(layout, cuda.pinned_array)
+
+
+class PinnedGradients:
+    """Two buffers in pinned memory. One is filled with gradients while the other is being copied to the device."""
+
+    def __init__(self, grads: DeviceBuffer) -> None:
+        self._grads = grads
+        self._pinned: list[tuple[Pinned, Any]] = []  # each with the event after the copy from it
+
+    def copy(self, arrays: Sequence[Any], whole: bool, stream: Stream) -> None:
+        """Copy gradients on the host to the gradient buffer.
+
+        Where `arrays` has None, the gradient buffer stays as it is, or has undefined values if `whole`.
+        """
+        grads = self._grads
+        if len(self._pinned) < 2:
+            self._pinned.append((Pinned(grads.layout), cuda.event()))
+        else:
+            self._pinned.reverse()
+            self._pinned[-1][1].synchronize()
+        pinned, event = self._pinned[-1]
+        pinned.store(arrays)
+        if whole:
+            grads.upload(pinned)
+        else:
+            for k, (array, memory) in enumerate(zip(arrays, pinned.leaves, strict=True)):
+                if array is not None and memory.size:
+                    grads.part(k).copy_to_device(memory.reshape(-1), stream=stream)
+        event.record(stream)
 
 
 class Uploads:

@@ -42,8 +42,8 @@ class DeviceParameter(Parameter["CudaBackend"]):
     def __init__(self, backend: "CudaBackend", number: int) -> None:
         super().__init__(backend, number)
         state = backend.state
-        group = state.param_groups[self.group_number]
-        self._run = DeviceRun(self.group_number, group, state.layout, np.array([number]))
+        group, layout = state.param_groups[self.group_number], state.buffers["params"].layout
+        self._run = DeviceRun(self.group_number, group, layout, np.array([number]))
         self._finder = Finder(self.layout, [state.buffers["grads"].leaves[number]], f"gradients{self.path}")
         self._computed_from: object = None  # the version of the options that the run uses
         self._used: tuple[bool, bool] | None = None  # the state that the run uses, as in `state_in_use`

@@ -57,6 +57,7 @@ class Tables:
     """Arrays on the device with a row for each parameter, in the order of the runs. Each run gets its rows."""
 
     def __init__(self, runs: Sequence[DeviceRun], stream: Stream) -> None:
+        self.runs = runs
         self.order = np.concatenate([run.numbers for run in runs])
         count = 0
         for run in runs:

@@ -301,7 +301,24 @@ def test_a_group_that_is_added_has_the_bits_of_one_that_was_there_without_gradie
             assert_same_state(ours, oracle, f"step {t}")
 
 
-@pytest.mark.parametrize("options", [{"global_clip_norm": 1.0}, {"clip_norm": 1e9}, {}], ids=str)
+def test_a_limit_of_inf_for_all_gradients_clips_nothing(backend, rng):
+    params = drawn(MIXED, rng)
+    ours = backend.make(params, momentum=0.9, global_clip_norm=np.inf)
+    oracle = RMSProp(params, kernel="numpy", momentum=0.9)
+    for value in (1e30, np.inf, np.nan):
+        gradients = drawn(MIXED, rng)
+        gradients[3][2] = value
+        for opt in (ours, oracle):
+            opt.step(gradients)
+        assert ours.last_grad_norm == pytest.approx(np.float32(value), rel=1e-6, nan_ok=True)
+        oracle.global_clip_norm = np.inf
+        assert_same_state(ours, oracle)
+        oracle.global_clip_norm = None
+
+
+@pytest.mark.parametrize(
+    "options", [{"global_clip_norm": 1.0}, {"global_clip_norm": np.inf}, {"clip_norm": 1e9}, {}], ids=str
+)
 def test_the_norm_of_the_last_gradients_and_zeros_in_the_buffer(options, backend):
     opt = backend.make([np.ones(2), np.ones(1)], **options)
     opt.step([np.array([3.0, 0.0]), np.array([4.0])])

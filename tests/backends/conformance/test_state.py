@@ -69,6 +69,34 @@ def test_an_optimizer_is_made_from_a_file_alone(kind, backend, rng):
     assert [group["lr"] for group in again.param_groups] == [0.125] * 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_that_was_added_goes_on_with_another_backend(kind, backend, rng):
+    if "groups" in backend.refuses:
+        return
+    body, head = LAYOUTS["nested"], LAYOUTS["list"]
+    params = [drawn(body, rng), drawn(head, rng)]
+    ours, host = backend.make(params[0], **OF_A_RUN), RMSProp(params[0], kernel="numpy", **OF_A_RUN)
+    never_moved = RMSProp([{"params": group} for group in params], kernel="numpy", **OF_A_RUN)
+    for opt in (ours, host):
+        opt.add_param_group({"params": params[1]})
+    for t in range(3):
+        gradients = [backend.gradients(body, rng, OF_A_RUN), backend.gradients(head, rng, OF_A_RUN)]
+        if t == 1:
+            gradients[1][0] = None
+        for opt in (ours, host, never_moved):
+            opt.step(gradients)
+        on_host, here = (host, ours) if t else (never_moved, never_moved)
+        transfer(on_host, ours, kind, backend.folder)
+        transfer(here, host, kind, backend.folder)
+        for opt in (ours, host):
+            assert_same_state(opt, never_moved, f"step {t}")
+    if kind != "dict":
+        path = backend.folder / f"last.{kind}"
+        ours.save(path)
+        for opt in (backend.from_checkpoint(path), RMSProp.from_checkpoint(path)):
+            assert_same_state(opt, never_moved)
+
+
 def test_options_are_those_of_the_state_that_is_loaded(backend):
     opt = backend.make([{"params": [np.ones(3)]}, {"params": np.ones(2), "momentum": 0.9}])
     opt.step([[np.ones(3)], np.ones(2)])

@@ -74,7 +74,7 @@ def test_gradients_here_there_and_in_the_buffer_in_one_step(rng):
 
 def test_gradients_that_reach_into_the_optimizers_own_memory_are_copied_first():
     _, optimizer = pair([np.ones(4), np.ones(4)])
-    low, high = optimizer.buffers["grads"].span
+    ((low, high),) = optimizer.buffers["grads"].spans
 
     def found(address, stride):
         described = {"data": (address, False), "strides": (stride,), "shape": (4,), "typestr": "<f8"}
