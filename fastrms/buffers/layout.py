@@ -72,6 +72,8 @@ class Layout:
         One Segment for each dtype.
     nbytes : int
         The size of the block in bytes.
+    hint : str, default ""
+        The end of messages about gradients or other arrays with another structure.
 
     Raises
     ------
@@ -90,7 +92,7 @@ class Layout:
     leaves: tuple[Leaf, ...]
     segments: tuple[Segment, ...]
     nbytes: int
-    hint: str = ""  # the end of error messages about another structure
+    hint: str  # the end of error messages about another structure
 
     def __init__(self, arrays: PyTree, name: str = "arrays") -> None:
         try:
@@ -102,6 +104,7 @@ class Layout:
             ) from None
         if not items:
             raise StructureError(f"{name}: expected at least one array, got {describe(arrays)} without any")
+        self.hint = ""
         self._place(items, name)
         self._prepare_flatten()
 
