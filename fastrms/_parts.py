@@ -124,8 +124,8 @@ class InParts(Persistent[P]):
         backend = self._backend
         if backend.one_by_one is None:
             raise OptionError(
-                f"{name}: expected an optimizer of one process, got one on several ranks; hand each gradient over with "
-                "ready(key, grad), and then call step()"
+                f"{name}: expected an optimizer of one process, got one on several ranks; call ready(key, grad) for "
+                "each gradient, and then step()"
             )
         turns, state = self._turns, self._state
         with turns.lock:  # as in `Turns.part_of_step`, which takes 2 us longer

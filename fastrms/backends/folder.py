@@ -36,7 +36,7 @@ def make_folder(path: Path) -> bool:
         return True
     except FileNotFoundError:
         raise FileNotFoundError(
-            errno.ENOENT, "storage: expected a folder to make another one in, got none", str(path.parent)
+            errno.ENOENT, "storage: expected a folder in which to make the new one, got none", str(path.parent)
         ) from None
     except FileExistsError:
         if not path.is_dir():
@@ -44,12 +44,12 @@ def make_folder(path: Path) -> bool:
         found = sorted(item.name for item in path.iterdir())
         if METADATA_FILE in found:
             raise StorageError(
-                f"storage: expected a new folder, got one with an optimizer in it: {path}; RMSProp.reopen(path) goes "
-                "on with that one"
+                f"storage: expected a new folder, got one with an optimizer in it: {path}; RMSProp.reopen(path) "
+                "opens that one"
             ) from None
         if found:
             raise StorageError(
-                f"storage: expected a new or empty folder, got one with {found[0]!r} in it: {path}; give another path"
+                f"storage: expected a new or empty folder, got one with {found[0]!r} in it: {path}; choose another path"
             ) from None
         return False
 
@@ -59,7 +59,7 @@ def check_keys(layout: Layout) -> None:
     try:
         encode(layout.structure(range(len(layout.leaves))))
     except StructureError as error:
-        raise StructureError(f"storage: {error} in params, which a file cannot give back") from None
+        raise StructureError(f"storage: {error} in params, which a file cannot restore") from None
 
 
 def own_metadata(clean: bool, buffers: list[str], added: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class HostParameter(Parameter["HostBackend"]):
         if self._finds(backend, run, items := (array,)) or self._finds(backend, run, items := (self._copy(array),)):
             return items
         self._held(backend.state.buffers["params"])
-        raise StructureError(f"params{self.path}: expected the array as it was at first, got one that was changed")
+        raise StructureError(f"params{self.path}: expected the original array, got one that was changed")
 
     def _finds(self, backend: "HostBackend", run: HostRun, items: tuple[Any]) -> bool:
         """Write the address of the gradient to the span of the run, and tell whether it can be read in place."""

@@ -140,8 +140,8 @@ class Storage:
         except (FileExistsError, BlockingIOError):
             self._unlock()
             raise StorageError(
-                f"{self.path}: expected a folder that nobody has open, got one that another process, or another "
-                "optimizer of this one, has; it has to be closed there first"
+                f"{self.path}: expected a folder that is not open, got one that another process, or another "
+                "optimizer of this process, has open; close it there first"
             ) from None
         except OSError as error:
             if self._lock is None or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
@@ -162,9 +162,9 @@ class Storage:
         clean = self.metadata["storage"]["clean"]
         if not clean and after_crash == "raise":
             raise StorageError(
-                f"{self.path}: expected a folder that was closed, got one of a process that ended without: "
+                f"{self.path}: expected a folder that was closed, got one whose process ended without closing it: "
                 f"{self._counts.crash()}, {self.metadata['steps']} when it was flushed last. Parameters and state may "
-                'be of different steps; after_crash="use" takes them as they are'
+                'be of different steps; after_crash="use" uses them as they are'
             )
         self._counts.check(after_crash=not clean)
 
@@ -305,7 +305,9 @@ class Storage:
         try:
             self.flush()
         finally:
-            self._end("expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) goes on")
+            self._end(
+                "expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) opens it again"
+            )
             for buffer in self._state.buffers.values():
                 for part in buffer.parts if isinstance(buffer, JoinedBuffer) else (buffer,):
                     assert isinstance(part, StoredBuffer)
@@ -320,8 +322,8 @@ class Storage:
         """Close the folder in a child process. It shares memory and lock with its parent."""
         if self._closed is None:
             self._end(
-                "expected the process that opened it, got a child of fork(), whose steps would be steps of its "
-                "parent's parameters; close it before the fork, or open another folder"
+                "expected the process that opened it, got a child of fork(), whose steps would change the "
+                "parameters of its parent; close it before the fork, or open another folder"
             )
 
     def discard(self) -> None:

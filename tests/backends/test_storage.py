@@ -93,7 +93,7 @@ def test_keys_that_come_back(key, path):
 
 @pytest.mark.parametrize("key", OTHER_KEYS, ids=repr)
 def test_keys_that_would_not_come_back_are_refused_before_anything_is_made(key, tmp_path):
-    with pytest.raises(StructureError, match=r"storage: expected dicts whose keys are None, str, .* cannot give back"):
+    with pytest.raises(StructureError, match=r"storage: expected dicts whose keys are None, str, .* cannot restore"):
         RMSProp([np.ones(1), {"a": {key: np.ones(2)}}], storage=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -262,7 +262,7 @@ def test_closed(path):
         "load_state_dict(state)",
         "param_groups[0].update(momentum=0.5)",
     ):
-        with pytest.raises(StorageError, match=r"one that was closed; RMSProp\.reopen\(path\) goes on"):
+        with pytest.raises(StorageError, match=r"one that was closed; RMSProp\.reopen\(path\) opens it again"):
             eval(f"opt.{call}", {"opt": opt, "whole": whole, "state": state})
     with pytest.raises(ValueError, match="read-only"):
         whole[...] = 0

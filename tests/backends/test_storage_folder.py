@@ -35,11 +35,13 @@ def test_folders_that_are_refused_stay_as_they_are(tmp_path, path):
     for nothing in (tmp_path / "file", tmp_path / "nowhere"):
         with pytest.raises(StorageError, match=r"expected a folder with head\.json, got none$"):
             RMSProp.reopen(nothing)
-    with pytest.raises(FileNotFoundError, match="expected a folder to make another one in"):
+    with pytest.raises(FileNotFoundError, match="expected a folder in which to make the new one"):
         RMSProp([np.ones(2)], storage=tmp_path / "no" / "where")
     RMSProp([np.ones(2)], storage=path).close()
     before = contents(path)
-    with pytest.raises(StorageError, match=r"got one with an optimizer in it: .*; RMSProp\.reopen\(path\) goes on"):
+    with pytest.raises(
+        StorageError, match=r"got one with an optimizer in it: .*; RMSProp\.reopen\(path\) opens that one"
+    ):
         RMSProp([np.ones(2)], storage=path)
     assert contents(path) == before
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "folder", "run"]

@@ -176,7 +176,9 @@ def test_after_a_fork_all_are_told_also_where_one_raises(tmp_path):
     assert done.stdout.split() == ["4"]
 
 
-LOCKED = "expected a folder that nobody has open, got one that another process, or another optimizer of this one, has"
+LOCKED = (
+    "expected a folder that is not open, got one that another process, or another optimizer of this process, has open"
+)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
@@ -223,7 +225,7 @@ def test_a_child_of_fork_can_read_and_takes_no_step(path):
         try:
             RMSProp.reopen(sys.argv[1])
         except StorageError as error:
-            print("locked" if "nobody has open" in str(error) else error)
+            print("locked" if "that is not open" in str(error) else error)
         opt.step([np.ones(3)])
         print(opt.steps)
     """

@@ -20,7 +20,11 @@ MISTAKES = {
     "lr for float32": ({"lr": 1e39}, OptionError, "lr: 1e\\+39 is too large for float32"),
     "a used folder": ({"storage": "used"}, StorageError, "storage: expected a new or empty folder, got one with"),
     "a flag for storage": ({"storage": True}, OptionTypeError, "storage: expected the path"),
-    "no folder": ({"storage": "no/where"}, FileNotFoundError, "storage: expected a folder to make another one in"),
+    "no folder": (
+        {"storage": "no/where"},
+        FileNotFoundError,
+        "storage: expected a folder in which to make the new one",
+    ),
 }
 
 
