@@ -305,9 +305,7 @@ class Storage:
         try:
             self.flush()
         finally:
-            self._end(
-                "expected an optimizer that is open, got one that was closed; RMSProp.reopen(path) opens it again"
-            )
+            self._end("expected an optimizer that is open, got a closed one; RMSProp.reopen(path) opens it again")
             for buffer in self._state.buffers.values():
                 for part in buffer.parts if isinstance(buffer, JoinedBuffer) else (buffer,):
                     assert isinstance(part, StoredBuffer)

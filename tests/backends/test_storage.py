@@ -262,7 +262,7 @@ def test_closed(path):
         "load_state_dict(state)",
         "param_groups[0].update(momentum=0.5)",
     ):
-        with pytest.raises(StorageError, match=r"one that was closed; RMSProp\.reopen\(path\) opens it again"):
+        with pytest.raises(StorageError, match=r"a closed one; RMSProp\.reopen\(path\) opens it again"):
             eval(f"opt.{call}", {"opt": opt, "whole": whole, "state": state})
     with pytest.raises(ValueError, match="read-only"):
         whole[...] = 0
