@@ -241,7 +241,7 @@ def test_a_closed_folder_is_left_alone(tmp_path):
     opt.step_parameter(0, np.ones(2))
     opt.close()
     for call in (opt.finish_step, lambda: opt.step_parameter(1, np.ones(2))):
-        with pytest.raises(StorageError, match="got one that was closed"):
+        with pytest.raises(StorageError, match="got a closed one"):
             call()
 
 

@@ -52,7 +52,7 @@ def test_a_closed_optimizer_is_not_called_a_bad_file(tmp_path):
     opt = RMSProp([np.ones(2)], storage=tmp_path / "run")
     opt.save(tmp_path / "state.npz")
     opt.close()
-    with pytest.raises(StorageError, match="one that was closed"):
+    with pytest.raises(StorageError, match="a closed one"):
         opt.load(tmp_path / "state.npz")
 
 
