@@ -68,7 +68,7 @@ def test_a_release_waits_for_the_tests_and_the_checks_of_the_package():
 
 def test_the_workflow_runs_everything_once_and_the_tests_on_every_python_that_the_metadata_names():
     jobs = WORKFLOWS["ci.yml"]["jobs"]
-    assert [step["run"] for step in jobs["everything"]["steps"] if "run" in step] == [".ci/run"]
+    assert [step["run"] for step in jobs["everything"]["steps"] if "run" in step] == ["bash .ci/run"]
     rows = jobs["tests"]["strategy"]["matrix"]["include"]
     setup = next(step["with"] for step in jobs["everything"]["steps"] if "setup-python" in step.get("uses", ""))
     assert {row["python"] for row in rows} | {setup["python-version"]} == PYTHONS
