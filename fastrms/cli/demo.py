@@ -41,9 +41,10 @@ __all__ = ["PLOT_NAME", "add_command", "run"]
 
 PLOT_NAME = "fastrms-demo.png"
 
-# Default width of each hidden layer and rows of a batch. On ranks, gradients have to take longer than messages.
-HIDDEN, BATCH = (512, 512), 64
-HIDDEN_MPI, BATCH_MPI = (1024, 1024), 512
+# Default width of each hidden layer, rows of a batch and learning rate. On ranks, gradients have to take longer than
+# messages, and wider layers need a smaller rate.
+HIDDEN, BATCH, LR = (512, 512), 64, 1e-3
+HIDDEN_MPI, BATCH_MPI, LR_MPI = (1024, 1024), 512, 3e-4
 
 # Two layers of more units than this fit no machine's memory, and NumPy's own limits are near.
 MAX_UNITS = 1_000_000
@@ -71,7 +72,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--epochs", type=count, default=20, metavar="N", help=f"number of passes over the training set {default}")
     add("--batch-size", type=count, metavar="N", help=
         "rows in a batch, limited to the rows of the training set (default: 64, with --mpi 512)")  # fmt: skip
-    add("--lr", type=positive, default=1e-3, help=f"learning rate {default}")
+    add("--lr", type=positive, help=f"learning rate (default: {LR:g}, with --mpi {LR_MPI:g})")
     add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help=
         f"seed of the split into training and test rows, the initial parameters and the batches {default}")  # fmt: skip
     add("--dtype", choices=("float32", "float64"), default="float32", help=f"dtype of parameters and data {default}")
@@ -93,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     """Run ``fastrms demo`` and return 0; raise CommandError if the training diverges or the two differ."""
     require("demo", "matplotlib", "rich", "sklearn")
     start_threads()
-    hidden, batch = (HIDDEN_MPI, BATCH_MPI) if args.mpi else (HIDDEN, BATCH)
-    args.hidden, args.batch_size = args.hidden or list(hidden), args.batch_size or batch
+    hidden, batch, lr = (HIDDEN_MPI, BATCH_MPI, LR_MPI) if args.mpi else (HIDDEN, BATCH, LR)
+    args.hidden, args.batch_size, args.lr = args.hidden or list(hidden), args.batch_size or batch, args.lr or lr
     if not args.mpi:
         return _run(args, ("NumPy reference", "fastrms"), training.train_both, training.compare)
     require("mpi", "mpi4py")

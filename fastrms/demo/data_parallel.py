@@ -120,8 +120,8 @@ def use_of_ranks(optimizer: RMSProp) -> str:
     sent = 2 * (comm.size - 1) / comm.size * whole
     return (
         f"Ranks divide the optimizer's state (here {format_bytes(own)} of {format_bytes(whole)} on rank 0) and can run "
-        f"on several machines. On one machine they share its cores, and each rank sends {format_bytes(sent)} a step: "
-        "expect at most the speed of one process. The optimizer's part includes messages and waits for other ranks. "
+        f"on several machines. On one machine they share its cores and memory, so more ranks are often no faster. Each "
+        f"rank sends {format_bytes(sent)} a step; the optimizer's part includes messages and waits for other ranks. "
         "docs/mpi.md says when more ranks are faster."
     )
 
