@@ -87,6 +87,11 @@ class Backend(ABC):
         """Append the only group of a state with buffers on the host, as `OptimizerState.take_in`."""
         self.state.take_in(new, made)
 
+    @property
+    def decided(self) -> bool:
+        """Whether the choice of the kernel has been made. On the host, "auto" makes it during training."""
+        return True
+
     @abstractmethod
     def settle_parameters(self) -> None:
         """Prepare all that depends on the parameters, if groups were added or taken out."""

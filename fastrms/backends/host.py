@@ -158,6 +158,11 @@ class HostBackend(Backend):
         """The variant of large runs in the next step: a key of `tuner.VARIANTS`, or the option `kernel`."""
         return self.state.kernel if self._tuner is None else self._tuner.variant
 
+    @property
+    def decided(self) -> bool:
+        """Whether "auto" has chosen among variants, or has nothing to choose."""
+        return self._tuner is None or self._tuner.decided
+
     def _threads(self) -> int:
         """Return the number of threads of the parallel kernel."""
         return self.state.num_threads or threads.max_threads()

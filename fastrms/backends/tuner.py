@@ -55,7 +55,8 @@ class Tuner:
     """The choice among variants, from times of training steps.
 
     The first of the `candidates` is used until the first trial, and later unless another one gains. `variant` is the
-    candidate of the next step, and `reason` says why, for users. A trial begins when the function that `prepare`
+    candidate of the next step, `best` the choice between trials, and `reason` says why, for users. `trying` tells
+    whether a trial is running, and `decided` whether one has ended. A trial begins when the function that `prepare`
     returns is true: candidates are compiled then.
     """
 
@@ -86,12 +87,14 @@ class Tuner:
         self._candidates = candidates
         self._clock = clock
         self._prepare = prepare
-        self._best = candidates[0]
+        self.best = candidates[0]
         self.reason = f"after {self.FIRST_LOOK:g} s of training, auto also tries {', '.join(candidates[1:])}"
+        self.decided = False
         self._last: float | None = None
         self._begin()
 
     def _begin(self) -> None:
+        self.trying = False
         plan = self._make_plan()
         self.variant = next(plan)
         self._plan = plan  # last: Ctrl-C may come at any line
@@ -115,10 +118,13 @@ class Tuner:
             changed = yield from self._train(patience, expected)
             prepared = self._prepare()
             while not prepared():
-                yield self._best
+                yield self.best
+            self.trying = True
             times = yield from self._compare()
+            self.trying = False
+            self.decided = True
             first, fastest = self._candidates[0], min(times, key=times.__getitem__)
-            self._best = fastest if times[fastest] < self.GAIN * times[first] else first
+            self.best = fastest if times[fastest] < self.GAIN * times[first] else first
             measured = ", ".join(f"{1e3 * seconds:.3g} ms with {name}" for name, seconds in times.items())
             self.reason = f"a training step took {measured}"
             expected = times[fastest]
@@ -136,7 +142,7 @@ class Tuner:
         while spent < patience:
             if slow_steps >= self.SLOW_STEPS and slow_seconds >= self.SLOW_SECONDS:
                 return True
-            period = yield self._best
+            period = yield self.best
             recent.append(period)
             counted = min(period, self.PAUSE * (sorted(recent)[len(recent) // 2] if expected is None else expected))
             spent += counted
@@ -189,7 +195,7 @@ def explain(size: int, kernel: str, tuner: Tuner | None, num_threads: int) -> st
     if kernel != "auto":
         return f"{kernel}, as requested"
     if tuner is not None and size >= TRY_PARALLEL_FROM:
-        return f"{tuner.variant}; {tuner.reason}"
+        return f"{tuner.best}; {tuner.reason}{'; a trial is running' if tuner.trying else ''}"
     if os.environ.get("FASTRMS_TUNE") == "0":
         return "serial; FASTRMS_TUNE is 0 in the environment"
     if num_threads > 1:

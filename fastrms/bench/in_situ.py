@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrms._types import HostKernel
+from fastrms.backends.tuner import Tuner
 from fastrms.bench.cases import BATCH_SIZE, LR, Array, Network
 from fastrms.bench.errors import BenchmarkError
 from fastrms.bench.measure import Progress, quartiles, take_turns
@@ -48,8 +49,8 @@ MIN_TURNS, MAX_TURNS = 4, 60
 CHECKED_STEPS = 2 * TURN
 BATCHES = 16
 
-# "auto" begins to try kernels after 2 s, and then needs some tens of steps.
-TRIED_STEPS = 50
+# The longest time to wait for the choice of "auto": on a busy machine, its kernels take long to compile.
+TRIAL_SECONDS = 15.0
 
 
 class TrainingRow(TypedDict):
@@ -200,14 +201,15 @@ def _start(network: Network, batches: int) -> tuple[list[Array], Array, NDArray[
 
 
 def train_with_auto(network: Network, seconds: float) -> tuple[Training, RMSProp]:
-    """Train for `seconds`, and longer until "auto" has tried kernels; return the training and its optimizer."""
+    """Train for `seconds`, and return the training and its optimizer.
+
+    If `seconds` are enough for a trial to begin, train until "auto" has chosen, or for `TRIAL_SECONDS` more.
+    """
     start, x, y = _start(network, 1)
     optimizer = RMSProp(start)
     training = Training(optimizer)
     end = perf_counter() + seconds
-    late = 0
-    # On a busy machine few steps fit into that time, and "auto" counts steps once it has begun to try.
-    while (now := perf_counter()) < end or (late < TRIED_STEPS and now < end + 3 * seconds):
+    limit = end + TRIAL_SECONDS if seconds >= Tuner.FIRST_LOOK else end
+    while (now := perf_counter()) < end or (now < limit and not optimizer.backend.decided):
         training.step(x, y)
-        late += now > end
     return training, optimizer

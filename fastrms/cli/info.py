@@ -20,7 +20,7 @@ __all__ = ["add_command", "run"]
 
 NETWORK = "784-512-512-10"
 
-# "auto" begins to try kernels after 2 s of training.
+# Enough for "auto" to begin its first trial. Training continues until the trial has ended.
 TRAIN_SECONDS = 2.5
 
 _DESCRIPTION = """
@@ -39,7 +39,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="print versions, the kernel that auto chooses and why, and settings to consider",
         description=_DESCRIPTION,
     )
-    seconds = "seconds of training, after which the choice of auto is printed (default: %(default)s)"
+    seconds = "seconds of training, and longer until auto has chosen (default: %(default)s)"
     parser.add_argument("--seconds", type=positive, default=TRAIN_SECONDS, metavar="S", help=seconds)
     measure = "measure the effect of a setting on this machine; takes half a minute"
     parser.add_argument("--measure", action="store_true", help=measure)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     for name, text in _facts():
         print(f"{name if name != label else '':18}{text}", flush=True)
         label = name
-    print(f'\nkernel="auto" after {args.seconds:g} s of training a {NETWORK} network in float32:')
+    print(f'\nkernel="auto" after at least {args.seconds:g} s of training a {NETWORK} network in float32:')
     for line in _explain(args.seconds):
         print(f"  {line}")
     print("\nSettings to consider (environment variables, set before Python starts):")
@@ -86,7 +86,10 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "kernel cache", str(path or "none: no folder is writable, or the JIT is disabled")
     yield from device.facts()
     off = " (FASTRMS_ZERO_COPY=0)" if os.environ.get("FASTRMS_ZERO_COPY") == "0" else ""
-    yield "step(list)", f"{'copies no contiguous gradient' if pointers.available() else 'copies every gradient'}{off}"
+    yield (
+        "step(list)",
+        f"{'reads contiguous gradients in place' if pointers.available() else 'copies every gradient'}{off}",
+    )
     for name, value in variables.items():
         yield "environment", f"{name}={value}"
     if not variables:

@@ -54,9 +54,17 @@ def test_a_trial_waits_until_its_kernels_are_compiled():
     training.tuner = Tuner(["serial", "parallel"], lambda: training.now, lambda: lambda: bool(done))
     training.run(500)
     assert set(training.used) == {"serial"}
+    assert not training.tuner.trying
     done.append(True)
     training.run(TRIAL)
     assert set(training.used) == {"serial", "parallel"}
+    assert training.tuner.trying
+    assert not training.tuner.decided
+    text = tuner.explain(10**6, "auto", training.tuner, 2)
+    assert text == "serial; after 2 s of training, auto also tries parallel; a trial is running"
+    training.run(TRIAL + 1)
+    assert training.tuner.decided
+    assert tuner.explain(10**6, "auto", training.tuner, 2).startswith("parallel; a training step took")
 
 
 def test_a_trial_of_a_much_slower_kernel_ends_after_its_first_round():

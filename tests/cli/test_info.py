@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numba
 import numpy as np
@@ -11,17 +12,15 @@ import pytest
 from helpers import JIT
 
 import fastrms
+from fastrms import RMSProp
+from fastrms.backends.tuner import Tuner
 from fastrms.bench import in_situ, machine
+from fastrms.bench.cases import Network
 from fastrms.cli import info, main
 
 pytestmark = pytest.mark.skipif(not JIT, reason="there is nothing to say about kernels that are not compiled")
 
 SHORT = ["info", "--seconds", "0.01"]
-
-
-@pytest.fixture(autouse=True)
-def _few_steps(monkeypatch):
-    monkeypatch.setattr(in_situ, "TRIED_STEPS", 2)
 
 
 def lines_of(capsys, *more):
@@ -62,6 +61,14 @@ def test_what_auto_chose_and_why(capsys, monkeypatch):
     assert "784-512-512-10" in text
     assert "669706 in all" in text
     assert re.search(r"\d steps, \S+ ms per step, of which \S+ ms for the optimizer", text)
+
+
+def test_the_training_lasts_until_auto_has_chosen(monkeypatch):
+    monkeypatch.setattr(Tuner, "FIRST_LOOK", 0.01)
+    for each, decided in ((0.005, False), (0.01, True)):  # too short for a trial, and just long enough
+        monkeypatch.setattr(in_situ, "RMSProp", partial(RMSProp, num_threads=2))
+        _, optimizer = in_situ.train_with_auto(Network("784-512-10", (784, 512, 10), "float32"), each)
+        assert optimizer.backend.decided == decided
 
 
 @pytest.mark.parametrize(
