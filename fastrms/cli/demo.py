@@ -158,7 +158,7 @@ def _run(
     if not args.quiet:
         _print_results(console, experiment, trainings, conclusion)
         _print_optimizer(console, args.mpi, second)
-        if not args.mpi and (warning := _warning(first, second)):
+        if warning := _warning(args.mpi, first, second):
             say(console, warning, "yellow")
     path = args.output / PLOT_NAME
     save_figure(experiment.plot(trainings, conclusion), path)
@@ -175,7 +175,7 @@ def _conclusion(same: bool, mpi: bool, names: tuple[str, str], first: Training, 
     losses = (
         "different losses" if not same else "the same losses up to rounding" if mpi else "the same losses, bit for bit"
     )
-    if not mpi and training.rest_differs(first, second):
+    if (not mpi and training.rest_differs(first, second)) or training.ratios_spread(first, second):
         return f"Result: {losses}. The machine was too busy to compare times."
     step = training.ratio_of_times(first.step_seconds, second.step_seconds)
     optimizer = training.ratio_of_times(first.optimizer_seconds, second.optimizer_seconds).median
@@ -242,9 +242,16 @@ def _print_optimizer(console: "Console", mpi: bool, fast: Training) -> None:
         say(console, use_of_ranks(fast.optimizer))
 
 
-def _warning(first: Training, second: Training) -> str | None:
-    """Return a warning if the machine was busy: forward and backward run the same code in both training runs."""
-    if not training.rest_differs(first, second):
+def _warning(mpi: bool, first: Training, second: Training) -> str | None:
+    """Return a warning if the machine was busy. Without MPI, forward and backward run the same code in both runs."""
+    if training.ratios_spread(first, second):
+        step = training.ratio_of_times(first.step_seconds, second.step_seconds)
+        return (
+            f"warning: the speed-up of a step varied too much, from {_times(step.quarter)} to "
+            f"{_times(step.three_quarters)} (quartiles). The machine was busy: do not trust the times; run the demo "
+            "again."
+        )
+    if mpi or not training.rest_differs(first, second):
         return None
     times = [format_seconds(float(np.median(each.rest_seconds)), plain=True) for each in (first, second)]
     return (

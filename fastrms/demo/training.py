@@ -14,8 +14,8 @@ from fastrms.kernels.reference import ReferenceRMSProp
 from fastrms.optimizer import RMSProp
 
 __all__ = [
-    "Batches", "Optimizer", "Ratio", "Training", "compare", "first_difference", "ratio_of_times", "rest_differs",
-    "train_both", "train_in_turns",
+    "Batches", "Optimizer", "Ratio", "Training", "compare", "first_difference", "ratio_of_times",
+    "ratios_spread", "rest_differs", "train_both", "train_in_turns",
 ]  # fmt: skip
 
 Batch = tuple[Array, Labels]
@@ -26,6 +26,8 @@ TURN = 10
 
 # Forward and backward run the same code in both training runs. A larger difference comes from the machine.
 REST_TOLERANCE = 0.1
+# The largest quotient of the quartiles of the ratio of two steps on a machine that is not busy.
+SPREAD_TOLERANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,12 @@ def rest_differs(first: Training, second: Training) -> bool:
     """Return whether forward and backward differ in time by so much that the machine must have been busy."""
     ratio = float(np.median(first.rest_seconds)) / float(np.median(second.rest_seconds))
     return max(ratio, 1 / ratio) > 1 + REST_TOLERANCE
+
+
+def ratios_spread(first: Training, second: Training) -> bool:
+    """Return whether the ratio of times varies so much from step to step that the machine must have been busy."""
+    step = ratio_of_times(first.step_seconds, second.step_seconds)
+    return step.three_quarters > SPREAD_TOLERANCE * step.quarter
 
 
 def compare(reference: Training, fast: Training) -> tuple[bool, str]:

@@ -239,13 +239,22 @@ def test_a_busy_machine_is_noticed(rng, rest, shown):
     conclusion = demo._conclusion(True, False, ("NumPy reference", "fastrms"), *pair)
     if shown:
         assert conclusion == "Result: the same losses, bit for bit. The machine was too busy to compare times."
-        assert f"took 1.00 ms with the NumPy reference and {shown} with fastrms" in demo._warning(*pair)
+        assert f"took 1.00 ms with the NumPy reference and {shown} with fastrms" in demo._warning(False, *pair)
+        assert demo._warning(True, *pair) is None  # ranks share the work
     else:
         assert re.fullmatch(
             r"Result: the same losses, bit for bit. With fastrms, a training step is \S+x \(\S+x to \S+x\) as "
             r"fast, its optimizer part 4.00x.", conclusion,
         )  # fmt: skip
-        assert demo._warning(*pair) is None
+        assert demo._warning(False, *pair) is None
+
+
+@pytest.mark.parametrize("mpi", [False, True])
+def test_a_speed_up_that_varies_much_is_not_claimed(rng, mpi):
+    params = mlp.init_params([2, 2], "float32", rng)
+    steady, uneven = trained([3e-3] * 6, [2e-3] * 6, params), trained([1e-3, 3e-3] * 3, [5e-4, 2e-3] * 3, params)
+    assert "varied too much, from 1.00x to 3.00x (quartiles)" in demo._warning(mpi, steady, uneven)
+    assert demo._conclusion(True, mpi, ("one", "two"), steady, uneven).endswith("too busy to compare times.")
 
 
 def test_the_first_lines_and_the_plot_say_what_to_conclude(monkeypatch, capsys, tmp_path):
