@@ -168,7 +168,9 @@ def refuse_structure(node: Node | None, tree: Any, name: str) -> None:
         if not isinstance(tree, Mapping):
             raise StructureError(f"{name}: expected a dict with the keys {_list(node.keys)}, got {describe(tree)}")
         if missing := [key for key in node.keys if key not in tree]:
-            raise StructureError(f"{name}: missing {_list(missing)}; expected the keys {_list(node.keys)}")
+            raise StructureError(
+                f"{name}: missing {_list(missing)}; expected the keys {_list(node.keys)}, got {_list(tree) or 'none'}"
+            )
         if len(tree) > len(node.keys):
             known = set(node.keys)
             extra = [key for key in tree if key not in known]

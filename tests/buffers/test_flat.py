@@ -259,7 +259,7 @@ def test_gather_refuses_and_writes_nothing(arrays, error, message):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"W": np.zeros(2)}, "arrays: missing 'b'; expected the keys 'W', 'b'"),
+        ({"W": np.zeros(2)}, "arrays: missing 'b'; expected the keys 'W', 'b', got 'W'"),
         ({"W": np.zeros(2), "b": np.zeros(1), "c": np.zeros(1)}, "arrays: unknown 'c'; expected the keys 'W', 'b'"),
         ([np.zeros(2), np.zeros(1)], "arrays: expected a dict with the keys 'W', 'b', got a list of 2 items"),
     ],
