@@ -58,6 +58,32 @@ def test_a_compiled_model_and_a_compiled_training_step():
     torch.testing.assert_close(both[0][1], both[1][1])
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of what it does itself
+def test_distributed_data_parallel_and_autocast(tmp_path):
+    both = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for kind in (RMSprop, torch.optim.RMSprop):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+            optimizer = kind(parallel.parameters())
+            x = torch.linspace(-1, 1, 30).reshape(10, 3)
+            for _ in range(5):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = ((parallel(x) - x.sum(1, keepdim=True)) ** 2).mean()
+                loss.backward()
+                optimizer.step()
+            both.append(list(model.parameters()))
+            if kind is RMSprop:
+                assert "the compiled pass" in optimizer.explain()[0]
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*both)
+
+
 def test_tied_layers_are_one_parameter():
     both = []
     for kind in (RMSprop, torch.optim.RMSprop):
