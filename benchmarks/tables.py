@@ -378,6 +378,7 @@ def worth(runs: Sequence[Results]) -> str:
         ("a training step with `parallel`", "the same with `serial`", training("parallel", "serial")),
         ("one flat array of 1,000 or 10,000 elements", "the loop", isolated(small, serial, "naive")),
         ("one flat array of 1,000,000 or more", "the loop", isolated(large, serial, "naive")),
+        ("1,000 arrays of 10×10", "the NumPy class", isolated(many, serial, "reference")),
         ("1,000 arrays of 10×10", "the loop, called for each array", isolated(many, serial, "naive")),
     ]
     body = [[what, against, *(range_of(value(run)) for run in runs)] for what, against, value in rows]

@@ -147,6 +147,11 @@ def links(app: Any, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\(examples/(\w+)\.py\)", r"](gallery/\1.rst)", source[0])
 
 
+def links_of_docstrings(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Let the files of pages in docstrings be links to the pages."""
+    lines[:] = [re.sub(r"``docs/([\w-]+)\.md``", r":doc:`/\1`", line) for line in lines]
+
+
 def no_source_of_generated_pages(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Leave out the links to the source in the repository, which has no such file."""
     if page.startswith(("api/", "gallery/")):
@@ -163,5 +168,6 @@ def setup(app: Any) -> None:
     """Draw the pictures before the pages that show them."""
     app.connect("builder-inited", lambda app: pictures.draw_all(HERE / "_pictures"))
     app.connect("source-read", links)
+    app.connect("autodoc-process-docstring", links_of_docstrings)
     app.connect("autodoc-before-process-signature", unwrap_mocks)
     app.connect("html-page-context", no_source_of_generated_pages)
