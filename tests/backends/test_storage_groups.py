@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import OPTION_SETS, OPTIONS
 from checkpoint_files import KINDS, transfer
-from helpers import JIT, assert_same_bits, assert_same_state, contents, items
+from helpers import JIT, PEAK, assert_same_bits, assert_same_state, contents, items
 
 from fastrms import DtypeError, RMSProp, StructureError
 from fastrms._checks import GROUP_DEFAULTS
@@ -178,17 +178,12 @@ def test_a_group_that_is_refused_leaves_no_file(group, error, message, path):
 
 # Memory.
 
-MEMORY = """
+MEMORY = f"""
     import sys
     import numpy as np
     from fastrms import RMSProp
 
-    def peak():
-        with open("/proc/self/status") as stream:
-            status = dict(line.split(":") for line in stream)
-        with open("/proc/self/clear_refs", "w") as stream:
-            stream.write("5")
-        return 1024 * int(status["VmHWM"].split()[0])
+    {PEAK}
 
     kernel, half = sys.argv[2], 2_500_000
     one = np.float32(1)

@@ -8,7 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits, assert_same_optimizers, contents
+from helpers import JIT, PEAK, assert_same_bits, assert_same_optimizers, contents
 
 from fastrms import RMSProp, StorageError
 
@@ -293,18 +293,12 @@ def test_no_room_for_state_that_is_added_later(tmp_path):
 
 # Memory.
 
-MEMORY = """
+MEMORY = f"""
     import os, sys
     import numpy as np
     from fastrms import RMSProp
 
-    def peak():
-        # In bytes, of what is resident at once, since the last call.
-        with open("/proc/self/status") as stream:
-            status = dict(line.split(":") for line in stream)
-        with open("/proc/self/clear_refs", "w") as stream:
-            stream.write("5")
-        return 1024 * int(status["VmHWM"].split()[0])
+    {PEAK}
 
     kernel, size = sys.argv[2], 20_000_000
     warm = RMSProp([np.ones(70_000, "f"), np.ones(70_000, "f")], kernel=kernel, clip_norm=1.0, momentum=0.5)

@@ -203,3 +203,13 @@ def contents(path):
 
 # A block of Python in a page.
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+# For programs, within a string that is indented by four columns.
+PEAK = """def peak():
+        # In bytes, of what is resident at once, since the last call.
+        with open("/proc/self/status") as stream:
+            status = dict(line.split(":") for line in stream)
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")
+        return 1024 * int(status["VmHWM"].split()[0])"""
