@@ -188,7 +188,7 @@ MEMORY = f"""
     kernel, half = sys.argv[2], 2_500_000
     one = np.float32(1)
     warm = RMSProp([np.ones(70_000, "f")], kernel=kernel, clip_norm=1.0, momentum=0.5)
-    warm.add_param_group({"params": [np.ones(70_000, "f")]})
+    warm.add_param_group({{"params": [np.ones(70_000, "f")]}})
     warm.step()
     warm.step([[np.ones(70_000, "f")]] * 2)
     warm.save(sys.argv[1] + "/warm.npz")
@@ -200,7 +200,7 @@ MEMORY = f"""
         momentum=0.5, initial_scale=0.5,
     )
     peak()
-    opt.add_param_group({"params": [np.broadcast_to(one, (4, half)), np.ones(5, "f")]})
+    opt.add_param_group({{"params": [np.broadcast_to(one, (4, half)), np.ones(5, "f")]}})
     print("adding", peak() - before)
     for _ in range(2):
         opt.step()
