@@ -222,7 +222,7 @@ print("\\nchanged: " + json.dumps(different, default=str), file=sys.stderr, flus
 
 AT_EXIT = {
     "functions at exit": ["fastrms._persistence._close_all"],
-    "functions at fork": ["fastrms.kernels.threads._in_child"],
+    "functions at fork": ["fastrms.kernels.compiled._wait_for_background", "fastrms.kernels.threads._in_child"],
 }
 
 
