@@ -205,23 +205,6 @@ def contents(path):
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def least_memory(measure, rounds=3):
-    """Return for each name the least bytes of some measurements, which are repeated while one is above 25 MiB.
-
-    `measure` gets the number of the round, and returns a list of words: name, bytes, name, bytes. On a busy machine one
-    run in a hundred has more in memory for a moment, for reasons outside the program. A program that keeps pages has
-    more in each run.
-    """
-    least = {}
-    for number in range(rounds):
-        words = measure(number)
-        for name, nbytes in zip(words[::2], map(int, words[1::2]), strict=True):
-            least[name] = min(nbytes, least.get(name, nbytes))
-        if max(least.values()) <= 25 << 20:
-            break
-    return least
-
-
 # For programs, within a string that is indented by four columns.
 PEAK = """def peak():
         # In bytes, of what is resident at once, since the last call.
