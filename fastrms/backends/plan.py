@@ -115,7 +115,7 @@ class HostRun(Run):
         self._memory = memory
         # Whether calls of compiled kernels are calls of `FROM_TABLE`.
         self.from_table = not memory.in_parts and pointers.available()
-        # Copying small gradients and updating them as one span is faster than many spans, if the copy is in memory.
+        # Copying tiny gradients and updating them as one span is faster than many spans, if the copy is in memory.
         self._copies = self.size < pointers.GATHER_BELOW * len(shapes) and not memory.in_parts
         # The calls of steady steps hold these arrays, so they are written in place.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
