@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # During imports, which can swallow exceptions, Ctrl-C ends the process at once.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, lambda number, frame: _quit(words))
+        sys.unraisablehook = _interrupt_again
     try:
         try:
             return _run(argv, words)
@@ -126,6 +128,23 @@ def _quit(words: Sequence[str], where: str = "") -> NoReturn:
     _complain(words, f"interrupted {where}".strip())
     atexit._run_exitfuncs()
     os._exit(_INTERRUPTED)
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Repeat Ctrl-C that Python has ignored; it reports and ignores all exceptions in finalizers and callbacks."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    timer = threading.Timer(0.01, _interrupt_main_thread)  # when the callback has ended
+    timer.daemon = True
+    timer.start()
+
+
+def _interrupt_main_thread() -> None:
+    if hasattr(signal, "pthread_kill"):  # it also ends a wait of that thread
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _prepare_streams() -> None:

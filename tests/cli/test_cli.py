@@ -365,6 +365,32 @@ def test_ctrl_c_of_a_terminal_is_one_line(tmp_path, arguments, delay):
         time.sleep(0.1)
 
 
+SWALLOWS = """
+import signal, time, weakref
+from fastrms.cli import info, main
+
+class Thing:
+    pass
+
+def run(args):
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    time.sleep(60)
+    return 0
+
+info.run = run
+raise SystemExit(main())
+"""
+
+
+def test_ctrl_c_that_python_ignores_in_a_callback_comes_again(tmp_path):
+    began = time.monotonic()
+    status, _, err = python("-c", SWALLOWS, "info", cwd=tmp_path)
+    assert (status, err.decode().splitlines()) == (130, ["fastrms info: interrupted"])
+    assert time.monotonic() - began < 55  # it did not come from the end of the command
+
+
 def _running(group):
     """Processes of a group that have not ended."""
     lines = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True).stdout.splitlines()
