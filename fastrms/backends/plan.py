@@ -107,7 +107,6 @@ class HostRun(Run):
         self._spans[:, :2] = self.bounds
         self._whole = np.array([(0, self.size, 0, 0)], np.int64)
         self._held: Items | None = None  # the parameters of the optimizer, if they are updated in place
-        self._offsets = self._spans[:, 0] * self.dtype.itemsize
         shapes = [layout.leaves[i].shape for i in numbers]
         self._shapes = np.zeros((len(shapes), 3 + max(map(len, shapes))), np.int64)
         for row, number, shape in zip(self._shapes, numbers, shapes, strict=True):
@@ -115,8 +114,6 @@ class HostRun(Run):
         self._memory = memory
         # Whether calls of compiled kernels are calls of `FROM_TABLE`.
         self.from_table = not memory.in_parts and pointers.available()
-        # Copying tiny gradients and updating them as one span is faster than many spans, if the copy is in memory.
-        self._copies = self.size < pointers.GATHER_BELOW * len(shapes) and not memory.in_parts
         # The calls of steady steps hold these arrays, so they are written in place.
         self._hyper = np.empty(len(HYPER_FIELDS), self.dtype)
         self._factors = np.empty((len(shapes), 2), self.dtype)
@@ -184,7 +181,6 @@ class HostRun(Run):
 
         `items` is the address of the items of a tuple with all gradients; 0 to check held parameters only.
         """
-        self._whole[:, GRADIENT] = 0
         if self._finder is None:
             serial_from, *arguments, _ = self._from("serial", self._no_update)
             self._finder = partial(serial_from, *arguments)
@@ -197,19 +193,11 @@ class HostRun(Run):
 
     def point_to_buffer(self) -> None:
         """Read gradients from the gradient buffer in the next calls."""
-        self._spans[:, GRADIENT] = self._whole[:, GRADIENT] = 0
+        self._spans[:, GRADIENT] = 0
 
     def point_to(self, addresses: NDArray[np.int64]) -> None:
         """Read gradients at these addresses in the next calls. There is one for each parameter of the optimizer."""
-        own = addresses[self.numbers]
-        self.point_to_buffer()
-        start = own[0] - self._offsets[0]
-        # The last one first: it mostly differs if the gradients are not parts of one array.
-        together = self._copies and own[-1] - self._offsets[-1] == start
-        if together and bool(np.all(own - self._offsets == start)):
-            self._whole[:, GRADIENT] = start  # nothing has to be copied
-        else:
-            self._spans[:, GRADIENT] = own
+        self._spans[:, GRADIENT] = addresses[self.numbers]
 
     def gradient_norms(self, grads: FlatBuffer, kernel: str, ranks: Ranks | None) -> NDArray[np.float64]:
         """Return the norm of each parameter's gradient after clipping by value, over the shards of all ranks."""
@@ -232,7 +220,7 @@ class HostRun(Run):
         are equal.
         """
         options, present = self.group, None if located.present is None else located.present[self.numbers]
-        neighbours = present is None and self._held is None and (self._copies or not located.in_place)
+        neighbours = present is None and self._held is None and not located.in_place
         equal = scales is None and (corrections is None or bool(np.all(corrections == corrections[0])))
         one_span = neighbours and equal
         spans, factors = (self._whole, self._whole_factors) if one_span else (self._spans, self._factors)
@@ -250,9 +238,8 @@ class HostRun(Run):
             *_, spans, factors, _, lines_ahead = arguments
             table = self._table.copy()
             row = table[0]
-            copies = located.in_place and spans is self._whole  # otherwise each gradient is read in place
             row["spans_at"], row["span_count"], row["factors_at"] = spans.ctypes.data, len(spans), factors.ctypes.data
-            row["copies"], row["from_buffer"] = copies, self._held is not None and not located.in_place
+            row["from_buffer"] = self._held is not None and not located.in_place
             self._kept = spans, factors  # the table has only their addresses
             if kernel == "parallel":
                 threads.start_threads()  # before Numba does so, as it loads the kernel

@@ -5,15 +5,15 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
+from numba.np.arrayobj import populate_array
 
-from fastrms.kernels.compiled import inner, inner_options
+from fastrms.kernels.compiled import inner_options
 
 __all__ = [
     "GRADIENT", "PARAMETER", "array_at", "call_c", "int32_at", "int64_at", "integers_at", "load_state", "num_threads",
-    "part_of_span", "prefetch", "state_part", "store_state",
+    "part", "part_of_span", "prefetch", "store_state",
 ]  # fmt: skip
 
 # The columns of spans with the addresses of gradients and of parameters; see `reference.update`.
@@ -54,14 +54,6 @@ def _store_bfloat16(state, i, x):
     state[i] = np.uint16(0x7FC0) if x != x else np.uint16(carried >> np.uint32(16))
 
 
-def _part_of_nothing(state, start, stop):
-    return None
-
-
-def _part_of_array(state, start, stop):
-    return state[start:stop]
-
-
 def load_state(state, i):
     """Return element `i` of a state array as a number, or None without the array."""
     return _form(state, _load_nothing, _load_bfloat16, _load_number)(state, i)
@@ -70,11 +62,6 @@ def load_state(state, i):
 def store_state(state, i, x):
     """Round `x` to the numbers of a state array, and write it to element `i`; do nothing without the array."""
     _form(state, _store_nothing, _store_bfloat16, _store_number)(state, i, x)
-
-
-def state_part(state, start, stop):
-    """Return elements [start, stop) of a state array, or None without the array."""
-    return _form(state, _part_of_nothing, _part_of_array, _part_of_array)(state, start, stop)
 
 
 def prefetch(array: Any, i: int) -> None:
@@ -109,11 +96,6 @@ def _typed_store(state, i, x):
     return _form(state, _store_nothing, _store_bfloat16, _store_number)
 
 
-@overload(state_part, jit_options=inner_options)
-def _typed_part(state, start, stop):
-    return _form(state, _part_of_nothing, _part_of_array, _part_of_array)
-
-
 @overload(prefetch, jit_options=inner_options)
 def _typed_prefetch(array, i):
     if isinstance(array, types.NoneType):
@@ -127,21 +109,93 @@ def call_c(builder, name, result, *arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _as_pointer(context, builder, signature, arguments):
-    """Emit the conversion of an address to a pointer."""
-    return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+# Numba counts references to the owner of each array and slice. In the loop over spans that would take longer than the
+# update of a small array, and the threads of a parallel loop would count at one address. So these arrays have no owner.
+
+
+def _dense(dtype, shape):
+    """Return the type of a dense array whose shape has the type `shape`: an integer, or a tuple of integers."""
+    return types.Array(dtype, getattr(shape, "count", 1), "C")
+
+
+def _make(context, builder, kind, data, sizes):
+    """Emit a dense array without an owner, of a type, at a pointer."""
+    itemsize = ir.Constant(sizes[0].type, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    strides = [itemsize]
+    for size in reversed(sizes[1:]):
+        strides.insert(0, builder.mul(strides[0], size))
+    made = context.make_array(kind)(context, builder)
+    populate_array(made, data, sizes, strides, itemsize, meminfo=None)
+    return made._getvalue()
+
+
+def _make_at(context, builder, signature, arguments):
+    """Emit an array of the type that `signature` returns, from an address and a shape."""
+    kind, (address, shape) = signature.return_type, arguments[:2]
+    sizes = cgutils.unpack_tuple(builder, shape) if isinstance(signature.args[1], types.BaseTuple) else [shape]
+    return _make(context, builder, kind, _pointer(context, builder, kind, address), sizes)
+
+
+def _pointer(context, builder, kind, address):
+    """Emit a pointer to elements of an array of type `kind`."""
+    return builder.inttoptr(address, context.get_data_type(kind.dtype).as_pointer())
 
 
 @intrinsic
-def _pointer_at(typingctx, address, like):
-    """Return `address` as a pointer to elements of the dtype of the array `like`."""
-    return types.CPointer(like.dtype)(types.int64, like), _as_pointer
+def array_at(typingctx, address, shape, like):
+    """Return the dense array of this shape at an address, of the dtype of the array `like`."""
+    return _dense(like.dtype, shape)(types.int64, shape, like), _make_at
 
 
 @intrinsic
-def _integer_pointer_at(typingctx, address):
-    """Return `address` as a pointer to int64."""
-    return types.CPointer(types.int64)(types.int64), _as_pointer
+def integers_at(typingctx, address, shape):
+    """Return the dense array of int64 of this shape at an address."""
+    return _dense(types.int64, shape)(types.int64, shape), _make_at
+
+
+@intrinsic
+def _part(typingctx, array, start, stop):
+    """Return elements [start, stop) of a vector, without a check of the bounds; None for None."""
+    if isinstance(array, types.NoneType):
+        return types.none(array, start, stop), lambda context, *_: context.get_dummy_value()
+
+    def codegen(context, builder, signature, arguments):
+        whole, low, high = arguments
+        first = builder.gep(context.make_array(signature.args[0])(context, builder, whole).data, [low])
+        return _make(context, builder, signature.return_type, first, [builder.sub(high, low)])
+
+    return types.Array(array.dtype, 1, "C")(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def _part_of_span(typingctx, array, spans, k, column, start, stop):
+    """Return elements [start, stop) of the run, all in span `k`: from `array`, or from the address in a column."""
+
+    def address_of(array, spans, k, column, start):
+        address = spans[k, column]
+        first = array.ctypes.data + start * array.itemsize
+        return first if address == 0 else address + (start - spans[k, 0]) * array.itemsize
+
+    def codegen(context, builder, signature, arguments):
+        *_, low, high = arguments
+        address = context.compile_internal(builder, address_of, types.intp(*signature.args[:5]), arguments[:5])
+        first = _pointer(context, builder, array, address)
+        return _make(context, builder, signature.return_type, first, [builder.sub(high, low)])
+
+    return types.Array(array.dtype, 1, "C")(array, spans, *[types.intp] * 4), codegen
+
+
+def _slice(array, start, stop):
+    """Do the same as `_part`, for the interpreter."""
+    return None if array is None else array[start:stop]
+
+
+def _slice_of_span(array, spans, k, column, start, stop):
+    """Do the same as `_part_of_span`, for the interpreter, which never gets addresses."""
+    return array[start:stop]
+
+
+part, part_of_span = (_slice, _slice_of_span) if numba.config.DISABLE_JIT else (_part, _part_of_span)
 
 
 @intrinsic
@@ -174,27 +228,6 @@ def _num_threads(typingctx):
         return call_c(builder, "get_num_threads", ir.IntType(types.intp.bitwidth))
 
     return types.intp(), codegen
-
-
-@inner
-def array_at(address, shape, like):
-    """Return the dense array of this shape at an address, of the dtype of the array `like`."""
-    return carray(_pointer_at(address, like), shape)
-
-
-@inner
-def integers_at(address, shape):
-    """Return the dense array of int64 of this shape at an address."""
-    return carray(_integer_pointer_at(address), shape)
-
-
-@inner
-def part_of_span(array, spans, k, column, start, stop):
-    """Return elements [start, stop) of the run, all in span `k`: from `array`, or from the address in a column."""
-    address = spans[k, column]
-    if address == 0:
-        return array[start:stop]
-    return array_at(address + (start - spans[k, 0]) * array.itemsize, stop - start, array)
 
 
 def _number_at(kind):

@@ -35,16 +35,24 @@ from numba import config
 from numba.core import caching
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
+from numba.core.options import DefaultOptions
 from numba.core.serialize import dumps
 
-__all__ = ["entry_point", "in_background", "inner", "inner_options", "jit"]
+__all__ = ["ALLOCATES", "entry_point", "in_background", "inner", "inner_options", "jit"]
 
 # Settings from the environment that change compiled code.
 _SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE")
 
+# Kernels do not count references to the owners of arrays: counting takes longer than to update a small array, and the
+# threads of a parallel loop would count at one address. Such functions cannot make new arrays; those that do have the
+# options `ALLOCATES`. Numba's option is private; without it kernels would count, and have the same results.
+_HAS_OPTION = hasattr(DefaultOptions, "_nrt")
+_options: Any = {"error_model": "numpy"} | ({"_nrt": False} if _HAS_OPTION else {})
+ALLOCATES: Any = {"_nrt": True} if _HAS_OPTION else {}
+
 # For functions that only compiled code calls; they are cached inside their callers. Without wrappers for Python and for
 # C, compiling takes a quarter less time. A call from Python would crash.
-inner_options: Any = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner_options: Any = _options | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 inner: Callable[[Callable[..., Any]], Any] = numba.njit(**inner_options)
 
 
@@ -56,7 +64,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = numba.njit(error_model="numpy", **options)(function)
+        compiled = numba.njit(**_options | options)(function)
         if isinstance(compiled, Dispatcher):  # otherwise the JIT is off
             try:
                 compiled._cache = _Cache(function)

@@ -19,9 +19,9 @@ from fastrms.kernels.access import (
     integers_at,
     load_state,
     num_threads,
+    part,
     part_of_span,
     prefetch,
-    state_part,
     store_state,
 )
 from fastrms.kernels.compiled import inner, inner_options, jit
@@ -59,7 +59,6 @@ TABLE = np.dtype([
     ("spans_at", np.int64), ("span_count", np.int64),  # int64, shape (span_count, 4)
     ("factors_at", np.int64),  # shape (span_count, 2)
     ("from_buffer", np.int64),  # whether `sources` may have addresses of earlier gradients, which do not count
-    ("copies", np.int64),  # whether gradients with addresses are copied to the gradient buffer first
     ("held_at", np.int64),  # the items of a tuple of all parameters; 0 if the parameters lie at `params_at`
     ("sources_at", np.int64), ("source_count", np.int64),  # int64, shape (source_count, 4): the spans of all parameters
     ("shapes_at", np.int64), ("shape_columns", np.int64),  # int64, shape (source_count, shape_columns)
@@ -124,21 +123,6 @@ def _find(items, column, expected, written, shapes, sources):
 
 
 @inner
-def _gather(low, high, sources, grads):
-    """Copy the elements [low, high) of gradients with addresses to the gradient buffer."""
-    for k in range(_first_from(sources, low), sources.shape[0]):
-        if sources[k, 0] >= high:
-            break
-        if sources[k, 2] == 0:
-            continue
-        start = max(low, sources[k, 0])
-        target = grads[start : min(high, sources[k, 1])]
-        source = array_at(sources[k, 2] + (start - sources[k, 0]) * grads.itemsize, target.size, grads)
-        for i in range(target.size):
-            target[i] = source[i]
-
-
-@inner
 def _unpack(hyper):
     """Return all numbers of `hyper`, for local variables. Stores in the loop could alias `hyper` and force rereads."""
     return (hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5], hyper[6], hyper[7], hyper[8], hyper[9],
@@ -166,7 +150,8 @@ def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale,
     line = 64 // params.itemsize
     strip = STRIP_LINES * line if lines_ahead else max(1, params.size)
     ahead = lines_ahead * line
-    for start in range(0, params.size, strip):
+    start = 0
+    while start < params.size:  # a range would be divided by its step, which takes longer than a small span
         stop = min(start + strip, params.size)
         if lines_ahead and stop + ahead <= params.size:
             for i in range(start + ahead, stop + ahead, line):
@@ -175,9 +160,10 @@ def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale,
                 prefetch(cache, i)
                 prefetch(momentum_buffer, i)
                 prefetch(grad_avg, i)
-        b, m = state_part(momentum_buffer, start, stop), state_part(grad_avg, start, stop)
-        p, g, c = params[start:stop], grads[start:stop], cache[start:stop]
+        b, m = part(momentum_buffer, start, stop), part(grad_avg, start, stop)
+        p, g, c = part(params, start, stop), part(grads, start, stop), part(cache, start, stop)
         _update(p, g, c, b, m, h, scale, correction, extended)
+        start = stop
 
 
 @inner
@@ -193,9 +179,9 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
         # Slices with a loop from 0: a loop from start to stop over the whole arrays is not vectorised in a prange.
         p = part_of_span(params, spans, k, PARAMETER, start, stop)
         g = part_of_span(grads, spans, k, GRADIENT, start, stop)
-        c = cache[start:stop]
-        b = state_part(momentum_buffer, start, stop)
-        m = state_part(grad_avg, start, stop)
+        c = part(cache, start, stop)
+        b = part(momentum_buffer, start, stop)
+        m = part(grad_avg, start, stop)
         _update_in_strips(p, g, c, b, m, h, factors[k, 0], factors[k, 1], extended, lines_ahead)
 
 
@@ -234,14 +220,11 @@ def _locate(t, items):
 
 @inner
 def _update_from(low, high, table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead):
-    """Update the elements [low, high), after copying their gradients to the gradient buffer if the table says so."""
+    """Update the elements [low, high) of the run."""
     t = table[0]
-    grads = array_at(t.grads_at, t.size, hyper)
-    if t.copies:
-        _gather(low, high, integers_at(t.sources_at, (t.source_count, 4)), grads)
-    _update_between(low, high, array_at(t.params_at, t.size, hyper), grads, cache, momentum_buffer, grad_avg, hyper,
-                    integers_at(t.spans_at, (t.span_count, 4)), array_at(t.factors_at, (t.span_count, 2), hyper),
-                    extended, lines_ahead)  # fmt: skip
+    _update_between(low, high, array_at(t.params_at, t.size, hyper), array_at(t.grads_at, t.size, hyper), cache,
+                    momentum_buffer, grad_avg, hyper, integers_at(t.spans_at, (t.span_count, 4)),
+                    array_at(t.factors_at, (t.span_count, 2), hyper), extended, lines_ahead)  # fmt: skip
 
 
 @inner

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastrms._types import Array
 from fastrms.kernels import reference
 from fastrms.kernels.access import GRADIENT, part_of_span
-from fastrms.kernels.compiled import inner, jit
+from fastrms.kernels.compiled import ALLOCATES, inner, inner_options, jit
 from fastrms.kernels.threads import one_at_a_time
 
 __all__ = ["CHUNK", "LANES", "LEAST_SUM", "PRESCALE", "AddUp", "SpanNorms", "combine", "scale_to", "square"]
@@ -54,7 +54,7 @@ def _add_squares(grads, clip, prescale, lanes):
         lanes[j] += square(grads[whole + j], clip, prescale)
 
 
-@inner
+@numba.njit(**inner_options | ALLOCATES)
 def _chunk_sum(j, grads, spans, first_chunk, clip, prescale):
     """Return the sum of squares of chunk `j`, counted through all spans."""
     k = np.searchsorted(first_chunk, j, side="right") - 1
@@ -79,7 +79,7 @@ def _add_up(partials, first_chunk, sums):
             sums[k] += partials[j]
 
 
-@jit()
+@jit(**ALLOCATES)
 def _serial(grads, spans, first_chunk, clip, prescale, partials, sums):
     """Write the sum of squares of each chunk to `partials`, and of each span to `sums`."""
     for j in range(partials.size):
@@ -87,7 +87,7 @@ def _serial(grads, spans, first_chunk, clip, prescale, partials, sums):
     _add_up(partials, first_chunk, sums)
 
 
-@jit(parallel=True)
+@jit(parallel=True, **ALLOCATES)
 def _parallel(grads, spans, first_chunk, clip, prescale, partials, sums):
     """Do the same as `_serial`, with the chunks on Numba's threads."""
     for j in numba.prange(partials.size):

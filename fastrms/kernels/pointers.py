@@ -23,11 +23,7 @@ from numpy.typing import NDArray
 
 from fastrms._types import Array, DType, Items
 
-__all__ = ["GATHER_BELOW", "available", "identity", "items_of"]
-
-# Arrays of a run with fewer elements on average are copied together, and not read where they lie. The number was
-# measured on one Intel processor; on others, reading in place may be faster for smaller arrays too.
-GATHER_BELOW = 512
+__all__ = ["available", "identity", "items_of"]
 
 # Byte offsets on 64-bit CPython with the GIL: an object starts with reference count and type; the items of a tuple
 # follow its size; the fields of an array follow its head.

@@ -13,7 +13,6 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 from fastrms import RMSProp
 
 
-@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("where", ["params", "cache", "momentum_buffer", "grads"])
 def test_gradients_that_lie_in_the_optimizers_own_memory(where, rng):
     params = [rng.standard_normal(100), rng.standard_normal(100)]
@@ -57,7 +56,6 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
 @pytest.mark.parametrize("stored", [False, True], ids=["memory", "files"])
 @pytest.mark.parametrize(
@@ -89,7 +87,6 @@ def test_gradients_that_alias_the_optimizers_memory_through_a_wrapper(wrapper, s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped where")
-@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
 @pytest.mark.parametrize("mode", ["r", "r+", "c"])
 @pytest.mark.parametrize("kind", [np.memmap, np.ndarray])

@@ -37,7 +37,6 @@ def test_it_is_available_where_ci_runs():
 
 
 @needs_jit
-@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["serial", "parallel"])
 @pytest.mark.parametrize(
     "options",
@@ -74,7 +73,6 @@ def test_ordinary_gradients_need_no_python_work(kind, absent, options, kernel, r
     assert everything(opt) == everything(other)
 
 
-@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["numpy", "serial", "parallel"])
 def test_steps_with_and_without_arguments_take_turns(kernel, rng):
     params = [rng.standard_normal((3, 4)), rng.standard_normal(5)]
@@ -227,16 +225,9 @@ KINDS = ["ordinary", "read-only", "fortran", "strided", "swapped", "misaligned",
     momentum=st.sampled_from([0.0, 0.9]),
     norm=st.sampled_from([None, 0.5]),
     kernel=st.sampled_from(["serial", "parallel"]),
-    gather=st.sampled_from([0, 10**9]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_fuzz_same_bits_or_same_error_and_nothing_else_is_touched(kinds, double, momentum, norm, kernel, gather, seed):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pointers, "GATHER_BELOW", gather)
-        fuzz(kinds, double, momentum, norm, kernel, seed)
-
-
-def fuzz(kinds, double, momentum, norm, kernel, seed):
+def test_fuzz_same_bits_or_same_error_and_nothing_else_is_touched(kinds, double, momentum, norm, kernel, seed):
     rng = np.random.default_rng(seed)
     dtypes = [np.float64 if d else np.float32 for d in double]
     params = [np.asarray(rng.standard_normal(s)).astype(d) for s, d in zip(SHAPES, dtypes, strict=True)]
@@ -324,7 +315,6 @@ def test_what_is_cast_to_inf_follows_nonfinite_and_not_numpys_settings(settings,
 
 
 @needs_jit
-@pytest.mark.usefixtures("gather_below")
 @pytest.mark.parametrize("kernel", ["serial", "parallel"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_nothing_is_read_beyond_the_end_of_a_gradient(dtype, kernel):

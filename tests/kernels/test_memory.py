@@ -17,6 +17,9 @@ from fastrms.kernels import UPDATES, cpu, norms, pointers, threads
 
 pytestmark = pytest.mark.skipif(not JIT, reason="only compiled code can leave its arrays")
 
+if JIT:
+    threads.start_threads()  # the tests call the parallel kernels themselves
+
 PAGE = mmap.PAGESIZE
 SIZES = [1, 7, 16, 33, 1000, norms.CHUNK + 1, 50_021]
 FORMS = {
@@ -100,10 +103,8 @@ def test_updates(size, form, dtype, guarded, rng):
                 assert ours is theirs is None or assert_same_bits(ours, theirs, kernel) is None
 
 
-@pytest.mark.parametrize("gather", [False, True], ids=["read in place", "gathered"])
 @pytest.mark.parametrize("size", SIZES)
-def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
-    monkeypatch.setattr(pointers, "GATHER_BELOW", 10**9 if gather else 0)
+def test_finding_gradients_in_a_tuple(size, guarded, rng):
     start = [wide(rng, part, np.float32, -3, 3) for part in (size // 3, size - size // 3)]
     gradients = tuple(guarded.copy(wide(rng, part.size, np.float32, -3, 3)) for part in start)
     opt, other = RMSProp(start, lr=0.01), RMSProp(start, lr=0.01, kernel="numpy")
@@ -118,12 +119,11 @@ def test_finding_gradients_in_a_tuple(size, gather, guarded, rng, monkeypatch):
     }  # fmt: skip
     arrays = {name: guarded.copy(array) for name, array in arrays.items()}
     arrays |= {"params_at": parts["params"], "grads_at": parts["grads"]}
-    # The spans of the update are those that are found, unless all gradients are copied together.
-    arrays["spans_at"] = guarded.copy(spans) if gather else arrays["sources_at"]
+    arrays["spans_at"] = arrays["sources_at"]  # the spans of the update are those that are found
     table = run._table.copy()
     for name, array in arrays.items():
         table[name] = array.ctypes.data
-    table["span_count"], table["copies"] = len(spans), gather
+    table["span_count"] = len(spans)
     arguments = (guarded.copy(table), guarded.copy(run._hyper), parts["cache"], None, None, extended, lines_ahead)
     assert cpu.serial_from(*arguments, pointers.items_of(gradients)) == cpu.FOUND
     assert_same_bits(parts["params"], other.buffers["params"].flat)
