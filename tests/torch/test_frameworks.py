@@ -1,4 +1,4 @@
-"""Frameworks that take an optimizer's class: Lightning and Stable-Baselines3 end where they do with PyTorch's own."""
+"""Frameworks that take an optimizer's class: fastai, Lightning and Stable-Baselines3 end as with PyTorch's own."""
 
 import pytest
 from helpers import JIT, need_torch
@@ -82,3 +82,28 @@ def test_a2c_of_stable_baselines_trains_saves_and_continues(tmp_path):
         assert type(agents[-1].policy.optimizer) is kind
     explain_all(agents[0].policy.optimizer)
     assert_near(*[list(agent.policy.parameters()) for agent in agents], torch.float32)
+
+
+@pytest.mark.frameworks("fastai")
+@pytest.mark.filterwarnings("ignore")  # fastai warns of what it imports
+def test_fastai_trains_with_a_schedule():
+    import fastai.callback.progress
+    import fastai.callback.schedule  # noqa: F401 - both give Learner its methods
+    from fastai.basics import DataLoader, DataLoaders, Learner, OptimWrapper, partial
+
+    x = torch.linspace(-1, 1, 160).reshape(40, 4)
+    pairs = list(zip(x, x.sum(1, keepdim=True), strict=True))
+    batches = DataLoaders(*(DataLoader(pairs, bs=8, num_workers=0) for _ in range(2)), device="cpu")
+    ends = []
+    for kind in BOTH:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        loss = torch.nn.functional.mse_loss
+        learner = Learner(batches, net, loss_func=loss, opt_func=partial(OptimWrapper, opt=kind))
+        with learner.no_bar(), learner.no_logging():
+            learner.fit_one_cycle(3, 1e-2)
+        if kind is RMSprop:
+            explain_all(learner.opt.opt)
+            assert learner.opt.opt.param_groups[0]["lr"] < 1e-3  # the end of the cycle
+        ends.append(list(net.parameters()))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
