@@ -169,17 +169,23 @@ def _part(typingctx, array, start, stop):
 
 @intrinsic
 def _part_of_span(typingctx, array, spans, k, column, start, stop):
-    """Return elements [start, stop) of the run, all in span `k`: from `array`, or from the address in a column."""
+    """Return elements [start, stop) of the run, all in span `k`: from `array`, or from the address in a column.
 
-    def address_of(array, spans, k, column, start):
-        address = spans[k, column]
-        first = array.ctypes.data + start * array.itemsize
-        return first if address == 0 else address + (start - spans[k, 0]) * array.itemsize
+    `spans` is dense.
+    """
 
     def codegen(context, builder, signature, arguments):
-        *_, low, high = arguments
-        address = context.compile_internal(builder, address_of, types.intp(*signature.args[:5]), arguments[:5])
-        first = _pointer(context, builder, array, address)
+        kind, kind_of_spans = signature.args[:2]
+        whole, rows, number, wanted, low, high = arguments
+        data = context.make_array(kind)(context, builder, whole).data
+        table = context.make_array(kind_of_spans)(context, builder, rows)
+        row = builder.mul(number, cgutils.unpack_tuple(builder, table.shape)[1])
+        address = builder.load(builder.gep(table.data, [builder.add(row, wanted)]))
+        before = builder.sub(low, builder.load(builder.gep(table.data, [row])))
+        itemsize = ir.Constant(low.type, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        elsewhere = _pointer(context, builder, kind, builder.add(address, builder.mul(before, itemsize)))
+        in_array = builder.icmp_signed("==", address, ir.Constant(address.type, 0))
+        first = builder.select(in_array, builder.gep(data, [low]), elsewhere)
         return _make(context, builder, signature.return_type, first, [builder.sub(high, low)])
 
     return types.Array(array.dtype, 1, "C")(array, spans, *[types.intp] * 4), codegen

@@ -148,11 +148,11 @@ def _update_in_strips(params, grads, cache, momentum_buffer, grad_avg, h, scale,
         _update(params, grads, cache, momentum_buffer, grad_avg, h, scale, correction, extended)
         return
     line = 64 // params.itemsize
-    strip = STRIP_LINES * line if lines_ahead else max(1, params.size)
+    strip = STRIP_LINES * line if lines_ahead else params.size
     ahead = lines_ahead * line
     start = 0
     while start < params.size:  # a range would be divided by its step, which takes longer than a small span
-        stop = min(start + strip, params.size)
+        stop = start + strip if start + strip < params.size else params.size
         if lines_ahead and stop + ahead <= params.size:
             for i in range(start + ahead, stop + ahead, line):
                 prefetch(params, i)
@@ -174,8 +174,8 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
     for k in range(_first_from(spans, low), spans.shape[0]):
         if spans[k, 0] >= high:
             break
-        start = max(low, spans[k, 0])
-        stop = min(high, spans[k, 1])
+        start = spans[k, 0] if spans[k, 0] > low else low  # max() and min() would be functions to compile
+        stop = spans[k, 1] if spans[k, 1] < high else high
         # Slices with a loop from 0: a loop from start to stop over the whole arrays is not vectorised in a prange.
         p = part_of_span(params, spans, k, PARAMETER, start, stop)
         g = part_of_span(grads, spans, k, GRADIENT, start, stop)
@@ -190,14 +190,15 @@ def share(size):
     """Return the number of elements of each thread in a parallel loop over `size` elements."""
     threads = num_threads()
     # Multiples of a cache line in all dtypes, so that two threads never write to the same line.
-    return max(MIN_SHARE, ((size + threads - 1) // threads + 63) // 64 * 64)
+    whole = ((size + threads - 1) // threads + 63) // 64 * 64
+    return whole if whole > MIN_SHARE else MIN_SHARE
 
 
 @jit()
 def serial(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended, lines_ahead):
     """Update `params` and the state in place on the calling thread. Arguments as for `reference.update`."""
-    _update_between(0, params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors, extended,
-                    lines_ahead)  # fmt: skip
+    _update_between(np.int64(0), params.size, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors,
+                    extended, lines_ahead)  # fmt: skip
 
 
 @inner
@@ -205,17 +206,20 @@ def _locate(t, items):
     """Find the gradients of a step, and parameters that are held in place; return the status of `serial_from`."""
     if t.control_at != 0 and integers_at(t.control_at, 2)[1] != t.ticket:
         return NOT_ADMITTED
-    expected = integers_at(t.expected_at, (2, 5))
-    written = integers_at(t.written_at, (t.written_count, 2))
     shapes = integers_at(t.shapes_at, (t.source_count, t.shape_columns))
     sources = integers_at(t.sources_at, (t.source_count, 4))
-    if t.held_at != 0 and _find(t.held_at, PARAMETER, expected[1], written[:0], shapes, sources) != FOUND:
-        return CHANGED
+    # Numba would compile `_find` for each constant, but compiles it once for int64.
+    if t.held_at != 0:
+        expected, nothing = integers_at(t.expected_at + 8 * 5, 5), integers_at(t.written_at, (0, 2))
+        if _find(t.held_at, np.int64(PARAMETER), expected, nothing, shapes, sources) != FOUND:
+            return CHANGED
     if t.from_buffer:
-        sources[:, GRADIENT] = 0
+        for k in range(sources.shape[0]):
+            sources[k, GRADIENT] = 0
     if items == 0:
         return FOUND
-    return _find(items, GRADIENT, expected[0], written, shapes, sources)
+    expected, written = integers_at(t.expected_at, 5), integers_at(t.written_at, (t.written_count, 2))
+    return _find(items, np.int64(GRADIENT), expected, written, shapes, sources)
 
 
 @inner
@@ -251,7 +255,7 @@ def serial_from(table, hyper, cache, momentum_buffer, grad_avg, extended, lines_
     t = table[0]
     status = _locate(t, items)
     if status == FOUND:
-        _update_from(0, t.size, table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead)
+        _update_from(np.int64(0), t.size, table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead)
         _count(t)
     return status
 
@@ -265,8 +269,8 @@ def parallel_from(table, hyper, cache, momentum_buffer, grad_avg, extended, line
         elements = t.size  # Numba cannot give a record to the threads
         size = share(elements)
         for k in numba.prange((elements + size - 1) // size):
-            _update_from(k * size, min(elements, (k + 1) * size), table, hyper, cache, momentum_buffer, grad_avg,
-                         extended, lines_ahead)  # fmt: skip
+            stop = (k + 1) * size if (k + 1) * size < elements else elements
+            _update_from(k * size, stop, table, hyper, cache, momentum_buffer, grad_avg, extended, lines_ahead)
         _count(t)
     return status
 
@@ -276,5 +280,6 @@ def parallel(params, grads, cache, momentum_buffer, grad_avg, hyper, spans, fact
     """Update as `serial` does, on Numba's threads, each with a share of the elements. The bits are the same."""
     size = share(params.size)
     for k in numba.prange((params.size + size - 1) // size):
-        _update_between(k * size, min(params.size, (k + 1) * size), params, grads, cache, momentum_buffer, grad_avg,
-                        hyper, spans, factors, extended, lines_ahead)  # fmt: skip
+        stop = (k + 1) * size if (k + 1) * size < params.size else params.size
+        _update_between(k * size, stop, params, grads, cache, momentum_buffer, grad_avg, hyper, spans, factors,
+                        extended, lines_ahead)  # fmt: skip
