@@ -119,7 +119,7 @@ class OptimizerState:
     def __init__(self, params: Params, settings: Settings, in_place: bool = False, added_as: int | None = None) -> None:
         name = "params" if added_as is None else f"params[{added_as}]"
         self.kernel, self.num_threads = settings.kernel, settings.num_threads
-        self.in_place, self.defaults = in_place, settings.defaults
+        self.name, self.in_place, self.defaults = name, in_place, settings.defaults
         self.nonfinite, self.global_clip_norm = settings.nonfinite, settings.global_clip_norm
         groups = parameter_groups(params)
         self.grouped = groups is not None  # otherwise one group has all parameters
@@ -169,7 +169,7 @@ class OptimizerState:
             more = new.buffers[name]
             views = joined(buffer.views, more.views)
             if isinstance(buffer, HeldArrays):
-                buffers[name] = HeldArrays(layout, [*buffer.leaves, *more.leaves], views)
+                buffers[name] = buffer.joined(layout, more, views)
             else:
                 placed = layout.of_parts([buffer.layout, more.layout])
                 buffers[name] = join(placed, [buffer, more], views)

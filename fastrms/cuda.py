@@ -44,7 +44,8 @@ class CudaRMSProp(RMSProp[Any]):
     Parameters
     ----------
     params : as for `RMSProp`
-        Arrays on the host or on the device (any object with ``__cuda_array_interface__``). They are copied.
+        Arrays on the host or on the device (any object with ``__cuda_array_interface__``). They are copied, except with
+        `in_place`.
     lr, decay_rate, epsilon : float
         As for `RMSProp`.
     stream : stream or int or None, default None
@@ -52,6 +53,8 @@ class CudaRMSProp(RMSProp[Any]):
         which is also the default of CuPy and PyTorch. The attribute `stream` can be set later.
     kernel : {"cuda", "auto"}, default "cuda"
         Both mean the same.
+    in_place : bool, default False
+        Update the given arrays in place, as for `RMSProp`. All of them must be on the device.
     **options
         The other options of `RMSProp`, except cache_dtype and storage. `num_threads` has no effect.
 
@@ -90,6 +93,8 @@ class CudaRMSProp(RMSProp[Any]):
         *,
         stream: object = None,
         kernel: Literal["cuda", "auto"] = "cuda",
+        in_place: bool = False,
         **options: Unpack[Keywords],
     ) -> None:
-        super().__init__(params, lr, decay_rate, epsilon, kernel=check_cuda_kernel(kernel), stream=stream, **options)
+        kernel = check_cuda_kernel(kernel)
+        super().__init__(params, lr, decay_rate, epsilon, kernel=kernel, stream=stream, in_place=in_place, **options)

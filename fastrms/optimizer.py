@@ -102,8 +102,9 @@ class RMSProp(InParts[P]):
     in_place : bool, default False
         Update the given arrays in place, instead of copies in a flat buffer. `params` then contains the given arrays.
         This is for programs that must keep their own arrays. Each array must be writable, C-contiguous, and of dtype
-        float32 or float64 in native byte order. State and gradients are still in flat buffers. The bits are the same,
-        but a step takes longer, above all over many small arrays. Not available with `storage` or kernel="cuda".
+        float32 or float64 in native byte order. With kernel="cuda" it must be on the GPU. State and gradients are still
+        in flat buffers. The bits are the same, but a step takes longer, above all over many small arrays. Not available
+        with `storage`: its folder is a checkpoint with all parameters, and the given arrays would be missing in it.
 
     Attributes
     ----------
@@ -159,6 +160,7 @@ class RMSProp(InParts[P]):
         *,
         kernel: Literal["cuda"],
         stream: Any = ...,
+        in_place: bool = ...,
         **options: Unpack[Keywords],
     ) -> None: ...
     @overload

@@ -31,13 +31,15 @@ def new_backend(
     check_storage(storage)
     if not isinstance(in_place, bool):
         raise OptionTypeError(f"in_place: expected True or False, got {shown(in_place)}")
-    if in_place and (storage is not None or settings.kernel == "cuda"):
-        other = "storage" if storage is not None else 'kernel="cuda"'
-        raise OptionError(f"in_place: expected False with {other}, which keeps the parameters in its own buffers")
+    if in_place and storage is not None:
+        raise OptionError(
+            "in_place: expected False with storage, because the folder is a checkpoint with all parameters, and arrays "
+            "of the program would be missing in it; to update arrays in files, pass np.memmap arrays without storage"
+        )
     if settings.kernel == "cuda":
         if storage is not None:
             raise OptionError('storage: expected None with kernel="cuda", which keeps the buffers on a GPU, got a path')
-        backend: Backend = _cuda().new_cuda_backend(params, settings, stream)
+        backend: Backend = _cuda().new_cuda_backend(params, settings, stream, in_place)
         return backend
     if stream is not None:
         raise OptionError(f'stream: expected None unless kernel is "cuda", got {stream!r}')

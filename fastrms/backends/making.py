@@ -84,7 +84,8 @@ def new_sharded_backend(state: OptimizerState, ranks: Ranks) -> HostBackend:
 def _with_new_buffers(state: OptimizerState, memory: Memory, ranks: Ranks | None) -> HostBackend:
     """Return a backend with new buffers in `memory`, with the initial values."""
     if state.in_place:
-        state.buffers["params"] = HeldArrays(state.layout, state.layout.flatten(state.arrays, "params"))
+        arrays = state.layout.flatten(state.arrays, state.name)
+        state.buffers["params"] = HeldArrays(state.layout, arrays, name=state.name)
     else:
         state.buffers["params"] = memory.new_buffer("params", state.layout)
         state.buffers["params"].gather(state.arrays, "params")

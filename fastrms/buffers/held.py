@@ -1,7 +1,7 @@
 """`HeldArrays`: parameters that stay in the arrays of the caller."""
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from fastrms.buffers.layout import Layout
 from fastrms.buffers.pytree import describe
 from fastrms.errors import DtypeError, StructureError
 
-__all__ = ["HeldArrays"]
+__all__ = ["HeldArrays", "moved"]
 
 
 class HeldArrays(FlatBuffer):
@@ -21,12 +21,16 @@ class HeldArrays(FlatBuffer):
     Parameters
     ----------
     layout : Layout
-        The layout of the arrays. Error messages call the arrays "params".
+        The layout of the arrays.
     arrays : sequence of ndarray
         One array for each leaf of the layout: writable, C-contiguous, aligned, and of the dtype of the leaf. Subclasses
         of ndarray are kept.
     views : the structure of the layout, or None
         Existing containers with the arrays; None for new containers.
+    check : bool, default True
+        Whether to check the arrays.
+    name : str, default "params"
+        The name of the arrays in the error messages of this check.
 
     Raises
     ------
@@ -34,13 +38,50 @@ class HeldArrays(FlatBuffer):
         An item of `arrays` is not such an array.
     """
 
-    def __init__(self, layout: Layout, arrays: Sequence[Any], views: Any = None, check: bool = True) -> None:
-        for leaf, array in zip(layout.leaves, arrays, strict=True) if check else ():
-            _check(array, layout.dtype_of(leaf), f"params{leaf.path}")
+    def __init__(
+        self, layout: Layout, arrays: Sequence[Any], views: Any = None, check: bool = True, name: str = "params"
+    ) -> None:
+        present = list(map(self.present, arrays))
+        for leaf, array in zip(layout.leaves, present, strict=True) if check else ():
+            _check(array, layout.dtype_of(leaf), name + leaf.path)
         self.layout, self.leaves = layout, tuple(arrays)
         self.views = layout.structure(arrays) if views is None else views
         # Views with the present shape and memory of each array, to compare the arrays with.
-        self._originals = [np.asarray(array).view() for array in arrays]
+        self._originals = [np.asarray(array).view() for array in present]
+
+    def present(self, array: Any) -> Any:
+        """Return an ndarray with the present address, shape, strides and dtype of one of the caller's arrays.
+
+        Parameters
+        ----------
+        array : object
+            One of `leaves`.
+
+        Returns
+        -------
+        array : ndarray
+            The array itself.
+        """
+        return array
+
+    def joined(self, layout: Layout, more: "HeldArrays", views: Any) -> Self:
+        """Return a buffer with the arrays of this buffer and of another one.
+
+        Parameters
+        ----------
+        layout : Layout
+            The layout of all arrays.
+        more : HeldArrays
+            The other buffer.
+        views : the structure of the layout
+            Containers with all arrays.
+
+        Returns
+        -------
+        buffer : HeldArrays
+            A buffer of the same class.
+        """
+        return type(self)(layout, [*self.leaves, *more.leaves], views)
 
     @property
     def segments(  # type: ignore[override] # pyright: ignore[reportIncompatibleVariableOverride] # it is read anew
@@ -52,10 +93,7 @@ class HeldArrays(FlatBuffer):
         """
         for leaf, array, original in zip(self.layout.leaves, self.leaves, self._originals, strict=True):
             if _place(array) != _place(original):
-                raise StructureError(
-                    f"params{leaf.path}: expected the original array, of shape {leaf.shape} and {original.dtype}, "
-                    f"got one that was moved, or changed to shape {array.shape} or {array.dtype}"
-                )
+                raise StructureError(moved(f"params{leaf.path}", array, original))
         return tuple(np.asarray(array).reshape(-1) for array in self.leaves)
 
     @property
@@ -127,7 +165,15 @@ class HeldArrays(FlatBuffer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process may get the arrays read-only, as from joblib. Then only a step is refused.
-        return HeldArrays, (self.layout, self.leaves, None, False)
+        return type(self), (self.layout, self.leaves, None, False)
+
+
+def moved(path: str, array: Array, original: Array) -> str:
+    """Return the error message about an array that no longer has the place or form of `original`."""
+    return (
+        f"{path}: expected the original array, of shape {original.shape} and {original.dtype}, got one that was moved, "
+        f"or changed to shape {array.shape} or {array.dtype}"
+    )
 
 
 def _place(array: Array) -> tuple[Any, ...]:

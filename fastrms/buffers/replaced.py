@@ -8,7 +8,7 @@ import numpy as np
 
 from fastrms._types import Array
 from fastrms.buffers.flat import FlatBuffer
-from fastrms.buffers.held import HeldArrays
+from fastrms.buffers.held import HeldArrays, moved
 from fastrms.buffers.layout import Layout
 from fastrms.buffers.narrow import narrow_of
 from fastrms.buffers.pytree import describe, take_apart
@@ -67,47 +67,66 @@ def changed_views(buffer: FlatBuffer, name: str) -> list[str]:
 
     The buffer is on the host or on a device. The sentences call its views `name`.
     """
-    on_host = isinstance(buffer.leaves[0], np.ndarray)
-    expected = buffer.original_views() if on_host else buffer.leaves
-    held = isinstance(buffer, HeldArrays)
-    found = _changes(buffer.layout, name, buffer.views, buffer.leaves, expected, held)
+    leaves = buffer.leaves
+    if isinstance(buffer, HeldArrays):
+        present = list(map(buffer.present, leaves))
+        return _changes(buffer.layout, name, buffer.views, leaves, present, buffer.original_views(), held=True)
+    on_host = isinstance(leaves[0], np.ndarray)
+    expected = buffer.original_views() if on_host else leaves
+    found = _changes(buffer.layout, name, buffer.views, leaves, leaves, expected)
     if (narrow := narrow_of(buffer)) is not None:
         expected = [view.view(narrow.dtype) for view in expected]
-        found += _changes(buffer.layout, name, narrow.views, narrow.leaves, expected, held)
+        found += _changes(buffer.layout, name, narrow.views, narrow.leaves, narrow.leaves, expected)
     return found
 
 
 def _changes(
-    layout: Layout, name: str, tree: Any, views: Sequence[Any], expected: Sequence[Any], held: bool
+    layout: Layout,
+    name: str,
+    tree: Any,
+    views: Sequence[Any],
+    present: Sequence[Any],
+    expected: Sequence[Any],
+    held: bool = False,
 ) -> list[str]:
-    """Return a sentence for each item of `tree` that is not the one in `views`, or is unlike the one in `expected`."""
+    """Return a sentence for each item of `tree` that is not the one in `views`, or was changed.
+
+    `present` has ndarrays like the views now, and `expected` ndarrays like the views at first.
+    """
     try:
         items = layout.flatten(tree, name)
     except StructureError as error:
         return [str(error)]
     on_host = isinstance(expected[0], np.ndarray)
     found = []
-    for item, view, fresh, leaf in zip(items, views, expected, layout.leaves, strict=True):
+    for item, view, now, fresh, leaf in zip(items, views, present, expected, layout.leaves, strict=True):
         path = name + leaf.path
         if item is not view:
-            what = describe(item) if on_host else f"a {type(item).__name__}"
+            what = describe(item) if isinstance(view, np.ndarray) else f"a {type(item).__name__}"
             found.append(
                 f"{path}: expected the original view, got {what} in its place; write into the view instead: "
                 f"{path}[...] = value"
             )
-        elif on_host and (problem := changed_view(path, view, fresh, held)):  # the arrays of a device cannot change
+        elif on_host and (problem := changed_view(path, now, fresh, held)):  # flat arrays on a device cannot change
             found.append(problem)
     return found
 
 
-def changed_view(path: str, view: Array, original: Array, held: bool) -> str | None:
-    """Return a sentence if a view, or an array that is updated in place, is not as it was at first; otherwise None."""
+def changed_view(path: str, view: Array | None, original: Array, held: bool) -> str | None:
+    """Return a sentence if a view, or an array that is updated in place, is not as it was at first; otherwise None.
+
+    `view` is None for an array that is no longer on the GPU.
+    """
+    if view is None:
+        return f"{path}: expected the original array on the GPU, got an object that is no array there any more"
     if not view.flags.writeable and (held or original.flags.writeable):
         return (
             f"{path}: expected an array that a step can write to, got one that is read-only now; make it writable "
             "again, or finish the operation that made it read-only"
         )
     if view.__array_interface__ != original.__array_interface__:
+        if held:
+            return moved(path, view, original)
         return (
             f"{path}: expected a view of shape {original.shape} of its part of the buffer, got one that was changed to "
             f"shape {view.shape}, strides {view.strides}, {view.dtype}"

@@ -28,6 +28,7 @@ from fastrms.kernels.cuda_target import (
     missing,
     multiply,
     number_at,
+    store_at,
     vector_at,
 )
 from fastrms.kernels.rule import rule
@@ -100,12 +101,13 @@ def _span_of(chunk, first_chunk):
 
 
 @cache
-def update_kernel(dtype, momentum, centered, extended, factored, guarded):
+def update_kernel(dtype, momentum, centered, extended, factored, guarded, held):
     """Return the kernel that updates the parameters of a run, compiled for their dtype and the options in use.
 
     The kernel takes 1-D arrays on the device (`params`, `grads`, `cache`, `momentum_buffer` and `grad_avg`; the last
     two can be anything if unused), the tuple `hyper` of `hyper.HYPER_FIELDS` in the parameters' dtype, `scale` and
-    `correction` for all parameters in the same dtype, and then
+    `correction` for all parameters in the same dtype, and then the arrays below. If `held`, `params` is an int64 array
+    of shape (k,) instead: the address of the parameter of each span.
 
     bounds : int64, shape (k, 2)
         Elements [start, stop) of each span.
@@ -145,11 +147,14 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
                     for u in range(UNROLL):
                         i = first + u * width
                         if i < stop:
-                            p[u] = params[i]
+                            if held:
+                                p[u] = number_at(params[k] + (i - bounds[k, 0]) * grads.itemsize, scale)
+                            else:
+                                p[u] = params[i]
                             if source == IN_BUFFER:
                                 g[u] = grads[i]
                             else:
-                                g[u] = number_at(source + (i - bounds[k, 0]) * params.itemsize, scale)
+                                g[u] = number_at(source + (i - bounds[k, 0]) * grads.itemsize, scale)
                             c[u] = cache[i]
                             if momentum:
                                 b[u] = momentum_buffer[i]
@@ -163,7 +168,10 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded):
                             p_new, c_new, b_new, m_new = _rule(
                                 p[u], g[u], c[u], b_now, m_now, hyper, scale, correction, more
                             )
-                            params[i] = p_new
+                            if held:
+                                store_at(params[k] + (i - bounds[k, 0]) * grads.itemsize, number(p_new))
+                            else:
+                                params[i] = p_new
                             cache[i] = c_new
                             if momentum:
                                 momentum_buffer[i] = b_new

@@ -30,7 +30,7 @@ with warnings.catch_warnings():  # NumPy 2.5 warns of code in numba-cuda 0.30
 
 __all__ = [
     "LEGACY_STREAM", "SIMULATED", "cuda", "driver_version", "for_device", "handle_of", "interface_of", "missing",
-    "multiply", "number_at", "vector_at",
+    "multiply", "number_at", "store_at", "vector_at",
 ]  # fmt: skip
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
@@ -48,6 +48,11 @@ if SIMULATED:
     def number_at(address, like):
         """Return the number at an address, of the type of `like`."""
         return numba.carray(ctypes.c_void_p(int(address)), (1,), like.dtype)[0]
+
+    def store_at(address, number):
+        """Write a number to an address, and return the number."""
+        numba.carray(ctypes.c_void_p(int(address)), (1,), number.dtype)[0] = number
+        return number
 
 else:
 
@@ -72,6 +77,17 @@ else:
             return builder.load(builder.inttoptr(arguments[0], context.get_value_type(like).as_pointer(1)))
 
         return like(address, like), codegen
+
+    @intrinsic
+    def store_at(typingctx, address, number):
+        """Write a number to an address, and return the number."""
+
+        def codegen(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], context.get_value_type(number).as_pointer(1))
+            builder.store(arguments[1], pointer)
+            return arguments[1]
+
+        return number(address, number), codegen
 
 
 class _Products(ast.NodeTransformer):

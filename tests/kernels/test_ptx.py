@@ -42,9 +42,12 @@ PROGRAM = """if True:
         numbers = number[::1]
         arrays, table = (numbers,) * 5, (integer[:, ::1], integers, integers)
         for flags in ((False,) * 5, (True,) * 5, (True, False, True, False, False)):
-            kernel = kernels.update_kernel(np.dtype(name), *flags)
-            hyper = types.UniTuple(number, 15)
-            count(f"update {name} {flags}", kernel, *arrays, hyper, number, number, *table, double[:, ::1], integers)
+            for held in (False, True):
+                kernel = kernels.update_kernel(np.dtype(name), *flags, held)
+                own = (integers, *arrays[1:]) if held else arrays
+                hyper = types.UniTuple(number, 15)
+                text = f"update {name} {flags}{' held' * held}"
+                count(text, kernel, *own, hyper, number, number, *table, double[:, ::1], integers)
         count(f"squares {name}", kernels.square_chunks, numbers, *table, number, double, integer, *(doubles,) * 3)
         shape = types.UniTuple(integer, 2)
         for other in (types.float64, types.float32, types.int32, types.uint8):
@@ -75,7 +78,7 @@ def floats(instructions, kernel, *names):
 
 
 def test_everything_is_compiled(instructions):
-    assert len(instructions) == 23
+    assert len(instructions) == 29
 
 
 def test_no_product_and_sum_become_one_operation(instructions):
@@ -96,7 +99,8 @@ def test_divisions_and_roots_round_correctly_and_subnormals_are_kept(instruction
 
 def test_float32_is_not_computed_in_float64(instructions):
     for flags in ((False,) * 5, (True, False, True, False, False)):
-        assert not any(name.endswith(".f64") for name in instructions[f"update float32 {flags}"])
+        for held in ("", " held"):
+            assert not any(name.endswith(".f64") for name in instructions[f"update float32 {flags}{held}"])
     assert not any(name.endswith(".f64") for name in instructions["rows float32"])
     assert floats(instructions, "rows float32", "add", r"add\.rn") >= 1
 

@@ -1,5 +1,6 @@
 """Every backend as the conformance tests see it: how an optimizer is made, and what is refused there and why."""
 
+import operator
 import os
 import shutil
 import sys
@@ -44,8 +45,12 @@ class Backend:
         """Begin a test, which may write to a folder."""
         self.folder = folder
 
+    def given(self, params):
+        """Return parameters in the form in which an optimizer of this backend gets them."""
+        return params
+
     def make(self, params, **options):
-        return self.kind(params, **self.options, **options)
+        return self.kind(self.given(params), **self.options, **options)
 
     def from_checkpoint(self, path, **options):
         return self.kind.from_checkpoint(path, **self.options, **options)
@@ -70,15 +75,18 @@ class Backend:
 class InPlace(Backend):
     """Parameters in arrays of the program, which are updated where they lie."""
 
+    def given(self, params):
+        return copied(params)
+
     def make(self, params, **options):
-        return super().make(copied(params), in_place=True, **options)
+        return super().make(params, in_place=True, **options)
 
 
-def copied(params):
-    """Return parameters, which may have groups, with new arrays."""
+def copied(params, copy=np.array):
+    """Return parameters, which may have groups, with a copy of each array."""
     if isinstance(params, dict):
-        return {name: item if name in OPTIONS or name == "lr" else copied(item) for name, item in params.items()}
-    return type(params)(map(copied, params)) if isinstance(params, list | tuple) else np.array(params)
+        return {name: item if name in OPTIONS or name == "lr" else copied(item, copy) for name, item in params.items()}
+    return type(params)(copied(item, copy) for item in params) if isinstance(params, list | tuple) else copy(params)
 
 
 class Mapped(Backend):
@@ -117,6 +125,33 @@ class Cuda(Backend):
             view.copy_to_device(gradient)
 
 
+class OnGpu:
+    """An array of the program on a GPU, for which ordinary memory stands. Its place is asked for, not remembered."""
+
+    def __init__(self, values):
+        self.array = np.array(values)
+        self.stream, self.read_only = None, False
+
+    @property
+    def __cuda_array_interface__(self):
+        found = self.array.__array_interface__
+        data = found["data"][0], self.read_only or found["data"][1]
+        kept = {name: found[name] for name in ("shape", "typestr", "strides")}
+        return {**kept, "data": data, "version": 3, "stream": self.stream}
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.array, dtype)
+
+    shape, dtype = (property(operator.attrgetter(f"array.{name}")) for name in ("shape", "dtype"))
+
+
+class CudaInPlace(Cuda, InPlace):
+    """Parameters in arrays of the program on a GPU."""
+
+    def given(self, params):
+        return copied(params, OnGpu)
+
+
 class Ranks(Backend):
     """Two ranks that have the same gradients, whose mean is exactly the gradient of one process."""
 
@@ -151,5 +186,6 @@ BACKENDS = {
     **{f"in-place-{kernel}": InPlace(kernel=kernel) for kernel in ["numpy", *COMPILED]},
     **{f"mapped-{kernel}": Mapped(kernel=kernel) for kernel in ["numpy", *COMPILED]},
     "cuda": Cuda(kernel="cuda"),
+    "in-place-cuda": CudaInPlace(kernel="cuda"),
     "ranks": Ranks(kernel="serial" if JIT else "numpy"),
 }

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -14,8 +14,8 @@ from fastrms.errors import DeviceError, OptionTypeError
 from fastrms.kernels import cuda as kernels
 
 __all__ = [
-    "DeviceArray", "Interface", "Stream", "as_stream", "copy_in", "copy_out", "cuda", "dense_strides", "let_wait",
-    "require_gpu", "shadows", "stream_of", "to_host",
+    "DeviceArray", "Interface", "Shadow", "Stream", "as_stream", "copy_in", "copy_out", "cuda", "dense_strides",
+    "let_wait", "require_gpu", "shadows", "stream_of", "to_host", "wait_for",
 ]  # fmt: skip
 
 Interface = Options
@@ -66,6 +66,14 @@ def let_wait(waiting: Stream, other: Stream) -> None:
     event = cuda.event()
     event.record(other)
     event.wait(waiting)
+
+
+def wait_for(numbers: Set[int], stream: Stream) -> list[Stream]:
+    """Make a stream wait for the present work on other streams, which are given by number, and return the others."""
+    others = [as_stream(number) for number in numbers - {kernels.handle_of(stream)}]
+    for other in others:
+        let_wait(stream, other)
+    return others
 
 
 def dense_strides(shape: tuple[int, ...], dtype: DType) -> tuple[int, ...]:
@@ -125,13 +133,24 @@ def to_host(tree: Any, stream: Stream) -> Any:
     return _mapped(tree, copied)
 
 
+class Shadow(np.ndarray[Any, Any]):
+    """A NumPy array with the address, shape, strides and dtype of `given`, an array on the device. Do not read it."""
+
+    given: Any
+
+    @classmethod
+    def of(cls, item: object, interface: Interface) -> "Shadow":
+        """Return the shadow of an array with this interface."""
+        place = {name: interface[name] for name in ("shape", "typestr", "data")}
+        described = {**place, "strides": interface.get("strides"), "version": 3}
+        shadow = np.asarray(SimpleNamespace(__array_interface__=described)).view(cls)
+        shadow.given = item
+        return shadow
+
+
 def shadows(tree: object) -> Any:
-    """Return a copy of a nesting with NumPy arrays at the addresses of its arrays on the device. Do not read them."""
-
-    def shadow(item: object, interface: Interface) -> Array:
-        return np.asarray(SimpleNamespace(__array_interface__={**interface, "version": 3}))
-
-    return _mapped(tree, shadow)
+    """Return a copy of a nesting with shadows of its arrays on the device."""
+    return _mapped(tree, Shadow.of)
 
 
 def _mapped(tree: object, change: Callable[[Any, Interface], Any]) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import numpy as np
 from fastrms._state import Counts, OptimizerState
 from fastrms._types import Items
 from fastrms.backends.base import Backend
-from fastrms.backends.cuda.arrays import Stream, as_stream, copy_in, cuda, let_wait, require_gpu, to_host
+from fastrms.backends.cuda.arrays import Stream, as_stream, copy_in, cuda, let_wait, require_gpu, to_host, wait_for
 from fastrms.backends.cuda.buffer import DeviceBuffer, JoinedDeviceBuffer, PinnedGradients, Scratch
 from fastrms.backends.cuda.given import params_on_host
-from fastrms.backends.cuda.gradients import Finder, Found
+from fastrms.backends.cuda.gradients import Finder, Found, Pieces
+from fastrms.backends.cuda.held import HeldDeviceArrays, on_device
 from fastrms.backends.cuda.launches import Pass, norm_passes, squares, update
 from fastrms.backends.cuda.parameter import DeviceParameter
 from fastrms.backends.cuda.tables import NO_BOUND, DeviceRun, Tables
@@ -45,7 +47,7 @@ class CudaBackend(Backend):
         self._stream = as_stream(stream)
         state.kernel = "cuda"
         for name, buffer in state.buffers.items():
-            state.buffers[name] = DeviceBuffer.of(buffer, self._stream)
+            state.buffers[name] = on_device(buffer, self._stream)
         self.scratch, self.run_calls = Scratch(), Ram().run
         self._tables: Tables | None = None
         self._measured = self._guarded = False  # whether the last step computed norms, or may have been skipped
@@ -56,17 +58,18 @@ class CudaBackend(Backend):
 
     def _use_parameters(self) -> None:
         """Prepare all that depends on the parameters and their groups."""
-        params, self._grads = self._on_device("params"), self._on_device("grads")
-        self._watched_params, self._watched_grads = Watch(params), Watch(self._grads)
-        self._finder = Finder(self._grads.layout, self._grads.leaves, "gradients")
-        self._pinned = PinnedGradients(self._grads)
-        groups, runs = self.state.param_groups, split_runs(params.layout, self.state.group_of)
-        self._runs = [DeviceRun(k, groups[k], params.layout, numbers) for k, numbers in runs]
+        params, grads = self._on_device("params"), self._on_device("grads")
+        self._grads, self._held = grads, params if isinstance(params, HeldDeviceArrays) else None
+        self._watched_params, self._watched_grads = Watch(params), Watch(grads)
+        self._finder = Finder(grads.layout, grads.leaves, "gradients")
+        self._pinned = PinnedGradients(grads)
+        groups, runs = self.state.param_groups, split_runs(grads.layout, self.state.group_of)
+        self._runs = [DeviceRun(k, groups[k], grads.layout, numbers) for k, numbers in runs]
         self.one_by_one = OneByOne(DeviceParameter)
         self._device_counts = False  # whether the device, not the host, counts `absent`
         self._absent_changed = False  # whether `absent` on the device is newer than on the host
-        # Bounds of the memory that a step writes; and of the memory that updates write, without the gradient buffer.
-        self.written = self.written_by_update = np.zeros((0, 2), np.int64)
+        # The memory that a step writes; and the memory that updates write, without the gradient buffer.
+        self.written = self.written_by_update = Pieces(())
         self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.options_changed()
@@ -84,7 +87,7 @@ class CudaBackend(Backend):
 
     def take_in(self, new: OptimizerState, made: Mapping[str, FlatBuffer]) -> None:
         """Append a group, as `Backend.take_in`."""
-        new.buffers = {name: DeviceBuffer.of(buffer, self._stream) for name, buffer in new.buffers.items()}
+        new.buffers = {name: on_device(buffer, self._stream) for name, buffer in new.buffers.items()}
         self.state.take_in(new, made, JoinedDeviceBuffer)
 
     def params_on_host(self, params: Any, name: str) -> Any:
@@ -118,7 +121,7 @@ class CudaBackend(Backend):
 
     def new_buffer(self, name: str) -> FlatBuffer:
         """Return a state buffer of zeros on the device."""
-        return self._params.like()
+        return self._grads.like()
 
     def check_kernel(self, value: object) -> str:
         """Return "cuda" if `value` names the only kernel on a GPU, or raise OptionError."""
@@ -147,8 +150,8 @@ class CudaBackend(Backend):
             self._used = used
         self._changed = True
         spans = {name: self._on_device(name).spans for name in self.state.buffers}
-        self.written = np.concatenate([*spans.values()])
-        self.written_by_update = np.concatenate([own for name, own in spans.items() if name != "grads"])
+        self.written = Pieces(chain.from_iterable(spans.values()))
+        self.written_by_update = Pieces(chain.from_iterable(own for name, own in spans.items() if name != "grads"))
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
 
     # Counts.
@@ -215,6 +218,8 @@ class CudaBackend(Backend):
         from_buffer = gradients is None or gradients is grads.views
         items: Items = () if from_buffer else grads.layout.flatten(gradients, "gradients")
         found = self._finder.find(items, self.written) if items else Found(len(grads.leaves))
+        if self._held is not None:
+            found.streams |= self._held.located()
         if self._computed_from is not self.version:  # an item has set options
             rates = rates or self.rates()
             self.use_options()
@@ -227,9 +232,7 @@ class CudaBackend(Backend):
         if self._corrects:
             tables.correct_up_to(counts.steps + self._pending + 1, self._stream)
 
-        others = [as_stream(number) for number in found.streams - {kernels.handle_of(self._stream)}]
-        for other in others:
-            let_wait(self._stream, other)
+        others = wait_for(found.streams, self._stream)
         self._copy(found)
         tables.sources.write(found.sources[tables.order], self._stream)
         self._measured, self._guarded = self._clips, self.state.nonfinite == "skip"
@@ -354,7 +357,7 @@ class CudaBackend(Backend):
             )  # fmt: skip
         for run in self._runs:
             if run.chunks:
-                by_parameter = factored or found.sources[run.numbers].any()
+                by_parameter = factored or run.held or found.sources[run.numbers].any()
                 spans = (run.chunks, *run.each, run.tables[0]) if by_parameter else run.whole
                 function, *arguments = update(
                     run, run.arrays[1], spans, run.tables[-1], tables.go, self._stream, factored=factored,
@@ -375,6 +378,10 @@ class CudaBackend(Backend):
             stop = start + segment.size
             self._params.write(segment, values[start:stop] if isinstance(values, np.ndarray) else values)
             start = stop
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Return a context for all writes of a load."""
+        return self._on_device("params").loading()
 
     def state_on_host(self) -> OptimizerState:
         """Return a copy of the data with buffers on the host."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,10 @@ class DeviceBuffer(FlatBuffer):
         if pinned.nbytes:
             self.block.copy_to_device(pinned.block, stream=self._stream)
 
+    def loading(self) -> AbstractContextManager[None]:
+        """Return a context for writes of values of a checkpoint."""
+        return nullcontext()
+
     def like(self, fill: float = 0, dtype: DTypeLike | None = None) -> "DeviceBuffer":
         """Return a new buffer of the same structure on the device, as `FlatBuffer.like`."""
         other = DeviceBuffer(self.layout if dtype is None else self.layout.with_dtype(dtype), self._stream)
@@ -97,11 +102,12 @@ class DeviceBuffer(FlatBuffer):
 
     def store(self, arrays: Sequence[Any]) -> None:
         """Copy arrays on the host to the device. None leaves a leaf unchanged."""
-        for k, (array, view) in enumerate(zip(arrays, self.leaves, strict=True)):
-            if array is not None and view.size:
+        for k, array in enumerate(arrays):
+            if array is not None and array.size:
+                part = self.part(k)
                 with np.errstate(all="ignore"):  # values that are too large become inf, as on the device
-                    dense = np.array(array, view.dtype, order="C")
-                self.part(k).copy_to_device(dense.reshape(-1), stream=self._stream)
+                    dense = np.array(array, part.dtype, order="C")
+                part.copy_to_device(dense.reshape(-1), stream=self._stream)
 
     def aliases(self, arrays: Sequence[Any]) -> list[bool]:
         """Return False for each array: arrays on the host share no memory with the device."""

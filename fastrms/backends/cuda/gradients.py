@@ -1,7 +1,9 @@
 """The location of the gradients of a step: on the device, on the host, or none."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +17,30 @@ from fastrms.errors import DtypeError, StructureError
 from fastrms.kernels import cuda as kernels
 from fastrms.kernels import dlpack, pointers
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+__all__ = ["Finder", "Found", "Pieces"]
+
+# Up to so many pieces of memory, compiled code compares a tensor with each of them.
+_FEW = 16
 
 
-__all__ = ["Finder", "Found"]
+class Pieces:
+    """Disjoint pieces of memory [low, high)."""
+
+    def __init__(self, bounds: Iterable[tuple[int, int]]) -> None:
+        self.bounds: NDArray[np.int64] = np.array(sorted(bounds), np.int64).reshape(-1, 2)
+        self._lows, self._highs = self.bounds[:, 0].tolist(), self.bounds[:, 1].tolist()
+
+    def overlap(self, start: int, end: int) -> bool:
+        """Tell whether [start, end) overlaps a piece."""
+        first = bisect_right(self._highs, start)  # the first piece that ends after `start`
+        return first < len(self._lows) and self._lows[first] < end
+
+    def overlaps(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell for each of several ranges of memory whether it overlaps a piece."""
+        first = np.searchsorted(self.bounds[:, 1], starts, side="right")
+        lows = np.append(self.bounds[:, 0], np.iinfo(np.int64).max)
+        overlaps: NDArray[np.bool_] = lows[first] < ends
+        return overlaps
 
 
 class Found:
@@ -58,19 +79,21 @@ class Finder:
         # Negative views of PyTorch are parts of complex tensors. Only those of one element are dense.
         self._singles = [k for k, leaf in enumerate(self._leaves) if leaf.stop - leaf.start == 1]
 
-    def find(self, items: Items, written: NDArray[np.int64]) -> Found:
+    @cached_property
+    def _nbytes(self) -> NDArray[np.int64]:
+        """The number of bytes of each gradient in the dtype of its parameter."""
+        sizes = zip(self._leaves, self._dtypes, strict=True)
+        return np.array([(leaf.stop - leaf.start) * dtype.itemsize for leaf, dtype in sizes])
+
+    def find(self, items: Items, written: Pieces) -> Found:
         """Return the location of gradients, or raise StructureError or DtypeError.
 
-        There is an item for each parameter: a gradient or None. `written` has the pieces of memory [low, high) that the
-        step writes, shape (m, 2). Gradients there are copied first.
+        There is an item for each parameter: a gradient or None. `written` has the memory that the step writes.
+        Gradients there are copied first.
         """
         found = Found(len(items))
-        spans = written.tolist()
-        left: Iterable[int] = range(len(items))
-        if dlpack.exchange_function(type(items[0])):
-            left = self._locate(items, written, found)
         on_host: list[int] = []
-        for k in left:
+        for k in self.locate_tensors(items, written, found):
             item = items[k]
             if item is None:
                 found.sources[k] = kernels.ABSENT
@@ -83,7 +106,7 @@ class Finder:
                     item = item.resolve_neg()
                     found.kept.append(item)
                     interface = kernels.interface_of(item) or interface
-                self._locate_one(k, item, interface, spans, found)
+                self._locate_one(k, item, interface, written, found)
         found.streams.discard(0)
         if on_host:
             wanted = set(on_host)
@@ -91,15 +114,24 @@ class Finder:
             found.arrays = as_arrays(chosen, self._layout, self._name, allow_none=True)
         return found
 
-    def _locate(self, items: Items, written: NDArray[np.int64], found: Found) -> list[int]:
-        """Locate gradients by compiled code, and return the numbers of the gradients that it cannot locate."""
+    def locate_tensors(self, items: Items, written: Pieces, found: Found) -> Iterable[int]:
+        """Locate tensors of PyTorch by compiled code, and return the numbers of the items that it cannot locate.
+
+        An item that overlaps memory in `written` is one of them.
+        """
         kind = type(items[0])
+        function = dlpack.exchange_function(kind)
+        if not function:
+            return range(len(items))
         addresses, states = self._places
+        few = len(written.bounds) <= _FEW
         dlpack.locate(
-            dlpack.exchange_function(kind), pointers.items_of(items), np.array([id(kind)]), id(None), self._expected,
-            written, self._words, addresses, states, self._device,
+            function, pointers.items_of(items), np.array([id(kind)]), id(None), self._expected,
+            written.bounds if few else written.bounds[:0], self._words, addresses, states, self._device,
         )  # fmt: skip
         ordinary = states == dlpack.ORDINARY
+        if not few:
+            ordinary &= ~written.overlaps(addresses, addresses + self._nbytes)
         for k in self._singles:
             ordinary[k] = ordinary[k] and not getattr(items[k], "is_neg", bool)()
         found.sources[ordinary] = addresses[ordinary]
@@ -107,7 +139,7 @@ class Finder:
             found.streams.add(dlpack.current_stream(kind, self._device) or kernels.LEGACY_STREAM)
         return np.flatnonzero(~ordinary).tolist()
 
-    def _locate_one(self, k: int, item: object, interface: Interface, spans: list[list[int]], found: Found) -> None:
+    def _locate_one(self, k: int, item: object, interface: Interface, written: Pieces, found: Found) -> None:
         """Check one gradient on the device, and locate it."""
         # It runs for each of 1,000 arrays, so texts are made only for errors.
         leaf, dtype, shape = self._leaves[k], self._dtypes[k], interface["shape"]
@@ -135,9 +167,7 @@ class Finder:
             reach = [(size - 1) * stride for size, stride in zip(leaf.shape, strides, strict=True)]
             start = address + sum(step for step in reach if step < 0)
             end = address + sum(step for step in reach if step > 0) + theirs.itemsize
-        ours = False
-        for low, high in spans:
-            ours = ours or (start < high and end > low)
+        ours = written.overlap(start, end)
         if theirs is dtype and not ours and strides is None:
             found.sources[k] = address
         else:

@@ -71,7 +71,9 @@ def update(
     chunks, *tables = spans
     group, number = run.group, run.dtype.type
     extended = factored or needs_extended_rule(group)
-    kernel = kernels.update_kernel(run.dtype, group["momentum"] > 0, group["centered"], extended, factored, guarded)
+    kernel = kernels.update_kernel(
+        run.dtype, group["momentum"] > 0, group["centered"], extended, factored, guarded, run.held
+    )
     params, _, *state = run.arrays
     return (
         kernels.launch, kernel, chunks, threads or kernels.THREADS, stream, params, grads, *state, run.hyper,

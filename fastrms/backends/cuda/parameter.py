@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastrms.backends.base import Call
-from fastrms.backends.cuda.arrays import DeviceArray, Stream, as_stream, copy_in, copy_out, let_wait
+from fastrms.backends.cuda.arrays import DeviceArray, Stream, copy_in, copy_out, let_wait, wait_for
 from fastrms.backends.cuda.gradients import Finder, Found
+from fastrms.backends.cuda.held import HeldDeviceArrays
 from fastrms.backends.cuda.launches import Spans, norm_passes, squares, update
 from fastrms.backends.cuda.tables import DeviceRun
 from fastrms.backends.one_by_one import Parameter, SortedRows
@@ -42,7 +43,7 @@ class DeviceParameter(Parameter["CudaBackend"]):
     def __init__(self, backend: "CudaBackend", number: int) -> None:
         super().__init__(backend, number)
         state = backend.state
-        group, layout = state.param_groups[self.group_number], state.buffers["params"].layout
+        group, layout = state.param_groups[self.group_number], state.buffers["grads"].layout
         self._run = DeviceRun(self.group_number, group, layout, np.array([number]))
         self._finder = Finder(self.layout, [state.buffers["grads"].leaves[number]], f"gradients{self.path}")
         self._computed_from: object = None  # the version of the options that the run uses
@@ -66,12 +67,13 @@ class DeviceParameter(Parameter["CudaBackend"]):
             like = np.broadcast_to(np.zeros((), self.dtype), (len(sorted_rows.order), *self.shape[1:]))
             found = Finder(Layout(like), [like], f"gradients{self.path}").find((gradient,), backend.written_by_update)
             size = like.size
+        params = backend.state.buffers["params"]
+        if isinstance(params, HeldDeviceArrays):
+            found.streams |= params.located(self.number)
         if not size:
             return ()
         run, stream = self._prepared(backend), backend.stream  # an array of the user may have set options
-        streams = [as_stream(number) for number in found.streams - {kernels.handle_of(stream)}]
-        for other in streams:
-            let_wait(stream, other)
+        streams = wait_for(found.streams, stream)
         vector = self._vector_of(backend, found, size)
         if sorted_rows is None:
             return _Gradient(vector, run.whole, run.whole, kernels.THREADS, streams, found)

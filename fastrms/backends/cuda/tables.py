@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from fastrms.backends.cuda.arrays import DeviceArray, Stream, cuda
 from fastrms.backends.cuda.buffer import Staged
+from fastrms.backends.cuda.held import HeldDeviceArrays
 from fastrms.backends.plan import Run
 from fastrms.buffers import FlatBuffer, Layout
 from fastrms.kernels import cuda as kernels
@@ -36,12 +37,19 @@ class DeviceRun(Run):
         self.tables: tuple[DeviceArray, ...] = ()  # its rows of `sources`, `sums`, `norms`, `finite` and `factors`
         self.hyper: tuple[DeviceArray, ...] = ()
         self.arrays: tuple[DeviceArray, ...] = ()
+        self.held = False  # whether `arrays` begins with addresses of parameters, instead of their elements
 
     def use_buffers(self, buffers: Mapping[str, FlatBuffer]) -> None:
         """Update the parts of these buffers from now on, with the state that the options of the run need."""
-        params, *others = self.parts_of(buffers)
+        held = buffers["params"]
+        if isinstance(held, HeldDeviceArrays):
+            buffers = {**buffers, "params": buffers["grads"]}
+        params, grads, *state = self.parts_of(buffers)
+        if isinstance(held, HeldDeviceArrays):
+            self.held = len(self.numbers) > 1  # one parameter is a vector by itself
+            params = held.table(self.numbers) if self.held else held.part(int(self.numbers[0]))
         # A kernel that lacks a kind of state still needs an array as argument.
-        self.arrays = (params, *(params if array is None else array for array in others))
+        self.arrays = (params, grads, *(grads if array is None else array for array in state))
 
     def part_of(self, buffer: FlatBuffer) -> DeviceArray:
         """Return the elements of this run in `buffer`, 1-D. An empty run gets any array: it cannot be cut out."""

@@ -287,7 +287,7 @@ def test_a_group_that_is_added_has_the_bits_of_one_that_was_there_without_gradie
         ours.step(gradients)
         oracle.step([gradients, [None] * len(head)])
     with unless_refused(backend, "groups"):
-        ours.add_param_group({"params": list(map(np.array, new)), "lr": 0.5, "centered": True})
+        ours.add_param_group({"params": backend.given(list(map(np.array, new))), "lr": 0.5, "centered": True})
         for t in range(4):
             gradients = [drawn(body, rng), drawn(head, rng)]
             oracle.step(gradients)

@@ -77,8 +77,8 @@ def test_a_group_that_was_added_goes_on_with_another_backend(kind, backend, rng)
     params = [drawn(body, rng), drawn(head, rng)]
     ours, host = backend.make(params[0], **OF_A_RUN), RMSProp(params[0], kernel="numpy", **OF_A_RUN)
     never_moved = RMSProp([{"params": group} for group in params], kernel="numpy", **OF_A_RUN)
-    for opt in (ours, host):
-        opt.add_param_group({"params": params[1]})
+    ours.add_param_group({"params": backend.given(params[1])})
+    host.add_param_group({"params": params[1]})
     for t in range(3):
         gradients = [backend.gradients(body, rng, OF_A_RUN), backend.gradients(head, rng, OF_A_RUN)]
         if t == 1:

@@ -7,6 +7,7 @@ from helpers import assert_same_bits, assert_same_state
 from simulator import KINDS, Theirs, arrays, kernels, pair
 
 from fastrms import NonfiniteError
+from fastrms.backends.cuda.gradients import Pieces
 from fastrms.kernels import dlpack
 
 
@@ -79,7 +80,7 @@ def test_gradients_that_reach_into_the_optimizers_own_memory_are_copied_first():
     def found(address, stride):
         described = {"data": (address, False), "strides": (stride,), "shape": (4,), "typestr": "<f8"}
         theirs = Theirs(np.ones(4), **described)
-        return optimizer.backend._finder.find((theirs, None), np.array([[low, high]])).others
+        return optimizer.backend._finder.find((theirs, None), Pieces([(low, high)])).others
 
     for address, stride in ((high, -8), (high + 16, -16), (low - 16, 16), (low - 24, 8), (low, 0)):
         assert [ours for _, _, ours in found(address, stride)] == [True], (address - low, stride)
@@ -124,7 +125,7 @@ def test_a_tensor_that_reaches_into_memory_that_is_written_is_not_read_where_it_
     tensor = torch.arange(4.0, dtype=torch.float64)
     start = tensor.data_ptr()
     for low, high, there in ((-8, 0, True), (32, 40, True), (-8, 1, False), (31, 40, False), (8, 16, False)):
-        found = optimizer.backend._finder.find((tensor,), np.array([[start + low, start + high]]))
+        found = optimizer.backend._finder.find((tensor,), Pieces([(start + low, start + high)]))
         assert (found.sources[0] == start) == there, (low, high)
 
 

@@ -222,4 +222,4 @@ def test_addresses_of_all_groups_count_as_written(rng):
     written = opt.backend.written
     for leaf in (*opt.params[0][:2], *opt.params[1], *opt.cache[1]):
         address = kernels.interface_of(leaf)["data"][0]
-        assert any(low <= address < high for low, high in written)
+        assert any(low <= address < high for low, high in written.bounds)
