@@ -151,7 +151,7 @@ def derived(w: Vector) -> None:
 
 
 def elsewhere(w: Vector, single: NDArray[np.float32]) -> None:
-    on_gpu = RMSProp([w], kernel="cuda", stream=3)
+    on_gpu = RMSProp([w], kernel="cuda", stream=3, in_place=True)
     assert_type(on_gpu.params, Any)  # arrays of Numba, which have no types
     assert_type(CudaRMSProp([w], momentum=0.9).params, Any)
     CudaRMSProp([w], kernel="serial")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

@@ -141,6 +141,8 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded, held):
                 if factored:
                     scale = number(factors[k, 0])
                     correction = number(factors[k, 1])
+                if held:
+                    place = params[k] - bounds[k, 0] * grads.itemsize  # plus the bytes up to an element: its address
                 start = bounds[k, 0] + (chunk - first_chunk[k]) * CHUNK
                 stop = _smaller(start + CHUNK, bounds[k, 1])
                 for first in range(start + cuda.threadIdx.x, stop, UNROLL * width):
@@ -148,7 +150,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded, held):
                         i = first + u * width
                         if i < stop:
                             if held:
-                                p[u] = number_at(params[k] + (i - bounds[k, 0]) * grads.itemsize, scale)
+                                p[u] = number_at(place + i * grads.itemsize, scale)
                             else:
                                 p[u] = params[i]
                             if source == IN_BUFFER:
@@ -169,7 +171,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded, held):
                                 p[u], g[u], c[u], b_now, m_now, hyper, scale, correction, more
                             )
                             if held:
-                                store_at(params[k] + (i - bounds[k, 0]) * grads.itemsize, number(p_new))
+                                store_at(place + i * grads.itemsize, number(p_new))
                             else:
                                 params[i] = p_new
                             cache[i] = c_new

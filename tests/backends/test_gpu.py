@@ -5,6 +5,7 @@ tested without a GPU too, by `test_cuda.py`; here is what the simulator cannot s
 memory of other libraries, and that nothing waits.
 """
 
+import copy
 import importlib
 import pickle
 import time
@@ -14,7 +15,7 @@ import pytest
 from cases import OPTIONS, combinations
 from helpers import assert_same_bits, wide
 
-from fastrms import NonfiniteError, RMSProp
+from fastrms import DtypeError, NonfiniteError, RMSProp, StructureError
 
 pytestmark = pytest.mark.gpu
 
@@ -221,6 +222,129 @@ def test_torch_shares_memory_and_its_gradients_are_read_where_they_lie(count, to
     optimizer.step([None, *given[1:]]) if count > 1 else optimizer.step([given[0].T])
     oracle.step([None, *gradients[1:]] if count > 1 else [gradients[0].T])
     assert_same_state(optimizer, oracle)
+
+
+# Parameters in the program's own arrays.
+
+
+def assert_updated_in_place(given, to_host, opt, oracle, addresses):
+    opt.synchronize()
+    for array, param, address in zip(given, oracle.params, addresses, strict=True):
+        assert_same_bits(to_host(array), param)
+        assert array.__cuda_array_interface__["data"][0] == address
+    assert all(ours is array for ours, array in zip(opt.params, given, strict=True))
+    assert_same_state(opt, oracle)
+
+
+@pytest.mark.parametrize("library", ["cupy", "numba", "torch"])
+@pytest.mark.parametrize("part", range(4))
+def test_every_combination_of_options_in_place_has_the_bits_of_the_host(part, library, request, rng):
+    module = request.getfixturevalue("cuda" if library == "numba" else library)
+    place, to_host = {
+        "cupy": (lambda a: module.asarray(a), lambda a: a.get()),
+        "numba": (lambda a: module.to_device(a), lambda a: a.copy_to_host()),
+        "torch": (lambda a: module.tensor(a, device="cuda"), lambda a: a.cpu().numpy()),
+    }[library]
+
+    def some(arrays):  # Numba has no arrays without an axis
+        return [array for array in arrays if array.ndim or library != "numba"]
+
+    for names in combinations()[part::4]:
+        options = {name: OPTIONS[name] for name in sorted(names)}
+        start = some(arrays(rng))
+        given = list(map(place, start))
+        addresses = [array.__cuda_array_interface__["data"][0] for array in given]
+        oracle = RMSProp(start, kernel="serial", lr=0.01, **options)
+        opt = RMSProp(given, kernel="cuda", in_place=True, lr=0.01, **options)
+        for t in range(4):
+            gradients = some(arrays(rng, -30 if t % 2 else -3))
+            if t == 2:
+                gradients[0] = None
+            oracle.step(gradients)
+            opt.step([g if g is None or t == 3 else place(g) for g in gradients])
+        assert_updated_in_place(given, to_host, opt, oracle, addresses)
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_parameters_of_a_torch_model_are_updated_in_place(count, torch, rng):
+    start = [rng.standard_normal((10, 10)).astype(np.float32) for _ in range(count)]
+    model = [torch.nn.Parameter(torch.tensor(array, device="cuda")) for array in start]
+    given = [parameter.detach() for parameter in model]
+    oracle, opt = RMSProp(start, kernel="serial"), RMSProp(given, kernel="cuda", in_place=True)
+    for _ in range(5):
+        gradients = [rng.standard_normal((10, 10)).astype(np.float32) for _ in range(count)]
+        for parameter, gradient in zip(model, gradients, strict=True):
+            parameter.grad = torch.tensor(gradient, device="cuda")
+        oracle.step(gradients)
+        opt.step([parameter.grad for parameter in model])
+    opt.step([given[-1], *(parameter.grad for parameter in model[1:])])  # another parameter, or the parameter itself
+    oracle.step([oracle.params[-1].copy(), *gradients[1:]])
+    for parameter, param in zip(model, oracle.params, strict=True):
+        assert_same_bits(parameter.detach().cpu().numpy(), param)
+    with pytest.raises(DtypeError, match=r"params\[0\]: .* got Parameter object that requires gradients; pass its"):
+        RMSProp(model, kernel="cuda", in_place=True)
+    before = opt.state_dict()["arrays"]
+    there = given[0].data
+    given[0].data = given[0].data.clone()
+    with pytest.raises(StructureError, match=r"params\[0\]: expected the original array"):
+        opt.step([parameter.grad for parameter in model])
+    given[0].data = there
+    for name, array in opt.state_dict()["arrays"].items():
+        assert_same_bits(array, before[name])
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_copies_of_program_and_optimizer_in_place(library, make, request, tmp_path, rng):
+    module = request.getfixturevalue(library)
+    start = arrays(rng)
+    given = [module.asarray(a) if library == "cupy" else module.tensor(a, device="cuda") for a in start]
+    oracle, opt = RMSProp(start, momentum=0.9), RMSProp(given, kernel="cuda", in_place=True, momentum=0.9)
+    copied, other = make((given, opt))
+    assert all(ours is theirs for ours, theirs in zip(other.params, copied, strict=True))
+    gradients = arrays(rng)
+    other.step(gradients)
+    assert_same_state(opt, oracle)
+    oracle.step(gradients)
+    assert_same_state(other, oracle)
+    oracle.save(tmp_path / "run.npz")
+    opt.load(tmp_path / "run.npz")
+    assert_same_state(opt, oracle)
+
+
+def test_the_streams_of_the_parameters_are_waited_for(cupy, rng):
+    values, gradient = (rng.standard_normal(1_000_000).astype(np.float32) for _ in range(2))
+    theirs, other = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    for stream in (None, other):
+        oracle = RMSProp([values], kernel="serial")
+        source, param, there = cupy.asarray(values), cupy.zeros(values.size, np.float32), cupy.asarray(gradient)
+        opt = RMSProp([param], kernel="cuda", in_place=True, stream=stream)
+        cupy.cuda.runtime.deviceSynchronize()
+        busy(cupy, theirs)
+        with theirs:
+            param[...] = source  # not there yet when the step is asked for
+            opt.step([there])
+            read = param.copy()  # not before the step has written it
+        oracle.step([gradient])
+        theirs.synchronize()
+        assert_same_bits(read.get(), oracle.params[0])
+        assert_same_state(opt, oracle)
+
+
+def test_a_step_in_place_does_not_wait_for_the_device(cupy, rng):
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        params, gradients = ([cupy.ones((30, 4), np.float32), cupy.ones(50)] for _ in range(2))
+        opt = RMSProp(params, kernel="cuda", in_place=True, stream=stream)
+        for _ in range(3):
+            opt.step(gradients)
+        opt.synchronize()
+        busy(cupy, stream, 1.0)
+        for _ in range(10):
+            opt.step(gradients)
+        assert not stream.done, "the steps were taken after all that was asked of the stream before"
+    opt.synchronize()
+    assert opt.steps == 13
 
 
 # Streams and waiting.

@@ -51,7 +51,7 @@ class HeldDeviceArrays(HeldArrays, DeviceBuffer):
             interface_on_device(array, name + leaf.path) for array, leaf in zip(arrays, layout.leaves, strict=True)
         ]
         super().__init__(layout, arrays, views, check, name)
-        self._stream: Stream = as_stream(stream)
+        self._stream: Stream = as_stream(None) if stream is None else stream
         self._finder = Finder(layout, self._originals, name)
         self._known = list(map(_place, interfaces))
         self._addresses = np.array([place[0][0] for place in self._known], np.int64)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from helpers import assert_same_bits, assert_same_state, whole
 from simulator import KINDS, Theirs, arrays, cuda, kernels
 
 from fastrms import DtypeError, RMSProp, StructureError
-from fastrms.backends.cuda import held
+from fastrms.backends.cuda import arrays as on_device
+from fastrms.backends.cuda import backend, held
 from fastrms.cuda import CudaRMSProp
 from fastrms.kernels import dlpack
 
@@ -109,7 +111,8 @@ WRONG = {
     "masked": (Theirs(np.ones(2), mask=object()), "expected an array, got a masked array on the device"),
     "negative": (negative(np.ones(2)), "expected an array on the GPU, got a negative view of PyTorch"),
     "requires grad": (
-        type("Parameter", (), {"requires_grad": True})(), r"got Parameter object that requires gradients; pass its \.det"
+        type("Parameter", (), {"requires_grad": True})(),
+        r"got Parameter object that requires gradients; pass its \.detach\(\)",
     ),
 }  # fmt: skip
 
@@ -168,10 +171,6 @@ def made_read_only(array):
     array.read_only = True
 
 
-def strided(array):
-    array.array = np.ndarray(array.shape, array.dtype, array.array, strides=(-array.dtype.itemsize,) if False else (8,))
-
-
 CHANGES = {
     "moved": (moved, "expected the original array, .* that was moved"),
     "dtype": (cast, r"expected the original array, of shape \(3,\) and float32, .* or int32"),
@@ -219,7 +218,7 @@ def test_an_array_that_was_changed_is_named_and_nothing_is_written(change, rng, 
 def test_an_array_that_becomes_strided_is_named(rng):
     memory = np.ones(6)
     array = OnGpu(memory)
-    array.array = memory[:3]
+    array.array = memory[:3]  # without a copy
     opt = RMSProp([array, OnGpu(np.ones(1))], kernel="cuda", in_place=True)
     array.array = memory[::2]
     with pytest.raises(StructureError, match=r"^params\[0\]: expected the original array"):
@@ -260,12 +259,6 @@ def test_a_checkpoint_is_loaded_into_the_arrays(rng):
     opt.load_state_dict(views.state_dict())
     for array, param in zip(given, views.params, strict=True):
         assert_same_bits(array.array, param)
-    state = opt.state_dict()
-    state["arrays"]["params/float32"] = given[0].array.reshape(-1)  # memory that the load writes
-    state["arrays"]["params/float32"] = np.append(state["arrays"]["params/float32"], np.float32(0.5) * np.ones(7, "f4"))
-    opt.load_state_dict(state)
-    views.load_state_dict(state)
-    assert_same_state(opt, views)
     opt.buffers["params"].gather(start)
     views.buffers["params"].gather(start)
     assert_same_state(opt, views)
@@ -316,14 +309,9 @@ def test_the_streams_of_the_arrays_are_waited_for(rng, monkeypatch):
             call()
     with monkeypatch.context() as patch:
         order = []
-        for module in (
-            held,
-            held.wait_for.__globals__,
-            vars(__import__("fastrms.backends.cuda.backend", fromlist=["x"])),
-        ):
-            names = module if isinstance(module, dict) else vars(module)
-            patch.setitem(names, "let_wait", lambda waiting, other: order.append((waiting, other)))
-        patch.setitem(held.wait_for.__globals__, "as_stream", lambda number: number)
+        for module in (on_device, backend, held):
+            patch.setattr(module, "let_wait", lambda waiting, other: order.append((waiting, other)))
+        patch.setattr(on_device, "as_stream", lambda number: number)
         state = opt.state_dict()
         assert order == [(opt.stream, 77)]
         for call in (lambda: opt.step(arrays(rng)), lambda: opt.load_state_dict(state)):
@@ -350,6 +338,7 @@ def test_tensors_of_torch_are_updated_where_they_lie(count, rng, monkeypatch):
 
     plain = kernels.interface_of
     monkeypatch.setattr(kernels, "interface_of", interface_of)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     start = arrays(rng, [(3, 2)] * count, [np.float32] * count)
     tensors = [torch.from_numpy(array.copy()) for array in start]
     oracle, opt = RMSProp(start, kernel="numpy"), RMSProp(tensors, kernel="cuda", in_place=True)
