@@ -1,6 +1,6 @@
 """`HeldDeviceArrays`: parameters that stay in the caller's arrays on a GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastrms.backends.cuda.arrays import (
     let_wait,
     stream_of,
     wait_for,
-)  # fmt: skip
+)
 from fastrms.backends.cuda.buffer import DeviceBuffer
 from fastrms.backends.cuda.gradients import Finder, Found, Pieces
 from fastrms.buffers import FlatBuffer, Layout
@@ -70,23 +70,27 @@ class HeldDeviceArrays(HeldArrays, DeviceBuffer):
 
         Raise StructureError if a step cannot update an array in place any more.
         """
-        found = Found(len(self.leaves))
-        left = self._finder.locate_tensors(self.leaves, _NOTHING, found) if number is None else (number,)
-        unchanged = bool(np.all((found.sources == self._addresses) | (found.sources == kernels.IN_BUFFER)))
+        if number is None:
+            found = Found(len(self.leaves))
+            left: Iterable[int] = self._finder.locate_tensors(self.leaves, _NOTHING, found)
+            unchanged = bool(np.all((found.sources == self._addresses) | (found.sources == kernels.IN_BUFFER)))
+            streams = found.streams
+        else:
+            left, unchanged, streams = (number,), True, set()
         for k in left:
             item = self.leaves[k]
             interface = kernels.interface_of(item)
-            if interface is None or _place(interface) != self._known[k]:
-                unchanged = False
-                break
-            if interface.get("strides") is not None and not Shadow.of(item, interface).flags.c_contiguous:
-                unchanged = False
-                break
-            found.streams.add(stream_of(item, interface))
+            unchanged = unchanged and interface is not None and self._is_as_before(k, item, interface)
+            streams.add(0 if interface is None else stream_of(item, interface))
         if not unchanged:
             problems = changed_views(self, "params")
             raise StructureError(problems[0] if problems else "params: expected the original arrays, got changed ones")
-        return found.streams - {0}
+        return streams - {0}
+
+    def _is_as_before(self, number: int, item: object, interface: Interface) -> bool:
+        """Tell whether an array has the place, shape, dtype and order that it had at first."""
+        dense = interface.get("strides") is None or Shadow.of(item, interface).flags.c_contiguous
+        return dense and _place(interface) == self._known[number]
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -40,6 +40,14 @@ def test_the_parameters_are_the_given_objects():
     ]  # fmt: skip
 
 
+def test_strides_of_a_contiguous_array_may_be_given():
+    array = np.ones((2, 3))
+    opt = RMSProp([Theirs(array, strides=(24, 8)), Theirs(np.ones(1), strides=(8,))], kernel="cuda", in_place=True)
+    opt.step([np.ones((2, 3)), np.ones(1)])
+    opt.step_parameter(0, np.ones((2, 3)))
+    assert (array < 1).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_gradients_of_every_kind(count, kind, rng):
