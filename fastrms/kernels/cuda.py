@@ -149,10 +149,7 @@ def update_kernel(dtype, momentum, centered, extended, factored, guarded, held):
                     for u in range(UNROLL):
                         i = first + u * width
                         if i < stop:
-                            if held:
-                                p[u] = number_at(place + i * grads.itemsize, scale)
-                            else:
-                                p[u] = params[i]
+                            p[u] = number_at(place + i * grads.itemsize, scale) if held else params[i]
                             if source == IN_BUFFER:
                                 g[u] = grads[i]
                             else:
