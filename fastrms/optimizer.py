@@ -104,7 +104,7 @@ class RMSProp(InParts[P]):
         This is for programs that must keep their own arrays. Each array must be writable, C-contiguous, and of dtype
         float32 or float64 in native byte order. With kernel="cuda" it must be on the GPU. State and gradients are still
         in flat buffers. The bits are the same, but a step takes longer, above all over many small arrays. Not available
-        with `storage`: its folder is a checkpoint with all parameters, and the given arrays would be missing in it.
+        with `storage`: its folder is a checkpoint with all parameters, and the given arrays would be missing from it.
 
     Attributes
     ----------

@@ -34,7 +34,7 @@ def new_backend(
     if in_place and storage is not None:
         raise OptionError(
             "in_place: expected False with storage, because the folder is a checkpoint with all parameters, and arrays "
-            "of the program would be missing in it; to update arrays in files, pass np.memmap arrays without storage"
+            "of the program would be missing from it; to update arrays in files, pass np.memmap arrays without storage"
         )
     if settings.kernel == "cuda":
         if storage is not None:

@@ -89,6 +89,22 @@ def test_gradients_that_reach_into_the_optimizers_own_memory_are_copied_first():
     assert found(low - 32, 8) == found(high, 8) == []  # dense: read where it lies
 
 
+def test_ranges_of_memory_are_compared_with_all_pieces(rng):
+    bounds = np.cumsum(rng.integers(1, 5, 40)).reshape(-1, 2).tolist()
+    pieces = Pieces(map(tuple, bounds[::-1]))
+    starts = rng.integers(-5, 110, 500)
+    ends = starts + rng.integers(1, 9, 500)
+    expected = [
+        any(start < high and end > low for low, high in bounds) for start, end in zip(starts, ends, strict=True)
+    ]
+    assert pieces.overlaps(starts, ends).tolist() == expected
+    assert [pieces.overlap(start, end) for start, end in zip(starts, ends, strict=True)] == expected
+    assert any(expected)
+    assert not all(expected)
+    assert not Pieces(()).overlap(0, 1)
+    assert not Pieces(()).overlaps(starts, ends).any()
+
+
 # PyTorch's tensors, found by compiled code. Those of the processor stand for those of a device, as the simulator's
 # memory is theirs.
 
