@@ -64,14 +64,14 @@ class HeldArrays(FlatBuffer):
         """
         return array
 
-    def joined(self, layout: Layout, more: "HeldArrays", views: Any) -> Self:
+    def joined(self, layout: Layout, more: FlatBuffer, views: Any) -> Self:
         """Return a buffer with the arrays of this buffer and of another one.
 
         Parameters
         ----------
         layout : Layout
             The layout of all arrays.
-        more : HeldArrays
+        more : FlatBuffer
             The other buffer.
         views : the structure of the layout
             Containers with all arrays.

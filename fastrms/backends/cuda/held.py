@@ -61,7 +61,7 @@ class HeldDeviceArrays(HeldArrays, DeviceBuffer):
         interface = kernels.interface_of(array)
         return None if interface is None else Shadow.of(array, interface)
 
-    def joined(self, layout: Layout, more: HeldArrays, views: Any) -> "HeldDeviceArrays":
+    def joined(self, layout: Layout, more: FlatBuffer, views: Any) -> "HeldDeviceArrays":
         """Return a buffer with the arrays of this buffer and of another one, as `HeldArrays.joined`."""
         return HeldDeviceArrays(layout, [*self.leaves, *more.leaves], views, stream=self._stream)
 
@@ -190,5 +190,6 @@ def on_device(buffer: FlatBuffer, stream: Stream) -> DeviceBuffer:
         buffer.use(stream)
         return buffer
     if isinstance(buffer, HeldArrays):
-        return HeldDeviceArrays(buffer.layout, [shadow.given for shadow in buffer.leaves], check=False, stream=stream)
+        arrays = [shadow.given for shadow in buffer.leaves if isinstance(shadow, Shadow)]
+        return HeldDeviceArrays(buffer.layout, arrays, check=False, stream=stream)
     return DeviceBuffer.of(buffer, stream)
