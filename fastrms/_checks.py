@@ -11,7 +11,7 @@ from fastrms.errors import OptionError, OptionTypeError
 
 __all__ = [
     "AFTER_CRASH", "BFLOAT16_STEP", "GROUP_DEFAULTS", "HOST_KERNELS", "KERNELS", "NONFINITE", "PARAMS_CHECKS",
-    "REDUCTIONS", "check_cache_dtype", "check_count", "check_for_dtype", "check_one_of", "check_option",
+    "REDUCTIONS", "check_cache_dtype", "check_count", "check_flag", "check_for_dtype", "check_one_of", "check_option",
     "check_threads", "shown",
 ]  # fmt: skip
 
@@ -125,6 +125,13 @@ def shown(value: object) -> str:
     except Exception as error:
         text = f"an object whose repr() raises: {error}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return True or False as it is; raise for another value."""
+    if not isinstance(value, bool):
+        raise OptionTypeError(f"{name}: expected True or False, got {shown(value)}")
+    return value
 
 
 def check_threads(value: object, available: int) -> int | None:

@@ -3,7 +3,7 @@
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from fastrms._checks import KERNELS, check_one_of, shown
+from fastrms._checks import KERNELS, check_flag, check_one_of
 from fastrms._state import OptimizerState, Settings
 from fastrms.backends.base import Backend
 from fastrms.backends.host import HostBackend
@@ -11,7 +11,7 @@ from fastrms.backends.making import new_host_backend
 from fastrms.backends.memory import Ram
 from fastrms.backends.storage import Storage, check_storage
 from fastrms.buffers.pytree import Params
-from fastrms.errors import DeviceError, OptionError, OptionTypeError
+from fastrms.errors import DeviceError, OptionError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -29,8 +29,7 @@ def new_backend(
     settings.check()
     check_one_of("kernel", settings.kernel, KERNELS)
     check_storage(storage)
-    if not isinstance(in_place, bool):
-        raise OptionTypeError(f"in_place: expected True or False, got {shown(in_place)}")
+    in_place = check_flag("in_place", in_place)
     if in_place and storage is not None:
         raise OptionError(
             "in_place: expected False with storage, because the folder is a checkpoint with all parameters, and arrays "
