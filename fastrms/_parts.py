@@ -159,7 +159,7 @@ class InParts(Persistent[P]):
         Raises
         ------
         FastrmsError
-            As from the constructor. Or the optimizer is on several ranks. After an error, nothing has changed.
+            As from the constructor. After an error, nothing has changed.
         OSError
             The storage has no room for the files of the group. Nothing has changed.
 

@@ -12,7 +12,7 @@ from fastrms._state import Counts, OptimizerState, optional_state
 from fastrms._types import Options
 from fastrms.backends.turns import Turns
 from fastrms.buffers import Array, FlatBuffer, Layout
-from fastrms.errors import NonfiniteError, OptionError
+from fastrms.errors import NonfiniteError
 from fastrms.kernels.norms import AddUp, SpanNorms, combine
 
 if TYPE_CHECKING:
@@ -69,15 +69,16 @@ class Backend(ABC):
         """Forget the norms of the last step, and whether it was skipped."""
         self.state.counts.last_norms, self.state.counts.last_skipped = None, False
 
+    @abstractmethod
     def adding(self, new: OptimizerState) -> "AbstractContextManager[Memory]":
         """Return a context for adding a group: the memory for the buffers of `new`, which has none yet.
 
         Call `take_in` within the context. After an error in the context the optimizer is as before.
         """
-        raise OptionError(
-            "add_param_group: expected an optimizer of one process, got one of MPI ranks; pass all groups to the "
-            "constructor"
-        )
+
+    def ranks_of(self, new: OptimizerState) -> "Ranks | None":
+        """Return the processes that share the buffers of a group to be added; None for this process alone."""
+        return None
 
     def params_on_host(self, params: Any, name: str) -> Any:
         """Return new parameters with all arrays on the host, for a new group. Errors call the parameters `name`."""
@@ -224,6 +225,10 @@ class Ranks(Protocol):
 
     def step(self, backend: "HostBackend", gradients: object) -> None:
         """Exchange gradients with the other ranks, and let `backend` take the step."""
+        ...
+
+    def of_group(self, new: OptimizerState) -> "Ranks":
+        """Return the ranks that share the buffers of a group to be added."""
         ...
 
     def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:

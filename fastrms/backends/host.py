@@ -47,9 +47,9 @@ class HostBackend(Backend):
     def _use_parameters(self) -> None:
         """Prepare all that depends on the parameters and their groups."""
         state, memory, ranks = self.state, self._memory, self._ranks
-        params = state.buffers["params"]
-        self._grads = state.buffers["grads"]
-        self._watched_params, self._watched_grads = Watch(params), Watch(self._grads)
+        self._settled: FlatBuffer | None = None
+        self._params, self._grads = state.buffers["params"], state.buffers["grads"]
+        self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
         self._own = state.buffers if ranks is None else ranks.shard_of(state.buffers)
         self.run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
@@ -58,11 +58,11 @@ class HostBackend(Backend):
         self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.kernel_changed()
-        self._params = params  # last: after Ctrl-C in between, the next step does all of it again
+        self._settled = self._params  # last: after Ctrl-C in between, the next step does all of it again
 
     def settle_parameters(self) -> None:
         """Prepare all that depends on the parameters, if groups were added or taken out."""
-        if self._params is not self.state.buffers["params"]:
+        if self._settled is not self.state.buffers["params"]:
             self._use_parameters()
 
     def new_run(self, group_number: int, numbers: NDArray[np.int64]) -> HostRun:
@@ -239,11 +239,13 @@ class HostBackend(Backend):
 
     def adding(self, new: OptimizerState) -> AbstractContextManager[Memory]:
         """Return a context for adding a group, as `Backend.adding`."""
-        if self._ranks is not None:
-            return super().adding(new)  # raises OptionError
-        if self.state.in_place:
+        if self.state.in_place and self._ranks is None:  # ranks have checked this together
             self._refuse_changed()
         return nullcontext(self._memory) if self.storage is None else self.storage.adding(new)
+
+    def ranks_of(self, new: OptimizerState) -> Ranks | None:
+        """Return the ranks that share the buffers of a group to be added, as `Backend.ranks_of`."""
+        return None if self._ranks is None else self._ranks.of_group(new)
 
     def step_ended(self, skipped: bool = False) -> None:
         """Record the end of a step that has been counted."""

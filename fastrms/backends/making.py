@@ -67,7 +67,8 @@ def add_group(backend: Backend, group: Options) -> None:
         )
     try:
         with backend.adding(new) as memory:
-            new.add_buffers(state.buffers, _with_new_buffers(new, memory, None).new_buffer)
+            new_buffer = _with_new_buffers(new, memory, backend.ranks_of(new)).new_buffer
+            new.add_buffers(state.buffers, new_buffer)
             made = {name: backend.new_buffer(name) for name in new.buffers if name not in state.buffers}
             backend.take_in(new, made)
     finally:

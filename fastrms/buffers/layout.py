@@ -197,6 +197,30 @@ class Layout:
         other._place_segments([segment.dtype for segment in segments], [segment.size for segment in segments])
         return other
 
+    def cut(self, parts: Sequence[slice]) -> Self:
+        """Return the layout of a part of each segment. Each array is 1-D there, with its elements in the part.
+
+        Parameters
+        ----------
+        parts : sequence of slice
+            The elements [start, stop) of each segment.
+
+        Returns
+        -------
+        layout : Layout
+            A layout with the structure and the paths of this layout. An array may be empty.
+        """
+        other = copy(self)
+        leaves: list[Leaf] = []
+        for leaf in self.leaves:
+            part = parts[leaf.segment]
+            start, stop = (min(max(end, part.start), part.stop) - part.start for end in (leaf.start, leaf.stop))
+            leaves.append(replace(leaf, shape=(stop - start,), start=start, stop=stop))
+        other.leaves = tuple(leaves)
+        dtypes = [segment.dtype for segment in self.segments]
+        other._place_segments(dtypes, [part.stop - part.start for part in parts])
+        return other
+
     def zeros(self) -> Any:
         """Return arrays of zeros with this structure and these shapes and dtypes, which take no memory.
 

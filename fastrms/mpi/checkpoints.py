@@ -9,6 +9,7 @@ import numpy as np
 
 from fastrms._types import HostKernel, LearningRate, Reduction
 from fastrms.buffers import Array
+from fastrms.buffers.joined import JoinedBuffer
 from fastrms.buffers.pytree import P
 from fastrms.mpi.communicator import Bounds, Communicator
 from fastrms.mpi.shards import Shards
@@ -28,11 +29,6 @@ class Unsharded(RMSProp[P]):
     def _together(self, call: str) -> AbstractContextManager[bool]:
         """Return a context for a call that all ranks make together, as `Shards.together`."""
         return self._shards.together(self._turns, call)
-
-    def _broadcast_params(self) -> None:
-        """Copy the parameters of rank 0 to all ranks."""
-        for segment in self.buffers["params"].segments:
-            self._ranks.broadcast(segment)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all ranks on each rank, as `RMSProp.state_dict` does. All ranks call it.
@@ -209,7 +205,14 @@ def _new_whole(opt: Unsharded) -> RMSProp:
         "cache_dtype": opt.cache_dtype,
     }
     if opt.backend.state.grouped:
-        whole = RMSProp([dict(group) for group in opt.param_groups], kernel="numpy", **options)
+        # The state of an added group is divided by itself, so here it needs segments of its own too.
+        grads = opt.buffers["grads"]
+        added = len(grads.parts) - 1 if isinstance(grads, JoinedBuffer) else 0
+        groups = [dict(group) for group in opt.param_groups]
+        first = len(groups) - added
+        whole = RMSProp(groups[:first], kernel="numpy", **options)
+        for group in groups[first:]:
+            whole.add_param_group(group)
     else:
         own = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
         whole = RMSProp(opt.params, kernel="numpy", **own, **options)
@@ -240,10 +243,10 @@ def _distribute(opt: Unsharded, whole: RMSProp | None) -> None:
         ]
         numbers = (whole.global_clip_norm, whole.nonfinite, whole.backend.state.counts)
         sent = groups, numbers, _state_of(whole)
-        for mine, theirs in zip(opt.buffers["params"].segments, whole.buffers["params"].segments, strict=True):
-            mine[...] = theirs
+        for mine, theirs in zip(opt.buffers["params"].leaves, whole.buffers["params"].leaves, strict=True):
+            np.asarray(mine)[...] = theirs
     groups, numbers, names = opt._ranks.control.bcast(sent)
-    opt._broadcast_params()
+    opt._shards.broadcast_params()
     opt.backend.state.add_buffers(names, opt.backend.new_buffer)
     for own, all_, bounds in _segments(opt, whole):
         opt._ranks.scatter(all_, own, bounds)

@@ -5,12 +5,12 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, Unpack, overload
 
-from fastrms._checks import PARAMS_CHECKS, REDUCTIONS, check_one_of
+from fastrms._checks import PARAMS_CHECKS, REDUCTIONS, check_flag, check_one_of
 from fastrms._state import OptimizerState, Settings
 from fastrms._types import CacheDType, HostKernel, LearningRate, ParamsCheck, Reduction
-from fastrms.backends.making import new_sharded_backend
+from fastrms.backends.making import add_group, new_sharded_backend
 from fastrms.buffers.pytree import P, Params, PyTree
-from fastrms.errors import OptionError, StructureError
+from fastrms.errors import OptionError, StepInProgressError, StructureError
 from fastrms.kernels import check_host_kernel, threads
 from fastrms.mpi.checkpoints import Unsharded
 from fastrms.mpi.communicator import Communicator
@@ -30,6 +30,7 @@ class _Keywords(Keywords, total=False):
     reduction: Reduction
     check_params: ParamsCheck
     timeout: float | str | None
+    in_place: bool
 
 
 class ShardedRMSProp(Unsharded[P]):
@@ -60,6 +61,10 @@ class ShardedRMSProp(Unsharded[P]):
         Seconds that a rank waits for the others to make the same call (`step`, `save` and so on). After this time, each
         waiting rank reports where it waits and for which ranks, and all ranks are ended. 0 or None means no limit.
         "auto" means the value of the environment variable FASTRMS_MPI_TIMEOUT, or 600.
+    in_place : bool, default False
+        Update the given arrays of each rank in place, as `RMSProp` does. The bits are the same. On several ranks, the
+        messages need a flat copy of all parameters: memory for one more copy of the parameters on each rank, and in
+        each step the time to copy them.
     **options
         The other options of `RMSProp`: momentum, clipping, `kernel`, `nonfinite` and so on. The default of
         `num_threads` is the number of cores of this rank, divided by the number of ranks that share them.
@@ -67,7 +72,8 @@ class ShardedRMSProp(Unsharded[P]):
     Attributes
     ----------
     params, grads : the structure of `params`
-        All parameters, and the gradients of this rank. They are views of flat buffers, and stay the same arrays.
+        All parameters, and the gradients of this rank. They are views of flat buffers, and stay the same arrays. With
+        `in_place`, the parameters are the given arrays.
     cache, momentum_buffer, grad_avg : the structure of `params`
         The state of this rank's shard. For each parameter, a 1-D array of its elements in the shard, in C order.
     buffers : mapping of str to FlatBuffer
@@ -75,7 +81,8 @@ class ShardedRMSProp(Unsharded[P]):
     rank, size : int
         The number of this rank, and the number of ranks.
     shard : list of slice
-        The elements of each segment of the flat buffers in this rank's shard.
+        This rank's shard: its elements of each segment of ``buffers["grads"]``. There is a segment for each dtype, and
+        further segments for each group that `add_param_group` added.
     timeout : float or None
         Seconds that this rank waits for the others. It can be set.
 
@@ -85,8 +92,8 @@ class ShardedRMSProp(Unsharded[P]):
         Another rank could not make its optimizer, because `RMSProp` raised an error there. Or another rank calls
         `from_checkpoint` at the same time.
     StructureError
-        The parameters of the ranks differ in structure, shapes or dtypes. Or they differ in values, and
-        ``check_params="raise"`` is set.
+        The parameters of the ranks differ in structure, shapes or dtypes, or `check_params` or `in_place` differs. Or
+        the parameters differ in values, and ``check_params="raise"`` is set.
 
     Examples
     --------
@@ -155,6 +162,7 @@ class ShardedRMSProp(Unsharded[P]):
         reduction: Reduction = "mean",
         check_params: ParamsCheck = "broadcast",
         timeout: float | str | None = "auto",
+        in_place: bool = False,
         **options: Any,
     ) -> None:
         error: Exception | None = None
@@ -164,6 +172,7 @@ class ShardedRMSProp(Unsharded[P]):
             error, seconds = caught, check_timeout(None)
         self._ranks = Communicator(comm, "ShardedRMSProp", seconds)
         self._reduction: Reduction = reduction
+        self._check_params: ParamsCheck = check_params
         if self._ranks.size > 1:
             install_excepthook()
         if options.get("num_threads") is None:
@@ -172,22 +181,19 @@ class ShardedRMSProp(Unsharded[P]):
             try:
                 if error is None:
                     options |= {"lr": lr, "decay_rate": decay_rate, "epsilon": epsilon}
-                    self._make(params, check_params, options)
+                    self._make(params, in_place, options)
             except Exception as caught:
                 error = caught
-            self._agree(error, check_params)
-            # Learning rates that are functions are compared by each step.
-            self._shards.check_facts(self._shards.facts("step", self._shards.fixed_rates()))
+            self._agree(error)
             self._shards.prepare_meet()
-            if check_params == "raise":
-                self._compare_params()
-            else:
-                self._broadcast_params()
+            if self._check_params == "broadcast":
+                self._shards.broadcast_params()
 
-    def _make(self, params: Params, check_params: str, options: dict[str, object]) -> None:
+    def _make(self, params: Params, in_place: object, options: dict[str, object]) -> None:
         """Check the arguments, and make state, shards and backend."""
         check_one_of("reduction", self._reduction, REDUCTIONS)
-        check_one_of("check_params", check_params, PARAMS_CHECKS)
+        check_one_of("check_params", self._check_params, PARAMS_CHECKS)
+        in_place = check_flag("in_place", in_place)
         for name, kind in (("storage", "path"), ("stream", "stream")):
             if options.pop(name, None) is not None:
                 raise OptionError(
@@ -196,21 +202,28 @@ class ShardedRMSProp(Unsharded[P]):
         settings = Settings.of(options)
         settings.check()
         check_host_kernel(settings.kernel)
-        state = OptimizerState(params, settings)
+        state = OptimizerState(params, settings, in_place)
         self._shards = Shards(self._ranks, state, self._reduction)
         self._start(new_sharded_backend(state, self._shards))
 
-    def _agree(self, error: Exception | None, check_params: str) -> None:
-        """Raise on all ranks if one has an error, or if their layouts or their `check_params` differ."""
-        leaves = () if error is not None else self._state.layout.leaves
-        facts = [(leaf.path, leaf.shape, str(self._state.layout.dtype_of(leaf))) for leaf in leaves]
-        digest = hashlib.blake2b(repr((facts, check_params)).encode(), digest_size=8).hexdigest()
+    def _agree(self, error: Exception | None, first: int = 0) -> None:
+        """Raise on all ranks if one has an error, or if their parameters from number `first` on or options differ."""
+        facts: tuple[object, ...] = ()
+        if error is None:
+            layout = self._state.layout
+            leaves = [(leaf.path, leaf.shape, str(layout.dtype_of(leaf))) for leaf in layout.leaves]
+            facts = leaves, self._check_params, self._state.in_place
+        digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
         digests = self._ranks.agree(error, digest)
         if others := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
             raise self._ranks.all_raise(StructureError(
-                "params: expected the same structure, shapes, dtypes and check_params on all ranks, got different "
-                f"ones on {named(others)} than on rank 0"
+                "params: expected the same structure, shapes, dtypes, check_params and in_place on all ranks, got "
+                f"different ones on {named(others)} than on rank 0"
             ))  # fmt: skip
+        # Learning rates that are functions are compared by each step.
+        self._shards.check_facts(self._shards.facts("step", self._shards.fixed_rates()))
+        if self._check_params == "raise":
+            self._compare_params(first)
 
     @property
     def rank(self) -> int:
@@ -238,7 +251,7 @@ class ShardedRMSProp(Unsharded[P]):
 
     @property
     def shard(self) -> list[slice]:
-        """The part of each segment of the flat buffers that this rank updates, and whose state it has."""
+        """The part of each segment of ``buffers["grads"]`` that this rank updates, and whose state it has."""
         return self._shards.slices
 
     def step(self, gradients: PyTree = None) -> P:
@@ -305,11 +318,61 @@ class ShardedRMSProp(Unsharded[P]):
             if begun:
                 self._shards.discard()
 
-    def _compare_params(self) -> None:
-        """Raise StructureError on all ranks if parameters differ from those of rank 0."""
-        own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in self.buffers["params"].leaves]
-        first = self._ranks.control.bcast(own)
-        different = [k for k, (a, b) in enumerate(zip(own, first, strict=True)) if a != b]
+    def add_param_group(self, group: Group) -> None:
+        """Add a parameter group, with its own buffers. All ranks call it together, with the same group.
+
+        All existing views stay valid, as with `RMSProp.add_param_group`. Each rank gets 1/P of the state of the new
+        group. `check_params` applies to the new parameters. The group is exchanged in messages of its own: a step over
+        many small groups is faster if the constructor gets them.
+
+        Parameters
+        ----------
+        group : dict
+            As for `RMSProp.add_param_group`.
+
+        Raises
+        ------
+        FastrmsError
+            As from the constructor.
+        StepInProgressError
+            Gradients of the next step were passed to `ready` on any rank. They are kept.
+        RankError
+            One of these errors was raised on another rank.
+
+        Notes
+        -----
+        All ranks raise an error, or none. After an error, nothing has changed.
+        """
+        with self._together("add_param_group") as begun:
+            error: Exception | None = None
+            undo = self._state.undo()
+            parameters, segments = len(self._state.layout.leaves), len(self._shards.bounds)
+            try:
+                if begun:
+                    raise StepInProgressError(
+                        "add_param_group: expected a call between two steps, got one after gradients were passed to "
+                        "ready(); call step() or discard() on all ranks first"
+                    )
+                add_group(self._backend, group)
+            except Exception as caught:
+                error = caught
+            try:
+                self._agree(error, parameters)
+            except BaseException:
+                undo()
+                self._backend.settle_parameters()
+                raise
+            self._shards.prepare_meet()
+            if self._check_params == "broadcast":
+                self._shards.broadcast_params(segments)
+            self._bind_groups()
+
+    def _compare_params(self, first: int) -> None:
+        """Raise StructureError on all ranks if parameters from number `first` on differ from those of rank 0."""
+        views = self.buffers["params"].leaves[first:]
+        own = [hashlib.blake2b(view.tobytes(), digest_size=8).digest() for view in views]
+        theirs = self._ranks.control.bcast(own)
+        different = [k for k, (a, b) in enumerate(zip(own, theirs, strict=True), first) if a != b]
         first_different = self._ranks.control.allgather(different[:1])
         others = [rank for rank, numbers in enumerate(first_different) if numbers]
         if others:

@@ -16,75 +16,95 @@ from fastrms.backends.base import Call, RunCalls
 from fastrms.backends.host import HostBackend
 from fastrms.backends.plan import Located
 from fastrms.backends.turns import Turns
-from fastrms.buffers import Array, FlatBuffer, Layout
-from fastrms.buffers.flat import as_arrays, views_of
-from fastrms.buffers.replaced import Watch, refuse_replaced
+from fastrms.buffers import FlatBuffer, Layout
+from fastrms.buffers.flat import as_arrays
+from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
 from fastrms.errors import NonfiniteError, OptionError, StepInProgressError, StructureError
 from fastrms.kernels.norms import AddUp
 from fastrms.mpi.buckets import GradientBuckets
 from fastrms.mpi.communicator import Communicator
+from fastrms.mpi.parts import BufferPart, Exchanged
 from fastrms.mpi.waiting import named
 
 __all__ = ["Shards"]
 
-_CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load")
+_CALLS = ("step", "discard", "state_dict", "load_state_dict", "save", "load", "add_param_group")
 _FACTS = 3  # the number of facts without learning rates
 
 
 class Shards:
     """The shards of an optimizer: each rank has the state of its shard, and updates it. The `Ranks` of a host backend.
 
-    For each segment of the buffers, `bounds` has the start of each shard and the end of the last one, and `slices` has
-    the elements of this rank.
+    For each segment of the gradient buffer, `bounds` has the start of each shard and the end of the last one, and
+    `slices` has the elements of this rank.
     """
 
     def __init__(self, communicator: Communicator, state: OptimizerState, reduction: Reduction) -> None:
         self.communicator, self.reduction = communicator, reduction
         self._state = state
-        self.bounds = [communicator.bounds(segment.size) for segment in state.layout.segments]
-        rank = communicator.rank
-        self.slices = [slice(*bounds[rank : rank + 2].tolist()) for bounds in self.bounds]
         self._digest: int | None = None
         self._options_fixed = False  # whether ranks compare options, or have compared them, for a step in progress
-        self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
-        self._leaves: dict[int, _Part] = {}
 
     # The methods of `Ranks` but `step`.
 
     def shard_of(self, buffers: dict[str, FlatBuffer]) -> Mapping[str, FlatBuffer]:
-        """Return the buffers of this rank's shard: its parameters, the sum of their gradients, and the state."""
-        self._whole, self._params = buffers["grads"], buffers["params"]
+        """Return the buffers of this rank's shard: its parameters, the sum of their gradients, and the state.
+
+        A group that was added has segments of its own in `buffers`, and each of them is divided among the ranks.
+        """
+        communicator, self._params, self._whole = self.communicator, buffers["params"], buffers["grads"]
         self._watched_params, self._watched_grads = Watch(self._params), Watch(self._whole)
+        self._layout = self._whole.layout
+        self.bounds = [communicator.bounds(segment.size) for segment in self._layout.segments]
+        rank = communicator.rank
+        self.slices = [slice(*bounds[rank : rank + 2].tolist()) for bounds in self.bounds]
+        self._pieces: dict[int, tuple[list[int], NDArray[np.intp]]] = {}
+        self._leaves: dict[int, BufferPart] = {}
         self._own: Mapping[str, FlatBuffer] = buffers
-        if self.communicator.size > 1:
-            segments = [segment[part] for segment, part in zip(self._params.segments, self.slices, strict=True)]
-            params = _Part(self._params, self._shard_layout(), segments)
+        if communicator.size > 1:
+            self._exchanged = Exchanged(self._params, self._whole, self.slices)
+            whole = self._exchanged.buffer
+            segments = [segment[part] for segment, part in zip(whole.segments, self.slices, strict=True)]
+            params = BufferPart(whole, self._layout.cut(self.slices), segments)
             self._own = ChainMap({"params": params, "grads": params.like()}, buffers)
-        self._buckets = GradientBuckets(self.communicator, self._whole, self._own["grads"], self.bounds)
+        self._buckets = GradientBuckets(communicator, self._whole, self._own["grads"], self.bounds)
         return self._own
 
-    def _shard_layout(self) -> Layout:
-        """Return the layout of this rank's shard. Each leaf is the piece of a parameter that lies there."""
-        layout = self._state.layout
-        pieces = []
-        for leaf in layout.leaves:
-            shard = self.slices[leaf.segment]
-            size = max(0, min(leaf.stop, shard.stop) - max(leaf.start, shard.start))
-            pieces.append(np.broadcast_to(np.zeros((), layout.dtype_of(leaf)), (size,)))
-        return Layout(layout.structure(pieces))
+    def of_group(self, new: OptimizerState) -> "Shards":
+        """Return the shards of a group that will be added."""
+        return Shards(self.communicator, new, self.reduction)
 
     def run_with(self, run: RunCalls) -> RunCalls:
         """Return a function that makes kernel calls, and then all-gathers the parameters."""
         if self.communicator.size == 1:
             return run
+        exchanged, bounds_of = self._exchanged, self.bounds
 
         def run_and_gather(calls: Sequence[Call]) -> Iterator[None]:
+            exchanged.read_shard()
             yield from run(calls)
-            for segment, bounds in zip(self._params.segments, self.bounds, strict=True):
+            for segment, bounds in zip(exchanged.buffer.segments, bounds_of, strict=True):
                 self.communicator.all_gather(segment, bounds)
                 yield
+            exchanged.write()
 
         return run_and_gather
+
+    def broadcast_params(self, first: int = 0) -> None:
+        """Copy the parameters of rank 0 to all ranks, from segment number `first` on. All ranks call it together."""
+        if self.communicator.size == 1:
+            return
+        self._exchanged.read()
+        for segment in self._exchanged.buffer.segments[first:]:
+            self.communicator.broadcast(segment)
+        self._exchanged.write()
+
+    def _refuse_changed(self, to_write: bool = True) -> None:
+        """Raise StructureError if an array that is updated in place was changed, or is read-only and `to_write`."""
+        if self._state.in_place and not to_write:
+            self._params.segments  # noqa: B018 - reading raises
+        elif self._state.in_place and (problems := changed_views(self._params, "params")):
+            raise StructureError(problems[0])
 
     def add_up(self, numbers: NDArray[np.int64]) -> AddUp | None:
         """Return a function that sums the squared norms of these parameters across ranks, or None on one rank."""
@@ -111,7 +131,7 @@ class Shards:
         """
         key = int(numbers[0])
         if key not in self._pieces:
-            leaves = [self._state.layout.leaves[k] for k in numbers]
+            leaves = [self._layout.leaves[k] for k in numbers]
             starts, stops = (np.array([getattr(leaf, end) for leaf in leaves]) for end in ("start", "stop"))
             bounds = self.bounds[leaves[0].segment]
             found = [
@@ -133,7 +153,7 @@ class Shards:
         self.communicator.allreduce_sum(counts)
         found_in = {}
         for k, (nans, infs) in zip(numbers, counts, strict=True):
-            found_in[self._state.layout.leaves[k].path] = int(nans), int(infs), self._whole.leaves[k].size
+            found_in[self._layout.leaves[k].path] = int(nans), int(infs), self._whole.leaves[k].size
         error = NonfiniteError.of_counts(found_in)
         self.communicator.all_raise(error)
         return error
@@ -233,14 +253,20 @@ class Shards:
                 facts[1:] = 0
             # All ranks send or receive the same state buffers, also the buffers of options that are off by now.
             facts[1] = zlib.crc32(repr((facts[1], sorted(self._state.buffers))).encode())
-            yield self._meet(call, facts, np.zeros(len(self._whole.leaves), bool))[0]
+            error: Exception | None = None
+            try:
+                if call != "discard":
+                    self._refuse_changed(to_write=call not in ("save", "state_dict"))
+            except StructureError as caught:
+                error = caught
+            yield self._meet(call, facts, np.zeros(len(self._whole.leaves), bool), error)[0]
 
     # Gradients that are handed over one by one (`ShardedRMSProp.ready`).
 
     def hand_over(self, key: Hashable, grad: object) -> None:
         """Store one gradient, and begin the reductions that now have all their gradients."""
         k = self._state.layout.number_of(key)
-        name = f"gradients{self._whole.layout.leaves[k].path}"
+        name = f"gradients{self._layout.leaves[k].path}"
         if self._buckets.ready[k]:
             raise StructureError(f"{name}: expected one call of ready() before each step, got a second one")
         part = self._leaf(k)
@@ -254,13 +280,12 @@ class Shards:
         """Forget the gradients that were handed over. All ranks call it at the same time."""
         self._buckets.finish()
 
-    def _leaf(self, k: int) -> "_Part":
+    def _leaf(self, k: int) -> BufferPart:
         """Return a buffer that aliases the gradient of one parameter."""
         if k not in self._leaves:
-            whole = self._whole
-            leaf = whole.layout.leaves[k]
-            segment = whole.segments[leaf.segment][leaf.start : leaf.stop]
-            self._leaves[k] = _Part(whole, Layout(whole.leaves[k]), [segment])
+            leaf = self._layout.leaves[k]
+            segment = self._whole.segments[leaf.segment][leaf.start : leaf.stop]
+            self._leaves[k] = BufferPart(self._whole, Layout(self._whole.leaves[k]), [segment])
         return self._leaves[k]
 
     # Steps.
@@ -310,6 +335,7 @@ class Shards:
             self._state.counts.writing = self._options_fixed = True
             backend.use_options()
             refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
+            self._refuse_changed()
             # A function may have replaced itself by a number.
             rates = [each if callable(group["lr"]) else group["lr"]
                      for group, each in zip(self._state.param_groups, found, strict=True)]  # fmt: skip
@@ -356,13 +382,3 @@ class Shards:
                 f"{', '.join(missing[:10])}{more}; call ready(key, None) for a parameter without a gradient; the "
                 "gradients given to ready() are discarded"
             )
-
-
-class _Part(FlatBuffer):
-    """A buffer with parts of the segments of another buffer."""
-
-    def __init__(self, whole: FlatBuffer, layout: Layout, segments: Sequence[Array]) -> None:
-        self.layout, self.segments = layout, tuple(segments)
-        (self._memory,), self.block = whole.mappings(), whole.block
-        self.leaves = tuple(views_of(self.segments, layout))
-        self.views = layout.structure(self.leaves)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import backends
 import numpy as np
 import pytest
-from helpers import JIT, assert_same_bits, leaves
+from helpers import JIT, assert_same_bits, assert_same_state, leaves
 
 from fastrms import RMSProp
 
@@ -32,6 +33,17 @@ CASES = [
     "checkpoints.files_of_both_classes",
     "checkpoints.learning_rates_that_are_functions",
     "checkpoints.refused_checkpoints_change_nothing",
+    "in_place.arrays_that_the_program_changes_between_steps",
+    "in_place.all_ranks_start_from_the_values_of_rank_0",
+    "in_place.arrays_that_cannot_be_written_on_one_rank_raise_on_all",
+    "in_place.checkpoints_are_loaded_into_the_arrays",
+    "in_place.arrays_in_every_form_and_order",
+    "groups.have_the_bits_of_one_process",
+    "groups.have_shards_of_their_own",
+    "groups.start_from_the_values_of_rank_0_or_must_be_equal",
+    "groups.errors_on_one_rank_raise_on_all_and_nothing_is_half_made",
+    "groups.are_refused_after_ready_and_the_gradients_are_kept",
+    "groups.checkpoints_fit_optimizers_that_were_made_with_all_groups",
     "errors.parameters_and_options_are_compared_when_the_optimizer_is_made",
     "errors.errors_in_steps_raise_on_all_ranks",
     "errors.different_calls_raise_on_all_ranks",
@@ -128,6 +140,23 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
         for name, array in never_stopped.state_dict()["arrays"].items():
             assert_same_bits(opt.state_dict()["arrays"][name], array, name)
         assert leaves(opt.params)[0].shape == leaves(never_stopped.params)[0].shape
+
+
+@needs_mpi
+def test_a_run_with_an_added_group_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
+    for ranks, case in ((3, "groups.save"), (1, "groups.resume"), (2, "groups.resume")):
+        status, printed = mpiexec(ranks, sys.executable, "-m", "on_ranks", case, folder=tmp_path)
+        assert (status, printed) == (0, f"ok {case}\n")
+    monkeypatch.syspath_prepend(HERE)
+    from on_ranks import shared
+
+    layouts = shared.LAYOUTS["odd"], shared.LAYOUTS["one"]
+    body, head = map(shared.params_of, layouts)
+    never_stopped = RMSProp([{"params": body}, {"params": head, "centered": True}], momentum=0.9)
+    for step in range(6):
+        never_stopped.step([shared.gradients_of_all(layout, step) for layout in layouts])
+    for ranks, name in itertools.product((1, 2), ("made", "added")):
+        assert_same_state(RMSProp.from_checkpoint(tmp_path / f"resumed-{ranks}-{name}.npz"), never_stopped, name)
 
 
 @needs_mpi

@@ -19,7 +19,6 @@ STARTED_FOR = os.environ.get("FASTRMS_TEST_BACKEND", "")
 
 
 NOT_ONE_BY_ONE = (OptionError, "step_(parameter|rows): expected an optimizer of one process, got one on several ranks")
-NO_MORE_GROUPS = (OptionError, "add_param_group: expected an optimizer of one process")
 
 
 def mpiexec(ranks):
@@ -158,7 +157,6 @@ class Ranks(Backend):
     refuses: ClassVar = {
         "copies": (TypeError, "cannot be copied or pickled"),
         "one by one": NOT_ONE_BY_ONE,
-        "groups": NO_MORE_GROUPS,
     }
     environment: ClassVar = {"FASTRMS_MPI_TIMEOUT": "20"}  # so long a rank waits for one whose test has failed
     processes = 2
@@ -180,6 +178,10 @@ class Ranks(Backend):
         monkeypatch.setattr(sys, "ps1", "", raising=False)  # an error ends this test only, as in an interactive session
 
 
+class RanksInPlace(Ranks, InPlace):
+    """Two ranks, each with parameters in arrays of the program."""
+
+
 COMPILED = ["serial", "parallel"] if JIT else []  # the interpreter would take minutes for them
 BACKENDS = {
     **{kernel: Backend(kernel=kernel) for kernel in ["numpy", *COMPILED]},
@@ -188,4 +190,5 @@ BACKENDS = {
     "cuda": Cuda(kernel="cuda"),
     "in-place-cuda": CudaInPlace(kernel="cuda"),
     "ranks": Ranks(kernel="serial" if JIT else "numpy"),
+    "in-place-ranks": RanksInPlace(kernel="serial" if JIT else "numpy"),
 }

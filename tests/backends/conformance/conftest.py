@@ -42,7 +42,7 @@ def pytest_pyfunc_call(pyfuncitem):
     name = pyfuncitem.callspec.params["backend"]
     if not elsewhere(name):
         return None
-    if name == "ranks":
+    if BACKENDS[name].processes > 1:
         pytest.importorskip("mpi4py")
         if mpiexec(2) is None:
             pytest.skip("there is no mpiexec")
@@ -140,7 +140,7 @@ def read(path):
 def pytest_runtest_logreport(report):
     if REPORT in os.environ and (report.when == "call" or report.outcome != "passed"):
         rank = 0
-        if STARTED_FOR == "ranks":
+        if STARTED_FOR and BACKENDS[STARTED_FOR].processes > 1:
             from mpi4py import MPI
 
             rank = MPI.COMM_WORLD.rank

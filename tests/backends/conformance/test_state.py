@@ -71,8 +71,6 @@ def test_an_optimizer_is_made_from_a_file_alone(kind, backend, rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_group_that_was_added_goes_on_with_another_backend(kind, backend, rng):
-    if "groups" in backend.refuses:
-        return
     body, head = LAYOUTS["nested"], LAYOUTS["list"]
     params = [drawn(body, rng), drawn(head, rng)]
     ours, host = backend.make(params[0], **OF_A_RUN), RMSProp(params[0], kernel="numpy", **OF_A_RUN)

@@ -49,7 +49,7 @@ def parameters_and_options_are_compared_when_the_optimizer_is_made():
     others = f"on all ranks, got different ones on rank {LAST} than on rank 0"
     raises(StructureError, f"params['c']: expected the same values {others}",
            lambda: ShardedRMSProp(different, check_params="raise"))  # fmt: skip
-    raises(StructureError, f"params: expected the same structure, shapes, dtypes and check_params {others}",
+    raises(StructureError, f"params: expected the same structure, shapes, dtypes, check_params and in_place {others}",
            lambda: ShardedRMSProp(np.ones(3 + (RANK == LAST))))  # fmt: skip
     raises(fastrms.OptionError, f"options: expected the same {others}",
            lambda: ShardedRMSProp(np.ones(3), momentum=0.5 * (RANK == LAST)))  # fmt: skip
@@ -119,9 +119,10 @@ def different_calls_raise_on_all_ranks():
             "save": lambda: opt.save(path),
             "load": lambda: opt.load(path),
             "load_state_dict": lambda: opt.load_state_dict(state),
+            "add_param_group": lambda: opt.add_param_group({"params": [np.ones(3)]}),
         }.get(name, lambda: getattr(opt, name)())
 
-    calls = ["step", "discard", "state_dict", "load_state_dict", "save", "load"]
+    calls = ["step", "discard", "state_dict", "load_state_dict", "save", "load", "add_param_group"]
     pairs = list(itertools.permutations(calls, 2)) if SIZE == 2 else [("save", "step"), ("step", "load")]
     for number, (mine, theirs) in enumerate(pairs if SIZE > 1 else ()):
         gradients = gradients_of(LAYOUT, number)
