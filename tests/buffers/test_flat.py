@@ -133,6 +133,18 @@ def test_a_buffer_is_made_from_a_layout_in_memory_of_ones_own():
     assert FlatBuffer(buffer.views).flat[0].tolist() == [7, 7, 7]
 
 
+def test_a_layout_is_cut_into_a_part_of_each_segment():
+    layout = Layout({"W": np.ones((2, 3)), "b": np.ones(4, np.float32), "c": np.ones(2)})
+    part = layout.cut([slice(4, 7), slice(1, 4)])
+    assert [(leaf.path, leaf.shape, leaf.segment, leaf.start, leaf.stop) for leaf in part.leaves] == [
+        ("['W']", (2,), 0, 0, 2), ("['b']", (3,), 1, 0, 3), ("['c']", (1,), 0, 2, 3),
+    ]  # fmt: skip
+    assert [segment.size for segment in part.segments] == [3, 3]
+    assert [leaf.shape for leaf in layout.cut([slice(6, 8), slice(0, 0)]).leaves] == [(0,), (0,), (2,)]
+    assert list(FlatBuffer.from_layout(part).views) == ["W", "b", "c"]
+    assert layout.leaves[0].shape == (2, 3)
+
+
 def test_unflatten_gives_views_of_any_vector():
     buffer = FlatBuffer({"W": np.zeros((2, 3)), "b": np.zeros(2)})
     for vector in (np.arange(8.0), np.arange(8, dtype=np.int16), np.arange(16.0)[::2]):

@@ -40,6 +40,7 @@ CASES = [
     "in_place.arrays_in_every_form_and_order",
     "groups.have_the_bits_of_one_process",
     "groups.have_shards_of_their_own",
+    "groups.have_state_in_16_bits",
     "groups.start_from_the_values_of_rank_0_or_must_be_equal",
     "groups.errors_on_one_rank_raise_on_all_and_nothing_is_half_made",
     "groups.are_refused_after_ready_and_the_gradients_are_kept",

@@ -89,6 +89,23 @@ def have_shards_of_their_own():
     assert all(size / SIZE - 16 * SIZE <= mine <= size / SIZE + 16 for mine, size in zip(own, sizes, strict=True))
 
 
+def have_state_in_16_bits():
+    """The views of the state stay valid."""
+    layout = LAYOUTS["one"]
+    options = {"momentum": 0.9, "cache_dtype": "bfloat16"}
+    opt, alone = ShardedRMSProp(params_of(layout), **options), RMSProp(params_of(layout), **options)
+    cache = opt.cache["a"]
+    for each in (opt, alone):
+        each.add_param_group({"params": params_of(layout, seed=1), "centered": True})
+    for step in range(STEPS):
+        mine, total = grouped((layout, layout), 2 * step)
+        opt.step(mine)
+        alone.step(total)
+        assert_same(opt, alone)
+    assert np.shares_memory(opt.cache[0]["a"], cache)
+    assert opt.check() == []
+
+
 def start_from_the_values_of_rank_0_or_must_be_equal():
     """Only the new parameters are sent."""
     opt = ShardedRMSProp(params_of(BODY))
