@@ -208,7 +208,7 @@ def _new_whole(opt: Unsharded) -> RMSProp:
         # The state of an added group is divided by itself, so here it needs segments of its own too.
         grads = opt.buffers["grads"]
         added = len(grads.parts) - 1 if isinstance(grads, JoinedBuffer) else 0
-        groups = [dict(group) for group in opt.param_groups]
+        groups: list[Any] = [dict(group) for group in opt.param_groups]
         first = len(groups) - added
         whole = RMSProp(groups[:first], kernel="numpy", **options)
         for group in groups[first:]:

@@ -133,8 +133,11 @@ def errors_on_one_rank_raise_on_all_and_nothing_is_half_made():
 
     def go_on():
         assert (len(opt.param_groups), sorted(opt.buffers)) == (1, ["cache", "grads", "params"])
+        assert_same(opt, alone)
         gradients = gradients_of(BODY, next(numbers))
-        opt.step(gradients[RANK])
+        for key, gradient in gradients[RANK].items():
+            opt.ready(key, gradient)
+        opt.step()
         alone.step(add(gradients))
         assert_same(opt, alone)
 
