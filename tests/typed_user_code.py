@@ -161,6 +161,9 @@ def elsewhere(w: Vector, single: NDArray[np.float32]) -> None:
     from_bfloat16(half.cache[0])
 
     sharded = ShardedRMSProp({"w": w}, reduction="sum", kernel="serial")
+    held = ShardedRMSProp({"w": w}, in_place=True)
+    assert_type(held.params, dict[str, Vector])
+    held.add_param_group({"params": [w], "lr": 0.1})
     assert_type(sharded.params, dict[str, Vector])
     assert_type(sharded.step({"w": w}), dict[str, Vector])
     assert_type(sharded.reduction, Literal["mean", "sum"])

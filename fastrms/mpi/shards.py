@@ -40,7 +40,8 @@ class Shards:
     """
 
     def __init__(self, communicator: Communicator, state: OptimizerState, reduction: Reduction) -> None:
-        self.communicator, self.reduction = communicator, reduction
+        self.communicator = communicator
+        self.reduction: Reduction = reduction
         self._state = state
         self._digest: int | None = None
         self._options_fixed = False  # whether ranks compare options, or have compared them, for a step in progress

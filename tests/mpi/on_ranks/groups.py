@@ -128,11 +128,17 @@ def start_from_the_values_of_rank_0_or_must_be_equal():
 
 def errors_on_one_rank_raise_on_all_and_nothing_is_half_made():
     """After each error the optimizer has the groups, the state and the bits of before, and can go on."""
-    opt, alone = ShardedRMSProp(params_of(BODY), **OPTIONS), RMSProp(params_of(BODY), **OPTIONS)
-    numbers = iter(range(100))
+    for in_place in (False, True):
+        add_wrong_groups(ShardedRMSProp(params_of(BODY), in_place=in_place, **OPTIONS))
+
+
+def add_wrong_groups(opt):
+    alone = RMSProp(params_of(BODY), **OPTIONS)
+    numbers, given = iter(range(100)), np.ones(40)
 
     def go_on():
         assert (len(opt.param_groups), sorted(opt.buffers)) == (1, ["cache", "grads", "params"])
+        assert (given == 1).all()
         assert_same(opt, alone)
         gradients = gradients_of(BODY, next(numbers))
         for key, gradient in gradients[RANK].items():
@@ -142,7 +148,7 @@ def errors_on_one_rank_raise_on_all_and_nothing_is_half_made():
         assert_same(opt, alone)
 
     def group(**options):
-        return {"params": [np.ones(40)]} | options
+        return {"params": [given]} | options
 
     last = RANK == LAST
     for kind, message, wrong in [
