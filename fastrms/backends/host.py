@@ -1,6 +1,6 @@
 """The backend on the host: locate gradients, compute the kernel calls from options, make the calls, and count steps."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import is_
@@ -15,6 +15,7 @@ from fastrms._types import Items, Options
 from fastrms.backends import plan, tuner
 from fastrms.backends.at_once import AtOnce
 from fastrms.backends.base import Backend, Call, Memory, Ranks
+from fastrms.backends.held_check import HeldCheck
 from fastrms.backends.host_parameter import HostParameter
 from fastrms.backends.one_by_one import OneByOne
 from fastrms.backends.plan import IN_BUFFER, IN_PLACE, HostRun, Located, Variant
@@ -22,8 +23,8 @@ from fastrms.backends.storage import Storage
 from fastrms.buffers import Array, FlatBuffer
 from fastrms.buffers.flat import as_arrays
 from fastrms.buffers.joined import read_segments, write_segments
-from fastrms.buffers.replaced import Watch, changed_views, refuse_replaced
-from fastrms.errors import NonfiniteError, OptionError, StructureError
+from fastrms.buffers.replaced import Watch, refuse_replaced
+from fastrms.errors import NonfiniteError, OptionError
 from fastrms.kernels import cpu, pointers, threads
 from fastrms.options import resolve_lr
 
@@ -48,17 +49,18 @@ class HostBackend(Backend):
         """Prepare all that depends on the parameters and their groups."""
         state, memory, ranks = self.state, self._memory, self._ranks
         self._settled: FlatBuffer | None = None
-        self._params, self._grads = state.buffers["params"], state.buffers["grads"]
-        self._watched_params, self._watched_grads = Watch(self._params), Watch(self._grads)
+        params, self._grads = state.buffers["params"], state.buffers["grads"]
+        self._watched_params, self._watched_grads = Watch(params), Watch(self._grads)
         self._own = state.buffers if ranks is None else ranks.shard_of(state.buffers)
         self.run_calls = memory.run if ranks is None else ranks.run_with(memory.run)
         layout = self._own["grads"].layout
         self._runs = [self.new_run(k, numbers) for k, numbers in plan.split_runs(layout, state.group_of)]
+        self._held = HeldCheck(state, self._own, self._runs, memory) if state.in_place else None
         self.one_by_one = OneByOne(HostParameter) if ranks is None else None
         self._computed_from: object = None  # the version of the options that `use_options` used last
         self._used: list[tuple[bool, bool]] = []  # `state.state_in_use` at that time
         self.kernel_changed()
-        self._settled = self._params  # last: after Ctrl-C in between, the next step does all of it again
+        self._settled = params  # last: after Ctrl-C in between, the next step does all of it again
 
     def settle_parameters(self) -> None:
         """Prepare all that depends on the parameters, if groups were added or taken out."""
@@ -148,10 +150,10 @@ class HostBackend(Backend):
             self._used = used
         self._computed_from = version  # last: Ctrl-C may come at any line, and a signal handler may set options
 
-    def prepare(self, run: HostRun) -> None:
-        """Make a run from `new_run` use the current options and buffers."""
+    def prepare(self, run: HostRun, others: Mapping[str, FlatBuffer] | None = None) -> None:
+        """Make a run use the current options and buffers, with `others` in the place of buffers of the same names."""
         run.use_options(self._clips)
-        run.use_buffers(self._own, self._written)
+        run.use_buffers({**self._own, **(others or {})}, self._written)
 
     @property
     def variant(self) -> str:
@@ -188,8 +190,8 @@ class HostBackend(Backend):
             self.storage.check_open()
         refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
         variant = self.state.kernel if self._tuner is None else self._tuner.variant  # the property, without a call
-        if self.state.in_place:
-            self._refuse_changed()
+        if self._held is not None:
+            self._held.refuse_changed(self)
         located, items = (IN_BUFFER, None) if items is None else self._locate(items)
         self.take(located, rates, variant, items)
         if self.at_once is not None:
@@ -239,8 +241,8 @@ class HostBackend(Backend):
 
     def adding(self, new: OptimizerState) -> AbstractContextManager[Memory]:
         """Return a context for adding a group, as `Backend.adding`."""
-        if self.state.in_place and self._ranks is None:  # ranks have checked this together
-            self._refuse_changed()
+        if self._ranks is None:  # ranks have checked this together
+            self.refuse_changed()
         return nullcontext(self._memory) if self.storage is None else self.storage.adding(new)
 
     def ranks_of(self, new: OptimizerState) -> Ranks | None:
@@ -286,14 +288,10 @@ class HostBackend(Backend):
                 present[run.numbers] = run.located()
         return IN_PLACE if present is None else Located(True, present)
 
-    def _refuse_changed(self) -> None:
-        """Raise StructureError if a parameter can no longer be updated in place."""
-        self.use_options()
-        unchanged = self.reads_in_place and all(run.locate(0) == cpu.FOUND for run in self._runs)
-        if not unchanged and (problems := changed_views(self._params, "params")):
-            raise StructureError(problems[0])
-        if self.reads_in_place and not unchanged:
-            raise StructureError("params: expected the original arrays, got one that was changed")
+    def refuse_changed(self) -> None:
+        """Raise StructureError if a parameter that is updated in place was changed."""
+        if self._held is not None:
+            self._held.refuse_changed(self)
 
     def rates(self) -> list[float] | None:
         """Return the learning rate of each group, from functions too. Return None if no rate is a function."""
@@ -367,8 +365,7 @@ class HostBackend(Backend):
 
     def loading(self) -> AbstractContextManager[None]:
         """Return a context for all writes of a load."""
-        if self.state.in_place:
-            self._refuse_changed()
+        self.refuse_changed()
         return super().loading() if self.storage is None else self.storage.loading()
 
     def discard(self) -> None:

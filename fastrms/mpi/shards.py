@@ -336,7 +336,7 @@ class Shards:
             self._state.counts.writing = self._options_fixed = True
             backend.use_options()
             refuse_replaced(self._watched_params, self._watched_grads if from_buffer else None)
-            self._refuse_changed()
+            backend.refuse_changed()
             # A function may have replaced itself by a number.
             rates = [each if callable(group["lr"]) else group["lr"]
                      for group, each in zip(self._state.param_groups, found, strict=True)]  # fmt: skip

@@ -84,9 +84,14 @@ def all_ranks_start_from_the_values_of_rank_0():
 
 
 def arrays_that_cannot_be_written_on_one_rank_raise_on_all():
-    """Nothing has been written anywhere, and the next step works."""
+    """Nothing has been written anywhere, and the next step works, with other options and state too."""
+    for kernel in KERNELS:
+        make_unwritable(kernel)
+
+
+def make_unwritable(kernel):
     arrays = params_of(LAYOUT)
-    opt, alone = ShardedRMSProp(arrays, in_place=True), RMSProp(params_of(LAYOUT))
+    opt, alone = ShardedRMSProp(arrays, in_place=True, kernel=kernel), RMSProp(params_of(LAYOUT), kernel=kernel)
     state, path = opt.state_dict(), folder() / f"in-place-{SIZE}.npz"
     opt.save(path)
     gradients = gradients_of(LAYOUT, 0)
@@ -110,6 +115,8 @@ def arrays_that_cannot_be_written_on_one_rank_raise_on_all():
         for key, array in before.items():
             assert_same_bits(arrays[key], array, key)
         assert (opt.steps, len(opt.param_groups)) == (1, 1)
+    opt.momentum = alone.momentum = 0.9
+    opt.global_clip_norm = alone.global_clip_norm = 9.0
     for call in (lambda: opt.step(gradients[RANK]), opt.state_dict, lambda: opt.save(path)):
         if RANK == LAST:
             arrays["W"].shape = (91,)
