@@ -142,7 +142,8 @@ class Unsharded(RMSProp[P]):
         Returns
         -------
         optimizer : ShardedRMSProp
-            A new optimizer with its own buffers, and the state of this rank's shard.
+            A new optimizer with its own buffers, and the state of this rank's shard. (To resume with arrays in place,
+            make an optimizer with `in_place`, and then call `load`.)
 
         Raises
         ------

@@ -36,8 +36,8 @@ class _Keywords(Keywords, total=False):
 class ShardedRMSProp(Unsharded[P]):
     """RMSProp divided among P ranks of an MPI program. Each has 1/P of the state and computes 1/P of the update.
 
-    Options, kernels and bits are those of `fastrms.RMSProp`; ``docs/mpi.md`` lists the differences. All ranks together
-    make the optimizer, step, save and load.
+    Options and kernels are those of `fastrms.RMSProp`, and so are the bits for the same sums of gradients.
+    ``docs/mpi.md`` lists the differences. All ranks make the optimizer, step, add groups, save and load together.
 
     Parameters
     ----------
@@ -55,16 +55,16 @@ class ShardedRMSProp(Unsharded[P]):
         The reduction of the gradients of all ranks. The mean is right if the loss of each rank is a mean over the same
         number of rows. Otherwise use the sum, and scale the gradients of each rank by its share of the batch.
     check_params : {"broadcast", "raise"}, default "broadcast"
-        With "broadcast", all ranks start from the values of rank 0. With "raise", values that differ between ranks are
-        an error.
+        With "broadcast", all ranks start from the values of rank 0, which are also written into arrays in place. With
+        "raise", values that differ between ranks are an error.
     timeout : float, None or "auto", default "auto"
         Seconds that a rank waits for the others to make the same call (`step`, `save` and so on). After this time, each
         waiting rank reports where it waits and for which ranks, and all ranks are ended. 0 or None means no limit.
         "auto" means the value of the environment variable FASTRMS_MPI_TIMEOUT, or 600.
     in_place : bool, default False
-        Update the given arrays of each rank in place, as `RMSProp` does. The bits are the same. On several ranks, the
-        messages need a flat copy of all parameters: memory for one more copy of the parameters on each rank, and in
-        each step the time to copy them.
+        Update the given arrays of each rank in place, as `RMSProp` does. All ranks must pass the same value. The bits
+        are the same as without it. Each of several ranks then keeps a flat copy of all parameters for the messages.
+        This needs memory for one more copy of the parameters, and time in each step to copy them.
     **options
         The other options of `RMSProp`: momentum, clipping, `kernel`, `nonfinite` and so on. The default of
         `num_threads` is the number of cores of this rank, divided by the number of ranks that share them.
@@ -81,8 +81,8 @@ class ShardedRMSProp(Unsharded[P]):
     rank, size : int
         The number of this rank, and the number of ranks.
     shard : list of slice
-        This rank's shard: its elements of each segment of ``buffers["grads"]``. There is a segment for each dtype, and
-        further segments for each group that `add_param_group` added.
+        For each segment of ``buffers["grads"]``, the elements that this rank updates, and whose state it has. There is
+        a segment for each dtype, and further segments for each group that `add_param_group` added.
     timeout : float or None
         Seconds that this rank waits for the others. It can be set.
 
@@ -255,7 +255,7 @@ class ShardedRMSProp(Unsharded[P]):
         return self._shards.slices
 
     def step(self, gradients: PyTree = None) -> P:
-        """Take one step with the gradients of all ranks, and return the updated parameters, the same views as before.
+        """Take one step with the gradients of all ranks, and return the updated parameters, the same arrays as before.
 
         Parameters
         ----------
@@ -321,9 +321,10 @@ class ShardedRMSProp(Unsharded[P]):
     def add_param_group(self, group: Group) -> None:
         """Add a parameter group, with its own buffers. All ranks call it together, with the same group.
 
-        All existing views stay valid, as with `RMSProp.add_param_group`. Each rank gets 1/P of the state of the new
-        group. `check_params` applies to the new parameters. The group is exchanged in messages of its own: a step over
-        many small groups is faster if the constructor gets them.
+        All existing views stay valid, as with `RMSProp.add_param_group`. The state of the new group is divided among
+        the ranks. `check_params` applies to the new parameters. With `in_place`, the new arrays are updated in place,
+        too. Each added group needs its own messages in every step, but the groups of the constructor share messages. So
+        pass small groups to the constructor if you know them at the start.
 
         Parameters
         ----------
@@ -333,7 +334,7 @@ class ShardedRMSProp(Unsharded[P]):
         Raises
         ------
         FastrmsError
-            As from the constructor.
+            As from the constructor, for the new group. Or the groups of the ranks differ.
         StepInProgressError
             Gradients of the next step were passed to `ready` on any rank. They are kept.
         RankError
