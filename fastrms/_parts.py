@@ -147,7 +147,8 @@ class InParts(Persistent[P]):
         """Add a parameter group, with its own buffers, or its own files in the storage. All existing views stay valid.
 
         From then on, `params`, `grads`, the views of the state and the gradients for `step` are lists with one item for
-        each group. If the optimizer had no groups before, its parameters become group 0.
+        each group. If the optimizer had no groups before, its parameters become group 0. With `in_place`, the given
+        arrays of the new group are updated in place, too.
 
         Parameters
         ----------
