@@ -62,6 +62,9 @@ class Persistent(OptimizerBase[P]):
         CheckpointError
             Paths, shapes, dtypes or groups differ from those of this optimizer, an option is out of range, or `state`
             is not a result of `state_dict`. After an error, nothing has changed.
+        StructureError
+            An array that is updated in place is read-only, was moved, or has another shape or dtype. Nothing has
+            changed.
         """
         with self._turns.between_steps("load_state_dict", within_pass=True):
             load_state(self._backend, state)
@@ -100,6 +103,8 @@ class Persistent(OptimizerBase[P]):
         CheckpointError
             The file is damaged, larger than any file of this optimizer, not a checkpoint, or from another optimizer.
             After an error, nothing has changed.
+        StructureError
+            As from `load_state_dict`.
         OSError
             The file cannot be opened.
         """
