@@ -189,7 +189,7 @@ def _update_between(low, high, params, grads, cache, momentum_buffer, grad_avg, 
 def share(size):
     """Return the number of elements of each thread in a parallel loop over `size` elements."""
     threads = num_threads()
-    # Multiples of a cache line in all dtypes, so that two threads never write to the same line.
+    # Multiples of a cache line in all dtypes: no two threads write to the same line if the arrays begin at one.
     whole = ((size + threads - 1) // threads + 63) // 64 * 64
     return whole if whole > MIN_SHARE else MIN_SHARE
 
