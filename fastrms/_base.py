@@ -50,10 +50,6 @@ class OptimizerBase(Guarded, Generic[P]):
     def _start(self, backend: Backend) -> None:
         """Connect the optimizer with its backend, and its parameter groups with the optimizer."""
         self._state, self._backend, self._turns = backend.state, backend, backend.turns
-        self._bind_groups()
-
-    def _bind_groups(self) -> None:
-        """Connect parameter groups with the optimizer."""
         views_of = self._state.buffers["params"].views
         for k, group in enumerate(self._state.param_groups):
             group.bind(views_of[k] if self._state.grouped else views_of, self._set_options)

@@ -175,4 +175,3 @@ class InParts(Persistent[P]):
         """
         with self._turns.between_steps("add_param_group"):
             add_group(self._backend, group)
-            self._bind_groups()

@@ -176,6 +176,7 @@ class OptimizerState:
         counts, groups, group = self.counts, self.param_groups, new.param_groups[0]
         absent = np.append(counts.absent, new.counts.absent + counts.steps)
         group_of = np.append(self.group_of, new.group_of + len(groups))
+        group.bind_as(groups[0], new.buffers["params"].views)
         # Neither statement has a call of Python, so that Ctrl-C leaves all of it or nothing.
         self.buffers, self.layout, self.group_of, self.grouped, counts.absent = buffers, layout, group_of, True, absent
         list.append(groups, group)

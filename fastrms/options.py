@@ -172,6 +172,18 @@ class ParamGroup(MutableMapping[str, Any]):
         # A strong reference would be a cycle, and keep the buffers alive after the last reference of the user.
         self._set_options = WeakMethod(set_options)
 
+    def bind_as(self, other: "ParamGroup", params: object) -> None:
+        """Connect the group with the optimizer of another group. The optimizer calls this method.
+
+        Parameters
+        ----------
+        other : ParamGroup
+            A group of the optimizer.
+        params : the structure of this group's parameters
+            The value of ``group["params"]`` from now on.
+        """
+        self._params, self._set_options = params, other._set_options
+
     def update(self, *others: Any, **options: Any) -> None:
         """Set several options at once, like `dict.update`. After an error, none of them has changed.
 

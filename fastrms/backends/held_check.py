@@ -39,6 +39,7 @@ class HeldCheck:
         """Raise StructureError if a parameter can no longer be updated in place."""
         backend.use_options()
         if backend.reads_in_place and not self._prepared:  # once, because the check does not depend on options
+            self._whole["params"].segments  # noqa: B018 - raises if an array was moved before: runs keep what they find
             for run in self._runs:
                 backend.prepare(run, self._whole)
             self._prepared = True

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -36,7 +36,8 @@ def load_digits() -> tuple[Array, Labels]:
     """Return the UCI handwritten digits of scikit-learn: 1797 rows of 64 features, and the digit of each."""
     from sklearn import datasets
 
-    x, y = datasets.load_digits(return_X_y=True)
+    # Its types also allow arrays of pandas, which only other arguments return.
+    x, y = cast("tuple[Array, Labels]", datasets.load_digits(return_X_y=True))
     return x, y.astype(np.intp)
 
 

@@ -205,18 +205,20 @@ def _new_whole(opt: Unsharded) -> RMSProp:
         "nonfinite": opt.nonfinite,
         "cache_dtype": opt.cache_dtype,
     }
+    buffer = opt.buffers["params"]
+    params: Any = buffer.layout.structure(buffer.leaves)  # the user may have replaced items of `opt.params`
     if opt.backend.state.grouped:
         # The state of an added group is divided by itself, so here it needs segments of its own too.
         grads = opt.buffers["grads"]
         added = len(grads.parts) - 1 if isinstance(grads, JoinedBuffer) else 0
-        groups: list[Any] = [dict(group) for group in opt.param_groups]
+        groups: list[Any] = [{**group, "params": each} for group, each in zip(opt.param_groups, params, strict=True)]
         first = len(groups) - added
         whole = RMSProp(groups[:first], kernel="numpy", **options)
         for group in groups[first:]:
             whole.add_param_group(group)
     else:
         own = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
-        whole = RMSProp(opt.params, kernel="numpy", **own, **options)
+        whole = RMSProp(params, kernel="numpy", **own, **options)
     whole.backend.state.add_buffers(_state_of(opt), whole.backend.new_buffer)  # also those of options that are off now
     whole.backend.state.counts.take_over(opt.backend.state.counts)
     return whole

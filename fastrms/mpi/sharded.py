@@ -349,24 +349,25 @@ class ShardedRMSProp(Unsharded[P]):
             undo = self._state.undo()
             parameters, segments = len(self._state.layout.leaves), len(self._shards.bounds)
             try:
-                if begun:
-                    raise StepInProgressError(
-                        "add_param_group: expected a call between two steps, got one after gradients were passed to "
-                        "ready(); call step() or discard() on all ranks first"
-                    )
-                add_group(self._backend, group)
-            except Exception as caught:
-                error = caught
-            try:
+                try:
+                    if begun:
+                        raise StepInProgressError(
+                            "add_param_group: expected a call between two steps, got one after gradients were passed "
+                            "to ready(); call step() or discard() on all ranks first"
+                        )
+                    add_group(self._backend, group)
+                except Exception as caught:
+                    error = caught
                 self._agree(error, parameters)
+                self._shards.prepare_meet()
             except BaseException:
                 undo()
                 self._backend.settle_parameters()
+                if self.size == 1:  # after Ctrl-C, which ends several ranks
+                    self._shards.prepare_meet()
                 raise
-            self._shards.prepare_meet()
             if self._check_params == "broadcast":
                 self._shards.broadcast_params(segments)
-            self._bind_groups()
 
     def _compare_params(self, first: int) -> None:
         """Raise StructureError on all ranks if parameters from number `first` on differ from those of rank 0."""

@@ -43,6 +43,7 @@ CASES = [
     "groups.have_state_in_16_bits",
     "groups.start_from_the_values_of_rank_0_or_must_be_equal",
     "groups.errors_on_one_rank_raise_on_all_and_nothing_is_half_made",
+    "groups.an_interrupt_takes_the_group_out",
     "groups.are_refused_after_ready_and_the_gradients_are_kept",
     "groups.checkpoints_fit_optimizers_that_were_made_with_all_groups",
     "errors.parameters_and_options_are_compared_when_the_optimizer_is_made",

@@ -110,8 +110,11 @@ def refused_checkpoints_change_nothing():
            RMSProp({name: np.ones(2, d) for name, (_, d) in LAYOUT.items()}).state_dict())  # fmt: skip
     raises(FileNotFoundError, "none.npz", opt.load, path / "none.npz")
     raises(FileNotFoundError, "none.npz", ShardedRMSProp.from_checkpoint, path / "none.npz")
+    kept = opt.params["W"]
+    opt.params["W"] = np.full_like(kept, 7.0)  # a step refuses it, and nothing is saved of it
     for name, array in opt.state_dict()["arrays"].items():
         assert_same_bits(array, before[name])
+    opt.params["W"] = kept
     raises(TypeError, "cannot be copied or pickled", pickle.dumps, opt)
     raises(TypeError, "cannot be copied or pickled", copy.copy, opt)
 

@@ -23,6 +23,7 @@ from on_ranks.shared import (
 
 import fastrms
 from fastrms import RMSProp, StructureError
+from fastrms.backends.host import HostBackend
 from fastrms.mpi import buckets
 from fastrms.mpi.shards import Shards
 
@@ -184,6 +185,28 @@ def add_wrong_groups(opt):
     raises(StructureError, f"and in_place on all ranks, got different ones on rank {LAST} than on rank 0",
            opt.add_param_group, {"params": [np.ones(40 + last)]})  # fmt: skip
     go_on()
+
+
+def an_interrupt_takes_the_group_out():
+    """On one rank. Ctrl-C ends several ranks."""
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    opt = ShardedRMSProp([np.ones(2)])
+    places = ((HostBackend, "new_run"), (HostBackend, "settle_parameters"), (Shards, "prepare_meet"))
+    for owner, name in places if SIZE == 1 else ():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                opt.add_param_group({"params": [np.ones(3)]})
+        assert len(opt.param_groups) == 1
+        opt.ready(0, np.ones(2))
+        opt.step()
+        opt.load_state_dict(opt.state_dict())
+    opt.add_param_group({"params": [np.ones(3)], "lr": 0.5})
+    opt.step([[np.ones(2)], [np.ones(3)]])
+    assert opt.params[1][0][0] < 0
 
 
 def are_refused_after_ready_and_the_gradients_are_kept():

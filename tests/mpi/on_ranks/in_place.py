@@ -95,6 +95,11 @@ def make_unwritable(kernel):
     state, path = opt.state_dict(), folder() / f"in-place-{SIZE}.npz"
     opt.save(path)
     gradients = gradients_of(LAYOUT, 0)
+    dtype = arrays["W"].dtype
+    if RANK == LAST:  # before the first step
+        arrays["W"].dtype = f"i{dtype.itemsize}"
+    raises_on(LAST, StructureError, "params['W']: expected the original array", opt.step, gradients[RANK])
+    arrays["W"].dtype = dtype
     opt.step(gradients[RANK])
     alone.step(add(gradients))
 
