@@ -104,22 +104,19 @@ class RMSProp(InParts[P]):
         This is for programs that must keep their own arrays. Each array must be writable, C-contiguous, and of dtype
         float32 or float64 in native byte order. With kernel="cuda" it must be on the GPU. State and gradients are still
         in flat buffers. The bits are the same, but a step takes longer, above all over many small arrays. Not available
-        with `storage`: its folder is a checkpoint with all parameters, and the given arrays would be missing from it.
-        ``docs/programs.md`` compares both ways.
+        with `storage`, whose folder is a checkpoint with all parameters. ``docs/programs.md`` compares both ways.
 
     Attributes
     ----------
     params, grads, cache : the structure of `params`
-        Views of flat buffers, except that `params` contains the given arrays with `in_place`. They stay the same arrays
-        as long as the optimizer exists. With parameter groups, a list with the structure of each group. To avoid a copy
-        of gradients, write them into `grads`, and then call `step()`.
+        Views of flat buffers. They stay the same arrays as long as the optimizer exists. With parameter groups, a list
+        with the structure of each group. To avoid a copy of gradients, write them into `grads`, and then call `step()`.
     momentum_buffer, grad_avg : the structure of `params`, or None
         State that `momentum` and `centered` need; None if no group has used these options.
     param_groups : list of ParamGroup
         The options of each group (one group if none were given): ``opt.param_groups[0]["lr"] = 0.1``.
     buffers : mapping of str to FlatBuffer
-        The flat buffers behind the views: ``opt.buffers["grads"].flat`` is a dense vector of all gradients. With
-        `in_place`, ``opt.buffers["params"].flat`` is not available.
+        The flat buffers behind the views: ``opt.buffers["grads"].flat`` is a dense vector of all gradients.
     steps, skipped_steps : int
         Number of steps taken, and number of steps skipped with nonfinite="skip".
 
